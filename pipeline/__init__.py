@@ -1,0 +1,1 @@
+"""Offline embedding precompute: catalogue, plan, encode, audit, index, release, read."""

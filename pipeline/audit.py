@@ -1,0 +1,221 @@
+"""The audit stage: what a snapshot must satisfy before anybody sees it."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline import feature_table
+from pipeline.config import AuditSettings
+from pipeline.errors import CorruptFile, GateRefused
+from pipeline.resources import TaskResources
+from pipeline.workspace import Workspace, receipts_digest
+from schemas.catalogue import ITEMS
+from schemas.feature_table import file_schema
+from schemas.identity import row_id
+from schemas.plan import BucketPlan, Plan
+from schemas.receipt import AuditReport, BucketAudit, Receipt
+from schemas.release import Release
+
+UNIT_TOLERANCE = 1e-3
+COLUMNS = ["item_id", "row_id", "vector", "content_hash", "bundle"]
+
+Matrix = NDArray[np.float32]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AuditTask:
+    """Everything that the auditor of one bucket needs; travels to Spark's Python workers."""
+
+    workspace: Workspace
+    table_uri: str
+    bundle: str
+    dim: int
+    buckets: int
+    normalised: bool
+    work: BucketPlan
+    receipt: Receipt
+
+
+def audit_tasks(
+    workspace: Workspace, plan: Plan, receipts: Sequence[Receipt], *, table_uri: str, normalised: bool
+) -> list[AuditTask]:
+    """One task per bucket."""
+    return [
+        AuditTask(
+            workspace=workspace,
+            table_uri=table_uri,
+            bundle=plan.bundle,
+            dim=plan.dim,
+            buckets=plan.buckets,
+            normalised=normalised,
+            work=work,
+            receipt=receipt,
+        )
+        for work, receipt in zip(plan.work, receipts, strict=True)
+    ]
+
+
+def audit_bucket(task: AuditTask, _resources: TaskResources) -> BucketAudit:
+    """Read a bucket's file as a reader would and compare it with the plan's items."""
+    rows = file_schema(task.dim).empty_table().select(COLUMNS)
+    problems: list[str] = []
+    if task.receipt.file is not None:
+        try:
+            rows = feature_table.read_rows(task.workspace.storage, task.table_uri, task.receipt.file, columns=COLUMNS)
+        except CorruptFile as error:
+            problems.append(str(error))
+    elif task.work.items:
+        problems.append(f"{task.work.items} items and no file")
+    if rows.num_rows:
+        problems += [*_identity_problems(task, rows), *_vector_problems(task, rows)]
+    vectors = _vectors(rows).astype(np.float64) if not problems else np.zeros((0, task.dim))
+    return BucketAudit(
+        bucket=task.work.bucket,
+        rows=rows.num_rows,
+        problems=tuple(f"bucket {task.work.bucket}: {problem}" for problem in problems),
+        vector_sum=tuple(vectors.sum(axis=0).tolist()),
+        square_sum=float(np.square(vectors).sum()),
+    )
+
+
+def judge(
+    plan: Plan,
+    audits: Sequence[BucketAudit],
+    receipts: Sequence[Receipt],
+    *,
+    base: Release | None,
+    settings: AuditSettings,
+) -> AuditReport:
+    """Combine the buckets and apply the gates of the whole snapshot.
+
+    Args:
+        plan: what was planned.
+        audits: one per bucket.
+        receipts: what was audited.
+        base: the release the plan was compared with.
+        settings: thresholds.
+    """
+    rows = sum(audit.rows for audit in audits)
+    problems = [problem for audit in audits for problem in audit.problems]
+    if rows != plan.items and not problems:
+        problems.append(f"the files hold {rows:,} rows, the plan has {plan.items:,} items")
+    if rows == 0:
+        problems.append("the snapshot is empty: no row of the catalogue could be used")
+    fraction = sum(plan.quarantined.values()) / max(1, plan.rows_read)
+    if fraction > settings.max_quarantined_fraction:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in plan.quarantined.items())
+        problems.append(
+            f"{fraction:.1%} of {plan.rows_read:,} rows are quarantined ({reasons}), "
+            f"audit.max_quarantined_fraction allows {settings.max_quarantined_fraction:.1%}"
+        )
+    if base is not None and base.items and plan.deleted / base.items > settings.max_deleted_fraction:
+        problems.append(
+            f"{plan.deleted:,} of the base release's {base.items:,} items are gone, "
+            f"audit.max_deleted_fraction allows {settings.max_deleted_fraction:.1%}"
+        )
+    mean, variance = _moments(audits, rows, plan.dim)
+    drift = None
+    if base is not None and base.bundle == plan.bundle:
+        drift = math.dist(mean, base.mean) / math.sqrt(base.variance or 1.0)
+        if drift > settings.max_drift:
+            problems.append(
+                f"the mean vector moved by {drift:.3f} standard deviations since release {base.release_id}, "
+                f"audit.max_drift allows {settings.max_drift}"
+            )
+    return AuditReport(
+        plan_id=plan.plan_id,
+        receipts_digest=receipts_digest(receipts),
+        rows=rows,
+        quarantined_fraction=fraction,
+        mean=mean,
+        variance=variance,
+        drift=drift,
+        problems=tuple(problems),
+    )
+
+
+def require_passed(report: AuditReport) -> None:
+    """Stop here unless every gate passed.
+
+    Raises:
+        GateRefused: with every problem, ten at most.
+    """
+    if report.problems:
+        shown = "; ".join(report.problems[:10])
+        more = f"; and {len(report.problems) - 10} more" if len(report.problems) > 10 else ""
+        raise GateRefused(f"the audit refuses plan {report.plan_id}: {shown}{more}. Nothing was published")
+
+
+def _identity_problems(task: AuditTask, rows: pa.Table) -> list[str]:
+    filesystem, path = task.workspace.storage.filesystem(task.workspace.items_uri(task.work.bucket))
+    planned = pq.read_table(path, filesystem=filesystem, columns=["item_id", "content_hash"], schema=ITEMS)
+    problems = []
+    ids = rows["item_id"]
+    unique = pc.count_distinct(ids).as_py()
+    if unique != rows.num_rows:
+        problems.append(f"{rows.num_rows - unique} duplicate item ids")
+    if not ids.equals(planned["item_id"]):
+        problems.append(f"its {rows.num_rows} ids are not the {planned.num_rows} planned ones in order")
+    elif not rows["content_hash"].equals(planned["content_hash"]):
+        problems.append("content hashes differ from the plan's")
+    hashed = np.fromiter((row_id(i) for i in ids.to_pylist()), np.int64, rows.num_rows)
+    stored = rows["row_id"].to_numpy()
+    if not np.array_equal(hashed, stored):
+        problems.append("row ids are not the hashes of their item ids")
+    elif len(np.unique(stored)) != len(stored):
+        problems.append("two items share a row id")
+    if np.any(stored % task.buckets != task.work.bucket):
+        problems.append("items of another bucket")
+    others = set(rows["bundle"].unique().to_pylist()) - {task.bundle}
+    if others:
+        problems.append(f"vectors of bundle {sorted(others)}, the plan says {task.bundle}")
+    return problems
+
+
+def _vector_problems(task: AuditTask, rows: pa.Table) -> list[str]:
+    kind = rows.schema.field("vector").type
+    if kind.list_size != task.dim:
+        return [f"vectors have {kind.list_size} dimensions, the bundle makes {task.dim}"]
+    vectors = _vectors(rows)
+    finite: NDArray[np.bool_] = np.isfinite(vectors.sum(axis=1, dtype=np.float64))
+    problems: list[str] = []
+    if not finite.all():
+        broken = int((~finite).sum())
+        problems.append(f"{broken} vectors hold NaN or infinity, the first is of item {_first(rows, ~finite)}")
+    norms: Matrix = np.linalg.norm(vectors, axis=1)
+    zero: NDArray[np.bool_] = np.equal(norms, 0)
+    if zero.any():
+        problems.append(f"{int(zero.sum())} vectors are zero, the first is of item {_first(rows, zero)}")
+    skewed: NDArray[np.bool_] = finite & ~zero & (np.abs(norms - 1) > UNIT_TOLERANCE)
+    if task.normalised and skewed.any():
+        problems.append(f"{int(skewed.sum())} vectors have no unit length, the first is of item {_first(rows, skewed)}")
+    return problems
+
+
+def _vectors(rows: pa.Table) -> NDArray[np.float32]:
+    column = rows["vector"].combine_chunks()
+    vectors: NDArray[np.float32] = (
+        column.flatten().to_numpy(zero_copy_only=False).reshape(rows.num_rows, column.type.list_size)
+    )
+    return vectors
+
+
+def _first(rows: pa.Table, where: NDArray[np.bool_]) -> str:
+    return repr(rows["item_id"][int(np.argmax(where))].as_py())
+
+
+def _moments(audits: Sequence[BucketAudit], rows: int, dim: int) -> tuple[tuple[float, ...], float]:
+    if rows == 0:
+        return (0.0,) * dim, 0.0
+    mean = np.sum([audit.vector_sum for audit in audits], axis=0) / rows
+    square = sum(audit.square_sum for audit in audits) / rows
+    return tuple(mean.tolist()), max(0.0, square - float(mean @ mean))

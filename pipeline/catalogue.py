@@ -1,0 +1,325 @@
+"""The day's catalogue: which files it is, and how Spark reads them into rows of one shape."""
+
+import atexit
+import csv
+import fnmatch
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import TYPE_CHECKING, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import CatalogueSettings
+from pipeline.errors import UserError
+from pipeline.storage import Storage, StoredObject, is_s3, join
+from schemas.catalogue import Reason
+from schemas.identity import CONTENT_HASH_CHARS, ROW_ID_MASK
+from schemas.plan import SourceFile
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+Format = Literal["parquet", "csv", "jsonl"]
+ENDINGS: Mapping[str, Format] = {
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".csv.gz": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".jsonl.gz": "jsonl",
+}
+CORRUPT = "_corrupt_record"
+HEADER_BYTES = 1024 * 1024
+SAMPLED_LINES = 1000
+BLANK = r"' \t\n\r'"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class CatalogueSource:
+    """The files of one day's catalogue, with digests of their content."""
+
+    uri: str
+    format: Format
+    files: tuple[SourceFile, ...]
+
+
+@dataclass(frozen=True)
+class FileGroup:
+    """Files that share one set of columns; ``columns`` maps each name to its Spark SQL type."""
+
+    columns: Mapping[str, str]
+    files: tuple[str, ...]
+
+
+def find_source(catalogue: CatalogueSettings, uri: str, *, ds: str, storage: Storage) -> CatalogueSource:
+    """Files of the catalogue at ``uri``: a file, a folder or a glob.
+
+    Raises:
+        UserError: nothing is there, or the format cannot be told.
+    """
+    found = _matching(uri, storage)
+    if not found:
+        raise UserError(f"no catalogue for {ds}: nothing at {uri}")
+    form = _format(catalogue.format, found)
+    files = tuple(SourceFile(uri=o.uri, bytes=o.bytes, digest=storage.content_digest(o)) for o in found)
+    return CatalogueSource(uri=uri, format=form, files=files)
+
+
+def _matching(uri: str, storage: Storage) -> list[StoredObject]:
+    if any(character in uri for character in "*?["):
+        folder = uri[: min(uri.index(c) for c in "*?[" if c in uri)].rpartition("/")[0]
+        return [o for o in storage.list(folder) if fnmatch.fnmatchcase(o.uri, uri)]
+    single = storage.stat(uri)
+    return [single] if single else storage.list(uri)
+
+
+def _format(wanted: str, found: Sequence[StoredObject]) -> Format:
+    for form in ("parquet", "csv", "jsonl"):
+        if wanted == form:
+            return form
+    forms = {next((f for end, f in ENDINGS.items() if o.uri.lower().endswith(end)), None) for o in found}
+    if len(forms) == 1 and (form_found := forms.pop()):
+        return form_found
+    raise UserError(f"cannot tell the format of {found[0].uri}; set catalogue.format to parquet, csv or jsonl")
+
+
+def read_rows(
+    spark: "SparkSession", source: CatalogueSource, catalogue: CatalogueSettings, *, storage: Storage
+) -> "DataFrame":
+    """Every row of the catalogue in one shape, good or not.
+
+    Columns: ``item_id``, ``row_id``, ``text``, ``content_hash``, ``updated_at``, ``reason`` (null for a good
+    row; older duplicates are not yet known), ``row`` (JSON or the raw record, only where there is a reason),
+    ``source`` (name of the file).
+
+    Raises:
+        UserError: a column is missing from a file, or cannot become text.
+    """
+    groups = _groups(source, storage)
+    for group in groups:
+        _require_columns(group, catalogue)
+    frames = [_read_group(spark, source.format, group, catalogue, storage=storage) for group in groups]
+    rows = frames[0]
+    for frame in frames[1:]:
+        rows = rows.unionByName(frame)
+    return rows
+
+
+def _groups(source: CatalogueSource, storage: Storage) -> list[FileGroup]:
+    by_columns: dict[str, tuple[Mapping[str, str], list[str]]] = {}
+    for file in source.files:
+        if file.bytes == 0:
+            continue
+        columns, signature = _columns(source.format, file.uri, storage)
+        by_columns.setdefault(signature, (columns, []))[1].append(file.uri)
+    if not by_columns:
+        raise UserError(f"the catalogue at {source.uri} is empty: every file has 0 bytes")
+    return [FileGroup(columns=columns, files=tuple(files)) for columns, files in by_columns.values()]
+
+
+def _columns(form: Format, uri: str, storage: Storage) -> tuple[dict[str, str], str]:
+    """Columns with their Spark SQL type, and a signature: files of one signature are read together."""
+    filesystem, path = storage.filesystem(uri)
+    if form == "parquet":
+        try:
+            schema = pq.read_schema(path, filesystem=filesystem).remove_metadata()
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{uri} is no Parquet file: {error}") from None
+        return {field.name: _sql_type(field.type) for field in schema}, str(schema)
+    compression = "gzip" if uri.endswith(".gz") else None
+    with filesystem.open_input_stream(path, compression=compression) as stream:
+        head = stream.read(HEADER_BYTES).decode("utf-8-sig", errors="replace")
+    columns = _csv_columns(head, uri) if form == "csv" else _json_columns(head)
+    return columns, json.dumps(columns)
+
+
+def _csv_columns(head: str, uri: str) -> dict[str, str]:
+    names = next(csv.reader(io.StringIO(head)), [])
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise UserError(f"{uri} has column {doubled[0]!r} more than once")
+    return dict.fromkeys(names, "STRING")
+
+
+def _json_columns(head: str) -> dict[str, str]:
+    columns: dict[str, str] = {}
+    for line in head.splitlines()[:SAMPLED_LINES]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        for name, value in record.items() if isinstance(record, dict) else ():
+            if value is not None:
+                columns[name] = "ARRAY<STRING>" if isinstance(value, list) else "STRING"
+            columns.setdefault(name, "STRING")
+    return columns
+
+
+def _sql_type(arrow: pa.DataType) -> str:
+    if pa.types.is_binary(arrow) or pa.types.is_large_binary(arrow):
+        return "BINARY"
+    if pa.types.is_list(arrow) or pa.types.is_large_list(arrow):
+        return "ARRAY<STRING>"
+    if pa.types.is_struct(arrow) or pa.types.is_map(arrow):
+        return "STRUCT"
+    if pa.types.is_timestamp(arrow) or pa.types.is_date(arrow):
+        return "TIMESTAMP"
+    if pa.types.is_integer(arrow) or pa.types.is_floating(arrow) or pa.types.is_decimal(arrow):
+        return "NUMBER"
+    return "STRING"
+
+
+def _require_columns(group: FileGroup, catalogue: CatalogueSettings) -> None:
+    wanted = {"catalogue.id_column": [catalogue.id_column], "catalogue.template": catalogue.text_columns}
+    if catalogue.updated_at_column:
+        wanted["catalogue.updated_at_column"] = [catalogue.updated_at_column]
+    for key, names in wanted.items():
+        for name in names:
+            if name not in group.columns:
+                have = ", ".join(group.columns) or "no columns"
+                raise UserError(f"{key} names column {name!r}, which {group.files[0]} does not have (it has: {have})")
+            if group.columns[name] == "STRUCT":
+                raise UserError(f"{key} names column {name!r} of {group.files[0]}, which is nested: it cannot be text")
+
+
+def _read_group(
+    spark: "SparkSession", form: Format, group: FileGroup, catalogue: CatalogueSettings, *, storage: Storage
+) -> "DataFrame":
+    paths = _spark_paths(spark, group.files, storage)
+    columns = dict(group.columns)
+    if form == "parquet":
+        frame = spark.read.parquet(*paths)
+        malformed = "false"
+    else:
+        if form == "jsonl":
+            columns = {name: columns[name] for name in _used_columns(catalogue)}
+        schema = ", ".join(f"{_quoted(name)} {kind}" for name, kind in [*columns.items(), (CORRUPT, "STRING")])
+        reader = spark.read.schema(schema).option("columnNameOfCorruptRecord", CORRUPT).option("mode", "PERMISSIVE")
+        if form == "csv":
+            reader = reader.option("header", True).option("multiLine", True).option("escape", '"')
+            # A stray quote inside a quoted field is text; only a quote before a comma or a line's end closes it.
+            reader = reader.option("unescapedQuoteHandling", "STOP_AT_CLOSING_QUOTE")
+            # Without pruning, a record with too many or too few fields is always noticed.
+            frame = reader.option("columnPruning", False).option("maxCharsPerColumn", -1).csv(paths)
+        else:
+            frame = reader.json(paths)
+        malformed = f"{CORRUPT} IS NOT NULL"
+    return _normalise(frame, columns, catalogue, malformed=malformed, has_raw=form != "parquet")
+
+
+def _normalise(
+    frame: "DataFrame",
+    columns: Mapping[str, str],
+    catalogue: CatalogueSettings,
+    *,
+    malformed: str,
+    has_raw: bool,
+) -> "DataFrame":
+    item_id = _as_text(catalogue.id_column, columns)
+    texts = {name: _as_text(name, columns) for name in catalogue.text_columns}
+    checked = [item_id, *texts.values()]
+    undecodable = " OR ".join(f"NOT is_valid_utf8({x}) OR contains({x}, '{REPLACEMENT}')" for x in checked)
+    has_text = " OR ".join(f"btrim({x}, {BLANK}) != ''" for x in texts.values())
+    reason = f"""CASE WHEN {malformed} THEN '{Reason.MALFORMED}'
+        WHEN coalesce({undecodable}, false) THEN '{Reason.UNDECODABLE}'
+        WHEN coalesce(btrim({item_id}, {BLANK}), '') = '' THEN '{Reason.NULL_ID}'
+        WHEN NOT coalesce({has_text}, false) THEN '{Reason.EMPTY_TEXT}' END"""
+    as_json = f"to_json(struct({', '.join(_quoted(name) for name in columns)}))"
+    return frame.selectExpr(
+        f"{item_id} AS item_id",
+        f"{_rendered(catalogue.template, texts)} AS text",
+        f"{_updated_at(catalogue.updated_at_column, columns)} AS updated_at",
+        f"{reason} AS reason",
+        f"{f'coalesce({CORRUPT}, {as_json})' if has_raw else as_json} AS raw",
+        "_metadata.file_name AS source",
+    ).selectExpr(
+        "CASE WHEN is_valid_utf8(item_id) THEN item_id END AS item_id",
+        f"xxhash64(item_id) & {ROW_ID_MASK}L AS row_id",
+        "CASE WHEN reason IS NULL THEN text ELSE '' END AS text",
+        f"substr(sha2(text, 256), 1, {CONTENT_HASH_CHARS}) AS content_hash",
+        "updated_at",
+        "reason",
+        "CASE WHEN reason IS NOT NULL THEN make_valid_utf8(raw) END AS row",
+        "source",
+    )
+
+
+def _used_columns(catalogue: CatalogueSettings) -> Iterable[str]:
+    updated = [catalogue.updated_at_column] if catalogue.updated_at_column else []
+    return dict.fromkeys([catalogue.id_column, *catalogue.text_columns, *updated])
+
+
+def _as_text(name: str, columns: Mapping[str, str]) -> str:
+    column = _quoted(name)
+    if columns[name] == "ARRAY<STRING>":
+        return f"array_join(CAST({column} AS ARRAY<STRING>), ', ')"
+    return column if columns[name] == "STRING" else f"CAST({column} AS STRING)"
+
+
+def _rendered(template: str, texts: Mapping[str, str]) -> str:
+    pieces = []
+    for literal, name, _, _ in Formatter().parse(template):
+        if literal:
+            pieces.append(_literal(literal))
+        if name is not None:
+            pieces.append(f"coalesce({texts[name]}, '')")
+    return f"btrim(concat({', '.join(pieces)}), {BLANK})"
+
+
+def _updated_at(name: str | None, columns: Mapping[str, str]) -> str:
+    if name is None:
+        return "CAST(NULL AS TIMESTAMP)"
+    column = _quoted(name)
+    if columns[name] == "TIMESTAMP":
+        return f"CAST({column} AS TIMESTAMP)"
+    if columns[name] == "NUMBER":
+        return f"timestamp_seconds({column})"
+    # Long runs of digits are seconds since 1970; Spark would take them for years.
+    epoch = f"timestamp_seconds(try_cast({column} AS DOUBLE))"
+    return f"CASE WHEN {column} RLIKE '^[0-9]{{9,}}' THEN {epoch} ELSE try_cast({column} AS TIMESTAMP) END"
+
+
+def _quoted(name: str) -> str:
+    return "`" + name.replace("`", "``") + "`"
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+
+
+def _spark_paths(spark: "SparkSession", uris: Sequence[str], storage: Storage) -> list[str]:
+    """Paths that Spark itself can open.
+
+    Executors of a cluster read s3:// through Hadoop's S3A, whose jars the cluster brings. ``local[*]`` has no
+    such jars: there the driver, which is the only machine, copies the day's files first.
+    """
+    if not is_s3(uris[0]):
+        return [Path(uri).as_uri() for uri in uris]
+    if not str(spark.sparkContext.master).startswith("local"):
+        return [uri.replace("s3://", "s3a://", 1) for uri in uris]
+    folder = tempfile.mkdtemp(prefix="marc-catalogue-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    paths = []
+    for number, uri in enumerate(uris):
+        path = Path(join(folder, f"{number:05d}-{uri.rsplit('/', 1)[1]}"))
+        storage.fetch(uri, path)
+        paths.append(path.as_uri())
+    return paths
+
+
+def sample_texts(
+    spark: "SparkSession", source: CatalogueSource, catalogue: CatalogueSettings, *, storage: Storage, limit: int
+) -> list[str]:
+    """Distinct usable texts of a catalogue, a sample by hash beyond ``limit``: the same catalogue, the same texts."""
+    rows = read_rows(spark, source, catalogue, storage=storage)
+    texts = rows.where("reason IS NULL").selectExpr("text", "content_hash").distinct().orderBy("content_hash")
+    return [row.text for row in texts.limit(limit).collect()]

@@ -1,0 +1,49 @@
+"""The ``marc`` application: its commands and what is common to them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli import make, read
+from pipeline.cli.options import State
+from pipeline.config import DEFAULT_CONFIG
+from pipeline.entry import configure_logging, reported_errors
+
+app = typer.Typer(
+    name="marc",
+    help="Offline embedding precompute: item catalogue to MARC vectors in Parquet, with a FAISS index.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@app.callback()
+def common(
+    context: typer.Context,
+    config: Annotated[Path, typer.Option("--config", "-c", envvar="MARC_CONFIG", help="Configuration file.")] = Path(
+        DEFAULT_CONFIG
+    ),
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Options of every command."""
+    configure_logging(verbose=verbose)
+    context.obj = State(config=config)
+
+
+app.command()(make.plan)
+app.command()(make.run)
+app.command()(make.train)
+app.command()(make.example)
+app.command()(read.files)
+app.command()(read.lookup)
+app.command()(read.verify)
+app.command()(read.releases)
+app.command()(read.summary)
+
+
+def main() -> None:
+    """Run ``marc``; errors raised on purpose end in one line and their exit code."""
+    with reported_errors():
+        app()

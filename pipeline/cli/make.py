@@ -1,0 +1,130 @@
+"""Commands that make something: plan, run, train, example."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import Ds, Json, State, print_json, print_table
+from pipeline.config import parse_ds
+from pipeline.errors import UserError
+from schemas.plan import Plan
+
+
+def plan(
+    context: typer.Context,
+    ds: Ds,
+    bucket: Annotated[list[int] | None, typer.Option("--bucket", help="Show only these buckets.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run would do: items, tokens, time. Publishes nothing."""
+    from pipeline import run as stages
+    from pipeline.session import spark_session
+
+    settings = context.ensure_object(State).settings
+    identity = stages.identify(settings, ds=parse_ds(ds))
+    with spark_session(settings.spark, name=f"marc plan {ds}") as spark:
+        made = stages.plan_stage(spark, settings, identity)
+    unknown = sorted(set(bucket or []) - set(range(made.buckets)))
+    if unknown:
+        raise UserError(f"no bucket {unknown[0]}: the table has buckets 0 to {made.buckets - 1}")
+    if bucket:
+        made = made.model_copy(update={"work": tuple(work for work in made.work if work.bucket in bucket)})
+    if as_json:
+        print_json(describe_plan(made))
+    else:
+        _print_plan(made)
+
+
+def run(context: typer.Context, ds: Ds, as_json: Json = False) -> None:
+    """Run all stages for a date and publish a release; a date that is published already is left as it is."""
+    from pipeline import run as stages
+    from pipeline.cli.read import print_summary
+
+    settings = context.ensure_object(State).settings
+    outcome = stages.run_all(settings, ds=parse_ds(ds))
+    if as_json:
+        print_json({**outcome.release.facts(), "fresh": outcome.fresh})
+    else:
+        print_summary(settings, outcome.release, fresh=outcome.fresh)
+
+
+def train(
+    context: typer.Context,
+    ds: Annotated[str, typer.Option("--ds", help="Train on the catalogue of this date.")],
+    compressor: Annotated[str | None, typer.Option(help="Compressor to fit; overrides train.compressor.")] = None,
+    dim: Annotated[int | None, typer.Option(help="Dimensions of the vectors; overrides train.dim.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Blocks of the backbone to keep; overrides train.layers.")] = None,
+    if_none: Annotated[bool, typer.Option("--if-none", help="Do nothing when there is a current bundle.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fit a compressor on a catalogue and make the bundle the current one."""
+    from pipeline.model.bundle import open_bundle
+    from pipeline.run import storage_of, train_bundle
+
+    settings = context.ensure_object(State).settings
+    given = {"compressor": compressor, "dim": dim, "layers": layers}
+    if if_none:
+        try:
+            bundle = open_bundle(storage_of(settings), settings.bundle_uri)
+        except UserError:
+            bundle = train_bundle(settings, ds=parse_ds(ds), overrides=given)
+    else:
+        bundle = train_bundle(settings, ds=parse_ds(ds), overrides=given)
+    card = bundle.card
+    if as_json:
+        print_json({"bundle": bundle.version, "uri": bundle.uri, **card.model_dump(exclude={"files"})})
+        return
+    rows = [
+        ["bundle", bundle.version],
+        ["folder", bundle.uri],
+        ["backbone", f"{card.backbone}, {card.layers_kept} of {card.backbone_layers} layers, {card.pooling} pooling"],
+        ["compressor", f"{card.compressor.kind}, {card.width} → {card.dim} dimensions"],
+        *([name.replace("_", " "), f"{value:.4f}"] for name, value in card.metrics.items()),
+    ]
+    print_table("Bundle", ["", ""], rows)
+
+
+def example(
+    ds: Ds,
+    folder: Annotated[Path, typer.Option(help="Where to write.")] = Path("data/example"),
+    items: Annotated[int, typer.Option(min=50, help="Items of the first day.")] = 5000,
+    as_json: Json = False,
+) -> None:
+    """Generate the example catalogue of a date, and interactions; what exists is left alone."""
+    from pipeline.example_data import write_catalogue, write_interactions
+
+    catalogue = write_catalogue(folder / "catalogue", ds=parse_ds(ds), items=items)
+    interactions = write_interactions(folder / "interactions.parquet", catalogue)
+    if as_json:
+        print_json({"catalogue": str(catalogue), "interactions": str(interactions)})
+    else:
+        print_table("Example data", ["", ""], [["catalogue", str(catalogue)], ["interactions", str(interactions)]])
+
+
+def describe_plan(made: Plan) -> dict[str, object]:
+    """A plan as ``marc plan --json`` prints it."""
+    totals = ("items", "new", "changed", "unchanged", "deleted", "tokens", "seconds")
+    return {
+        **{name: getattr(made, name) for name in totals},
+        **made.model_dump(mode="json", exclude={"work"}),
+        "work": [work.model_dump(mode="json", exclude={"previous"}) for work in made.work],
+    }
+
+
+def _print_plan(made: Plan) -> None:
+    names = ("items", "new", "changed", "unchanged", "deleted", "tokens")
+    rows = [[str(work.bucket), *(f"{getattr(work, name):,}" for name in names)] for work in made.work]
+    rows.append(["all", *(f"{getattr(made, name):,}" for name in names)])
+    print_table(f"Plan {made.plan_id} of {made.ds}", ["bucket", *names], rows, right=tuple(range(7)))
+    seconds = "not known before a run was measured" if made.seconds is None else f"about {made.seconds:,.0f} s"
+    quarantined = ", ".join(f"{count:,} {reason}" for reason, count in made.quarantined.items()) or "none"
+    facts = [
+        ["bundle", made.bundle],
+        ["compared with", made.base_release or "nothing: this is the first release"],
+        ["rows read", f"{made.rows_read:,}"],
+        ["quarantined", quarantined],
+        ["tokens", f"{made.tokens:,} ({'exact' if made.tokens_exact else 'estimated from a sample'})"],
+        ["encode time", seconds],
+    ]
+    print_table(None, ["", ""], facts)

@@ -1,0 +1,50 @@
+"""Options and output that the commands share."""
+
+import json
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config import Settings, load_settings
+
+Ds = Annotated[str, typer.Option("--ds", help="Date of the snapshot, YYYY-MM-DD.")]
+MaybeDs = Annotated[str | None, typer.Option("--ds", help="Date of the snapshot; default: the newest release.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+@dataclass(frozen=True)
+class State:
+    """What the options before the command say; the configuration is read when a command first needs it."""
+
+    config: Path
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The configuration."""
+        return load_settings(self.config)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on standard output."""
+    sys.stdout.write(json.dumps(value, default=str, ensure_ascii=False) + "\n")
+
+
+def print_lines(lines: list[str]) -> None:
+    """Plain lines on standard output, for pipes."""
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def print_table(title: str | None, columns: list[str], rows: list[list[str]], *, right: tuple[int, ...] = ()) -> None:
+    """A table on standard output; ``right`` names the columns of numbers."""
+    table = Table(title=title, title_justify="left")
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table, markup=False)

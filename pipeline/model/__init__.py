@@ -1,0 +1,1 @@
+"""The model: backbone, compressor, encoder, bundle, training."""

@@ -1,0 +1,143 @@
+"""The backbone: the first layers of any Hugging Face AutoModel, and how its token states become one vector."""
+
+import importlib.resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from schemas.bundle import Pooling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGE = "package:"
+
+
+def locate(name: str) -> str:
+    """A Hugging Face id or a path as it is; ``package:NAME/FOLDER`` as the folder inside that Python package.
+
+    Raises:
+        UserError: the package is not installed, or has no such folder.
+    """
+    if not name.startswith(PACKAGE):
+        return name
+    package, _, folder = name.removeprefix(PACKAGE).partition("/")
+    try:
+        path = Path(str(importlib.resources.files(package))) / folder
+    except ModuleNotFoundError:
+        raise UserError(f"train.backbone {name!r}: the package {package} is not installed") from None
+    if not (path / "config.json").is_file():
+        raise UserError(f"train.backbone {name!r}: {path} holds no config.json")
+    return str(path)
+
+
+def load_backbone(name: str, *, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+    """An AutoModel by id, path or ``package:`` name, in evaluation mode. Remote code is never run.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    from transformers import AutoModel  # noqa: PLC0415 - half a second that only those who load a model pay
+
+    try:
+        model: PreTrainedModel = AutoModel.from_pretrained(locate(name), dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load backbone {name!r}: {str(error).splitlines()[0]}") from None
+    model.train(mode=False)
+    return model
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """The fast tokenizer of a backbone.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the tokenizer of {name!r}: {str(error).splitlines()[0]}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"backbone {name!r} has no fast tokenizer (tokenizer.json), which the pipeline needs")
+    return tokenizer
+
+
+def blocks(model: "PreTrainedModel") -> tuple[nn.Module, str, nn.ModuleList]:
+    """The stack of layers: its owner, its name there, and the list itself.
+
+    Raises:
+        UserError: no list of ``num_hidden_layers`` modules is found.
+    """
+    wanted = model.config.num_hidden_layers
+    for owner in model.modules():
+        for name, child in owner.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == wanted:
+                return owner, name, child
+    raise UserError(f"{type(model).__name__} has no list of {wanted} layers: it cannot be truncated")
+
+
+def truncate(model: "PreTrainedModel", layers: int) -> "PreTrainedModel":
+    """Drop every block after the first ``layers``, in place: what is not needed is not computed nor saved.
+
+    Raises:
+        UserError: the model has fewer blocks.
+    """
+    owner, name, stack = blocks(model)
+    if layers > len(stack):
+        raise UserError(f"{layers} layers are to be kept, the backbone has {len(stack)}")
+    setattr(owner, name, stack[:layers])
+    config = model.config
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return model
+
+
+class HiddenStates(nn.Module):
+    """Token states after the last kept block.
+
+    Equal to ``hidden_states[layers_kept]`` of the whole model: for a truncated decoder that is the state before
+    the final norm, which belongs to the layers that were cut off.
+
+    Args:
+        model: a truncated backbone.
+        whole: whether no layer was cut off; then the model's own final norm applies.
+    """
+
+    def __init__(self, model: "PreTrainedModel", *, whole: bool) -> None:
+        super().__init__()
+        self.model = model
+        self._whole = whole
+        self._state: Tensor | None = None
+        if not whole:
+            blocks(model)[2][-1].register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        self._state = output[0] if isinstance(output, tuple) else output
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states [n, t, D] of token ids [n, t] with mask [n, t], 1 for tokens and 0 for padding."""
+        last: Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        if self._whole:
+            return last
+        state, self._state = self._state, None
+        if state is None:
+            raise RuntimeError("the last kept block was not run")
+        return state
+
+
+def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """One float32 vector per text: [n, t, D], mask [n, t] to [n, D]. Padding is on the right."""
+    states = states.float()
+    if pooling == "cls":
+        return states[:, 0]
+    if pooling == "last":
+        last = mask.sum(dim=1) - 1
+        return states[torch.arange(len(states), device=states.device), last]
+    weights = mask.unsqueeze(-1).to(states.dtype)
+    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)

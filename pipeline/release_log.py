@@ -1,0 +1,95 @@
+"""The release log: a small Delta table beside the feature table, where every reader starts."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
+
+from pipeline.errors import UserError
+from pipeline.storage import Storage, join
+from schemas.release import RELEASES, Release
+
+# An underscore keeps the log out of what Delta and Spark take for data of the feature table.
+FOLDER = "_releases"
+
+log = logging.getLogger(__name__)
+
+
+def read_releases(storage: Storage, table_uri: str) -> list[Release]:
+    """Every release of a feature table, oldest first; empty before the first."""
+    table = _open(storage, table_uri)
+    if table is None:
+        return []
+    rows = table.to_pyarrow_table().to_pylist()
+    releases = [Release.model_validate({**row, "seconds": dict(row["seconds"])}) for row in rows]
+    return sorted(releases, key=lambda release: (release.created_at, release.release_id))
+
+
+def newest(releases: Iterable[Release], *, ds: str | None = None) -> Release | None:
+    """The release of the latest ds, or of one ds; published last among several of the same ds.
+
+    A backfill of an old day therefore never becomes what readers of the newest day see.
+    """
+    matching = [release for release in releases if ds is None or release.ds == ds]
+    return max(matching, key=lambda r: (r.ds, r.created_at, r.release_id), default=None)
+
+
+def find_release(storage: Storage, table_uri: str, *, ds: str | None = None, release_id: str | None = None) -> Release:
+    """One release by id, by date, or the newest.
+
+    Raises:
+        UserError: there is none; the message says what there is.
+    """
+    releases = read_releases(storage, table_uri)
+    if not releases:
+        raise UserError(f"no release at {table_uri} yet; the nightly run publishes one")
+    if release_id is not None:
+        found = next((release for release in releases if release.release_id == release_id), None)
+        wanted = f"release {release_id}"
+    else:
+        found = newest(releases, ds=ds)
+        wanted = f"release of {ds}"
+    if found is None:
+        days = sorted({release.ds for release in releases})
+        raise UserError(f"no {wanted} at {table_uri}; there are {len(releases)} releases of {days[0]} to {days[-1]}")
+    if ds is not None and found.ds != ds:
+        raise UserError(f"release {release_id} is of {found.ds}, not of {ds}")
+    return found
+
+
+def append(storage: Storage, table_uri: str, release: Release) -> bool:
+    """Publish a release: one atomic commit. Says whether this call made it.
+
+    The plan's id travels as Delta transaction ``(plan_id, n)``, n = how often the plan was published before:
+    of two runs that publish the same plan at once, one commits and the other finds it done.
+    """
+    uri = join(table_uri, FOLDER)
+    DeltaTable.create(uri, schema=RELEASES, mode="ignore", storage_options=storage.delta_options())
+    table = DeltaTable(uri, storage_options=storage.delta_options())
+    published = table.transaction_version(release.plan_id) or 0
+    properties = CommitProperties(app_transactions=[Transaction(release.plan_id, published + 1)])
+    try:
+        write_deltalake(table, _row(release), mode="append", commit_properties=properties)
+    except CommitFailedError:
+        again = DeltaTable(uri, storage_options=storage.delta_options()).transaction_version(release.plan_id) or 0
+        if again > published:
+            log.info("plan %s was published by another run a moment ago", release.plan_id)
+            return False
+        raise
+    return True
+
+
+def _open(storage: Storage, table_uri: str) -> DeltaTable | None:
+    try:
+        return DeltaTable(join(table_uri, FOLDER), storage_options=storage.delta_options())
+    except TableNotFoundError:
+        return None
+
+
+def _row(release: Release) -> pa.Table:
+    row: dict[str, Any] = release.model_dump()
+    row["seconds"] = list(row["seconds"].items())
+    return pa.Table.from_pylist([row], schema=RELEASES)

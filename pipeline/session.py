@@ -1,0 +1,151 @@
+"""The Spark session, and running one function per bucket on it: the only room of the library that imports pyspark."""
+
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+from py4j.protocol import Py4JJavaError
+from pyspark import SparkConf, SparkContext, TaskContext
+from pyspark.errors import PySparkException
+from pyspark.sql import SparkSession
+
+from pipeline import errors
+from pipeline.config import SparkSettings
+from pipeline.resources import TaskResources
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+PROGRESS_SECONDS = 10.0
+# Texts can be long: a batch of Spark's default 10,000 rows may be gigabytes.
+DEFAULTS = {
+    "spark.sql.execution.arrow.maxRecordsPerBatch": "2000",
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.sources.partitionColumnTypeInference.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
+    "spark.ui.enabled": "false",
+    # One bucket is one task; what a retry repeats is small.
+    "spark.task.maxFailures": "4",
+}
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def spark_session(settings: SparkSettings, *, name: str) -> Iterator[SparkSession]:
+    """A session that is stopped afterwards. Under spark-submit, its master and settings win over ours."""
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    # Python workers fork: a tokenizer's thread pool would not survive that.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    submitted = "PYSPARK_GATEWAY_PORT" in os.environ
+    if submitted:
+        # Connects to spark-submit's JVM, so that SparkConf knows what was given there.
+        SparkContext._ensure_initialized()
+    conf = SparkConf().setAppName(name)
+    for key, value in {**DEFAULTS, **settings.conf}.items():
+        conf.setIfMissing(key, value)
+    conf.setIfMissing("spark.master", settings.master)
+    spark = SparkSession.builder.config(conf=conf).getOrCreate()
+    spark.sparkContext.setLogLevel("ERROR")
+    try:
+        with worker_errors():
+            yield spark
+    finally:
+        spark.stop()
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Raise what a Python worker raised on purpose as itself, not as the Java exception that carried it here."""
+    try:
+        yield
+    except (Py4JJavaError, PySparkException) as error:
+        found = re.search(r"pipeline\.errors\.(\w+): (.+)", str(error))
+        kind = getattr(errors, found[1], None) if found else None
+        if found is None or kind is None:
+            raise
+        raise kind(found[2].strip()) from None
+
+
+def run_buckets(
+    spark: SparkSession,
+    function: Callable[[T, TaskResources], R],
+    tasks: Sequence[T],
+    *,
+    label: str,
+    weight: Callable[[T], int],
+    unit: str,
+) -> list[R]:
+    """Run one Spark task per bucket, heaviest first, logging progress by weight; results in no particular order.
+
+    Args:
+        spark: the session.
+        function: what to do with one task; it runs in a Python worker.
+        tasks: picklable, one per bucket.
+        label: name of the stage in the log.
+        weight: size of a task in ``unit`` (tokens, rows): progress counts these, because items lie.
+        unit: name of what ``weight`` counts.
+    """
+    if not tasks:
+        return []
+    context = spark.sparkContext
+    ordered = sorted(tasks, key=weight, reverse=True)
+    total, done, finished = sum(map(weight, ordered)), context.accumulator(0), context.accumulator(0)
+
+    def work(task: T) -> R:
+        result = function(task, task_resources())
+        done.add(weight(task))
+        finished.add(1)
+        return result
+
+    # One element per partition; pickled one by one, so that a large task never waits for a batch.
+    mapped = context.parallelize(ordered, len(ordered)).map(work)
+    started = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(mapped.collect)
+        try:
+            while not _finished(future):
+                _log_progress(label, unit, done.value, total, finished.value, len(ordered), time.monotonic() - started)
+        except BaseException:
+            context.cancelAllJobs()
+            raise
+        return future.result()
+
+
+def task_resources() -> TaskResources:
+    """The resources of the task that this Python worker is running."""
+    task = TaskContext.get()
+    if task is None:
+        return TaskResources(cpus=os.cpu_count() or 1, gpu=None)
+    gpu = task.resources().get("gpu")
+    return TaskResources(cpus=task.cpus(), gpu=gpu.addresses[0] if gpu and gpu.addresses else None)
+
+
+def _finished(future: Future[list[R]]) -> bool:
+    try:
+        future.exception(timeout=PROGRESS_SECONDS)
+    except TimeoutError:
+        return False
+    return True
+
+
+def _log_progress(label: str, unit: str, done: int, total: int, finished: int, buckets: int, seconds: float) -> None:
+    share = done / total if total else 1.0
+    left = f", about {seconds / share - seconds:,.0f} s left" if share > 0 else ""
+    log.info(
+        "%s: %d of %d buckets, %s of %s %s (%.0f %%)%s",
+        label,
+        finished,
+        buckets,
+        f"{done:,}",
+        f"{total:,}",
+        unit,
+        100 * share,
+        left,
+    )

@@ -1,0 +1,56 @@
+"""Verify: check a published release against its files, checksums, schema and index, byte by byte."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from pipeline import feature_table
+from pipeline.errors import PipelineError
+from pipeline.integrity import check_file
+from pipeline.model.bundle import check_bundle, open_bundle
+from pipeline.reader import OpenRelease
+from pipeline.storage import Storage
+from schemas.release import Release
+
+
+def verify(storage: Storage, release: Release, *, table_uri: str) -> list[str]:
+    """Everything that is wrong with a release, each sentence naming the file; empty when it is whole."""
+    problems = list(_file_problems(storage, release, table_uri))
+    if not problems:
+        problems += _content_problems(storage, release, table_uri)
+    return problems
+
+
+def _file_problems(storage: Storage, release: Release, table_uri: str) -> Iterator[str]:
+    for file in release.table_files:
+        if problem := check_file(storage, table_uri, file):
+            yield problem
+    for file in release.index_files:
+        if problem := check_file(storage, release.index_uri, file):
+            yield problem
+    if problem := check_file(storage, release.bundle_uri, release.bundle_file):
+        yield problem
+        return
+    try:
+        yield from check_bundle(storage, open_bundle(storage, release.bundle_uri))
+    except PipelineError as error:
+        yield str(error)
+
+
+def _content_problems(storage: Storage, release: Release, table_uri: str) -> Iterator[str]:
+    rows, row_ids = 0, []
+    for file in release.table_files:
+        table = feature_table.read_rows(storage, table_uri, file, columns=["row_id", "bundle"])
+        rows += table.num_rows
+        row_ids.append(table["row_id"].to_numpy())
+        if table.num_rows != file.rows:
+            yield f"{file.path} has {table.num_rows:,} rows, the release says {file.rows:,}"
+        if table["bundle"].unique().to_pylist() != [release.bundle]:
+            yield f"{file.path} holds vectors of another bundle than {release.bundle}"
+    if rows != release.items:
+        yield f"the table holds {rows:,} rows, the release says {release.items:,} items"
+    in_table = np.sort(np.concatenate(row_ids))
+    in_index = np.sort(OpenRelease(release, uri=table_uri, storage=storage).index_row_ids())
+    if not np.array_equal(in_table, in_index):
+        extra, missing = np.setdiff1d(in_index, in_table).size, np.setdiff1d(in_table, in_index).size
+        yield f"the index holds {extra:,} ids that the table does not, and lacks {missing:,}"

@@ -1,0 +1,144 @@
+"""The work area of one plan: where stages leave what they hand over, keyed by plan_id and bucket."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from pipeline.errors import UserError
+from pipeline.storage import Storage, join
+from schemas.files import Contract
+from schemas.plan import Plan
+from schemas.receipt import AuditReport, IndexReceipt, Receipt
+
+C = TypeVar("C", bound=Contract)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Reads and writes the hand-overs of one plan. Picklable: Spark tasks carry it."""
+
+    storage: Storage
+    root: str
+    plan_id: str
+
+    @property
+    def uri(self) -> str:
+        """Folder of this plan."""
+        return join(self.root, "plans", self.plan_id)
+
+    @property
+    def quarantine_uri(self) -> str:
+        """Folder of the quarantine's Parquet files."""
+        return join(self.uri, "quarantine")
+
+    def items_uri(self, bucket: int) -> str:
+        """Parquet file of a planned bucket's items."""
+        return join(self.uri, "items", f"{bucket:05d}.parquet")
+
+    def read_plan(self) -> Plan | None:
+        """The plan, once it is made."""
+        return self._read(Plan, "plan.json")
+
+    def require_plan(self) -> Plan:
+        """The plan.
+
+        Raises:
+            UserError: the plan stage has not finished.
+        """
+        plan = self.read_plan()
+        if plan is None:
+            raise UserError(f"no plan {self.plan_id} under {self.root}; run the plan stage first")
+        return plan
+
+    def write_plan(self, plan: Plan) -> Plan:
+        """Record the plan; of two runs that made the same plan at once, the first one's stands."""
+        uri = join(self.uri, "plan.json")
+        if not self.storage.create(uri, _json(plan)):
+            earlier = self.read_plan()
+            if earlier is not None:
+                return earlier
+            self.storage.write(uri, _json(plan))
+        return plan
+
+    def read_receipts(self, plan: Plan) -> dict[int, Receipt]:
+        """Receipts of the buckets that are done, by bucket."""
+        found = {}
+        for stored in self.storage.list(join(self.uri, "receipts")):
+            receipt = _parse(Receipt, self.storage.read(stored.uri))
+            if receipt and (receipt.plan_id, receipt.bundle) == (plan.plan_id, plan.bundle):
+                found[receipt.bucket] = receipt
+        return found
+
+    def require_receipts(self, plan: Plan) -> list[Receipt]:
+        """Receipts of every bucket of the plan, in bucket order.
+
+        Raises:
+            UserError: the encode stage has not finished.
+        """
+        found = self.read_receipts(plan)
+        missing = [work.bucket for work in plan.work if work.bucket not in found]
+        if missing:
+            raise UserError(f"plan {plan.plan_id}: no receipt for buckets {missing[:10]}; run the encode stage first")
+        return [found[work.bucket] for work in plan.work]
+
+    def write_receipt(self, receipt: Receipt) -> None:
+        """Record what a bucket's worker did, after its file is in place."""
+        self.storage.write(join(self.uri, "receipts", f"{receipt.bucket:05d}.json"), _json(receipt))
+
+    def read_audit(self) -> AuditReport | None:
+        """The audit's verdict."""
+        return self._read(AuditReport, "audit.json")
+
+    def write_audit(self, report: AuditReport) -> None:
+        """Record the audit's verdict."""
+        self.storage.write(join(self.uri, "audit.json"), _json(report))
+
+    def read_index(self) -> IndexReceipt | None:
+        """What the index stage built."""
+        return self._read(IndexReceipt, "index.json")
+
+    def write_index(self, receipt: IndexReceipt) -> None:
+        """Record what the index stage built."""
+        self.storage.write(join(self.uri, "index.json"), _json(receipt))
+
+    def write_seconds(self, stage: str, seconds: float) -> None:
+        """Record how long a stage took; a retry that only finished the rest does not lower it."""
+        before = self.read_seconds().get(stage, 0.0)
+        value = json.dumps({"seconds": max(before, seconds)}).encode()
+        self.storage.write(join(self.uri, "seconds", f"{stage}.json"), value)
+
+    def read_seconds(self) -> dict[str, float]:
+        """Wall time by stage so far."""
+        found = {}
+        for stored in self.storage.list(join(self.uri, "seconds")):
+            stage = stored.uri.rsplit("/", 1)[1].removesuffix(".json")
+            found[stage] = float(json.loads(self.storage.read(stored.uri))["seconds"])
+        return found
+
+    def _read(self, model: type[C], name: str) -> C | None:
+        try:
+            return _parse(model, self.storage.read(join(self.uri, name)))
+        except FileNotFoundError:
+            return None
+
+
+def receipts_digest(receipts: Sequence[Receipt]) -> str:
+    """Names an exact set of files: audit, index and release must all have seen the same one."""
+    named = sorted((r.bucket, r.file.sha256 if r.file else "") for r in receipts)
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]
+
+
+def _json(model: Contract) -> bytes:
+    return model.model_dump_json(indent=1).encode()
+
+
+def _parse(model: type[C], data: bytes) -> C | None:
+    # What an older format or a dying disk left behind is as good as not there: the stage runs again.
+    try:
+        return model.model_validate_json(data)
+    except ValidationError:
+        return None

@@ -1,0 +1,118 @@
+"""A plan: what one run will do, bucket by bucket."""
+
+from datetime import datetime
+
+from schemas.files import Contract, PublishedFile
+
+FORMAT_VERSION = 1
+
+
+class SourceFile(Contract):
+    """One file of the day's catalogue; ``digest`` is its SHA-256, or the store's ETag."""
+
+    uri: str
+    bytes: int
+    digest: str
+
+
+class BucketPlan(Contract):
+    """The work of one bucket.
+
+    Attributes:
+        bucket: number, ``0 <= bucket < plan.buckets``.
+        items: rows that the bucket's file will hold = new + changed + unchanged.
+        new, changed, unchanged, deleted: against the base release.
+        tokens: tokens that the new and changed texts cost, special tokens included, truncated at the
+            bundle's maximum; estimated from a sample in large buckets.
+        characters: characters of the same texts.
+        previous: files of the base release that unchanged vectors are carried over from.
+    """
+
+    bucket: int
+    items: int
+    new: int
+    changed: int
+    unchanged: int
+    deleted: int
+    tokens: int
+    characters: int
+    previous: tuple[PublishedFile, ...] = ()
+
+    @property
+    def to_encode(self) -> int:
+        """Items whose vector must be computed."""
+        return self.new + self.changed
+
+
+class Plan(Contract):
+    """What a run will do; everything written before the release is keyed by its ``plan_id``.
+
+    Attributes:
+        plan_id: hash of ds, catalogue, bundle, template and table settings.
+        ds: date of the snapshot, ``YYYY-MM-DD``.
+        created_at: when the plan was made.
+        catalogue: files that were read, with digests.
+        bundle: version of the bundle that encodes.
+        bundle_uri: folder of that bundle.
+        dim: length d of the vectors.
+        template: text template that was rendered.
+        buckets: number of buckets of the table.
+        base_release: release that the catalogue was compared with; None on the first night.
+        rows_read: rows in the catalogue, good or not.
+        quarantined: rows in the quarantine, by reason.
+        work: one entry per bucket that holds or held items.
+        tokens_exact: False where ``tokens`` is estimated from a sample.
+        tokens_per_second: measured by the last run that encoded with this bundle; None before the first.
+    """
+
+    format_version: int = FORMAT_VERSION
+    plan_id: str
+    ds: str
+    created_at: datetime
+    catalogue: tuple[SourceFile, ...]
+    bundle: str
+    bundle_uri: str
+    dim: int
+    template: str
+    buckets: int
+    base_release: str | None
+    rows_read: int
+    quarantined: dict[str, int]
+    work: tuple[BucketPlan, ...]
+    tokens_exact: bool
+    tokens_per_second: float | None
+
+    @property
+    def items(self) -> int:
+        """Items that the release will hold."""
+        return sum(b.items for b in self.work)
+
+    @property
+    def new(self) -> int:
+        """Items that the base release does not hold."""
+        return sum(b.new for b in self.work)
+
+    @property
+    def changed(self) -> int:
+        """Items whose text, or whose bundle, changed."""
+        return sum(b.changed for b in self.work)
+
+    @property
+    def unchanged(self) -> int:
+        """Items whose vector is carried over."""
+        return sum(b.unchanged for b in self.work)
+
+    @property
+    def deleted(self) -> int:
+        """Items of the base release that are gone from the catalogue."""
+        return sum(b.deleted for b in self.work)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that will be encoded."""
+        return sum(b.tokens for b in self.work)
+
+    @property
+    def seconds(self) -> float | None:
+        """Estimated encode time from measured throughput; None before the first measurement."""
+        return None if not self.tokens_per_second else self.tokens / self.tokens_per_second

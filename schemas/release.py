@@ -1,0 +1,134 @@
+"""A release: one published generation of table, index and bundle."""
+
+from datetime import datetime
+
+import pyarrow as pa
+
+from schemas.files import Contract, PublishedFile
+
+FORMAT_VERSION = 1
+
+
+class Release(Contract):
+    """One row of the release log; everything a reader needs to open the generation and to trust it.
+
+    Attributes:
+        release_id: sorts by time of publication.
+        ds: date of the snapshot.
+        created_at: when it was published.
+        plan_id: the plan that made it.
+        supersedes: release that was newest for the same ds before; None for the first.
+        table_uri, table_version: Delta table and the version that made the files visible.
+        table_files: Parquet files of the snapshot, relative to ``table_uri``.
+        dim, buckets, template: table settings.
+        bundle, bundle_uri, bundle_file: version and folder of the bundle; its ``bundle.json``, whose
+            checksum covers every other file of the folder.
+        index_uri, index_files, index_factory, index_nprobe: FAISS index.
+        k, recall, recall_queries: measured recall@k against exact search.
+        items, new, changed, reused, deleted, quarantined: counts; ``reused`` are vectors carried over.
+        encoded, tokens: texts and tokens that went through the model.
+        quarantine_uri: folder of the quarantine's Parquet files; None when it is empty.
+        mean, variance, drift, quarantined_fraction: audit figures.
+        seconds: wall time by stage.
+        tokens_per_second: throughput of the encode stage; None when nothing was encoded.
+    """
+
+    format_version: int = FORMAT_VERSION
+    release_id: str
+    ds: str
+    created_at: datetime
+    plan_id: str
+    supersedes: str | None
+    table_uri: str
+    table_version: int
+    table_files: tuple[PublishedFile, ...]
+    dim: int
+    buckets: int
+    template: str
+    bundle: str
+    bundle_uri: str
+    bundle_file: PublishedFile
+    index_uri: str
+    index_files: tuple[PublishedFile, ...]
+    index_factory: str
+    index_nprobe: int | None
+    k: int
+    recall: float
+    recall_queries: int
+    items: int
+    new: int
+    changed: int
+    reused: int
+    deleted: int
+    quarantined: int
+    encoded: int
+    tokens: int
+    quarantine_uri: str | None
+    mean: tuple[float, ...]
+    variance: float
+    drift: float | None
+    quarantined_fraction: float
+    seconds: dict[str, float]
+    tokens_per_second: float | None
+
+    def facts(self) -> dict[str, object]:
+        """What a scheduler or a script wants to know of a release: the fields of ``marc run --json``."""
+        names = (
+            "release_id", "ds", "table_version", "bundle", "items", "new", "changed", "reused", "deleted",
+            "quarantined", "tokens", "recall", "seconds", "table_uri", "index_uri",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+
+_FILE = pa.struct(
+    [
+        ("path", pa.string()),
+        ("bytes", pa.int64()),
+        ("rows", pa.int64()),
+        ("sha256", pa.string()),
+        ("blocks", pa.string()),
+    ]
+)
+
+RELEASES = pa.schema(
+    [
+        ("format_version", pa.int32()),
+        ("release_id", pa.string()),
+        ("ds", pa.string()),
+        ("created_at", pa.timestamp("us", tz="UTC")),
+        ("plan_id", pa.string()),
+        ("supersedes", pa.string()),
+        ("table_uri", pa.string()),
+        ("table_version", pa.int64()),
+        ("table_files", pa.list_(_FILE)),
+        ("dim", pa.int32()),
+        ("buckets", pa.int32()),
+        ("template", pa.string()),
+        ("bundle", pa.string()),
+        ("bundle_uri", pa.string()),
+        ("bundle_file", _FILE),
+        ("index_uri", pa.string()),
+        ("index_files", pa.list_(_FILE)),
+        ("index_factory", pa.string()),
+        ("index_nprobe", pa.int32()),
+        ("k", pa.int32()),
+        ("recall", pa.float64()),
+        ("recall_queries", pa.int32()),
+        ("items", pa.int64()),
+        ("new", pa.int64()),
+        ("changed", pa.int64()),
+        ("reused", pa.int64()),
+        ("deleted", pa.int64()),
+        ("quarantined", pa.int64()),
+        ("encoded", pa.int64()),
+        ("tokens", pa.int64()),
+        ("quarantine_uri", pa.string()),
+        ("mean", pa.list_(pa.float64())),
+        ("variance", pa.float64()),
+        ("drift", pa.float64()),
+        ("quarantined_fraction", pa.float64()),
+        ("seconds", pa.map_(pa.string(), pa.float64())),
+        ("tokens_per_second", pa.float64()),
+    ]
+)
+"""The release log: a small Delta table beside the feature table."""

@@ -1,0 +1,42 @@
+"""What the tests share: one Spark session, one tiny bundle, and where the real data lies."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = REPOSITORY.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the repository."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def netflix() -> Path:
+    """A real catalogue of 7,787 titles; tests that want it skip where it is not."""
+    path = SHARED / "data" / "netflix_titles.csv"
+    if not path.is_file():
+        pytest.skip("the real catalogue shared/data/netflix_titles.csv is not beside this checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def spark() -> "Iterator[SparkSession]":
+    """One Spark session for the whole run: starting one takes seconds."""
+    from pipeline.config import SparkSettings
+    from pipeline.session import spark_session
+
+    with spark_session(SparkSettings(master="local[2]"), name="tests") as session:
+        yield session

@@ -4,12 +4,12 @@
 #   docker build -f docker/airflow.Dockerfile -t marc-airflow .        (from the root of the repository)
 #
 # Jobs run in client mode, so this image holds what a driver needs: Java, the jars for s3a, and every extra of
-# the project. "model" is among them although encoding happens on the workers, because training runs its model
-# in the driver and the encode job loads a bundle there before it hands out tasks.
+# the project. "model" is among them although encoding happens on the workers: training runs its model in the
+# driver, and a driver imports the modules that its tasks run.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 
-# The driver has no GPU: torch without CUDA, about 4 GB smaller.
+# The driver has no GPU: torch without the CUDA libraries, which weigh several GB.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 ARG MAVEN_URL=https://repo1.maven.org/maven2
 
@@ -50,6 +50,7 @@ COPY marc.yaml ./
 ENV AIRFLOW_HOME=/opt/airflow \
     AIRFLOW__CORE__DAGS_FOLDER=/opt/marc/dags \
     AIRFLOW__CORE__LOAD_EXAMPLES=false \
+    MARC_CONFIG=/opt/marc/marc.yaml \
     PYTHONPATH=/opt/marc
 USER 50000
 EXPOSE 8080

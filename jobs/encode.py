@@ -5,5 +5,8 @@ from pipeline.run import encode_stage
 from pipeline.session import spark_session
 
 if __name__ == "__main__":
-    with job(__doc__) as called, spark_session(called.settings.spark, name=f"marc encode {called.ds}") as spark:
+    with (
+        job(__doc__) as called,
+        spark_session(called.settings.spark, name=f"marc encode {called.ds}", gpu_tasks=True) as spark,
+    ):
         encode_stage(spark, called.settings, called.plan_id)

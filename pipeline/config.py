@@ -1,5 +1,6 @@
 """Settings: ``marc.yaml``, overridden by ``MARC_…`` variables; unknown keys are errors."""
 
+import os
 import string
 from datetime import date
 from pathlib import Path
@@ -90,7 +91,7 @@ class TrainSettings(Section):
         description="Hugging Face id, a path, or package:NAME/FOLDER for weights inside a Python package.",
     )
     compressor: Literal["pca"] = "pca"
-    layers: int | None = Field(None, ge=1, description="Blocks to keep; default: the middle layer.")
+    layers: int | None = Field(None, ge=1, description="Blocks of the backbone to keep; default: all.")
     pooling: Pooling = "mean"
     max_tokens: int = Field(256, ge=2)
     dim: int = Field(64, ge=1)
@@ -153,6 +154,11 @@ class Settings(BaseSettings):
     def catalogue_uri(self, ds: str) -> str:
         """The catalogue of one day."""
         return self.catalogue.uri.format(ds=ds)
+
+
+def default_config(path: str = "") -> Path:
+    """The configuration file to use: the one given, else that of ``MARC_CONFIG``, else the project's own."""
+    return Path(path or os.environ.get("MARC_CONFIG") or Path(__file__).resolve().parent.parent / DEFAULT_CONFIG)
 
 
 def load_settings(path: str | Path = DEFAULT_CONFIG) -> Settings:

@@ -342,7 +342,8 @@ def _assemble(
     for summary in summaries:
         quarantined.update(summary.quarantined)
     work = sorted((s.work for s in summaries if s.work), key=lambda b: b.bucket)
-    measured = [r.tokens_per_second for r in releases if r.bundle == context.bundle and r.tokens_per_second]
+    # The largest run says most: in a small one, loading the model outweighs the tokens.
+    measured = max((r for r in releases if r.bundle == context.bundle), key=lambda r: r.tokens, default=None)
     return Plan(
         plan_id=identity.plan_id,
         ds=identity.ds,
@@ -358,5 +359,5 @@ def _assemble(
         quarantined=dict(sorted(quarantined.items())),
         work=tuple(b for b in work if b.items or b.deleted),
         tokens_exact=all(summary.exact for summary in summaries),
-        tokens_per_second=measured[-1] if measured else None,
+        tokens_per_second=measured.tokens_per_second if measured else None,
     )

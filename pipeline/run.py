@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from pipeline.config import Settings, TrainSettings, describe
+from pipeline.config import Settings, TrainSettings, default_config, describe, load_settings, parse_ds
 from pipeline.errors import Superseded, UserError
 from pipeline.storage import Storage
 from pipeline.workspace import Workspace, receipts_digest
@@ -214,7 +214,7 @@ def run_all(settings: Settings, *, ds: str) -> Outcome:
     if already is not None:
         log.info("plan %s is release %s already: nothing to do", identity.plan_id, already.release_id)
         return Outcome(release=already, fresh=False)
-    with spark_session(settings.spark, name=f"marc run {ds}") as spark:
+    with spark_session(settings.spark, name=f"marc run {ds}", gpu_tasks=True) as spark:
         plan_stage(spark, settings, identity)
         encode_stage(spark, settings, identity.plan_id)
         audit_stage(spark, settings, identity.plan_id)
@@ -265,3 +265,33 @@ def train_bundle(settings: Settings, *, ds: str, overrides: Mapping[str, object]
         bundle_uri=settings.bundle_uri,
         resources=TaskResources(cpus=os.cpu_count() or 1),
     )
+
+
+def identify_for_scheduler(*, ds: str, config: str) -> dict[str, str]:
+    """What a scheduler hands from task to task: ds, configuration, plan_id, and the release if there is one.
+
+    Args:
+        ds: date of the snapshot.
+        config: configuration file; empty for the default.
+
+    Raises:
+        UserError: bad date or configuration, no catalogue, no bundle.
+    """
+    path = default_config(config)
+    settings = load_settings(path)
+    identity = identify(settings, ds=parse_ds(ds))
+    release = published(settings, identity)
+    return {
+        "ds": ds,
+        "config": str(path.resolve()),
+        "plan_id": identity.plan_id,
+        "published": release.release_id if release else "",
+    }
+
+
+def release_facts(*, ds: str, config: str) -> dict[str, Any]:
+    """Facts of the newest release of a date, as ``marc run --json`` gives them."""
+    from pipeline import release_log
+
+    settings = load_settings(config)
+    return release_log.find_release(storage_of(settings), settings.table_uri, ds=ds).facts()

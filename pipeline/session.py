@@ -23,6 +23,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 PROGRESS_SECONDS = 10.0
+SHARED_GPU = "0.01"
 # Texts can be long: a batch of Spark's default 10,000 rows may be gigabytes.
 DEFAULTS = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": "2000",
@@ -30,6 +31,7 @@ DEFAULTS = {
     "spark.sql.sources.partitionColumnTypeInference.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
     "spark.ui.enabled": "false",
+    "spark.log.level": "ERROR",
     # One bucket is one task; what a retry repeats is small.
     "spark.task.maxFailures": "4",
 }
@@ -38,8 +40,15 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def spark_session(settings: SparkSettings, *, name: str) -> Iterator[SparkSession]:
-    """A session that is stopped afterwards. Under spark-submit, its master and settings win over ours."""
+def spark_session(settings: SparkSettings, *, name: str, gpu_tasks: bool = False) -> Iterator[SparkSession]:
+    """A session that is stopped afterwards. Under spark-submit, its master and settings win over ours.
+
+    Args:
+        settings: master and configuration.
+        name: of the application.
+        gpu_tasks: whether every task takes a whole GPU, where executors bring GPUs. Other stages share them,
+            so that a GPU does not hold their tasks to one at a time.
+    """
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     # Python workers fork: a tokenizer's thread pool would not survive that.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -51,8 +60,9 @@ def spark_session(settings: SparkSettings, *, name: str) -> Iterator[SparkSessio
     for key, value in {**DEFAULTS, **settings.conf}.items():
         conf.setIfMissing(key, value)
     conf.setIfMissing("spark.master", settings.master)
+    if conf.contains("spark.executor.resource.gpu.amount"):
+        conf.setIfMissing("spark.task.resource.gpu.amount", "1" if gpu_tasks else SHARED_GPU)
     spark = SparkSession.builder.config(conf=conf).getOrCreate()
-    spark.sparkContext.setLogLevel("ERROR")
     try:
         with worker_errors():
             yield spark

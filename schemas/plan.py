@@ -62,7 +62,7 @@ class Plan(Contract):
         quarantined: rows in the quarantine, by reason.
         work: one entry per bucket that holds or held items.
         tokens_exact: False where ``tokens`` is estimated from a sample.
-        tokens_per_second: measured by the last run that encoded with this bundle; None before the first.
+        tokens_per_second: measured by the largest run that encoded with this bundle; None before the first.
     """
 
     format_version: int = FORMAT_VERSION

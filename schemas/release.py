@@ -1,6 +1,7 @@
 """A release: one published generation of table, index and bundle."""
 
 from datetime import datetime
+from typing import Any
 
 import pyarrow as pa
 
@@ -71,7 +72,7 @@ class Release(Contract):
     seconds: dict[str, float]
     tokens_per_second: float | None
 
-    def facts(self) -> dict[str, object]:
+    def facts(self) -> dict[str, Any]:
         """What a scheduler or a script wants to know of a release: the fields of ``marc run --json``."""
         names = (
             "release_id", "ds", "table_version", "bundle", "items", "new", "changed", "reused", "deleted",

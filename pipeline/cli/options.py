@@ -18,6 +18,9 @@ MaybeDs = Annotated[str | None, typer.Option("--ds", help="Date of the snapshot;
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
+PIPE_WIDTH = 160
+
+
 @dataclass(frozen=True)
 class State:
     """What the options before the command say; the configuration is read when a command first needs it."""
@@ -44,7 +47,9 @@ def print_table(title: str | None, columns: list[str], rows: list[list[str]], *,
     """A table on standard output; ``right`` names the columns of numbers."""
     table = Table(title=title, title_justify="left")
     for place, name in enumerate(columns):
-        table.add_column(name, justify="right" if place in right else "left", overflow="fold")
+        table.add_column(name, justify="right" if place in right else "left", overflow="fold", no_wrap=place == 0)
     for row in rows:
         table.add_row(*row)
-    Console().print(table, markup=False)
+    # Into a pipe there is no terminal to fit.
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    console.print(table, markup=False)

@@ -1,9 +1,11 @@
 """Commands that read what was published: files, lookup, verify, releases, summary."""
 
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import typer
 from numpy.typing import NDArray
 
@@ -13,7 +15,11 @@ from pipeline.config import Settings, parse_ds
 from pipeline.errors import CorruptFile, UserError
 from pipeline.reader import OpenRelease, open_release
 from pipeline.storage import Storage
+from pipeline.workspace import Workspace
+from schemas.identity import row_id
 from schemas.release import Release
+
+SHOWN_CHARACTERS = 90
 
 
 def files(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) -> None:
@@ -53,14 +59,18 @@ def lookup(
         ]
         for names, scores in zip(*release.search(queries, wanted), strict=True)
     ]
+    texts = _texts(settings, release, [name for row in found for name, _ in row])
     if as_json:
-        results = [[{"item_id": name, "score": score} for name, score in row] for row in found]
+        results = [[{"item_id": name, "score": score, "text": texts.get(name)} for name, score in row] for row in found]
         print_json({"release_id": release.facts.release_id, "ds": release.facts.ds, "neighbours": results})
         return
     for number, row in enumerate(found):
-        rows = [[str(rank), name, f"{score:.4f}"] for rank, (name, score) in enumerate(row, start=1)]
+        rows = [
+            [str(rank), name, f"{score:.4f}", _shortened(texts.get(name, ""))]
+            for rank, (name, score) in enumerate(row, start=1)
+        ]
         title = f"Query {number}" if len(found) > 1 else f"Nearest to {item or text or vector}"
-        print_table(title, ["rank", "item", "score"], rows, right=(0, 2))
+        print_table(title, ["rank", "item", "score", "text"], rows, right=(0, 2))
 
 
 def verify(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) -> None:
@@ -146,6 +156,27 @@ def _example(settings: Settings, release: Release) -> str:
     names, scores = opened.search(opened.vectors([first]), min(4, release.items))
     near = ", ".join(f"{n} ({s:.3f})" for n, s in zip(names[0], scores[0], strict=True) if n != first)
     return f"marc lookup --item {first} -k 3  →  {near}"
+
+
+def _texts(settings: Settings, release: OpenRelease, ids: list[str]) -> dict[str, str]:
+    """Texts of items, as far as the work area of the release's plan still holds them."""
+    storage = _storage(settings)
+    workspace = Workspace(storage, settings.work_uri, release.facts.plan_id)
+    found: dict[str, str] = {}
+    for bucket in {row_id(item) % release.facts.buckets for item in ids}:
+        filesystem, path = storage.filesystem(workspace.items_uri(bucket))
+        try:
+            rows = pq.read_table(
+                path, filesystem=filesystem, columns=["item_id", "text"], filters=[("item_id", "in", ids)]
+            )
+        except FileNotFoundError:
+            continue
+        found.update(zip(rows["item_id"].to_pylist(), rows["text"].to_pylist(), strict=True))
+    return found
+
+
+def _shortened(text: str) -> str:
+    return shorten(text, SHOWN_CHARACTERS, placeholder=" …")
 
 
 def _counts(release: Release) -> list[int]:

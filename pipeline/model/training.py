@@ -11,7 +11,7 @@ from pipeline.config import EncodeSettings, TrainSettings
 from pipeline.model.backbone import HiddenStates, blocks, load_backbone, load_tokenizer, truncate
 from pipeline.model.bundle import Bundle, promote, save_bundle
 from pipeline.model.compressor import fit_pca, save_compressor
-from pipeline.model.encoder import Encoder, choose_device
+from pipeline.model.encoder import Encoder, choose_device, choose_dtype
 from pipeline.resources import TaskResources
 from pipeline.storage import Storage
 from schemas.bundle import BundleCard, CompressorCard
@@ -35,7 +35,7 @@ def train_pca(
         texts: rendered texts of the catalogue; identical ones count once.
         template: what they were rendered with.
         train: backbone, layers, pooling, dimensions.
-        encode: device and token budget of the pass over the texts; it always runs in float32.
+        encode: device, dtype and token budget of the pass over the texts, as in the encode stage.
         storage: access to ``bundle_uri``.
         bundle_uri: folder of bundles.
         resources: cores for the pass.
@@ -47,13 +47,14 @@ def train_pca(
     backbone = load_backbone(train.backbone)
     tokenizer = load_tokenizer(train.backbone)
     total = len(blocks(backbone)[2])
-    layers = train.layers or (total + 1) // 2
+    layers = train.layers or total
     limit = getattr(backbone.config, "max_position_embeddings", None) or train.max_tokens
     max_tokens = min(train.max_tokens, limit)
     truncate(backbone, layers)
     log.info("train: %d distinct texts through %d of %d layers of %s", len(distinct), layers, total, train.backbone)
     if encode.threads or resources.cpus:
         torch.set_num_threads(encode.threads or resources.cpus)
+    device = choose_device(encode, resources)
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.enable_truncation(max_length=max_tokens)
     encoder = Encoder(
@@ -61,8 +62,9 @@ def train_pca(
         tokenizer.backend_tokenizer,
         pooling=train.pooling,
         head=torch.nn.Identity(),
-        device=choose_device(encode, resources),
-        dtype=torch.float32,
+        device=device,
+        # As the nights will run it: the compressor is fitted on the states that it is going to see.
+        dtype=choose_dtype(encode, device),
         token_budget=encode.token_budget,
     )
     hidden = encoder.encode(distinct).vectors
@@ -70,7 +72,8 @@ def train_pca(
     log.info("train: %d of %d dimensions hold %.1f %% of the variance", train.dim, hidden.shape[1], 100 * explained)
 
     def write(folder: Path) -> BundleCard:
-        backbone.cpu().save_pretrained(folder / "backbone")
+        # Read again: the encoder may have cast its copy, and a bundle keeps the weights it was given.
+        truncate(load_backbone(train.backbone), layers).save_pretrained(folder / "backbone")
         tokenizer.save_pretrained(folder / "backbone")
         save_compressor(compressor, folder)
         return BundleCard(

@@ -1,0 +1,277 @@
+"""Settings and entry points: what is wrong is named in one line, variables win, and paths are the file's."""
+
+import datetime
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import entry
+from pipeline.config import CatalogueSettings, Settings, absolute_uri, load_settings, parse_ds, placeholders
+from pipeline.errors import CorruptFile, GateRefused, PipelineError, Superseded, UserError
+
+GOOD = 'catalogue: {uri: "in/{ds}.csv", template: "{title}. {genres}"}\n'
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a configuration file goes; no variable of the surroundings counts."""
+    import os
+
+    for name in [name for name in os.environ if name.startswith("MARC_")]:
+        monkeypatch.delenv(name)
+    return tmp_path / "marc.yaml"
+
+
+def load(path: Path, text: str) -> Settings:
+    path.write_text(text, encoding="utf-8")
+    return load_settings(path)
+
+
+def test_every_key_but_the_catalogue_has_a_default(config: Path) -> None:
+    settings = load(config, GOOD)
+    assert (settings.buckets, settings.index.k, settings.audit.max_drift) == (16, 10, 0.25)
+    assert settings.catalogue.text_columns == ["title", "genres"]
+
+
+def test_relative_paths_are_relative_to_the_file_wherever_the_process_runs(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.write_text(GOOD + "work_uri: ../scratch\nindex_uri: /absolute/index\n")
+    elsewhere = config.parent / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for settings in (load_settings(config), load_settings("../marc.yaml")):
+        assert settings.catalogue.uri == f"{config.parent}/in/{{ds}}.csv"
+        assert settings.catalogue_uri("2026-11-20") == f"{config.parent}/in/2026-11-20.csv"
+        assert settings.table_uri == f"{config.parent}/data/item_vectors"
+        assert Path(settings.work_uri).resolve() == (config.parent.parent / "scratch").resolve()
+        assert settings.index_uri == "/absolute/index"
+
+
+def test_uris_follow_the_root_unless_they_are_given(config: Path) -> None:
+    settings = load(config, GOOD + "root: s3://bucket/prefix\nbundle_uri: s3://models/marc/\n")
+    assert settings.table_uri == "s3://bucket/prefix/item_vectors"
+    assert settings.index_uri == "s3://bucket/prefix/indexes"
+    assert settings.work_uri == "s3://bucket/prefix/work"
+    assert settings.bundle_uri == "s3://models/marc"
+
+
+@pytest.mark.xfail(strict=True, reason="root keeps its trailing slash: s3://bucket/prefix//item_vectors")
+def test_a_root_may_end_in_a_slash(config: Path) -> None:
+    assert load(config, GOOD + "root: s3://bucket/prefix/\n").table_uri == "s3://bucket/prefix/item_vectors"
+
+
+def test_file_uris_and_home_folders_are_local_paths(tmp_path: Path) -> None:
+    assert absolute_uri("file:///a/b/", tmp_path) == "/a/b"
+    assert absolute_uri("~/x", tmp_path) == f"{Path.home()}/x"
+    assert absolute_uri("a/b", tmp_path) == f"{tmp_path}/a/b"
+    assert absolute_uri("s3://a/b/", tmp_path) == "s3://a/b"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + "bukets: 3\n", "unknown key bukets"),
+        (GOOD + "audit: {max_drfit: 1}\n", "unknown key audit.max_drfit"),
+        (GOOD + "index: {k: 0}\n", "index.k: Input should be greater than or equal to 1 (got 0)"),
+        (GOOD + "buckets: many\n", "buckets: Input should be a valid integer"),
+        (GOOD + "encode: {device: tpu}\n", "encode.device: Input should be 'auto', 'cpu' or 'cuda' (got 'tpu')"),
+        ("buckets: 3\n", "catalogue is missing"),
+        ("", "catalogue is missing"),
+        ('catalogue: {uri: x}\n', "catalogue.template is missing"),
+        ('catalogue: {uri: "x/{day}", template: "{t}"}\n', "only {ds} can stand in catalogue.uri, not ['day']"),
+        ("- a\n- b\n", "is no valid YAML mapping"),
+        ("catalogue: [\n", "is no valid YAML mapping"),
+        ("catalogue:\n\turi: x\n", "is no valid YAML mapping"),
+    ],
+)
+def test_a_bad_configuration_is_refused_in_one_line_that_names_file_and_key(
+    config: Path, text: str, message: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        load(config, text)
+    assert str(refused.value).startswith(str(config))
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_every_bad_key_is_named_at_once(config: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown key one; unknown key two|unknown key two; unknown key one"):
+        load(config, GOOD + "one: 1\ntwo: 2\n")
+
+
+def test_bytes_that_are_no_utf8_are_the_users_mistake(config: Path) -> None:
+    config.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="no valid YAML"):
+        load_settings(config)
+
+
+def test_a_missing_file_is_the_users_mistake(config: Path) -> None:
+    with pytest.raises(UserError, match=r"no configuration at .*marc.yaml; write one or pass --config FILE"):
+        load_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("plain text", "names no column"),
+        ("{{title}}", "names no column"),
+        ("{title", "expected '}' before end of string"),
+        ("title}", "Single '}' encountered"),
+        ("{}", "plain column names"),
+        ("{title!r}", "plain column names"),
+        ("{title:>10}", "plain column names"),
+        pytest.param(
+            "{0}",
+            "plain column names",
+            marks=pytest.mark.xfail(strict=True, reason="placeholders refuses {} but not {0}, as its docstring says"),
+        ),
+    ],
+)
+def test_a_template_that_cannot_be_rendered_is_refused(config: Path, template: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(config, f'catalogue: {{uri: x, template: "{template}"}}\n')
+
+
+names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_ ]{0,10}", fullmatch=True)
+literals = st.text(max_size=8).map(lambda text: text.replace("{", "{{").replace("}", "}}"))
+
+
+@given(st.lists(st.tuples(literals, names), min_size=1, max_size=6))
+def test_the_columns_of_a_template_are_its_placeholders_in_order(parts: list[tuple[str, str]]) -> None:
+    template = "".join(f"{literal}{{{name}}}" for literal, name in parts)
+    wanted = [name for _, name in parts]
+    assert placeholders(template) == wanted
+    columns = CatalogueSettings(uri="x", template=template).text_columns
+    assert columns == sorted(set(wanted), key=wanted.index)
+
+
+def test_variables_win_over_the_file_and_leave_their_neighbours_alone(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MARC_BUCKETS", "8")
+    monkeypatch.setenv("MARC_AUDIT__MAX_DRIFT", "0.5")
+    monkeypatch.setenv("MARC_CATALOGUE__URI", "/other/{ds}.csv")
+    monkeypatch.setenv("MARC_ROOT", "/elsewhere")
+    settings = load(config, GOOD + "buckets: 4\naudit: {max_drift: 0.1, max_deleted_fraction: 0.2}\nroot: here\n")
+    assert settings.buckets == 8
+    assert (settings.audit.max_drift, settings.audit.max_deleted_fraction) == (0.5, 0.2)
+    assert (settings.catalogue.uri, settings.catalogue.template) == ("/other/{ds}.csv", "{title}. {genres}")
+    assert settings.work_uri == "/elsewhere/work"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MARC_BUCKETS", "none", "buckets: Input should be a valid integer"),
+        ("MARC_AUDIT__MAX_DRFIT", "1", "unknown key audit.max_drfit"),
+    ],
+)
+def test_a_bad_variable_is_refused_like_a_bad_key(
+    config: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        load(config, GOOD)
+
+
+def test_settings_cannot_be_changed(config: Path) -> None:
+    settings = load(config, GOOD)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.buckets = 3
+
+
+@given(st.dates())
+def test_every_date_reads_as_itself(day: datetime.date) -> None:
+    assert parse_ds(str(day)) == str(day)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["20261120", "2026-W47-5", "2026-2-3", "2026-02-30", "", "2026-11-20T00:00:00", " 2026-11-20", "٢٠٢٦-١١-٢٠", "now"],
+)
+def test_anything_but_a_date_is_refused_with_an_example(value: str) -> None:
+    with pytest.raises(UserError, match="write YYYY-MM-DD, for example 2026-11-20"):
+        parse_ds(value)
+
+
+@given(st.text(max_size=12))
+def test_no_other_text_is_a_date(value: str) -> None:
+    try:
+        expected = datetime.datetime.strptime(value, "%Y-%m-%d").date().isoformat() == value  # noqa: DTZ007
+    except ValueError:
+        expected = False
+    if expected:
+        assert parse_ds(value) == value
+    else:
+        with pytest.raises(UserError):
+            parse_ds(value)
+
+
+@pytest.fixture
+def _logging() -> Iterator[None]:
+    """Puts back what an entry point does to logging."""
+    root, ours = logging.getLogger(), logging.getLogger("pipeline")
+    handlers, levels = root.handlers[:], (root.level, ours.level)
+    # basicConfig(force=True) closes what it finds: pytest's own handlers must not be there.
+    root.handlers.clear()
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UserError, 2), (GateRefused, 3), (CorruptFile, 1), (Superseded, 1), (PipelineError, 1)]
+)
+def test_an_error_on_purpose_becomes_one_line_and_its_exit_code(
+    caplog: pytest.LogCaptureFixture, error: type[PipelineError], code: int
+) -> None:
+    with pytest.raises(SystemExit) as left, entry.reported_errors():
+        raise error("what is wrong")
+    assert left.value.code == code
+    assert [(record.levelname, record.message, record.exc_info) for record in caplog.records] == [
+        ("ERROR", "what is wrong", None)
+    ]
+
+
+def test_any_other_error_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), entry.reported_errors():
+        raise ZeroDivisionError
+
+
+@pytest.mark.usefixtures("_logging")
+def test_a_job_reads_its_arguments_and_its_configuration(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.write_text(GOOD)
+    monkeypatch.setattr(sys, "argv", ["job", "--config", str(config), "--ds", "2026-11-20", "--plan-id", "p1"])
+    with entry.job("Does something.") as job:
+        assert (job.ds, job.plan_id, job.settings) == ("2026-11-20", "p1", load_settings(config))
+
+
+@pytest.mark.usefixtures("_logging")
+@pytest.mark.parametrize("missing", ["--ds", "--plan-id"])
+def test_a_job_without_date_or_plan_exits_with_2(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    given = [word for name in ("--ds", "--plan-id") if name != missing for word in (name, "2026-11-20")]
+    monkeypatch.setattr(sys, "argv", ["job", *given])
+    with pytest.raises(SystemExit) as left, entry.job("Does something."):
+        pass
+    assert left.value.code == 2
+
+
+@pytest.mark.usefixtures("_logging")
+def test_a_job_with_a_bad_date_exits_with_2_and_says_so_on_standard_error(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(GOOD)
+    monkeypatch.setattr(sys, "argv", ["job", "--config", str(config), "--ds", "20261120", "--plan-id", "p"])
+    with pytest.raises(SystemExit) as left, entry.job("Does something."):
+        pass
+    printed = capsys.readouterr()
+    assert left.value.code == 2
+    assert printed.out == ""
+    assert "ERROR '20261120' is no date; write YYYY-MM-DD" in printed.err

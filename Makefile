@@ -14,6 +14,7 @@ export MARC_CONFIG ?= $(CURDIR)/marc.yaml
 export AIRFLOW_HOME ?= $(CURDIR)/.airflow
 export AIRFLOW__CORE__DAGS_FOLDER ?= $(CURDIR)/dags
 export AIRFLOW__CORE__LOAD_EXAMPLES ?= False
+export AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION ?= False
 export AIRFLOW_CONN_SPARK_DEFAULT ?= {"conn_type": "spark", "host": "local[*]"}
 export HF_HUB_OFFLINE ?= 1
 AIRFLOW := PATH="$(BIN):$$PATH" $(BIN)/airflow
@@ -43,6 +44,7 @@ nightly: setup ## Run the DAG marc_nightly for DS, on the example catalogue unle
 	echo "DAG marc_nightly for $(DS); the whole log: $(NIGHT_LOG)"; \
 	$(AIRFLOW) dags test marc_nightly $(DS) 2>&1 | tee -a $(NIGHT_LOG) \
 	  | sed -un -e 's/.*\[DAG TEST\] starting task_id=\([a-z_]*\).*/task \1/p' \
+	            -e 's/^\(pipeline\.errors\.[A-Za-z]*: .*\)/  \1/p' \
 	            -e 's/^[^ ]* \[[a-z]* *\] \([0-9:]\{8\} \(INFO\|WARNING\|ERROR\) .*[^ ]\) *\[airflow\.task\.hooks.*/  \1/p' \
 	  || { echo "the night of $(DS) failed; see $(NIGHT_LOG)" >&2; exit 1; }; \
 	$(BIN)/marc summary --ds $(DS) --since $$started
@@ -63,8 +65,7 @@ ui: setup ## Start Airflow's web interface on http://127.0.0.1:8080 with the DAG
 	@$(BIN)/marc example --ds $(DS) > /dev/null
 	@$(BIN)/marc train --if-none --ds $(DS) > /dev/null
 	@echo "Airflow at http://127.0.0.1:8080, everybody on this machine is admin; stop with Ctrl-C"
-	@AIRFLOW__API__HOST=127.0.0.1 AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS=True \
-	  AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION=False $(AIRFLOW) standalone
+	@AIRFLOW__API__HOST=127.0.0.1 AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS=True $(AIRFLOW) standalone
 
 clean: ## Remove what runs and tests left (data/, .airflow/, caches), not .venv
 	@rm -rf data .airflow .mypy_cache .ruff_cache .pytest_cache .hypothesis spark-warehouse

@@ -44,8 +44,10 @@ def marc_nightly() -> None:
         from pipeline.run import identify_for_scheduler
 
         context = get_current_context()
+        # A run that was triggered without a logical date is for the day it was asked for.
+        day = context["dag_run"].logical_date or context["dag_run"].run_after
         params: Any = context["params"]
-        return identify_for_scheduler(ds=params["ds"] or context["ds"], config=params["config"])
+        return identify_for_scheduler(ds=params["ds"] or f"{day:%Y-%m-%d}", config=params["config"])
 
     @task.short_circuit
     def is_new(plan: dict[str, str]) -> bool:

@@ -44,15 +44,6 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
-class CatalogueSource:
-    """The files of one day's catalogue, with digests of their content."""
-
-    uri: str
-    format: Format
-    files: tuple[SourceFile, ...]
-
-
-@dataclass(frozen=True)
 class FileGroup:
     """Files that share one set of columns; ``columns`` maps each name to its Spark SQL type."""
 
@@ -60,18 +51,31 @@ class FileGroup:
     files: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class CatalogueSource:
+    """The files of one day's catalogue, with digests of their content, in groups that are read together."""
+
+    uri: str
+    format: Format
+    files: tuple[SourceFile, ...]
+    groups: tuple[FileGroup, ...]
+
+
 def find_source(catalogue: CatalogueSettings, uri: str, *, ds: str, storage: Storage) -> CatalogueSource:
-    """Files of the catalogue at ``uri``: a file, a folder or a glob.
+    """Files of the catalogue at ``uri``: a file, a folder or a glob. Needs no Spark, so that mistakes show at once.
 
     Raises:
-        UserError: nothing is there, or the format cannot be told.
+        UserError: nothing is there, the format cannot be told, a column is missing or cannot become text.
     """
     found = _matching(uri, storage)
     if not found:
         raise UserError(f"no catalogue for {ds}: nothing at {uri}")
     form = _format(catalogue.format, found)
     files = tuple(SourceFile(uri=o.uri, bytes=o.bytes, digest=storage.content_digest(o)) for o in found)
-    return CatalogueSource(uri=uri, format=form, files=files)
+    groups = _groups(uri, form, files, storage)
+    for group in groups:
+        _require_columns(group, catalogue)
+    return CatalogueSource(uri=uri, format=form, files=files, groups=groups)
 
 
 def _matching(uri: str, storage: Storage) -> list[StoredObject]:
@@ -100,30 +104,24 @@ def read_rows(
     Columns: ``item_id``, ``row_id``, ``text``, ``content_hash``, ``updated_at``, ``reason`` (null for a good
     row; older duplicates are not yet known), ``row`` (JSON or the raw record, only where there is a reason),
     ``source`` (name of the file).
-
-    Raises:
-        UserError: a column is missing from a file, or cannot become text.
     """
-    groups = _groups(source, storage)
-    for group in groups:
-        _require_columns(group, catalogue)
-    frames = [_read_group(spark, source.format, group, catalogue, storage=storage) for group in groups]
+    frames = [_read_group(spark, source.format, group, catalogue, storage=storage) for group in source.groups]
     rows = frames[0]
     for frame in frames[1:]:
         rows = rows.unionByName(frame)
     return rows
 
 
-def _groups(source: CatalogueSource, storage: Storage) -> list[FileGroup]:
+def _groups(uri: str, form: Format, files: Sequence[SourceFile], storage: Storage) -> tuple[FileGroup, ...]:
     by_columns: dict[str, tuple[Mapping[str, str], list[str]]] = {}
-    for file in source.files:
+    for file in files:
         if file.bytes == 0:
             continue
-        columns, signature = _columns(source.format, file.uri, storage)
+        columns, signature = _columns(form, file.uri, storage)
         by_columns.setdefault(signature, (columns, []))[1].append(file.uri)
     if not by_columns:
-        raise UserError(f"the catalogue at {source.uri} is empty: every file has 0 bytes")
-    return [FileGroup(columns=columns, files=tuple(files)) for columns, files in by_columns.values()]
+        raise UserError(f"the catalogue at {uri} is empty: every file has 0 bytes")
+    return tuple(FileGroup(columns=columns, files=tuple(uris)) for columns, uris in by_columns.values())
 
 
 def _columns(form: Format, uri: str, storage: Storage) -> tuple[dict[str, str], str]:

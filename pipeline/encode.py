@@ -80,7 +80,7 @@ def encode_bucket(task: EncodeTask, resources: TaskResources) -> Receipt:
     card = local_bundle(storage, task.bundle_uri, task.bundle)[1].card
     items = _read_items(task)
     fresh = pc.not_equal(items["change"], Change.UNCHANGED.value).to_numpy()
-    run = _encode(task, items.filter(pa.array(fresh)), resources)
+    run = _encode(task, items.filter(pa.array(fresh)), resources, dim=card.dim)
     file = None
     if items.num_rows:
         file = feature_table.write_bucket_file(
@@ -132,9 +132,9 @@ def _read_items(task: EncodeTask) -> pa.Table:
     return pq.read_table(path, filesystem=filesystem, schema=ITEMS)
 
 
-def _encode(task: EncodeTask, items: pa.Table, resources: TaskResources) -> _Run:
+def _encode(task: EncodeTask, items: pa.Table, resources: TaskResources, *, dim: int) -> _Run:
     if not items.num_rows:
-        return _Run(np.empty((0, 0), np.float32))
+        return _Run(np.empty((0, dim), np.float32))
     hashes = items["content_hash"].to_pylist()
     first = {content: row for row, content in reversed(list(enumerate(hashes)))}
     rows = sorted(first.values())

@@ -57,7 +57,7 @@ def write_bucket_file(
             row_group_size=ROW_GROUP_ROWS,
             compression="zstd",
             use_dictionary=False,
-            use_byte_stream_split=["vector.list.element"],
+            # Plain floats: Spark's default Parquet reader refuses BYTE_STREAM_SPLIT, which would save 5 %.
             write_page_checksum=True,
             store_schema=True,
         )
@@ -150,7 +150,7 @@ def read_rows(
         CorruptFile: missing, or a byte differs from the checksum.
     """
     with open_verified(storage, table_uri, file) as source:
-        return pq.read_table(source, columns=list(columns) if columns else None)
+        return pq.ParquetFile(source).read(columns=list(columns) if columns else None)
 
 
 def empty_rows(dim: int) -> pa.Table:

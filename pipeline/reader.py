@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import release_log
 from pipeline.errors import CorruptFile, UserError
-from pipeline.integrity import VerifiedFiles, open_verified
+from pipeline.integrity import open_verified, require_blocks
 from pipeline.storage import Storage, is_s3, join
 from schemas.feature_table import bucket_number, table_schema
 from schemas.files import PublishedFile
 from schemas.identity import row_id
 from schemas.release import Release
+
+VERIFY_THREADS = 4
 
 Matrix = NDArray[np.float32]
 
@@ -74,7 +76,7 @@ class OpenRelease:
         self.facts = facts
         self._uri = uri
         self._storage = storage
-        self._files = {file.path: file for file in facts.table_files}
+        self._verified = False
         self._names: dict[int, tuple[NDArray[np.int64], pa.Array]] = {}
 
     def __repr__(self) -> str:
@@ -88,18 +90,25 @@ class OpenRelease:
         return [join(self._uri, file.path) for file in self.facts.table_files]
 
     def dataset(self) -> pads.Dataset:
-        """The release as a pyarrow dataset, columns of the feature table with ``ds`` and ``bucket``."""
+        """The release as a pyarrow dataset, columns of the feature table with ``ds`` and ``bucket``.
+
+        Every file is verified before the first dataset of this release is handed out; the dataset itself is a
+        plain one, for any engine and any number of threads.
+
+        Raises:
+            CorruptFile: a file is missing or differs from its checksum.
+        """
+        self._verify_files()
         form = pads.ParquetFileFormat()
-        filesystem = pafs.PyFileSystem(VerifiedFiles(self._storage, self._uri, self._files))
-        bucket_type = pa.int32()
+        filesystem, root = self._storage.filesystem(self._uri)
         fragments = [
             form.make_fragment(
-                path,
+                join(root, file.path),
                 filesystem=filesystem,
                 partition_expression=(pads.field("ds") == self.facts.ds)
-                & (pads.field("bucket") == pa.scalar(bucket_number(path), bucket_type)),
+                & (pads.field("bucket") == pa.scalar(bucket_number(file.path), pa.int32())),
             )
-            for path in self._files
+            for file in self.facts.table_files
         ]
         return pads.FileSystemDataset(fragments, table_schema(self.facts.dim), form, filesystem)
 
@@ -155,6 +164,14 @@ class OpenRelease:
         # The index may return fewer than k neighbours (narrow inverted lists): those places stay empty, last.
         order = np.array([_ranked(s, n) for s, n in zip(scores, names, strict=True)])
         return np.take_along_axis(names, order, axis=1), np.take_along_axis(scores, order, axis=1)
+
+    def _verify_files(self) -> None:
+        if self._verified:
+            return
+        with ThreadPoolExecutor(VERIFY_THREADS) as pool:
+            # The checksums release the interpreter's lock; list() raises what a thread raised.
+            list(pool.map(partial(require_blocks, self._storage, self._uri), self.facts.table_files))
+        self._verified = True
 
     def index_row_ids(self) -> NDArray[np.int64]:
         """Row ids in the index, in no particular order."""
@@ -218,9 +235,10 @@ class OpenRelease:
             tables = []
             for file in self._files_of(bucket):
                 with open_verified(self._storage, self._uri, file) as source:
-                    tables.append(pq.read_table(source, columns=["item_id", "row_id"]).replace_schema_metadata())
-            rows = pa.concat_tables(tables).sort_by("row_id")
-            self._names[bucket] = rows["row_id"].to_numpy(), rows["item_id"].combine_chunks()
+                    rows = pq.ParquetFile(source).read(columns=["item_id", "row_id"])
+                    tables.append(rows.replace_schema_metadata())
+            names = pa.concat_tables(tables).sort_by("row_id")
+            self._names[bucket] = names["row_id"].to_numpy(), names["item_id"].combine_chunks()
         return self._names[bucket]
 
 

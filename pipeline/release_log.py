@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
 
@@ -23,7 +24,7 @@ def read_releases(storage: Storage, table_uri: str) -> list[Release]:
     table = _open(storage, table_uri)
     if table is None:
         return []
-    rows = table.to_pyarrow_table().to_pylist()
+    rows = [row for uri in table.file_uris() for row in _read_file(storage, uri)]
     releases = [Release.model_validate({**row, "seconds": dict(row["seconds"])}) for row in rows]
     return sorted(releases, key=lambda release: (release.created_at, release.release_id))
 
@@ -87,6 +88,14 @@ def _open(storage: Storage, table_uri: str) -> DeltaTable | None:
         return DeltaTable(join(table_uri, FOLDER), storage_options=storage.delta_options())
     except TableNotFoundError:
         return None
+
+
+def _read_file(storage: Storage, uri: str) -> list[dict[str, Any]]:
+    # Not through a dataset over delta-rs's file system: what such a scan leaves running can abort a process at exit.
+    filesystem, path = storage.filesystem(uri)
+    with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as parquet:
+        rows: list[dict[str, Any]] = parquet.read().to_pylist()
+    return rows
 
 
 def _row(release: Release) -> pa.Table:

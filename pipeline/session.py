@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def spark_session(settings: SparkSettings, *, name: str, gpu_tasks: bool = False) -> Iterator[SparkSession]:
-    """A session that is stopped afterwards. Under spark-submit, its master and settings win over ours.
+    """A session, stopped afterwards unless it was running before. Settings given to spark-submit win over ours.
 
     Args:
         settings: master and configuration.
@@ -49,6 +49,11 @@ def spark_session(settings: SparkSettings, *, name: str, gpu_tasks: bool = False
         gpu_tasks: whether every task takes a whole GPU, where executors bring GPUs. Other stages share them,
             so that a GPU does not hold their tasks to one at a time.
     """
+    running = SparkSession.getActiveSession()
+    if running is not None:
+        with worker_errors():
+            yield running
+        return
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     # Python workers fork: a tokenizer's thread pool would not survive that.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

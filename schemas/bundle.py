@@ -6,7 +6,7 @@ from pydantic import Field
 
 from schemas.files import Contract
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 
 Pooling = Literal["mean", "last", "cls"]
 
@@ -35,7 +35,7 @@ class BundleCard(Contract):
         files: SHA-256 of every other file of the folder, by relative path.
     """
 
-    format_version: int = FORMAT_VERSION
+    format_version: Literal[1] = FORMAT_VERSION
     backbone: str
     layers_kept: int = Field(ge=1)
     backbone_layers: int = Field(ge=1)

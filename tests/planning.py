@@ -5,6 +5,7 @@ import gzip
 import importlib.util
 import io
 import json
+import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,6 +43,11 @@ TEMPLATE = "{title}. {genres}"
 BLANK = " \t\n\r"
 STORAGE = Storage()
 Row = Mapping[str, Any]
+
+
+def chance(seed: int) -> random.Random:
+    """Repeatable random choices."""
+    return random.Random(seed)  # noqa: S311 - no secret
 
 
 # --- catalogues
@@ -258,6 +264,15 @@ def publish(
     settings: Settings, items: Mapping[str, str], *, ds: str = DS, bundle: str | None = None, buckets: int | None = None
 ) -> Release:
     """Release texts by item id with random vectors, as encode and release would have left them."""
+    release = write_release(settings, items, ds=ds, bundle=bundle, buckets=buckets)
+    assert release_log.append(STORAGE, settings.table_uri, release)
+    return release
+
+
+def write_release(
+    settings: Settings, items: Mapping[str, str], *, ds: str = DS, bundle: str | None = None, buckets: int | None = None
+) -> Release:
+    """The files of a release, and its row for the log; not published."""
     current = open_bundle(STORAGE, settings.bundle_uri)
     version, count = bundle or current.version, buckets or settings.buckets
     plan_id = content_hash(f"{ds} {version} {count} {sorted(items.items())}")
@@ -276,9 +291,7 @@ def publish(
         )
         for bucket, ids in by_bucket.items()
     ]
-    release = _release(settings, current, files, ds=ds, plan_id=plan_id, bundle=version, buckets=count)
-    assert release_log.append(STORAGE, settings.table_uri, release)
-    return release
+    return _release(settings, current, files, ds=ds, plan_id=plan_id, bundle=version, buckets=count)
 
 
 def _vectors(items: Sequence[tuple[str, str]], bundle: str) -> pa.Table:
@@ -297,9 +310,7 @@ def _vectors(items: Sequence[tuple[str, str]], bundle: str) -> pa.Table:
     )
 
 
-def _release(
-    settings: Settings, bundle: Bundle, files: Sequence[PublishedFile], **given: Any
-) -> Release:
+def _release(settings: Settings, current: Bundle, files: Sequence[PublishedFile], **given: Any) -> Release:
     now = datetime.now(UTC)
     return Release(
         release_id=f"{now:%Y%m%dT%H%M%S%f}",
@@ -310,8 +321,8 @@ def _release(
         table_files=tuple(files),
         dim=DIM,
         template=settings.catalogue.template,
-        bundle_uri=bundle.uri,
-        bundle_file=bundle.card_file,
+        bundle_uri=current.uri,
+        bundle_file=current.card_file,
         index_uri=settings.index_uri,
         index_files=(),
         index_factory="Flat",

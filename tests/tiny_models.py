@@ -1,6 +1,7 @@
 """Tiny random models with the architectures of real ones, their tokenizers, and bundles trained on them."""
 
 import itertools
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from pipeline.model.bundle import Bundle
 from pipeline.model.training import train_pca
 from pipeline.resources import TaskResources
 from pipeline.storage import Storage
+
+# Models this small spend their time handing work between threads.
+torch.set_num_threads(1)
 
 ARCHITECTURES = ("bert", "llama", "qwen3", "mamba")
 LAYERS = 4
@@ -55,7 +59,7 @@ def tiny_config(architecture: str, *, vocabulary: int, layers: int = LAYERS) -> 
         "bos_token_id": 2,
         "eos_token_id": 3,
     }
-    attention = {"num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64}
+    attention: dict[str, Any] = {"num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64}
     if architecture == "bert":
         return BertConfig(**shape, **attention)
     if architecture == "llama":
@@ -78,10 +82,18 @@ def tiny_model(architecture: str, *, vocabulary: int = 64, layers: int = LAYERS,
                 # Norms begin as exact ones and hide mistakes: a final norm must not look like no norm.
                 if "norm" in name.lower():
                     parameter.add_(torch.rand_like(parameter))
+            # The padding token's row begins as zeros: a text that spells "[PAD]" would have no direction.
+            model.get_input_embeddings().weight[0].normal_()
     return model.eval()
 
 
-def wordpiece_tokenizer() -> Tokenizer:
+def tiny_tokenizer(architecture: str) -> Tokenizer:
+    """A tokenizer of the kind that the architecture comes with; every call gives one of the caller's own."""
+    return Tokenizer.from_str(_wordpiece() if architecture == "bert" else _byte_bpe())
+
+
+@lru_cache(maxsize=1)
+def _wordpiece() -> str:
     """A BERT tokenizer that knows the words of :data:`TEXTS` and printable ASCII; the rest is [UNK]."""
     characters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
     words = sorted({word.lower() for text in TEXTS for word in text.replace(".", " ").replace(",", " ").split()})
@@ -94,10 +106,11 @@ def wordpiece_tokenizer() -> Tokenizer:
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     tokenizer.decoder = decoders.WordPiece()
-    return tokenizer
+    return str(tokenizer.to_str())
 
 
-def byte_bpe_tokenizer() -> Tokenizer:
+@lru_cache(maxsize=1)
+def _byte_bpe() -> str:
     """A byte-level BPE as decoders have it: no special tokens around a text, so an empty text has no tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -109,12 +122,7 @@ def byte_bpe_tokenizer() -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
-    return tokenizer
-
-
-def tiny_tokenizer(architecture: str) -> Tokenizer:
-    """The kind of tokenizer that the architecture comes with."""
-    return wordpiece_tokenizer() if architecture == "bert" else byte_bpe_tokenizer()
+    return str(tokenizer.to_str())
 
 
 def save_tiny_backbone(folder: Path, architecture: str = "bert", *, layers: int = LAYERS, seed: int = 0) -> str:
@@ -164,6 +172,15 @@ def train_tiny_bundle(
         bundle_uri=str(folder / "bundles"),
         resources=ONE_CORE,
     )
+
+
+def hidden_state_index(architecture: str, layers: int) -> int:
+    """Where transformers puts the state after so many of the :data:`LAYERS` blocks in ``hidden_states``.
+
+    Mamba's list begins after the first block, not with the embeddings, and holds the last state twice: before
+    and after the final norm.
+    """
+    return layers - 1 if architecture == "mamba" and layers < LAYERS else layers
 
 
 def cosines(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -27,7 +27,7 @@ def locate(name: str) -> str:
     package, _, folder = name.removeprefix(PACKAGE).partition("/")
     try:
         path = Path(str(importlib.resources.files(package))) / folder
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, ValueError):
         raise UserError(f"train.backbone {name!r}: the package {package} is not installed") from None
     if not (path / "config.json").is_file():
         raise UserError(f"train.backbone {name!r}: {path} holds no config.json")
@@ -42,10 +42,21 @@ def load_backbone(name: str, *, dtype: torch.dtype = torch.float32) -> "PreTrain
     """
     from transformers import AutoModel  # noqa: PLC0415 - half a second that only those who load a model pay
 
+    model: PreTrainedModel
     try:
-        model: PreTrainedModel = AutoModel.from_pretrained(locate(name), dtype=dtype, trust_remote_code=False)
+        model, loading = AutoModel.from_pretrained(
+            locate(name), dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load backbone {name!r}: {str(error).splitlines()[0]}") from None
+    # One pass per text: a decoder's cache of keys and values would only cost memory.
+    model.config.use_cache = False
+    # Pooling is ours: the model's own pooler is never used, and where a checkpoint lacks it, it is random.
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # type: ignore[assignment]
+    missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise UserError(f"backbone {name!r} lacks {len(missing)} weights of its architecture, for example {missing[0]}")
     model.train(mode=False)
     return model
 
@@ -64,6 +75,8 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         raise UserError(f"cannot load the tokenizer of {name!r}: {str(error).splitlines()[0]}") from None
     if not tokenizer.is_fast:
         raise UserError(f"backbone {name!r} has no fast tokenizer (tokenizer.json), which the pipeline needs")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(f"backbone {name!r} comes without the files of its tokenizer: it knows special tokens only")
     return tokenizer
 
 
@@ -93,7 +106,8 @@ def truncate(model: "PreTrainedModel", layers: int) -> "PreTrainedModel":
     setattr(owner, name, stack[:layers])
     config = model.config
     config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
+    # Where it is a property (Mamba), it follows num_hidden_layers by itself.
+    if vars(config).get("layer_types"):
         config.layer_types = config.layer_types[:layers]
     return model
 
@@ -101,8 +115,9 @@ def truncate(model: "PreTrainedModel", layers: int) -> "PreTrainedModel":
 class HiddenStates(nn.Module):
     """Token states after the last kept block.
 
-    Equal to ``hidden_states[layers_kept]`` of the whole model: for a truncated decoder that is the state before
-    the final norm, which belongs to the layers that were cut off.
+    The state that the next block of the whole model would get: for a truncated decoder that is before the final
+    norm, which belongs to the layers that were cut off. In transformers' ``hidden_states`` of the whole model it
+    is entry ``layers_kept`` (Mamba's list lacks the embeddings: there one earlier).
 
     Args:
         model: a truncated backbone.
@@ -137,7 +152,7 @@ def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     if pooling == "cls":
         return states[:, 0]
     if pooling == "last":
-        last = mask.sum(dim=1) - 1
+        last = (mask.sum(dim=1) - 1).clamp(min=0)
         return states[torch.arange(len(states), device=states.device), last]
     weights = mask.unsqueeze(-1).to(states.dtype)
     return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)

@@ -42,7 +42,10 @@ def open_bundle(storage: Storage, uri: str) -> Bundle:
         pointer = _read(storage, join(uri, POINTER))
         if pointer is None:
             raise UserError(f"no bundle at {uri}; make one with `marc train`")
-        uri = join(uri, str(json.loads(pointer)["bundle"]))
+        try:
+            uri = join(uri, str(json.loads(pointer)["bundle"]))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{join(uri, POINTER)} cannot be read; promote a bundle again") from None
         data = _read(storage, join(uri, CARD))
     if data is None:
         raise UserError(f"no bundle at {uri}, which the pointer names; promote one that exists")
@@ -114,10 +117,10 @@ def local_bundle(storage: Storage, uri: str, version: str) -> tuple[Path, Bundle
     if problems:
         raise CorruptFile("; ".join(problems) + "; restore the bundle, or train and promote a new one")
     if not is_s3(uri):
-        return Path(uri), bundle
+        return Path(bundle.uri), bundle
     folder = Path(tempfile.mkdtemp(prefix="marc-bundle-"))
     for name in (CARD, *bundle.card.files):
-        storage.fetch(join(uri, name), folder / name)
+        storage.fetch(join(bundle.uri, name), folder / name)
     return folder, bundle
 
 

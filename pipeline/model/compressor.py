@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from schemas.bundle import CompressorCard
 
 WEIGHTS = "compressor.safetensors"
+ROUNDING = 8 * float(np.finfo(np.float32).eps)
 
 
 class WhitenedPCA(nn.Module):
@@ -65,9 +66,11 @@ def fit_pca(hidden: NDArray[np.float32], *, dim: int) -> tuple[WhitenedPCA, floa
             f"whitening to {dim} dimensions needs more than {dim} distinct texts, the catalogue has {count}"
         )
     # The exact solver: same data, same bundle, same version.
-    pca = PCA(n_components=dim, whiten=True, svd_solver="covariance_eigh").fit(hidden.astype(np.float64))
+    with np.errstate(invalid="ignore"):  # texts that are all alike have no variance to share out
+        pca = PCA(n_components=dim, whiten=True, svd_solver="covariance_eigh").fit(hidden.astype(np.float64))
     scale = np.sqrt(pca.explained_variance_)
-    if not np.all(scale > 0):
+    # A spread within the rounding of h is noise: whitening would blow it up to variance 1.
+    if not np.all(scale > ROUNDING * np.abs(hidden).max()):
         raise UserError(f"the texts span fewer than {dim} directions; lower train.dim")
     module = WhitenedPCA(width=width, dim=dim)
     module.mean.copy_(torch.from_numpy(pca.mean_))

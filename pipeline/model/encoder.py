@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.config import EncodeSettings
+from pipeline.errors import UserError
 from pipeline.model.backbone import HiddenStates, load_backbone, pool
 from pipeline.model.bundle import local_bundle
 from pipeline.model.compressor import load_compressor
@@ -121,6 +122,8 @@ def choose_device(settings: EncodeSettings, resources: TaskResources) -> torch.d
     cuda = torch.cuda.is_available()
     if settings.device == "cpu" or (settings.device == "auto" and not (cuda and resources.gpu is not None)):
         return torch.device("cpu")
+    if not cuda:
+        raise UserError("encode.device is cuda, but torch finds no CUDA device; set encode.device to auto or cpu")
     return torch.device(f"cuda:{resources.gpu or 0}")
 
 

@@ -4,10 +4,12 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from pipeline.config import EncodeSettings, TrainSettings
+from pipeline.errors import UserError
 from pipeline.model.backbone import HiddenStates, blocks, load_backbone, load_tokenizer, truncate
 from pipeline.model.bundle import Bundle, promote, save_bundle
 from pipeline.model.compressor import fit_pca, save_compressor
@@ -15,6 +17,9 @@ from pipeline.model.encoder import Encoder, choose_device, choose_dtype
 from pipeline.resources import TaskResources
 from pipeline.storage import Storage
 from schemas.bundle import BundleCard, CompressorCard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +49,16 @@ def train_pca(
         UserError: unknown backbone, too many layers or dimensions, too few texts.
     """
     distinct = sorted(set(texts))
+    if len(distinct) <= train.dim:
+        raise UserError(
+            f"whitening to {train.dim} dimensions needs more than {train.dim} distinct texts, "
+            f"the catalogue has {len(distinct)}"
+        )
     backbone = load_backbone(train.backbone)
     tokenizer = load_tokenizer(train.backbone)
     total = len(blocks(backbone)[2])
     layers = train.layers or total
-    limit = getattr(backbone.config, "max_position_embeddings", None) or train.max_tokens
-    max_tokens = min(train.max_tokens, limit)
+    max_tokens = min(train.max_tokens, positions(backbone) or train.max_tokens)
     truncate(backbone, layers)
     log.info("train: %d distinct texts through %d of %d layers of %s", len(distinct), layers, total, train.backbone)
     if encode.threads or resources.cpus:
@@ -95,6 +104,15 @@ def train_pca(
     bundle = save_bundle(storage, bundle_uri, write)
     promote(storage, bundle_uri, bundle.version)
     return bundle
+
+
+def positions(backbone: "PreTrainedModel") -> int | None:
+    """Tokens that the backbone has positions for; RoBERTa and its like lose those up to the padding index."""
+    limit: int | None = getattr(backbone.config, "max_position_embeddings", None)
+    for name, module in backbone.named_modules():
+        if limit and name.endswith("position_embeddings") and isinstance(getattr(module, "padding_idx", None), int):
+            return limit - int(module.padding_idx) - 1
+    return limit
 
 
 def fingerprint(texts: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import MAX_TOKENS, TEXTS, save_tiny_backbone, wordpiece_tokenizer
+from tiny_models import MAX_TOKENS, TEXTS, save_tiny_backbone, tiny_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
@@ -44,7 +44,7 @@ def test_a_batch_is_not_padded(tokenizer: Tokenizer) -> None:
 
 
 def test_the_bundles_own_padding_and_truncation_do_not_count(tmp_path: Path) -> None:
-    saved = wordpiece_tokenizer()
+    saved = tiny_tokenizer("bert")
     saved.enable_padding(length=20)
     saved.enable_truncation(max_length=5)
     (tmp_path / "backbone").mkdir()
@@ -54,7 +54,7 @@ def test_the_bundles_own_padding_and_truncation_do_not_count(tmp_path: Path) -> 
 
 
 def naive_count(texts: list[str]) -> int:
-    tokenizer = wordpiece_tokenizer()
+    tokenizer = tiny_tokenizer("bert")
     return sum(min(MAX_TOKENS, len(tokenizer.encode(text).ids)) for text in texts)
 
 

@@ -1,0 +1,153 @@
+"""The jobs on a standalone Spark cluster: one master, two workers, each with one core and one pretended GPU."""
+
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pyspark
+import pytest
+from tiny_models import save_tiny_backbone
+
+from pipeline import run
+from pipeline.config import load_settings
+from pipeline.example_data import write_catalogue
+from pipeline.reader import open_release
+from schemas.receipt import Receipt
+
+pytestmark = [pytest.mark.cluster, pytest.mark.spark]
+
+DS = "2026-11-20"
+SPARK_HOME = Path(pyspark.__file__).parent
+JOBS = Path(__file__).resolve().parents[2] / "jobs"
+START_SECONDS = 60
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def discovery_script(path: Path, address: str) -> Path:
+    path.write_text(f'#!/bin/sh\necho \'{{"name": "gpu", "addresses": ["{address}"]}}\'\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+@pytest.fixture(scope="module")
+def master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a master with two registered workers."""
+    folder = tmp_path_factory.mktemp("cluster")
+    port = free_port()
+    url = f"spark://127.0.0.1:{port}"
+    common = {**os.environ, "SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable}
+    log = (folder / "cluster.log").open("wb")
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(role: str, *arguments: str, env: dict[str, str]) -> None:
+        command = [str(SPARK_HOME / "bin" / "spark-class"), f"org.apache.spark.deploy.{role}", *arguments]
+        running.append(subprocess.Popen(command, env={**common, **env}, stdout=log, stderr=subprocess.STDOUT))
+
+    start("master.Master", "--host", "127.0.0.1", "--port", str(port), "--webui-port", "0", env={})
+    for number in ("0", "1"):
+        script = discovery_script(folder / f"gpu-{number}.sh", number)
+        options = (
+            f"-Dspark.worker.resource.gpu.amount=1 -Dspark.worker.resource.gpu.discoveryScript={script} "
+            f"-Dspark.worker.webui.port=0"
+        )
+        place = ("--cores", "1", "--memory", "2g", "--work-dir", str(folder / f"worker-{number}"))
+        start("worker.Worker", *place, url, env={"SPARK_WORKER_OPTS": options})
+    try:
+        wait_for(folder / "cluster.log", b"Registering worker", times=2)
+        yield url
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait(timeout=30)
+        log.close()
+
+
+def wait_for(log: Path, line: bytes, *, times: int) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while log.read_bytes().count(line) < times:
+        if time.monotonic() > deadline:
+            pytest.fail(f"the cluster did not start in {START_SECONDS} s:\n{log.read_text()[-3000:]}")
+        time.sleep(0.2)
+
+
+def configured(root: Path, backbone: str, catalogue: Path) -> Path:
+    config = root / "marc.yaml"
+    config.write_text(f"""
+root: {root}/data
+catalogue:
+  uri: {catalogue}/{{ds}}.csv
+  updated_at_column: updated_at
+  template: "{{title}}. {{brand}}. {{category}}. {{description}}"
+buckets: 4
+train: {{backbone: {backbone}, dim: 8, max_tokens: 32}}
+""")
+    return config
+
+
+def submit(job: str, *arguments: str, master: str) -> None:
+    done = subprocess.run(
+        [
+            str(SPARK_HOME / "bin" / "spark-submit"),
+            *("--master", master),
+            *("--conf", "spark.executor.resource.gpu.amount=1"),
+            *("--conf", "spark.executor.cores=1", "--conf", "spark.executor.memory=1g"),
+            *("--conf", f"spark.pyspark.python={sys.executable}"),
+            str(JOBS / f"{job}.py"),
+            *arguments,
+        ],
+        env={**os.environ, "SPARK_LOCAL_IP": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_jobs_give_the_same_release_on_a_cluster_as_in_one_process(master: str, tmp_path: Path) -> None:
+    backbone = save_tiny_backbone(tmp_path / "backbone")
+    write_catalogue(tmp_path / "catalogue", ds=DS, items=300)
+    (tmp_path / "local").mkdir()
+    (tmp_path / "cluster").mkdir()
+    local = load_settings(configured(tmp_path / "local", backbone, tmp_path / "catalogue"))
+    run.train_bundle(local, ds=DS, overrides={})
+    shutil.copytree(local.bundle_uri, tmp_path / "cluster" / "data" / "bundles")
+    wanted = run.run_all(local, ds=DS).release
+
+    config = configured(tmp_path / "cluster", backbone, tmp_path / "catalogue")
+    settings = load_settings(config)
+    plan_id = run.identify(settings, ds=DS).plan_id
+    for job in ("plan", "encode", "audit", "index", "release"):
+        submit(job, "--config", str(config), "--ds", DS, "--plan-id", plan_id, master=master)
+
+    found = open_release(settings.table_uri)
+    same = ("ds", "plan_id", "bundle", "items", "new", "quarantined", "tokens", "index_factory", "recall")
+    assert {name: getattr(found.facts, name) for name in same} == {name: getattr(wanted, name) for name in same}
+    rows = [open_release(s.table_uri).dataset().to_table().sort_by("item_id") for s in (settings, local)]
+    for column in ("item_id", "row_id", "content_hash", "bundle", "ds", "bucket"):
+        assert rows[0][column].equals(rows[1][column]), column
+    vectors = [np.array(table["vector"].to_pylist(), np.float32) for table in rows]
+    assert np.array_equal(vectors[0], vectors[1])
+
+    receipts = receipts_of(settings.work_uri, plan_id)
+    assert {receipt.gpu for receipt in receipts} == {"0", "1"}, "each worker's own pretended GPU did some buckets"
+    assert {receipt.device for receipt in receipts} <= {"cpu", "cuda:0", "cuda:1"}
+
+
+def receipts_of(work_uri: str, plan_id: str) -> list[Receipt]:
+    folder = Path(work_uri) / "plans" / plan_id / "receipts"
+    return [Receipt.model_validate_json(path.read_bytes()) for path in sorted(folder.glob("*.json"))]

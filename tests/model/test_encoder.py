@@ -1,0 +1,355 @@
+"""The encoder: a vector depends on its text alone, comes back in the text's place, and equals a second library's."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from tiny_models import (
+    CPU_FLOAT32,
+    MAX_TOKENS,
+    ONE_CORE,
+    TEXTS,
+    WIDTH,
+    cosines,
+    tiny_model,
+    tiny_tokenizer,
+    train_tiny_bundle,
+)
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.config import EncodeSettings, TrainSettings
+from pipeline.errors import CorruptFile, UserError
+from pipeline.model.backbone import HiddenStates, load_backbone, load_tokenizer, locate
+from pipeline.model.bundle import Bundle, save_bundle
+from pipeline.model.encoder import Encoder, choose_device, choose_dtype, load_encoder, token_batches
+from pipeline.resources import TaskResources
+from pipeline.storage import Storage
+from schemas.bundle import BundleCard, Pooling
+
+LONG = "a golden river " * 400
+ODD_TEXTS = [
+    LONG,
+    "🎬",
+    "🎬🍿👩‍👩‍👧" * 30,
+    " ",
+    ".",
+    "\n\t",
+    "[PAD]",
+    "[PAD] [SEP] [CLS]",
+    "naïve Amélie ＡＢＣ",
+    "映画と音楽",
+    "x" * 3000,
+]
+SETUPS: list[tuple[str, Pooling]] = [("bert", "mean"), ("bert", "cls"), ("llama", "last"), ("qwen3", "mean")]
+SETUPS += [("mamba", "last"), ("mamba", "mean")]
+
+
+def tiny_encoder(
+    architecture: str, model: PreTrainedModel, *, pooling: Pooling = "mean", token_budget: int = 256
+) -> Encoder:
+    """An encoder over a whole tiny model, without a compressor."""
+    tokenizer = tiny_tokenizer(architecture)
+    tokenizer.enable_truncation(max_length=MAX_TOKENS)
+    return Encoder(
+        HiddenStates(model, whole=True),
+        tokenizer,
+        pooling=pooling,
+        head=nn.Identity(),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        token_budget=token_budget,
+    )
+
+
+def whole_model(architecture: str) -> PreTrainedModel:
+    return tiny_model(architecture, vocabulary=tiny_tokenizer(architecture).get_vocab_size())
+
+
+def alone(architecture: str, model: PreTrainedModel, pooling: Pooling, text: str) -> NDArray[np.float32]:
+    """The vector of one text by the model itself: no batch, no padding, no mask, pooling by hand."""
+    ids = tiny_tokenizer(architecture).encode(text).ids
+    if len(ids) > MAX_TOKENS:
+        # [SEP] stays the last token of a truncated text; decoders have none.
+        ids = [*ids[: MAX_TOKENS - 1], ids[-1]] if architecture == "bert" else ids[:MAX_TOKENS]
+    with torch.inference_mode():
+        states = model(input_ids=torch.tensor([ids])).last_hidden_state[0].numpy()
+    vector: NDArray[np.float32] = {"mean": states.mean(axis=0), "last": states[-1], "cls": states[0]}[pooling]
+    return vector
+
+
+@pytest.fixture(scope="module", params=SETUPS, ids="-".join)
+def setup(request: pytest.FixtureRequest) -> tuple[str, PreTrainedModel, Pooling]:
+    architecture, pooling = request.param
+    return architecture, whole_model(architecture), pooling
+
+
+@pytest.fixture(scope="module")
+def bert() -> PreTrainedModel:
+    return whole_model("bert")
+
+
+texts_of_any_kind = st.lists(
+    st.one_of(
+        st.sampled_from([*ODD_TEXTS, *TEXTS]),
+        st.text(min_size=1, max_size=60),
+        st.text("😀🎬é ü.a", min_size=1, max_size=40),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(texts=texts_of_any_kind, token_budget=st.sampled_from([1, 60, 200, 5000]))
+@example(texts=ODD_TEXTS + TEXTS[:3], token_budget=5000)
+def test_a_vector_depends_on_its_text_alone_whatever_it_is_padded_with(
+    setup: tuple[str, PreTrainedModel, Pooling], texts: list[str], token_budget: int
+) -> None:
+    architecture, model, pooling = setup
+    together = tiny_encoder(architecture, model, pooling=pooling, token_budget=token_budget).encode(texts).vectors
+    one_by_one = np.stack([alone(architecture, model, pooling, text) for text in texts])
+    assert together.shape == (len(texts), WIDTH)
+    assert together.dtype == np.float32
+    assert cosines(together, one_by_one).min() >= 0.9999
+
+
+def test_texts_without_any_token_get_a_finite_vector_that_does_not_touch_the_others() -> None:
+    encoder = tiny_encoder("llama", whole_model("llama"))
+    assert encoder._tokenizer.encode("").ids == []
+    assert np.isfinite(encoder.encode([""]).vectors).all()
+    together = encoder.encode(["", TEXTS[0], "", TEXTS[1]]).vectors
+    assert np.isfinite(together).all()
+    assert cosines(together[[1, 3]], encoder.encode(TEXTS[:2]).vectors).min() >= 0.9999
+
+
+@settings(max_examples=15, deadline=None)
+@given(order=st.permutations(range(20)), token_budget=st.sampled_from([1, 100, 700]))
+def test_rows_come_in_the_order_of_the_texts(bert: PreTrainedModel, order: list[int], token_budget: int) -> None:
+    encoder = tiny_encoder("bert", bert, token_budget=token_budget)
+    in_place = encoder.encode(TEXTS[:20]).vectors
+    # Neighbours differ far more than rounding does: a swapped row cannot pass.
+    assert cosines(in_place[1:], in_place[:-1]).max() < 0.999
+    shuffled = encoder.encode([TEXTS[place] for place in order]).vectors
+    np.testing.assert_allclose(shuffled, in_place[list(order)], atol=1e-4)
+
+
+def test_no_text_makes_no_row(bert: PreTrainedModel) -> None:
+    encoded = tiny_encoder("bert", bert).encode([])
+    assert len(encoded.vectors) == encoded.tokens == encoded.padded_tokens == 0
+
+
+def test_tokens_are_counted_with_and_without_padding(bert: PreTrainedModel) -> None:
+    texts = ["seven", "seven river moon", LONG]
+    lengths = [3, 5, MAX_TOKENS]
+    for token_budget, padded in ((1, sum(lengths)), (3 * MAX_TOKENS, 3 * MAX_TOKENS), (10, MAX_TOKENS + 2 * 5)):
+        encoded = tiny_encoder("bert", bert, token_budget=token_budget).encode(texts)
+        assert (encoded.tokens, encoded.padded_tokens) == (sum(lengths), padded)
+        assert encoded.model_seconds > 0
+
+
+lengths_longest_first = st.lists(st.integers(0, 300), max_size=60).map(lambda found: sorted(found, reverse=True))
+
+
+@settings(max_examples=300)
+@given(lengths=lengths_longest_first, budget=st.integers(1, 2000))
+def test_token_batches_cover_every_row_once_in_order_within_the_budget(lengths: list[int], budget: int) -> None:
+    batches = list(token_batches(np.array(lengths, dtype=np.int64), budget))
+    rows = [row for batch in batches for row in range(batch.start, batch.stop)]
+    assert rows == list(range(len(lengths)))
+    for batch in batches:
+        size = batch.stop - batch.start
+        assert size >= 1
+        assert size == 1 or size * max(lengths[batch]) <= budget
+        # Nothing is wasted: with one more row the batch would not fit.
+        assert batch.stop == len(lengths) or (size + 1) * max(1, *lengths[batch]) > budget
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return train_tiny_bundle(tmp_path_factory.mktemp("encoder"))
+
+
+def loaded(bundle: Bundle, encode: EncodeSettings = CPU_FLOAT32) -> Encoder:
+    return load_encoder(Storage(), bundle.uri, bundle.version, encode, ONE_CORE)
+
+
+def altered(bundle: Bundle, folder: Path, **change: object) -> Bundle:
+    """A sound bundle with the same weights and another card."""
+
+    def write(target: Path) -> BundleCard:
+        for name in bundle.card.files:
+            (target / name).parent.mkdir(exist_ok=True)
+            (target / name).write_bytes((Path(bundle.uri) / name).read_bytes())
+        return bundle.card.model_copy(update=change)
+
+    return save_bundle(Storage(), str(folder), write)
+
+
+def test_vectors_of_a_normalised_bundle_have_unit_length(bundle: Bundle, tmp_path: Path) -> None:
+    unit = loaded(bundle).encode(TEXTS).vectors
+    assert unit.shape == (len(TEXTS), bundle.card.dim)
+    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-5)
+    plain = loaded(altered(bundle, tmp_path, normalised=False)).encode(TEXTS).vectors
+    np.testing.assert_allclose(unit, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-5)
+    # Whitened training texts: mean 0, variance 1 in every component.
+    np.testing.assert_allclose(plain.mean(axis=0), 0, atol=1e-3)
+    np.testing.assert_allclose(plain.var(axis=0, ddof=1), 1, atol=1e-3)
+
+
+def test_the_card_alone_decides_pooling_and_truncation(bundle: Bundle, tmp_path: Path) -> None:
+    mean = loaded(bundle).encode(TEXTS[:4]).vectors
+    by_cls = loaded(altered(bundle, tmp_path, pooling="cls")).encode(TEXTS[:4]).vectors
+    assert cosines(mean, by_cls).max() < 0.99
+    short = loaded(altered(bundle, tmp_path, max_tokens=5)).encode([LONG])
+    assert short.tokens == 5
+
+
+def test_an_encoder_is_loaded_once_per_process(bundle: Bundle) -> None:
+    assert loaded(bundle) is loaded(bundle)
+
+
+def test_a_damaged_bundle_is_not_loaded(bundle: Bundle, tmp_path: Path) -> None:
+    damaged = altered(bundle, tmp_path)
+    weights = Path(damaged.uri) / "backbone" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(CorruptFile, match=r"model\.safetensors does not match its SHA-256"):
+        loaded(damaged)
+
+
+def test_a_bundle_of_an_unknown_compressor_is_not_loaded(bundle: Bundle, tmp_path: Path) -> None:
+    unknown = altered(bundle, tmp_path, compressor=bundle.card.compressor.model_copy(update={"kind": "hologram"}))
+    with pytest.raises(UserError, match="'hologram' is not known here"):
+        loaded(unknown)
+
+
+def test_a_folder_of_bundles_loads_the_current_one(tmp_path: Path) -> None:
+    bundle = train_tiny_bundle(tmp_path)
+    current = load_encoder(Storage(), str(tmp_path / "bundles"), bundle.version, CPU_FLOAT32, ONE_CORE)
+    assert np.array_equal(current.encode(TEXTS[:3]).vectors, loaded(bundle).encode(TEXTS[:3]).vectors)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "wanted", "gpu", "device"),
+    [
+        (True, "auto", None, "cpu"),
+        (True, "auto", "3", "cuda:3"),
+        (True, "cuda", None, "cuda:0"),
+        (True, "cuda", "2", "cuda:2"),
+        (True, "cpu", "1", "cpu"),
+        (False, "auto", "0", "cpu"),
+        (False, "cpu", None, "cpu"),
+    ],
+)
+def test_the_device_is_the_one_that_was_assigned_or_asked_for(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, wanted: str, gpu: str | None, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    encode = EncodeSettings.model_validate({"device": wanted})
+    assert choose_device(encode, TaskResources(gpu=gpu)) == torch.device(device)
+
+
+def test_asking_for_cuda_where_there_is_none_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"encode\.device"):
+        choose_device(EncodeSettings(device="cuda"), TaskResources())
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_the_cpu_runs_bfloat16_only_where_it_multiplies_it_natively(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert choose_dtype(EncodeSettings(), torch.device("cpu")) == dtype
+    assert choose_dtype(EncodeSettings(dtype="float32"), torch.device("cpu")) == torch.float32
+    assert choose_dtype(EncodeSettings(dtype="bfloat16"), torch.device("cpu")) == torch.bfloat16
+
+
+# The embedded default backbone.
+
+TITLES = [
+    *random.Random(0).sample(TEXTS, 14),  # noqa: S311 - no secret
+    "",
+    "🎬 Amélie",
+    "映画",
+    "short",
+    "The quick brown fox jumps over the lazy dog. " * 3,
+    "A very long synopsis about nothing in particular. " * 60,
+]
+
+
+def minilm(encode: EncodeSettings, resources: TaskResources = TaskResources(cpus=2)) -> Encoder:  # noqa: B008
+    name = TrainSettings().backbone
+    tokenizer = load_tokenizer(name).backend_tokenizer
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length=256)
+    device = choose_device(encode, resources)
+    return Encoder(
+        HiddenStates(load_backbone(name, dtype=choose_dtype(encode, device)), whole=True),
+        tokenizer,
+        pooling="mean",
+        head=nn.Identity(),
+        device=device,
+        dtype=choose_dtype(encode, device),
+        token_budget=1024,
+    )
+
+
+@pytest.fixture(scope="module")
+def minilm_float32() -> NDArray[np.float32]:
+    vectors: NDArray[np.float32] = minilm(CPU_FLOAT32).encode(TITLES).vectors
+    return vectors
+
+
+def test_the_default_backbone_gives_the_vectors_of_sentence_transformers(minilm_float32: NDArray[np.float32]) -> None:
+    reference = pytest.importorskip("sentence_transformers", reason="the second implementation of all-MiniLM-L6-v2")
+    model = reference.SentenceTransformer(locate(TrainSettings().backbone), device="cpu")
+    expected = model.encode(TITLES, batch_size=4, convert_to_numpy=True, show_progress_bar=False)
+    assert len(TITLES) == 20
+    assert minilm_float32.shape == expected.shape == (20, 384)
+    assert cosines(minilm_float32, expected).min() >= 0.9999
+
+
+def test_bfloat16_on_the_cpu_agrees_with_float32(minilm_float32: NDArray[np.float32]) -> None:
+    if choose_dtype(EncodeSettings(device="cpu"), torch.device("cpu")) != torch.bfloat16:
+        pytest.skip("this CPU does not multiply bfloat16 natively")
+    encoder = minilm(EncodeSettings(device="cpu"))
+    assert next(encoder._hidden.parameters()).dtype == torch.bfloat16
+    found = encoder.encode(TITLES).vectors
+    assert found.dtype == np.float32
+    assert not np.array_equal(found, minilm_float32)
+    assert cosines(found, minilm_float32).min() >= 0.999
+
+
+@pytest.mark.gpu
+def test_bfloat16_on_a_gpu_agrees_with_float32_on_the_cpu(minilm_float32: NDArray[np.float32]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    encoder = minilm(EncodeSettings(device="auto"), TaskResources(gpu="0"))
+    assert (encoder.device, encoder.dtype) == (torch.device("cuda:0"), torch.bfloat16)
+    assert cosines(encoder.encode(TITLES).vectors, minilm_float32).min() >= 0.999
+
+
+@pytest.mark.gpu
+def test_a_bundle_on_a_gpu_gives_unit_vectors_in_order(bundle: Bundle) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    expected = loaded(bundle).encode(TEXTS).vectors
+    settings_on_gpu = EncodeSettings(device="cuda", dtype="float32", token_budget=256)
+    found = load_encoder(Storage(), bundle.uri, bundle.version, settings_on_gpu, TaskResources(gpu="0"))
+    assert cosines(found.encode(TEXTS).vectors, expected).min() >= 0.999

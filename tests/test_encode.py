@@ -1,0 +1,429 @@
+"""The encode stage of one bucket: what is computed, what is carried over, and what a retry does."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+from tiny_models import CPU_FLOAT32, ONE_CORE, TEXTS, cosines, tiny_tokenizer, train_tiny_bundle
+
+from pipeline import encode, feature_table
+from pipeline.encode import EncodeTask, encode_bucket, pending_tasks
+from pipeline.errors import CorruptFile
+from pipeline.integrity import check_file
+from pipeline.model.bundle import Bundle, save_bundle
+from pipeline.model.encoder import load_encoder
+from pipeline.resources import TaskResources
+from pipeline.storage import Storage
+from pipeline.workspace import Workspace
+from schemas.bundle import BundleCard
+from schemas.catalogue import ITEMS, Change
+from schemas.feature_table import file_schema
+from schemas.files import PublishedFile
+from schemas.identity import content_hash, row_id
+from schemas.plan import BucketPlan, Plan
+from schemas.receipt import Receipt
+
+STORAGE = Storage()
+DS, BASE_DS = "2026-11-21", "2026-11-20"
+DIM = 8
+BUCKET = 3
+LONG_AGO = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+Item = tuple[str, str, Change]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return train_tiny_bundle(tmp_path_factory.mktemp("encode"), dim=DIM)
+
+
+@dataclass
+class Night:
+    """One plan's work area beside a table, and what writes buckets into it."""
+
+    folder: Path
+    bundle: Bundle
+    plan_id: str = "0123456789abcdef0123456789abcdef"
+
+    @property
+    def table(self) -> Path:
+        return self.folder / "table"
+
+    @property
+    def workspace(self) -> Workspace:
+        return Workspace(STORAGE, str(self.folder / "work"), self.plan_id)
+
+    def base_file(
+        self, texts: dict[str, str], *, bucket: int = BUCKET, seed: int = 0, bundle: str | None = None
+    ) -> PublishedFile:
+        """A file of the release before, with random vectors: a carried vector cannot be a computed one."""
+        ids = sorted(texts)
+        vectors = np.random.default_rng(seed).normal(size=(len(ids), DIM)).astype(np.float32)
+        schema = file_schema(DIM)
+        columns = {
+            "item_id": ids,
+            "row_id": [row_id(i) for i in ids],
+            "vector": pa.FixedSizeListArray.from_arrays(
+                pa.array(vectors.reshape(-1)), type=schema.field("vector").type
+            ),
+            "content_hash": [content_hash(texts[i]) for i in ids],
+            "bundle": [bundle or self.bundle.version] * len(ids),
+            "encoded_at": [LONG_AGO + timedelta(microseconds=number) for number in range(len(ids))],
+        }
+        rows = pa.table(columns, schema=schema)
+        return feature_table.write_bucket_file(
+            STORAGE, str(self.table), rows, ds=BASE_DS, bucket=bucket, plan_id="base" * 8, footer={}
+        )
+
+    def work(
+        self, items: Sequence[Item], *, bucket: int = BUCKET, previous: Sequence[PublishedFile] = ()
+    ) -> BucketPlan:
+        """Write the planned items of a bucket."""
+        items = sorted(items)
+        if items:
+            path = Path(self.workspace.items_uri(bucket))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            columns = [
+                [i for i, _, _ in items],
+                [row_id(i) for i, _, _ in items],
+                [text for _, text, _ in items],
+                [content_hash(text) for _, text, _ in items],
+                [change.value for _, _, change in items],
+            ]
+            pq.write_table(pa.table(columns, schema=ITEMS), path)
+        counts = {change: sum(found == change for _, _, found in items) for change in Change}
+        return BucketPlan(
+            bucket=bucket,
+            items=len(items),
+            new=counts[Change.NEW],
+            changed=counts[Change.CHANGED],
+            unchanged=counts[Change.UNCHANGED],
+            deleted=0,
+            tokens=0,
+            characters=0,
+            previous=tuple(previous),
+        )
+
+    def plan(self, *work: BucketPlan) -> Plan:
+        return Plan(
+            plan_id=self.plan_id,
+            ds=DS,
+            created_at=datetime.now(UTC),
+            catalogue=(),
+            bundle=self.bundle.version,
+            bundle_uri=self.bundle.uri,
+            dim=DIM,
+            template="{title}",
+            buckets=16,
+            base_release=None,
+            rows_read=0,
+            quarantined={},
+            work=work,
+            tokens_exact=True,
+            tokens_per_second=None,
+        )
+
+    def pending(self, *work: BucketPlan) -> list[EncodeTask]:
+        return pending_tasks(self.workspace, self.plan(*work), table_uri=str(self.table), settings=CPU_FLOAT32)
+
+    def run(self, work: BucketPlan) -> Receipt:
+        (task,) = [task for task in self.pending(work) if task.work.bucket == work.bucket]
+        return encode_bucket(task, ONE_CORE)
+
+    def read(self, file: PublishedFile | None) -> pa.Table:
+        """The rows of a file, by plain pyarrow."""
+        assert file is not None
+        return pq.ParquetFile(self.table / file.path).read()
+
+    def direct(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors straight from the encoder, one text at a time."""
+        encoder = load_encoder(STORAGE, self.bundle.uri, self.bundle.version, CPU_FLOAT32, ONE_CORE)
+        return np.concatenate([encoder.encode([text]).vectors for text in texts])
+
+
+@pytest.fixture
+def night(tmp_path: Path, bundle: Bundle) -> Night:
+    return Night(tmp_path, bundle)
+
+
+def vectors(rows: pa.Table) -> NDArray[np.float32]:
+    return np.array(rows["vector"].to_pylist(), dtype=np.float32)
+
+
+def new(texts: Sequence[str], *, prefix: str = "item") -> list[Item]:
+    return [(f"{prefix}-{number:03d}", text, Change.NEW) for number, text in enumerate(texts)]
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_bucket_of_new_items_holds_the_encoders_vectors_in_the_order_of_the_items(night: Night) -> None:
+    started = datetime.now(UTC)
+    items = new(TEXTS[:12][::-1])
+    receipt = night.run(night.work(items))
+    rows = night.read(receipt.file)
+    assert rows.schema.remove_metadata() == file_schema(DIM)
+    assert rows["item_id"].to_pylist() == sorted(i for i, _, _ in items)
+    assert rows["row_id"].to_pylist() == [row_id(i) for i, _, _ in items]
+    assert rows["content_hash"].to_pylist() == [content_hash(text) for _, text, _ in items]
+    assert set(rows["bundle"].to_pylist()) == {night.bundle.version}
+    assert cosines(vectors(rows), night.direct([text for _, text, _ in items])).min() >= 0.9999
+    (encoded_at,) = set(rows["encoded_at"].to_pylist())
+    assert started <= encoded_at <= datetime.now(UTC)
+
+
+def test_the_receipt_tells_what_was_done(night: Night) -> None:
+    texts = TEXTS[:12]
+    receipt = night.run(night.work(new(texts)))
+    assert (receipt.plan_id, receipt.bucket, receipt.bundle) == (night.plan_id, BUCKET, night.bundle.version)
+    assert (receipt.encoded, receipt.reused) == (12, 0)
+    assert receipt.tokens == sum(len(tiny_tokenizer("bert").encode(text).ids) for text in texts)
+    assert receipt.padded_tokens >= receipt.tokens
+    assert (receipt.device, receipt.dtype, receipt.gpu) == ("cpu", "float32", None)
+    assert 0 < receipt.model_seconds <= receipt.seconds
+    assert receipt.file is not None
+    assert receipt.file.rows == 12
+    assert receipt.file.path.startswith(f"ds={DS}/bucket={BUCKET}/")
+    assert check_file(STORAGE, str(night.table), receipt.file) is None
+    assert night.workspace.read_receipts(night.plan()) == {BUCKET: receipt}
+
+
+def test_the_files_footer_says_which_model_made_it(night: Night) -> None:
+    receipt = night.run(night.work(new(TEXTS[:2])))
+    assert receipt.file is not None
+    footer = pq.read_metadata(night.table / receipt.file.path).metadata
+    card = night.bundle.card
+    assert {key.decode(): value.decode() for key, value in footer.items() if key.startswith(b"marc.")} == {
+        "marc.bundle": night.bundle.version,
+        "marc.layer": str(card.layers_kept),
+        "marc.dim": str(DIM),
+        "marc.normalised": "true",
+        "marc.template": card.template,
+        "marc.plan_id": night.plan_id,
+        "marc.ds": DS,
+    }
+
+
+def test_the_file_lies_in_place_before_the_receipt_is_written(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def look_first(self: Workspace, receipt: Receipt) -> None:
+        assert receipt.file is not None
+        found.append(check_file(STORAGE, str(night.table), receipt.file))
+        write(self, receipt)
+
+    write = Workspace.write_receipt
+    monkeypatch.setattr(Workspace, "write_receipt", look_first)
+    night.run(night.work(new(TEXTS[:2])))
+    assert found == [None]
+
+
+def test_a_worker_that_dies_while_writing_leaves_no_receipt(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = night.work(new(TEXTS[:2]))
+
+    def dies(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(feature_table, "write_bucket_file", dies)
+    with pytest.raises(OSError, match="disk full"):
+        night.run(work)
+    assert night.workspace.read_receipts(night.plan(work)) == {}
+    monkeypatch.undo()
+    night.run(work)
+    assert night.pending(work) == []
+
+
+def test_unchanged_vectors_are_carried_over_bit_for_bit_with_the_time_they_were_encoded(night: Night) -> None:
+    texts = {f"old-{number}": TEXTS[number] for number in range(10)}
+    base = night.base_file(texts)
+    # Two of the base are gone, two changed, three are new and lie between the old ones.
+    items: list[Item] = [(i, text, Change.UNCHANGED) for i, text in texts.items() if i[-1] in "012345"]
+    items += [("old-6", "another text", Change.CHANGED), ("old-7", "yet another", Change.CHANGED)]
+    items += [("aaa", TEXTS[20], Change.NEW), ("old-3b", TEXTS[21], Change.NEW), ("zzz", TEXTS[22], Change.NEW)]
+    receipt = night.run(night.work(items, previous=[base]))
+    assert (receipt.encoded, receipt.reused) == (5, 6)
+    rows, before = night.read(receipt.file), night.read(base)
+    old = {row["item_id"]: row for row in before.to_pylist()}
+    assert rows["item_id"].to_pylist() == sorted(i for i, _, _ in items)
+    for row, (_, text, change) in zip(rows.to_pylist(), sorted(items), strict=True):
+        assert row["content_hash"] == content_hash(text)
+        if change == Change.UNCHANGED:
+            assert (
+                np.array(row["vector"], np.float32).tobytes()
+                == np.array(old[row["item_id"]]["vector"], np.float32).tobytes()
+            )
+            assert row["encoded_at"] == old[row["item_id"]]["encoded_at"]
+        else:
+            assert row["encoded_at"] > LONG_AGO + timedelta(days=1)
+            assert np.linalg.norm(row["vector"]) == pytest.approx(1, abs=1e-5)
+    fresh = [text for _, text, change in sorted(items) if change != Change.UNCHANGED]
+    is_fresh = np.array([change != Change.UNCHANGED for _, _, change in sorted(items)])
+    assert cosines(vectors(rows)[is_fresh], night.direct(fresh)).min() >= 0.9999
+
+
+def test_a_bucket_without_any_change_is_carried_over_whole_and_loads_no_model(
+    night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {f"old-{number}": TEXTS[number] for number in range(10)}
+    base = night.base_file(texts)
+    monkeypatch.setattr(encode, "load_encoder", None)
+    receipt = night.run(night.work([(i, text, Change.UNCHANGED) for i, text in texts.items()], previous=[base]))
+    assert night.read(receipt.file).equals(night.read(base))
+    assert (receipt.encoded, receipt.reused, receipt.tokens, receipt.padded_tokens) == (0, 10, 0, 0)
+    assert (receipt.device, receipt.model_seconds) == ("none", 0)
+
+
+def test_vectors_are_carried_over_from_several_files_when_the_number_of_buckets_changed(night: Night) -> None:
+    files = [
+        night.base_file({f"{side}-{number}": TEXTS[number] for number in range(5)}, bucket=bucket, seed=bucket)
+        for side, bucket in (("left", 3), ("right", 11))
+    ]
+    items: list[Item] = [
+        ("left-1", TEXTS[1], Change.UNCHANGED),
+        ("right-4", TEXTS[4], Change.UNCHANGED),
+        ("x", TEXTS[9], Change.NEW),
+    ]
+    rows = night.read(night.run(night.work(items, previous=files)).file)
+    left, right = (night.read(file) for file in files)
+    assert rows["vector"][:2].to_pylist() == [left["vector"][1].as_py(), right["vector"][4].as_py()]
+    assert rows["encoded_at"][:2].to_pylist() == [left["encoded_at"][1].as_py(), right["encoded_at"][4].as_py()]
+
+
+def test_identical_texts_share_a_vector_and_count_once(night: Night) -> None:
+    texts = [TEXTS[0], TEXTS[1], TEXTS[0], TEXTS[0], TEXTS[1], TEXTS[2]]
+    receipt = night.run(night.work(new(texts)))
+    found = vectors(night.read(receipt.file))
+    assert np.array_equal(found[0], found[2])
+    assert np.array_equal(found[0], found[3])
+    assert np.array_equal(found[1], found[4])
+    assert len(np.unique(found, axis=0)) == 3
+    assert cosines(found, night.direct(texts)).min() >= 0.9999
+    assert (receipt.encoded, receipt.reused) == (3, 3)
+    assert receipt.tokens == sum(len(tiny_tokenizer("bert").encode(text).ids) for text in TEXTS[:3])
+
+
+def test_a_new_item_with_the_text_of_an_unchanged_one_is_encoded(night: Night) -> None:
+    base = night.base_file({"old": TEXTS[0]})
+    receipt = night.run(night.work([("old", TEXTS[0], Change.UNCHANGED), *new(TEXTS[:1])], previous=[base]))
+    rows = night.read(receipt.file)
+    assert rows["item_id"].to_pylist() == ["item-000", "old"]
+    assert cosines(vectors(rows)[:1], night.direct(TEXTS[:1])).min() >= 0.9999
+    assert vectors(rows)[1].tobytes() == vectors(night.read(base))[0].tobytes()
+
+
+def test_a_bucket_that_became_empty_has_a_receipt_and_no_file(night: Night) -> None:
+    work = night.work([], previous=[night.base_file({"gone": TEXTS[0]})])
+    receipt = night.run(work)
+    assert receipt.file is None
+    assert (receipt.encoded, receipt.reused, receipt.tokens) == (0, 0, 0)
+    assert not (night.table / f"ds={DS}").exists()
+    assert night.pending(work) == []
+
+
+def test_a_retry_does_only_what_is_missing(night: Night) -> None:
+    first, second = (night.work(new(TEXTS[n : n + 3], prefix=f"b{n}"), bucket=n) for n in (1, 2))
+    assert [task.work for task in night.pending(first, second)] == [first, second]
+    receipt = night.run(first)
+    assert [task.work for task in night.pending(first, second)] == [second]
+    night.run(second)
+    assert night.pending(first, second) == []
+    assert night.workspace.read_receipts(night.plan(first, second))[1] == receipt
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_bucket_whose_file_was_damaged_is_pending_again(night: Night, damage: str) -> None:
+    work, other = night.work(new(TEXTS[:4])), night.work(new(TEXTS[:4]), bucket=7)
+    receipt = night.run(work)
+    night.run(other)
+    assert receipt.file is not None
+    path = night.table / receipt.file.path
+    if damage == "flip":
+        flip_a_byte(path)
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.unlink()
+    assert [task.work for task in night.pending(work, other)] == [work]
+    again = night.run(work)
+    assert night.pending(work, other) == []
+    assert cosines(vectors(night.read(again.file)), night.direct(TEXTS[:4])).min() >= 0.9999
+
+
+def test_encoding_a_bucket_again_never_touches_the_file_that_a_receipt_trusts(night: Night) -> None:
+    work = night.work(new(TEXTS[:3]))
+    (task,) = night.pending(work)
+    first = encode_bucket(task, ONE_CORE)
+    assert first.file is not None
+    before = (night.table / first.file.path).read_bytes()
+    second = encode_bucket(task, ONE_CORE)
+    assert (night.table / first.file.path).read_bytes() == before
+    drop = ["encoded_at"]
+    assert night.read(first.file).drop_columns(drop).equals(night.read(second.file).drop_columns(drop))
+
+
+def test_a_receipt_of_another_plan_or_bundle_does_not_count(night: Night) -> None:
+    work = night.work(new(TEXTS[:2]))
+    receipt = night.run(work)
+    for change in ({"plan_id": "f" * 32}, {"bundle": "f" * 16}):
+        night.workspace.write_receipt(receipt.model_copy(update=change))
+        assert [task.work for task in night.pending(work)] == [work]
+    night.workspace.write_receipt(receipt)
+    assert night.pending(work) == []
+
+
+def test_a_damaged_base_file_is_refused_before_anything_is_written(night: Night) -> None:
+    base = night.base_file({"old": TEXTS[0]})
+    work = night.work([("old", TEXTS[0], Change.UNCHANGED), *new(TEXTS[1:2])], previous=[base])
+    flip_a_byte(night.table / base.path)
+    with pytest.raises(CorruptFile, match="part-base"):
+        night.run(work)
+    assert len(night.pending(work)) == 1
+    assert not (night.table / f"ds={DS}").exists()
+
+
+def test_a_missing_base_file_is_refused(night: Night) -> None:
+    base = night.base_file({"old": TEXTS[0]})
+    work = night.work([("old", TEXTS[0], Change.UNCHANGED), *new(TEXTS[1:2])], previous=[base])
+    (night.table / base.path).unlink()
+    with pytest.raises(CorruptFile, match="is missing"):
+        night.run(work)
+
+
+@pytest.mark.parametrize("wrong", ["text", "bundle", "item"])
+def test_a_base_that_does_not_hold_what_the_plan_carries_over_is_refused(night: Night, wrong: str) -> None:
+    base = night.base_file(
+        {"someone else" if wrong == "item" else "old": "another text" if wrong == "text" else TEXTS[0]},
+        bundle="f" * 16 if wrong == "bundle" else None,
+    )
+    work = night.work([("old", TEXTS[0], Change.UNCHANGED), *new(TEXTS[1:2])], previous=[base])
+    with pytest.raises(CorruptFile, match="bucket 3: the base release does not hold"):
+        night.run(work)
+    assert len(night.pending(work)) == 1
+
+
+def test_a_damaged_bundle_encodes_nothing(night: Night, tmp_path: Path) -> None:
+    def write(folder: Path) -> BundleCard:
+        for name in night.bundle.card.files:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes((Path(night.bundle.uri) / name).read_bytes())
+        return night.bundle.card
+
+    copied = Night(tmp_path / "copied", save_bundle(STORAGE, str(tmp_path / "bundles"), write))
+    flip_a_byte(Path(copied.bundle.uri) / "compressor.safetensors")
+    work = copied.work(new(TEXTS[:2]))
+    with pytest.raises(CorruptFile, match=r"compressor\.safetensors"):
+        copied.run(work)
+    assert len(copied.pending(work)) == 1
+
+
+def test_the_receipt_names_the_gpu_that_the_scheduler_assigned(night: Night) -> None:
+    (task,) = night.pending(night.work(new(TEXTS[:2])))
+    assert encode_bucket(task, TaskResources(cpus=1, gpu="5")).gpu == "5"

@@ -1,0 +1,625 @@
+"""A plan accounts for every row, compares with the base release like a dict would, and is named by what it does."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import planning
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from planning import BLANK, DS, STORAGE, CatalogueRow, naive_plan, plan_day, settings_at, write_csv, write_jsonl
+from tokenizers import Tokenizer
+
+from pipeline.config import Settings
+from pipeline.errors import UserError
+from pipeline.model.tokens import count_tokens, load_tokenizer
+from pipeline.plan import PLANNED_ROWS, TOKEN_SAMPLE, base_release, by_bucket, compare, identify, plan_bucket
+from schemas.catalogue import ITEMS, QUARANTINE, Change, Reason
+from schemas.identity import content_hash, row_id
+from schemas.release import Release
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+pytestmark = pytest.mark.spark
+
+# A seed says nothing when it shrinks: the first one that fails is shown as it is.
+SPARK_EXAMPLES = settings(max_examples=3, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+
+
+def write_day(root: Path, items: dict[str, str], name: str = "day") -> Path:
+    return write_jsonl(root / name / "c.jsonl", [{"item_id": i, "title": t} for i, t in items.items()])
+
+
+# --- every row is accounted for
+
+HOSTILE = "abc ,;'\"\\\n\r\t\x00\x01\x0b\x1b\x7f{}[]:/%é漢😀\u0301\u200b\u2028\ufeff\x85"
+STAMPS = [None, None, "2026-11-01T00:00:00", "2026-11-01T00:00:01", "2026-11-20T00:00:00"]
+LONG = 1_000_000
+
+
+class Hostile:
+    """Makes the rows of three files that differ, and keeps what was written."""
+
+    def __init__(self, seed: int, form: str) -> None:
+        self.random = planning.chance(seed)
+        self.form = form
+        self.rows: list[CatalogueRow] = []
+
+    def text(self) -> str | None:
+        choice = self.random.random()
+        if choice < 0.1:
+            return None
+        if choice < 0.2:
+            return self.random.choice(["", " ", "\t\n", "null", "NULL", "None", "\\N", "\u00a0"])
+        if choice < 0.24:
+            return "bad \ufffd"
+        text = "".join(self.random.choices(HOSTILE, k=self.random.randrange(1, 30)))
+        # A known fault, which has its own test: Spark's CSV reader drops some NULs.
+        return text.replace("\0", "") if self.form == "csv" else text
+
+    def item_id(self, kind: str) -> str | None:
+        if kind != "text":
+            return None if self.random.random() < 0.02 else str(self.random.randrange(150))
+        return self.random.choice([self.text, lambda: f"item {self.random.randrange(300)}"])()
+
+    def make(self, source: str, count: int, kind: str) -> list[CatalogueRow]:
+        made = []
+        for _ in range(count):
+            columns = {"title": self.text(), "genres": self.text()}
+            made.append(CatalogueRow(self.item_id(kind), columns, self.random.choice(STAMPS), source))
+        item_id = "17" if kind != "text" else "long"
+        made.insert(1, CatalogueRow(item_id, {"title": "x" * LONG, "genres": None}, "2026-11-21T00:00:00", source))
+        self.rows += made
+        return made
+
+
+def _as_rows(made: Sequence[CatalogueRow]) -> list[dict[str, str | None]]:
+    return [{"item_id": r.item_id, **r.columns, "at": r.updated_at, "extra": "é"} for r in made]
+
+
+def _hostile_csv(folder: Path, hostile: Hostile, count: int) -> list[str]:
+    """Two files in another order of columns, one of them with rows of too many and too few fields."""
+    write_csv(folder / "a.csv", _as_rows(hostile.make("a.csv", count, "text")), ["item_id", "title", "genres", "at"])
+    columns = ["extra", "at", "genres", "title", "item_id"]
+    path = write_csv(folder / "b.csv", _as_rows(hostile.make("b.csv", count, "number")), columns, bom=True)
+    broken = [",".join("x" * hostile.random.choice([1, 2, 4, 6, 9])) for _ in range(20)]
+    return _append_broken(path, broken, hostile)
+
+
+def _hostile_jsonl(folder: Path, hostile: Hostile, count: int) -> list[str]:
+    """Numbers and strings as ids, absent columns, unfinished records, lone surrogates."""
+    made = hostile.make("a.jsonl", count, "text")
+    rows = [{n: v for n, v in row.items() if v is not None or hostile.random.random() < 0.5} for row in _as_rows(made)]
+    write_jsonl(folder / "a.jsonl", rows, ensure_ascii=False)
+    numbered = _as_rows(hostile.make("b.jsonl", count, "number"))
+    path = write_jsonl(
+        folder / "b.jsonl", [{**row, "item_id": row["item_id"] and int(row["item_id"])} for row in numbered]
+    )
+    kinds = ['{"item_id": "x", "ti', "[1]", "nothing", '{"item_id": "raw\ttab"}', "]", "null", '{"item_id": {}, ']
+    return _append_broken(path, hostile.random.choices(kinds, k=20), hostile)
+
+
+def _append_broken(path: Path, broken: list[str], hostile: Hostile) -> list[str]:
+    with path.open("a", newline="") as file:
+        file.writelines(line + "\n" for line in broken)
+    hostile.rows += [CatalogueRow(None, {}, None, path.name, Reason.MALFORMED)] * len(broken)
+    return broken
+
+
+def _hostile_parquet(folder: Path, hostile: Hostile, count: int) -> list[str]:
+    """Ids as string, int32 and int64, columns as string, binary and list, columns in another order."""
+    for name, kind, id_type in [("a", "text", pa.string()), ("b", "number", pa.int64()), ("c", "number", pa.int32())]:
+        made = hostile.make(f"{name}.parquet", count, kind)
+        rows = _as_rows(made)
+        ids = [row["item_id"] for row in rows]
+        columns = {
+            "item_id": pa.array([i if kind == "text" or i is None else int(i) for i in ids], id_type),
+            "title": pa.array([row["title"] for row in rows], pa.string()),
+            "genres": pa.array([row["genres"] for row in rows], pa.string()),
+            "at": pa.array([row["at"] and datetime.fromisoformat(row["at"]) for row in rows], pa.timestamp("us")),
+        }
+        if name == "b":
+            columns["genres"] = columns["genres"].cast(pa.binary())
+            columns["title"] = pa.array([None if r["title"] is None else [r["title"]] for r in rows])
+        if name == "c":
+            columns = {"extra": pa.array(range(len(rows))), **dict(reversed(columns.items()))}
+        planning.write_parquet(folder / f"{name}.parquet", columns)
+    bad = [bytes(hostile.random.choices([0xFF, 0xC3, 0x80, 0x61, 0xED, 0xA0], k=9)) + b"\xff" for _ in range(20)]
+    columns = {"item_id": planning.undecoded_strings(bad[:10] + [b"fine"] * 10), "genres": pa.nulls(20, pa.string())}
+    columns |= {"title": pa.array([b"fine"] * 10 + bad[10:], pa.binary()), "at": pa.nulls(20, pa.timestamp("ms"))}
+    planning.write_parquet(folder / "d.parquet", columns)
+    hostile.rows += [CatalogueRow(None, {}, None, "d.parquet", Reason.UNDECODABLE)] * len(bad)
+    return []
+
+
+WRITERS: dict[str, Callable[[Path, Hostile, int], list[str]]] = {
+    "csv": _hostile_csv,
+    "jsonl": _hostile_jsonl,
+    "parquet": _hostile_parquet,
+}
+
+
+@pytest.mark.parametrize("form", WRITERS)
+@SPARK_EXAMPLES
+@given(seed=st.integers(0, 2**32 - 1))
+def test_rows_in_are_items_planned_plus_rows_quarantined(
+    spark: "SparkSession", tmp_path_factory: pytest.TempPathFactory, form: str, seed: int
+) -> None:
+    root = tmp_path_factory.mktemp(form)
+    hostile = Hostile(seed, form)
+    broken = WRITERS[form](root / "day", hostile, 1000)
+    day = plan_day(
+        spark, settings_at(root, root / "day", template=planning.TEMPLATE, updated_at_column="at", buckets=5)
+    )
+
+    items, reasons = naive_plan(hostile.rows, planning.TEMPLATE)
+    assert day.texts == items
+    assert day.reasons == reasons
+    # The plan's own counts are those of its files, and nothing is lost between them.
+    assert day.plan.quarantined == dict(day.reasons)
+    assert day.plan.rows_read == len(hostile.rows) == len(day.items) + len(day.quarantine)
+    assert day.plan.items == day.plan.new == len(day.items)
+    for item_id, item in day.items.items():
+        assert (item["row_id"], item["bucket"]) == (row_id(item_id), row_id(item_id) % 5)
+        assert item["content_hash"] == content_hash(item["text"])
+    written = Counter((r.source, json.dumps(_stripped(r))) for r in hostile.rows if r.reason is None)
+    for row in day.quarantine:
+        if row["reason"] == Reason.MALFORMED:
+            broken.remove(row["row"])
+        elif row["reason"] in {Reason.NULL_ID, Reason.EMPTY_TEXT} and form == "csv":
+            kept = {name: value for name, value in json.loads(row["row"]).items() if name != "extra"}
+            written.subtract([(row["source"], json.dumps(dict(sorted(kept.items()))))])
+    assert broken == []
+    assert min(written.values()) >= 0
+
+
+def _stripped(row: CatalogueRow) -> dict[str, str]:
+    """What CSV can tell of a row: null and empty are the same there."""
+    found = {"item_id": row.item_id, **row.columns, "at": row.updated_at}
+    return {name: value for name, value in sorted(found.items()) if value}
+
+
+@SPARK_EXAMPLES
+@given(seed=st.integers(0, 2**32 - 1))
+def test_lone_surrogates_and_cut_bytes_lose_no_row(
+    spark: "SparkSession", tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
+    root, chance = tmp_path_factory.mktemp("surrogates"), planning.chance(seed)
+    pieces = [r"\ud800", r"\udfff", r"\ud83d\ude00", r"\u0000", "a", r"\"", r"\\", "\xff\xfe", "é", r"\n"]
+
+    def text() -> str:
+        return "".join(chance.choices(pieces, k=chance.randrange(4)))
+
+    lines = [f'{{"item_id": "{text()}", "title": "{text()}"}}' for _ in range(2000)]
+    data = "\n".join(['{"item_id": "first", "title": "first"}', *lines]).encode("latin-1")
+    planning.write_bytes(root / "day" / "c.jsonl", data)
+    day = plan_day(spark, settings_at(root, root / "day"))
+    assert day.plan.rows_read == len(lines) + 1 == len(day.items) + len(day.quarantine)
+    assert all(row["row"] for row in day.quarantine)
+
+
+def test_every_reason_is_counted_and_written_with_its_row(spark: "SparkSession", tmp_path: Path) -> None:
+    lines = [
+        '{"item_id": "a", "title": "old", "at": "2026-11-01"}',
+        '{"item_id": "a", "title": "latest", "at": "2026-11-03"}',
+        '{"item_id": "a", "title": "undated"}',
+        '{"item_id": "", "title": "no id", "at": "2026-11-02"}',
+        '{"item_id": "b", "title": " "}',
+        '{"item_id": "c", "title": "\ufffd"}',
+        '{"item_id": "d", "title": ',
+    ]
+    path = planning.write_bytes(tmp_path / "day" / "items.jsonl", "\n".join(lines).encode())
+    day = plan_day(spark, settings_at(tmp_path, path, updated_at_column="at"))
+    assert day.texts == {"a": "latest"}
+    rows = {(row["item_id"], row["reason"]): row["row"] for row in day.quarantine if row["reason"] != "older_duplicate"}
+    assert {key: row if key[1] == Reason.MALFORMED else json.loads(row) for key, row in rows.items()} == {
+        ("", Reason.NULL_ID): {"item_id": "", "title": "no id", "at": "2026-11-02"},
+        ("b", Reason.EMPTY_TEXT): {"item_id": "b", "title": " "},
+        ("c", Reason.UNDECODABLE): {"item_id": "c", "title": "\ufffd"},
+        (None, Reason.MALFORMED): lines[-1],
+    }
+    older = [json.loads(row["row"]) for row in day.quarantine if row["reason"] == Reason.OLDER_DUPLICATE]
+    assert sorted((row["item_id"], row["text"], row.get("updated_at", "")[:10]) for row in older) == [
+        ("a", "old", "2026-11-01"), ("a", "undated", "")
+    ]  # fmt: skip
+    assert {row["source"] for row in day.quarantine} == {path.name}
+    assert day.plan.quarantined == {
+        "empty_text": 1, "malformed": 1, "null_id": 1, "older_duplicate": 2, "undecodable": 1
+    }  # fmt: skip
+    work_uri = Path(str(tmp_path), "data", "work", "plans", day.plan.plan_id)
+    for folder, schema in [("items", ITEMS), ("quarantine", QUARANTINE)]:
+        files = sorted((work_uri / folder).glob("*.parquet"))
+        assert files
+        for file in files:
+            assert pq.read_schema(file).equals(schema)
+
+
+def test_a_catalogue_without_a_usable_row_is_planned_with_nothing_to_do(spark: "SparkSession", tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "c.jsonl", [{"item_id": None, "title": "a"}, {"item_id": "x", "title": ""}])
+    plan = plan_day(spark, settings_at(tmp_path, path)).plan
+    assert (plan.rows_read, plan.items, plan.work, plan.tokens) == (2, 0, (), 0)
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_catalogue_without_rows_is_the_users_error(spark: "SparkSession", tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"c.{ending}"
+    if ending == "csv":
+        write_csv(path, [], ["item_id", "title"])
+    else:
+        planning.write_parquet(path, {"item_id": pa.array([], pa.string()), "title": pa.array([], pa.string())})
+    with pytest.raises(UserError, match="no rows") as error:
+        plan_day(spark, settings_at(tmp_path, path))
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- the latest row wins, however the files are cut
+
+
+def test_the_latest_row_wins_however_files_are_split_and_ordered(spark: "SparkSession", tmp_path: Path) -> None:
+    chance = planning.chance(7)
+    rows = [
+        {"item_id": f"{chance.randrange(40)}", "title": f"text {chance.randrange(9)}", "at": chance.choice(STAMPS)}
+        for _ in range(300)
+    ]
+    found = []
+    for number, files in enumerate([1, 1, 3, 7]):
+        chance.shuffle(rows)
+        for file in range(files):
+            # Names run the other way in every second round, so that no order of files can decide.
+            name = f"{file if number % 2 else files - file}.jsonl"
+            write_jsonl(tmp_path / str(number) / name, rows[file::files])
+        day = plan_day(spark, settings_at(tmp_path, tmp_path / str(number), updated_at_column="at"))
+        found.append((day.items, sorted(row["row"] for row in day.quarantine)))
+    assert all(result == found[0] for result in found[1:])
+    written = [CatalogueRow(r["item_id"], {"title": r["title"]}, r["at"], "") for r in rows]
+    items, reasons = naive_plan(written, "{title}")
+    assert {item_id: item["text"] for item_id, item in found[0][0].items()} == items
+    assert len(found[0][1]) == reasons[Reason.OLDER_DUPLICATE]
+
+
+# --- against the base release
+
+IDS = st.text("abcé😀", max_size=3)
+TEXTS = st.sampled_from(["a", "b", "", "é"])
+
+
+def naive_changes(
+    before: dict[str, str], today: dict[str, str], *, same_bundle: bool = True
+) -> tuple[dict[str, str], set[str]]:
+    """The change by item id, and the ids that are gone."""
+    kept = {i for i, text in today.items() if same_bundle and before.get(i) == text}
+    changes = {i: Change.UNCHANGED if i in kept else Change.CHANGED if i in before else Change.NEW for i in today}
+    return {i: change.value for i, change in changes.items()}, before.keys() - today.keys()
+
+
+@given(before=st.dictionaries(IDS, TEXTS), today=st.dictionaries(IDS, TEXTS), bundles=st.data())
+def test_compare_is_a_comparison_of_two_dicts(
+    before: dict[str, str], today: dict[str, str], bundles: st.DataObject
+) -> None:
+    made_by = {item_id: bundles.draw(st.sampled_from(["old", "now"])) for item_id in before}
+    previous = pa.table(
+        {
+            "item_id": pa.array(list(before), pa.string()),
+            "content_hash": pa.array(map(content_hash, before.values()), pa.string()),
+            "bundle": pa.array(made_by.values(), pa.string()),
+        }
+    )
+    items = pa.table(
+        {
+            "item_id": pa.array(list(today), pa.string()),
+            "content_hash": pa.array(map(content_hash, today.values()), pa.string()),
+        }
+    )
+    change, deleted = compare(items, previous, bundle="now")
+    usable = {
+        item_id: text if made_by[item_id] == "now" else f"{text} of another bundle" for item_id, text in before.items()
+    }
+    changes, gone = naive_changes(usable, today)
+    assert dict(zip(today, change.to_pylist(), strict=True)) == changes
+    assert deleted == len(gone)
+
+
+def planned_rows(items: dict[str, str], *, ids: dict[str, int] | None = None) -> pa.Table:
+    """Good rows as they reach the planner of a bucket."""
+    rows = [
+        {
+            "bucket": 0,
+            "item_id": item_id,
+            "row_id": ids[item_id] if ids else row_id(item_id),
+            "text": text,
+            "content_hash": content_hash(text),
+            "source": "c.jsonl",
+        }
+        for item_id, text in sorted(items.items())
+    ]
+    return pa.Table.from_pylist(rows, schema=PLANNED_ROWS)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    before=st.dictionaries(IDS, TEXTS, max_size=25),
+    today=st.dictionaries(IDS, TEXTS, max_size=25),
+    counts=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    same_bundle=st.booleans(),
+)
+def test_every_previous_item_is_found_whatever_the_number_of_buckets(
+    tmp_path_factory: pytest.TempPathFactory,
+    before: dict[str, str],
+    today: dict[str, str],
+    counts: tuple[int, int],
+    same_bundle: bool,
+) -> None:
+    root = tmp_path_factory.mktemp("buckets")
+    wanted = settings_at(root, root, buckets=counts[1])
+    base = planning.publish(wanted, before, buckets=counts[0], bundle=None if same_bundle else "0" * 16)
+    context = planning.bucket_context(wanted, base)
+    changes, gone = naive_changes(before, today, same_bundle=same_bundle)
+    for bucket in range(counts[1]):
+        mine = {i: text for i, text in today.items() if row_id(i) % counts[1] == bucket}
+        summary = plan_bucket(context, bucket, planned_rows(mine))
+        assert summary.work is not None
+        expected = Counter(changes[i] for i in mine)
+        assert (summary.work.new, summary.work.changed, summary.work.unchanged) == tuple(expected[c] for c in Change)
+        assert summary.work.deleted == sum(row_id(i) % counts[1] == bucket for i in gone)
+        assert summary.work.to_encode == expected[Change.NEW] + expected[Change.CHANGED]
+        holding = {i for i in before if row_id(i) % counts[1] == bucket}
+        carried = {i for file in summary.work.previous for i in _ids_in(wanted, file.path)}
+        assert holding <= carried
+
+
+def _ids_in(wanted: Settings, path: str) -> list[str]:
+    return list(pq.ParquetFile(Path(wanted.table_uri, path)).read(columns=["item_id"])["item_id"].to_pylist())
+
+
+BEFORE = {f"item {n}": f"text {n}" for n in range(60)}
+TODAY = {f"item {n}": f"text {n}" + " changed" * (n % 7 == 0) for n in range(20, 80)}
+
+
+@pytest.mark.parametrize(("base_buckets", "buckets"), [(4, 4), (6, 4), (1, 5), (3, 1)])
+def test_a_plan_compares_with_the_previous_release(
+    spark: "SparkSession", tmp_path: Path, base_buckets: int, buckets: int
+) -> None:
+    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY), buckets=buckets)
+    base = planning.publish(wanted, BEFORE, ds="2026-11-19", buckets=base_buckets)
+    day = plan_day(spark, wanted)
+    changes, gone = naive_changes(BEFORE, TODAY)
+    assert day.changes == changes
+    assert day.plan.deleted == len(gone) == 20
+    assert Counter(day.changes.values()) == {
+        "new": day.plan.new,
+        "changed": day.plan.changed,
+        "unchanged": day.plan.unchanged,
+    }
+    assert day.plan.base_release == base.release_id
+    for work in day.plan.work:
+        assert work.deleted == sum(row_id(i) % buckets == work.bucket for i in gone)
+    assert (day.plan.tokens_per_second, day.plan.seconds) == (100.0, day.plan.tokens / 100)
+
+
+def test_without_a_release_everything_is_new_and_with_another_bundle_changed(
+    spark: "SparkSession", tmp_path: Path
+) -> None:
+    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
+    first = plan_day(spark, wanted)
+    assert set(first.changes.values()) == {"new"}
+    assert (first.plan.base_release, first.plan.tokens_per_second, first.plan.seconds) == (None, None, None)
+    planning.publish(wanted, TODAY)
+    other = settings_at(tmp_path, wanted.catalogue.uri, seed=1)
+    day = plan_day(spark, other)
+    assert set(day.changes.values()) == {"changed"}
+    assert day.plan.tokens == first.plan.tokens > 0
+    assert day.plan.tokens_per_second is None
+
+
+def test_buckets_whose_items_are_all_gone_are_planned_with_their_deletions(
+    spark: "SparkSession", tmp_path: Path
+) -> None:
+    buckets = 16
+    wanted = settings_at(tmp_path, write_day(tmp_path, {"item 0": "text 0"}), buckets=buckets)
+    planning.publish(wanted, BEFORE)
+    plan = plan_day(spark, wanted).plan
+    held = Counter(row_id(item_id) % buckets for item_id in BEFORE)
+    held[row_id("item 0") % buckets] -= 1
+    assert {work.bucket: work.deleted for work in plan.work} == dict(held)
+    assert plan.unchanged == plan.items == 1
+    assert plan.deleted == len(BEFORE) - 1
+    assert plan.tokens == 0
+    assert all(len(work.previous) == 1 for work in plan.work)
+
+
+def test_the_base_is_the_latest_release_of_the_date_or_before_else_the_earliest_after(tmp_path: Path) -> None:
+    wanted = settings_at(tmp_path, tmp_path)
+    releases = [planning.publish(wanted, {}, ds=ds) for ds in ("2026-11-10", "2026-11-12", "2026-11-14")]
+    again = planning.publish(wanted, {"a": "b"}, ds="2026-11-12")
+
+    def base(ds: str) -> Release | None:
+        return base_release([*releases, again], ds=ds)
+
+    assert base("2026-11-20") == base("2026-11-14") == releases[2]
+    assert base("2026-11-13") == base("2026-11-12") == again
+    assert base("2026-11-11") == base("2026-11-10") == base("2026-11-01") == releases[0]
+    assert base_release([], ds=DS) is None
+
+
+# --- what names a plan
+
+
+def plan_id(wanted: Settings, ds: str = DS) -> str:
+    return identify(wanted, ds=ds, storage=STORAGE).plan_id
+
+
+def test_a_plan_id_changes_with_everything_that_changes_the_plan(tmp_path: Path) -> None:
+    path = write_day(tmp_path, BEFORE)
+    both = planning.write_bytes(tmp_path / "c.txt", b'item_id,title\n{"item_id": "1", "title": "a"}\n')
+    variants: dict[str, Callable[[], str]] = {
+        "as it is": lambda: plan_id(settings_at(tmp_path, path)),
+        "ds": lambda: plan_id(settings_at(tmp_path, path), ds="2026-11-21"),
+        "content": lambda: plan_id(settings_at(tmp_path, write_day(tmp_path, TODAY, "other"))),
+        "one byte": lambda: plan_id(settings_at(tmp_path, write_day(tmp_path, {**BEFORE, "item 3": "text 4"}, "byte"))),
+        "bundle": lambda: plan_id(settings_at(tmp_path, path, seed=1)),
+        "template": lambda: plan_id(settings_at(tmp_path, path, template="{title}.")),
+        "buckets": lambda: plan_id(settings_at(tmp_path, path, buckets=5)),
+        "id column": lambda: plan_id(settings_at(tmp_path, path, id_column="title")),
+        "updated_at": lambda: plan_id(settings_at(tmp_path, path, updated_at_column="title")),
+        "as CSV": lambda: plan_id(settings_at(tmp_path, both, format="csv")),
+        "as JSON lines": lambda: plan_id(settings_at(tmp_path, both, format="jsonl")),
+    }
+    found = {name: make() for name, make in variants.items()}
+    assert len(set(found.values())) == len(variants)
+    write_day(tmp_path, TODAY, "both")
+    folder = settings_at(tmp_path, tmp_path / "both")
+    before = plan_id(folder)
+    shutil.copy(path, tmp_path / "both" / "second.jsonl")
+    assert plan_id(folder) != before
+
+
+def test_a_plan_id_stays_when_files_are_touched_or_copied(tmp_path: Path) -> None:
+    path = write_day(tmp_path, BEFORE)
+    wanted = settings_at(tmp_path, path.parent)
+    before = plan_id(wanted)
+    os.utime(path, (0, 0))
+    assert plan_id(wanted) == before
+    copied = shutil.copytree(path.parent, tmp_path / "elsewhere")
+    assert plan_id(settings_at(tmp_path, copied)) == before
+    assert plan_id(settings_at(tmp_path, copied / "*.jsonl")) == before
+    (copied / "_SUCCESS").touch()
+    assert plan_id(settings_at(tmp_path, copied)) == before
+    # The same bundle trained again is the same bundle, wherever it lies.
+    assert plan_id(settings_at(tmp_path / "moved", copied)) == before
+
+
+def test_a_plan_made_once_is_returned_as_it_stands(spark: "SparkSession", tmp_path: Path) -> None:
+    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
+    first = plan_day(spark, wanted)
+    planning.publish(wanted, BEFORE)
+    # Without a session nothing could be planned again.
+    again = plan_day(None, wanted)
+    assert again == first
+    assert again.plan.created_at == first.plan.created_at <= datetime.now(UTC)
+
+
+# --- cutting the stream of rows into buckets
+
+
+@given(
+    runs=st.lists(st.tuples(st.integers(-9, 9), st.integers(1, 7)), max_size=8, unique_by=lambda run: run[0]),
+    cuts=st.lists(st.integers(0, 60)),
+)
+def test_rows_are_cut_by_bucket_at_any_batch_boundaries(runs: list[tuple[int, int]], cuts: list[int]) -> None:
+    numbers = [bucket for bucket, length in sorted(runs) for _ in range(length)]
+    table = pa.table({"bucket": pa.array(numbers, pa.int32()), "row": pa.array(range(len(numbers)))})
+    edges = sorted({0, len(numbers), *(cut for cut in cuts if cut < len(numbers))})
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for start, end in itertools.pairwise(edges):
+            # An empty batch before every other one, as Spark may send them.
+            yield from table.slice(start, 0).combine_chunks().to_batches() or [_empty(table.schema)]
+            yield table.slice(start, end - start).combine_chunks().to_batches()[0]
+
+    found = [(bucket, rows["row"].to_pylist()) for bucket, rows in by_bucket(batches())]
+    grouped = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1])
+    assert found == [(bucket, [row for row, _ in pairs]) for bucket, pairs in grouped]
+
+
+def _empty(schema: pa.Schema) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
+
+
+# --- tokens
+
+
+def naive_tokens(texts: Sequence[str], max_tokens: int) -> int:
+    """Tokens one text at a time, untruncated and then cut."""
+    tokenizer = Tokenizer.from_str(planning.tokenizer_json().decode())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return sum(min(max_tokens, len(tokenizer.encode(text).ids)) for text in texts)
+
+
+def test_exact_tokens_are_the_tokenizers_and_equal_texts_count_once(spark: "SparkSession", tmp_path: Path) -> None:
+    today = {f"item {n}": f"Ünusual wörds 😀 {'supercalifragilistic ' * (n % 9)}{n // 4}" for n in range(40)}
+    today |= {f"twin {n}": "the same text" for n in range(30)}
+    wanted = settings_at(tmp_path, write_day(tmp_path, today), buckets=1)
+    kept = {i: today[i] for i in ("item 3", "item 8", "twin 1")}
+    planning.publish(wanted, {**kept, "item 4": "was different"})
+    plan = plan_day(spark, wanted).plan
+    texts = {text.strip(BLANK) for item_id, text in today.items() if item_id not in kept}
+    assert plan.tokens_exact
+    assert plan.tokens == naive_tokens(sorted(texts), planning.MAX_TOKENS)
+    assert plan.work[0].characters == sum(map(len, texts))
+    assert any(naive_tokens([text], 10**6) > planning.MAX_TOKENS for text in texts)
+
+
+@settings(max_examples=25, deadline=None)
+@given(texts=st.lists(st.text(max_size=40), max_size=12), max_tokens=st.integers(2, 20))
+def test_token_counts_equal_the_tokenizers_own(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], max_tokens: int
+) -> None:
+    bundle = planning.bundle_at(str(tmp_path_factory.mktemp("bundle")), max_tokens=max_tokens)
+    tokenizer = load_tokenizer(STORAGE, bundle.uri, max_tokens)
+    assert count_tokens(tokenizer, texts, sample=12) == (naive_tokens(texts, max_tokens), True)
+
+
+def test_tokens_of_a_large_bucket_are_estimated_and_said_to_be(tmp_path: Path) -> None:
+    wanted = settings_at(tmp_path, tmp_path, buckets=1)
+    context = planning.bucket_context(wanted, None)
+    today = {f"item {n:05d}": " ".join(["word"] * (n % 20)) + f" {n}" for n in range(TOKEN_SAMPLE * 2 + 500)}
+    summary = plan_bucket(context, 0, planned_rows(today))
+    assert summary.work is not None
+    assert not summary.exact
+    assert math.isclose(summary.work.tokens, naive_tokens(list(today.values()), planning.MAX_TOKENS), rel_tol=0.05)
+    exact = plan_bucket(context, 0, planned_rows(dict(list(today.items())[:TOKEN_SAMPLE])))
+    assert exact.exact
+
+
+# --- row ids that collide
+
+
+def test_a_row_id_collision_is_quarantined_and_never_merged(tmp_path: Path) -> None:
+    wanted = settings_at(tmp_path, tmp_path, buckets=1)
+    context = planning.bucket_context(wanted, planning.publish(wanted, {"a": "old", "b": "text of b"}))
+    today = {"a": "text of a", "b": "text of b", "c": "text of c", "d": "text of d"}
+    summary = plan_bucket(context, 0, planned_rows(today, ids={"a": 5, "b": 7, "c": 5, "d": 5}))
+    assert summary.quarantined == {Reason.ROW_ID_COLLISION: 2}
+    assert summary.work is not None
+    assert (summary.work.items, summary.work.changed, summary.work.unchanged, summary.work.new) == (2, 1, 1, 0)
+    items = pq.read_table(context.workspace.items_uri(0)).to_pylist()
+    assert [(item["item_id"], item["row_id"], item["text"]) for item in items] == [
+        ("a", 5, "text of a"), ("b", 7, "text of b")
+    ]  # fmt: skip
+    rejected = pq.read_table(Path(context.workspace.quarantine_uri, "bucket-00000.parquet")).to_pylist()
+    assert [(row["item_id"], json.loads(row["row"])["row_id"], row["source"]) for row in rejected] == [
+        ("c", 5, "c.jsonl"), ("d", 5, "c.jsonl")
+    ]  # fmt: skip
+
+
+@pytest.mark.xfail(
+    strict=True, reason="_mark_collisions keeps id and row_id only: the text cannot be mended from there"
+)
+def test_a_collided_row_keeps_its_text(tmp_path: Path) -> None:
+    context = planning.bucket_context(settings_at(tmp_path, tmp_path, buckets=1), None)
+    plan_bucket(context, 0, planned_rows({"a": "text of a", "c": "text of c"}, ids={"a": 5, "c": 5}))
+    rejected = pq.read_table(Path(context.workspace.quarantine_uri, "bucket-00000.parquet")).to_pylist()
+    assert "text of c" in rejected[0]["row"]
+
+
+def test_a_collision_with_an_older_duplicate_is_none(tmp_path: Path) -> None:
+    context = planning.bucket_context(settings_at(tmp_path, tmp_path, buckets=1), None)
+    rows = planned_rows({"a": "text of a"}).to_pylist()
+    rows.insert(0, {**rows[0], "reason": Reason.OLDER_DUPLICATE.value, "row": "{}"})
+    summary = plan_bucket(context, 0, pa.Table.from_pylist(rows, schema=PLANNED_ROWS))
+    assert summary.quarantined == {Reason.OLDER_DUPLICATE: 1}
+    assert summary.work is not None
+    assert summary.work.items == 1

@@ -195,9 +195,6 @@ def test_the_same_rows_come_from_pyarrow_pandas_polars_duckdb_and_spark(nights: 
         "pandas": pd.concat([pd.read_parquet(file) for file in files])[["item_id", "vector"]].to_dict("records"),
         "polars": pl.read_parquet(files, columns=["item_id", "vector"]).to_dicts(),
         "duckdb": duckdb.sql(query, params={"files": files}).arrow().read_all().to_pylist(),
-        .arrow()
-        .read_all()
-        .to_pylist(),
         "spark": [row.asDict() for row in spark.read.parquet(*files).select("item_id", "vector").collect()],
     }
     for engine, rows in answers.items():

@@ -1,0 +1,150 @@
+"""The DAGs through Airflow itself: they load, they run whole, and they retry only what a retry can cure."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import save_tiny_backbone
+
+from pipeline import run
+from pipeline.config import load_settings
+from pipeline.example_data import write_catalogue
+from pipeline.release_log import read_releases
+from pipeline.storage import Storage
+
+pytestmark = [pytest.mark.airflow, pytest.mark.spark]
+
+DS = "2026-11-20"
+
+
+class Airflow:
+    """Airflow's command line on a database of its own."""
+
+    def __init__(self, home: Path, repository: Path) -> None:
+        self.home = home
+        tools = Path(sys.executable).parent
+        self.env = {
+            **os.environ,
+            "AIRFLOW_HOME": str(home),
+            "AIRFLOW__CORE__DAGS_FOLDER": str(repository / "dags"),
+            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+            "AIRFLOW_CONN_SPARK_DEFAULT": json.dumps({"conn_type": "spark", "host": "local[2]"}),
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "SPARK_LOCAL_IP": "127.0.0.1",
+        }
+
+    def call(self, *arguments: str, config: Path | None = None) -> subprocess.CompletedProcess[str]:
+        env = {**self.env, **({"MARC_CONFIG": str(config)} if config else {})}
+        return subprocess.run(
+            [sys.executable, "-m", "airflow", *arguments], capture_output=True, text=True, check=False, env=env
+        )
+
+    def json(self, *arguments: str) -> Any:
+        done = self.call(*arguments, "-o", "json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout[done.stdout.index("[{") :])
+
+
+@pytest.fixture(scope="module")
+def airflow(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Airflow:
+    called = Airflow(tmp_path_factory.mktemp("airflow"), repository)
+    done = called.call("db", "migrate")
+    assert done.returncode == 0, done.stderr
+    return called
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small catalogue, a tiny bundle, and their configuration."""
+    root = tmp_path_factory.mktemp("site")
+    backbone = save_tiny_backbone(root / "backbone")
+    write_catalogue(root / "catalogue", ds=DS, items=200)
+    path = root / "marc.yaml"
+    path.write_text(f"""
+root: {root}/data
+catalogue:
+  uri: {root}/catalogue/{{ds}}.csv
+  updated_at_column: updated_at
+  template: "{{title}}. {{brand}}. {{category}}. {{description}}"
+buckets: 2
+train: {{backbone: {backbone}, dim: 8, max_tokens: 32}}
+""")
+    return path
+
+
+def test_every_dag_loads_without_an_error(airflow: Airflow) -> None:
+    done = airflow.call("dags", "list-import-errors", "-o", "json")
+    assert "marc_" not in done.stdout, done.stdout
+    assert airflow.call("dags", "reserialize").returncode == 0
+    assert {row["dag_id"] for row in airflow.json("dags", "list")} == {"marc_nightly"}
+
+
+def test_the_nightly_dag_publishes_and_announces_and_a_second_run_does_nothing(
+    airflow: Airflow, config: Path, spark: Any
+) -> None:
+    settings = load_settings(config)
+    run.train_bundle(settings, ds=DS, overrides={})
+    first = airflow.call("dags", "test", "marc_nightly", DS, config=config)
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    (release,) = read_releases(Storage(), settings.table_uri)
+    assert (release.ds, release.items) == (DS, 200)
+    again = airflow.call("dags", "test", "marc_nightly", DS, config=config)
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert [r.release_id for r in read_releases(Storage(), settings.table_uri)] == [release.release_id]
+    log = first.stdout + first.stderr
+    assert release.release_id in log, "the asset event carries the facts of the release"
+
+
+def test_what_the_user_must_mend_is_not_retried(airflow: Airflow, config: Path) -> None:
+    done = airflow.call("dags", "test", "marc_nightly", "2030-01-01", config=config)
+    log = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "no catalogue for 2030-01-01" in log
+    assert "not retried: the catalogue, the bundle or the configuration must be mended first" in log
+
+
+EVALUATE = """
+import json, sys
+sys.path.insert(0, "dags")
+from marc_stages import RetryWhatMayHeal
+from pipeline.errors import CorruptFile, GateRefused, UserError
+policy = RetryWhatMayHeal()
+errors = {
+    "exit 1": RuntimeError("Cannot execute: spark-submit. Error code is: 1."),
+    "exit 2": RuntimeError("Cannot execute: spark-submit. Error code is: 2."),
+    "exit 3": RuntimeError("Cannot execute: spark-submit. Error code is: 3."),
+    "killed": RuntimeError("Cannot execute: spark-submit. Error code is: 137."),
+    "user": UserError("x"), "gate": GateRefused("x"), "corrupt": CorruptFile("x"), "os": OSError("disk"),
+}
+print(json.dumps({name: policy.evaluate(error, 1, 3).action.value for name, error in errors.items()}))
+"""
+
+
+def test_a_retry_is_decided_by_the_exit_code(repository: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", EVALUATE], capture_output=True, text=True, check=True, cwd=repository)
+    fail = {"exit 2", "exit 3", "user", "gate"}
+    decided = json.loads(done.stdout.splitlines()[-1])
+    assert {name for name, action in decided.items() if action == "fail"} == fail
+    assert {name for name, action in decided.items() if action == "retry"} == decided.keys() - fail
+
+
+PARAMS = """
+import json, sys
+sys.path.insert(0, "dags")
+import marc_nightly
+from airflow.sdk import DAG
+dag = marc_nightly.marc_nightly()
+print(json.dumps({name: dag.params.get_param(name).schema for name in dag.params}))
+"""
+
+
+def test_every_param_has_a_type_a_title_and_help(repository: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", PARAMS], capture_output=True, text=True, check=True, cwd=repository)
+    params = json.loads(done.stdout.splitlines()[-1])
+    assert params.keys() == {"ds", "config"}
+    assert all({"type", "title"} <= schema.keys() for schema in params.values())
+    assert params["ds"]["format"] == "date"

@@ -175,8 +175,8 @@ def _templates() -> st.SearchStrategy[str]:
     return st.tuples(pieces, literal).map(lambda t: "".join(a + b for a, b in t[0]) + t[1])
 
 
-@settings(max_examples=3, deadline=None)
-@given(drawn=st.lists(_templates(), min_size=8, max_size=8))
+@settings(max_examples=2, deadline=None)
+@given(drawn=st.lists(_templates(), min_size=6, max_size=6))
 def test_templates_render_as_python_renders_them(
     spark: "SparkSession", tmp_path_factory: pytest.TempPathFactory, drawn: list[str]
 ) -> None:

@@ -62,7 +62,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small catalogue, a tiny bundle, and their configuration."""
     root = tmp_path_factory.mktemp("site")
     backbone = save_tiny_backbone(root / "backbone")
-    write_catalogue(root / "catalogue", ds=DS, items=200)
+    write_catalogue(root / "catalogue", ds=DS, items=400)
     path = root / "marc.yaml"
     path.write_text(f"""
 root: {root}/data
@@ -91,7 +91,7 @@ def test_the_nightly_dag_publishes_and_announces_and_a_second_run_does_nothing(
     first = airflow.call("dags", "test", "marc_nightly", DS, config=config)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     (release,) = read_releases(Storage(), settings.table_uri)
-    assert (release.ds, release.items) == (DS, 200)
+    assert (release.ds, release.items) == (DS, 400)
     again = airflow.call("dags", "test", "marc_nightly", DS, config=config)
     assert again.returncode == 0, again.stdout[-3000:]
     assert [r.release_id for r in read_releases(Storage(), settings.table_uri)] == [release.release_id]

@@ -158,7 +158,7 @@ def test_rows_in_are_items_planned_plus_rows_quarantined(
 ) -> None:
     root = tmp_path_factory.mktemp(form)
     hostile = Hostile(seed, form)
-    broken = WRITERS[form](root / "day", hostile, 1000)
+    broken = WRITERS[form](root / "day", hostile, 800)
     day = plan_day(
         spark, settings_at(root, root / "day", template=planning.TEMPLATE, updated_at_column="at", buckets=5)
     )

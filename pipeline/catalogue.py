@@ -5,6 +5,7 @@ import csv
 import fnmatch
 import io
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,7 +37,9 @@ ENDINGS: Mapping[str, Format] = {
     ".json": "jsonl",
     ".jsonl.gz": "jsonl",
 }
+GZIP_MAGIC = b"\x1f\x8b"
 CORRUPT = "_corrupt_record"
+UPDATED_AT_TYPES = ("TIMESTAMP", "NANOSECONDS", "NUMBER", "STRING")
 HEADER_BYTES = 1024 * 1024
 SAMPLED_LINES = 1000
 BLANK = r"' \t\n\r'"
@@ -81,9 +84,15 @@ def find_source(catalogue: CatalogueSettings, uri: str, *, ds: str, storage: Sto
 def _matching(uri: str, storage: Storage) -> list[StoredObject]:
     if any(character in uri for character in "*?["):
         folder = uri[: min(uri.index(c) for c in "*?[" if c in uri)].rpartition("/")[0]
-        return [o for o in storage.list(folder) if fnmatch.fnmatchcase(o.uri, uri)]
+        return [o for o in storage.list(folder) if _matches(o.uri, uri)]
     single = storage.stat(uri)
     return [single] if single else storage.list(uri)
+
+
+def _matches(uri: str, pattern: str) -> bool:
+    # Folder by folder: fnmatch alone lets * cross slashes.
+    parts, wanted = uri.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
 def _format(wanted: str, found: Sequence[StoredObject]) -> Format:
@@ -132,25 +141,38 @@ def _columns(form: Format, uri: str, storage: Storage) -> tuple[dict[str, str], 
             schema = pq.read_schema(path, filesystem=filesystem).remove_metadata()
         except pa.ArrowInvalid as error:
             raise UserError(f"{uri} is no Parquet file: {error}") from None
+        _refuse_doubled(schema.names, uri)
         return {field.name: _sql_type(field.type) for field in schema}, str(schema)
-    compression = "gzip" if uri.endswith(".gz") else None
-    with filesystem.open_input_stream(path, compression=compression) as stream:
-        head = stream.read(HEADER_BYTES).decode("utf-8-sig", errors="replace")
+    gzipped = uri.endswith(".gz")
+    if gzipped:
+        with filesystem.open_input_stream(path, compression=None) as stream:
+            if stream.read(2) != GZIP_MAGIC:
+                raise UserError(f"{uri} is no gzip file")
+    with filesystem.open_input_stream(path, compression="gzip" if gzipped else None) as stream:
+        data = stream.read(HEADER_BYTES)
+        # The first record may be longer than the rest of them.
+        while b"\n" not in data and (more := stream.read(HEADER_BYTES)):
+            data += more
+    head = data.decode("utf-8-sig", errors="replace")
     columns = _csv_columns(head, uri) if form == "csv" else _json_columns(head)
     return columns, json.dumps(columns)
 
 
-def _csv_columns(head: str, uri: str) -> dict[str, str]:
-    names = next(csv.reader(io.StringIO(head)), [])
+def _refuse_doubled(names: Sequence[str], uri: str) -> None:
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise UserError(f"{uri} has column {doubled[0]!r} more than once")
+
+
+def _csv_columns(head: str, uri: str) -> dict[str, str]:
+    names = next(csv.reader(io.StringIO(head, newline=None)), [])
+    _refuse_doubled(names, uri)
     return dict.fromkeys(names, "STRING")
 
 
 def _json_columns(head: str) -> dict[str, str]:
     columns: dict[str, str] = {}
-    for line in head.splitlines()[:SAMPLED_LINES]:
+    for line in head.split("\n")[:SAMPLED_LINES]:
         try:
             record = json.loads(line)
         except ValueError:
@@ -163,17 +185,25 @@ def _json_columns(head: str) -> dict[str, str]:
 
 
 def _sql_type(arrow: pa.DataType) -> str:
-    if pa.types.is_binary(arrow) or pa.types.is_large_binary(arrow):
-        return "BINARY"
-    if pa.types.is_list(arrow) or pa.types.is_large_list(arrow):
-        return "ARRAY<STRING>"
-    if pa.types.is_struct(arrow) or pa.types.is_map(arrow):
-        return "STRUCT"
-    if pa.types.is_timestamp(arrow) or pa.types.is_date(arrow):
-        return "TIMESTAMP"
-    if pa.types.is_integer(arrow) or pa.types.is_floating(arrow) or pa.types.is_decimal(arrow):
-        return "NUMBER"
-    return "STRING"
+    """What the reader needs to know of an Arrow type: how Spark sees it, and how it becomes text or a time."""
+    types = pa.types
+    if types.is_list(arrow) or types.is_large_list(arrow) or types.is_fixed_size_list(arrow):
+        return "STRUCT" if types.is_nested(arrow.value_type) else "ARRAY<STRING>"
+    kinds = {
+        "STRUCT": types.is_nested(arrow),
+        "NANOSECONDS": types.is_timestamp(arrow) and arrow.unit == "ns",
+        "TIMESTAMP": types.is_timestamp(arrow) or types.is_date(arrow),
+        "UNSUPPORTED": types.is_float16(arrow) or types.is_time(arrow) or types.is_duration(arrow),
+        "NUMBER": types.is_integer(arrow) or types.is_floating(arrow) or types.is_decimal(arrow),
+        "OTHER": types.is_boolean(arrow) or types.is_null(arrow) or _is_binary(arrow),
+    }
+    return next((kind for kind, is_it in kinds.items() if is_it), "STRING")
+
+
+def _is_binary(arrow: pa.DataType) -> bool:
+    return any(
+        is_kind(arrow) for is_kind in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+    )
 
 
 def _require_columns(group: FileGroup, catalogue: CatalogueSettings) -> None:
@@ -187,6 +217,11 @@ def _require_columns(group: FileGroup, catalogue: CatalogueSettings) -> None:
                 raise UserError(f"{key} names column {name!r}, which {group.files[0]} does not have (it has: {have})")
             if group.columns[name] == "STRUCT":
                 raise UserError(f"{key} names column {name!r} of {group.files[0]}, which is nested: it cannot be text")
+            if group.columns[name] == "UNSUPPORTED":
+                raise UserError(f"{key} names column {name!r} of {group.files[0]}: Spark cannot read its type")
+    updated = catalogue.updated_at_column
+    if updated and group.columns[updated] not in UPDATED_AT_TYPES:
+        raise UserError(f"catalogue.updated_at_column names column {updated!r} of {group.files[0]}, which is no time")
 
 
 def _read_group(
@@ -208,6 +243,13 @@ def _read_group(
             reader = reader.option("unescapedQuoteHandling", "STOP_AT_CLOSING_QUOTE")
             # Without pruning, a record with too many or too few fields is always noticed.
             frame = reader.option("columnPruning", False).option("maxCharsPerColumn", -1).csv(paths)
+            # Where a file mixes line ends, the last field keeps a carriage return.
+            last = next(reversed(columns))
+            frame = frame.selectExpr(
+                *(f"rtrim('\\r', {_quoted(n)}) AS {_quoted(n)}" if n == last else _quoted(n) for n in columns),
+                CORRUPT,
+                "_metadata",
+            )
         else:
             frame = reader.json(paths)
         malformed = f"{CORRUPT} IS NOT NULL"
@@ -227,7 +269,8 @@ def _normalise(
     checked = [item_id, *texts.values()]
     undecodable = " OR ".join(f"NOT is_valid_utf8({x}) OR contains({x}, '{REPLACEMENT}')" for x in checked)
     has_text = " OR ".join(f"btrim({x}, {BLANK}) != ''" for x in texts.values())
-    reason = f"""CASE WHEN {malformed} THEN '{Reason.MALFORMED}'
+    bad_record = f"{malformed} AND NOT is_valid_utf8({CORRUPT})" if has_raw else "false"
+    reason = f"""CASE WHEN {bad_record} THEN '{Reason.UNDECODABLE}' WHEN {malformed} THEN '{Reason.MALFORMED}'
         WHEN coalesce({undecodable}, false) THEN '{Reason.UNDECODABLE}'
         WHEN coalesce(btrim({item_id}, {BLANK}), '') = '' THEN '{Reason.NULL_ID}'
         WHEN NOT coalesce({has_text}, false) THEN '{Reason.EMPTY_TEXT}' END"""
@@ -238,7 +281,8 @@ def _normalise(
         f"{_updated_at(catalogue.updated_at_column, columns)} AS updated_at",
         f"{reason} AS reason",
         f"{f'coalesce({CORRUPT}, {as_json})' if has_raw else as_json} AS raw",
-        "_metadata.file_name AS source",
+        # Spark percent-encodes the name.
+        "url_decode(replace(_metadata.file_name, '+', '%2B')) AS source",
     ).selectExpr(
         "CASE WHEN is_valid_utf8(item_id) THEN item_id END AS item_id",
         f"xxhash64(item_id) & {ROW_ID_MASK}L AS row_id",
@@ -260,7 +304,9 @@ def _as_text(name: str, columns: Mapping[str, str]) -> str:
     column = _quoted(name)
     if columns[name] == "ARRAY<STRING>":
         return f"array_join(CAST({column} AS ARRAY<STRING>), ', ')"
-    return column if columns[name] == "STRING" else f"CAST({column} AS STRING)"
+    if columns[name] == "NANOSECONDS":
+        column = f"timestamp_micros({column} DIV 1000)"
+    return f"CAST({column} AS STRING)"
 
 
 def _rendered(template: str, texts: Mapping[str, str]) -> str:
@@ -279,11 +325,21 @@ def _updated_at(name: str | None, columns: Mapping[str, str]) -> str:
     column = _quoted(name)
     if columns[name] == "TIMESTAMP":
         return f"CAST({column} AS TIMESTAMP)"
+    if columns[name] == "NANOSECONDS":
+        return f"timestamp_micros({column} DIV 1000)"
+    epoch = _epoch(f"try_cast({column} AS DECIMAL(38, 6))")
     if columns[name] == "NUMBER":
-        return f"timestamp_seconds({column})"
-    # Long runs of digits are seconds since 1970; Spark would take them for years.
-    epoch = f"timestamp_seconds(try_cast({column} AS DOUBLE))"
+        return epoch
+    # Long runs of digits count from 1970; Spark would take them for years.
     return f"CASE WHEN {column} RLIKE '^[0-9]{{9,}}' THEN {epoch} ELSE try_cast({column} AS TIMESTAMP) END"
+
+
+def _epoch(number: str) -> str:
+    """Seconds, milli-, micro- or nanoseconds since 1970, told apart by size: seconds reach 1e11 in the year 5138."""
+    micros = f"""CASE WHEN abs({number}) < 1e11BD THEN {number} * 1000000
+        WHEN abs({number}) < 1e14BD THEN {number} * 1000
+        WHEN abs({number}) < 1e17BD THEN {number} ELSE {number} / 1000 END"""
+    return f"timestamp_micros(try_cast({micros} AS BIGINT))"
 
 
 def _quoted(name: str) -> str:
@@ -291,7 +347,11 @@ def _quoted(name: str) -> str:
 
 
 def _literal(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+    return f"'{_inside_quotes(text)}'"
+
+
+def _inside_quotes(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
 
 
 def _spark_paths(spark: "SparkSession", uris: Sequence[str], storage: Storage) -> list[str]:
@@ -301,17 +361,22 @@ def _spark_paths(spark: "SparkSession", uris: Sequence[str], storage: Storage) -
     such jars: there the driver, which is the only machine, copies the day's files first.
     """
     if not is_s3(uris[0]):
-        return [Path(uri).as_uri() for uri in uris]
+        return ["file://" + _literal_path(uri) for uri in uris]
     if not str(spark.sparkContext.master).startswith("local"):
-        return [uri.replace("s3://", "s3a://", 1) for uri in uris]
+        return [_literal_path(uri.replace("s3://", "s3a://", 1)) for uri in uris]
     folder = tempfile.mkdtemp(prefix="marc-catalogue-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     paths = []
     for number, uri in enumerate(uris):
         path = Path(join(folder, f"{number:05d}-{uri.rsplit('/', 1)[1]}"))
         storage.fetch(uri, path)
-        paths.append(path.as_uri())
+        paths.append(f"file://{_literal_path(str(path))}")
     return paths
+
+
+def _literal_path(path: str) -> str:
+    """A path as Hadoop takes it: not percent-encoded, glob characters escaped."""
+    return re.sub(r"([{}\[\]*?\\])", r"\\\1", path)
 
 
 def sample_texts(

@@ -140,7 +140,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _fill_root(self) -> "Settings":
         for name in ("table_uri", "index_uri", "work_uri", "bundle_uri"):
-            object.__setattr__(self, name, getattr(self, name).replace("{root}", self.root))
+            object.__setattr__(self, name, getattr(self, name).replace("{root}", self.root.rstrip("/")))
         return self
 
     def resolved(self, folder: Path) -> "Settings":
@@ -216,7 +216,7 @@ def placeholders(template: str) -> list[str]:
     for _, name, spec, conversion in string.Formatter().parse(template):
         if name is None:
             continue
-        if not name or spec or conversion:
+        if not name or name.isdigit() or spec or conversion:
             raise ValueError(f"{template!r}: write plain column names in braces, like {{title}}")
         names.append(name)
     return names

@@ -11,6 +11,7 @@ from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction
 
+from pipeline.delta import open_or_create
 from pipeline.errors import Superseded
 from pipeline.integrity import describe_file, open_verified
 from pipeline.storage import Storage, join
@@ -20,7 +21,8 @@ from schemas.files import PublishedFile
 # Small enough that a look-up of a few ids reads little, large enough that the footer stays small.
 ROW_GROUP_ROWS = 1024
 APP = "marc-pipeline"
-HISTORY_LIMIT = 100
+LOG_FOLDER = "_delta_log"
+COMMIT_TRIES = 5
 
 log = logging.getLogger(__name__)
 
@@ -89,45 +91,50 @@ def commit_partitions(
     Returns:
         The table version that holds exactly these files for ``ds``.
     """
-    options = storage.delta_options()
-    DeltaTable.create(
-        table_uri,
-        schema=table_schema(dim),
-        mode="ignore",
-        partition_by=list(PARTITION_COLUMNS),
-        name="item_vectors",
-        storage_options=options,
-    )
-    table = DeltaTable(table_uri, storage_options=options)
-    done = _version_of(table, key)
-    if done is not None:
-        return done
-    try:
-        table.create_write_transaction(
-            [_add(file, ds=ds) for file in files],
-            mode="overwrite",
-            schema=Schema.from_arrow(table_schema(dim)),
-            partition_by=list(PARTITION_COLUMNS),
-            partition_filters=[("ds", "=", ds)],
-            commit_properties=CommitProperties(
-                app_transactions=[Transaction(key, 1)], custom_metadata={"app": APP, "commit": key}
-            ),
+    # Two overwrites of a day that holds nothing yet touch no common file: this makes them conflict all the same.
+    day = f"ds={ds}"
+    turn = None
+    for remaining in reversed(range(COMMIT_TRIES)):
+        table = _open(storage, table_uri, dim)
+        if table.transaction_version(key) is not None:
+            break
+        now = table.transaction_version(day) or 0
+        if turn is not None and now >= turn:
+            raise Superseded(f"another run committed {ds} at the same moment; run again to publish on top of it")
+        turn = now + 1
+        properties = CommitProperties(
+            app_transactions=[Transaction(key, 1), Transaction(day, turn)],
+            custom_metadata={"app": APP, "commit": key},
         )
-    except CommitFailedError as error:
-        log.info("commit of %s met another one: %s", key, error)
-    done = _version_of(DeltaTable(table_uri, storage_options=options), key)
-    if done is None:
-        raise Superseded(f"another run committed ds={ds} at the same moment; run again to publish on top of it")
-    return done
+        try:
+            table.create_write_transaction(
+                [_add(file, ds=ds) for file in files],
+                mode="overwrite",
+                schema=Schema.from_arrow(table_schema(dim)),
+                partition_by=list(PARTITION_COLUMNS),
+                partition_filters=[("ds", "=", ds)],
+                commit_properties=properties,
+            )
+        except CommitFailedError as error:
+            if not remaining:
+                raise
+            log.info("commit of %s met another one: %s", key, error)
+    return _version_of(storage, table_uri, key)
 
 
-def _version_of(table: DeltaTable, key: str) -> int | None:
-    if table.transaction_version(key) is None:
-        return None
-    for entry in table.history(HISTORY_LIMIT):
-        if entry.get("commit") == key:
-            return int(entry["version"])
-    return None
+def _open(storage: Storage, table_uri: str, dim: int) -> DeltaTable:
+    schema = table_schema(dim)
+    return open_or_create(storage, table_uri, schema, name="item_vectors", partition_by=PARTITION_COLUMNS)
+
+
+def _version_of(storage: Storage, table_uri: str, key: str) -> int:
+    """The version that a commit made, from the log's own files: ``history()`` miscounts while others commit."""
+    mark = f'"commit":{json.dumps(key)}'.encode()
+    entries = [entry.uri for entry in storage.list(join(table_uri, LOG_FOLDER)) if entry.uri.endswith(".json")]
+    for uri in reversed(entries):
+        if mark in storage.read(uri):
+            return int(uri.rsplit("/", 1)[1].removesuffix(".json"))
+    raise Superseded(f"commit {key} is no longer in the log of {table_uri}; run again to publish anew")
 
 
 def _add(file: PublishedFile, *, ds: str) -> AddAction:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -90,8 +91,11 @@ def build_index(
             raise UserError(
                 f"index.factory {factory!r} cannot be trained on {items:,} vectors: {_reason(error)}"
             ) from None
-    for ids, vectors in chunks():
-        index.add_with_ids(vectors, ids)
+    try:
+        for ids, vectors in chunks():
+            index.add_with_ids(vectors, ids)
+    except RuntimeError as error:
+        raise UserError(f"index.factory {factory!r} takes no vectors with ids: {_reason(error)}") from None
     truth = _exact(chunks, items, settings)
     recall = _tune(index, truth, settings)
     if recall < settings.target_recall:
@@ -213,4 +217,4 @@ def _store(index: Any, storage: Storage, uri: str) -> PublishedFile:
 
 def _reason(error: RuntimeError) -> str:
     """FAISS's own words without the C++ location in front."""
-    return str(error).rsplit("Error: ", 1)[-1].strip().splitlines()[0]
+    return re.sub(r"^.*\.(?:cpp|h):\d+: (?:Error: )?", "", str(error), flags=re.DOTALL).strip().splitlines()[0]

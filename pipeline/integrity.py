@@ -38,7 +38,7 @@ def check_file(storage: Storage, root: str, published: PublishedFile) -> str | N
     filesystem, path = storage.filesystem(uri)
     sha, size = hashlib.sha256(), 0
     try:
-        with filesystem.open_input_stream(path) as stream:
+        with filesystem.open_input_stream(path, compression=None) as stream:
             while block := stream.read(BLOCK_BYTES):
                 sha.update(block)
                 size += len(block)
@@ -51,24 +51,12 @@ def check_file(storage: Storage, root: str, published: PublishedFile) -> str | N
     return None
 
 
-def require_intact(storage: Storage, root: str, published: PublishedFile) -> None:
-    """Verify a whole file before it is used.
-
-    Raises:
-        CorruptFile: it is missing, or a byte differs.
-    """
-    problem = check_file(storage, root, published)
-    if problem:
-        raise CorruptFile(f"{problem}; run `marc verify` and restore the file or publish the day again")
-
-
 class _VerifiedFile(io.RawIOBase):
-    """Random access to one file, block by block, each verified when first read."""
+    """Random access to one file, block by block, each verified whenever it is read."""
 
     def __init__(self, source: pa.NativeFile, uri: str, published: PublishedFile) -> None:
         self._source, self._uri, self._published = source, uri, published
         self._position = 0
-        self._verified = bytearray((published.bytes + BLOCK_BYTES - 1) // BLOCK_BYTES)
         if source.size() != published.bytes:
             raise CorruptFile(f"{uri} has {source.size():,} bytes, the release says {published.bytes:,}")
 
@@ -106,8 +94,6 @@ class _VerifiedFile(io.RawIOBase):
 
     def _verify(self, data: memoryview, first: int, last: int) -> None:
         for block in range(first, last + 1):
-            if self._verified[block]:
-                continue
             piece = data[(block - first) * BLOCK_BYTES : (block - first + 1) * BLOCK_BYTES]
             expected = self._published.blocks[block * BLOCK_DIGEST_CHARS : (block + 1) * BLOCK_DIGEST_CHARS]
             if xxhash.xxh3_64_hexdigest(piece) != expected:
@@ -115,7 +101,6 @@ class _VerifiedFile(io.RawIOBase):
                     f"{self._uri} differs from its checksum in block {block} (bytes from {block * BLOCK_BYTES:,}); "
                     "run `marc verify` and restore the file or publish the day again"
                 )
-            self._verified[block] = 1
 
     def close(self) -> None:
         if not self.closed:
@@ -124,7 +109,7 @@ class _VerifiedFile(io.RawIOBase):
 
 
 def open_verified(storage: Storage, root: str, published: PublishedFile) -> pa.PythonFile:
-    """Open one published file; every block is verified when it is first read.
+    """Open one published file; every block is verified whenever it is read.
 
     For :class:`pyarrow.parquet.ParquetFile`. Not for datasets: a scan's threads may outlive it, and one that
     releases a Python file while the interpreter exits aborts the process (apache/arrow issues 34314, 39862).

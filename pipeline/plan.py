@@ -309,7 +309,7 @@ def _mark_collisions(rows: pa.Table) -> pa.Table:
     reasons, records = rows["reason"].to_pylist(), rows["row"].to_pylist()
     for row in collided.tolist():
         reasons[row] = Reason.ROW_ID_COLLISION.value
-        records[row] = json.dumps({"item_id": rows["item_id"][row].as_py(), "row_id": int(ids[row])})
+        records[row] = json.dumps({name: rows[name][row].as_py() for name in ("item_id", "row_id", "text")})
     rows = rows.set_column(rows.schema.get_field_index("reason"), "reason", pa.array(reasons, pa.string()))
     return rows.set_column(rows.schema.get_field_index("row"), "row", pa.array(records, pa.string()))
 

@@ -159,10 +159,12 @@ class OpenRelease:
             raise UserError("queries hold NaN or infinity")
         if not 1 <= k <= self.facts.items:
             raise UserError(f"k is {k}, the release holds {self.facts.items} items")
-        scores, rows = self._index.search(queries, k)
+        if not len(queries):
+            return np.empty((0, k), object), np.empty((0, k), np.float32)
+        scores, rows = self._with_ties(queries, k)
         names = self._item_ids(rows)
         # The index may return fewer than k neighbours (narrow inverted lists): those places stay empty, last.
-        order = np.array([_ranked(s, n) for s, n in zip(scores, names, strict=True)])
+        order = np.array([_ranked(s, n)[:k] for s, n in zip(scores, names, strict=True)])
         return np.take_along_axis(names, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
     def _verify_files(self) -> None:
@@ -176,6 +178,16 @@ class OpenRelease:
     def index_row_ids(self) -> NDArray[np.int64]:
         """Row ids in the index, in no particular order."""
         return np.concatenate([_shard_ids(self._read_shard(file)) for file in self.facts.index_files])
+
+    def _with_ties(self, queries: Matrix, k: int) -> tuple[Matrix, NDArray[np.int64]]:
+        """At least k neighbours, and as many more as tie with the k-th: which of them count is not FAISS's to say."""
+        depth = k
+        while True:
+            depth = min(depth + 1, self.facts.items)
+            scores, rows = self._index.search(queries, depth)
+            if depth == self.facts.items or np.all(scores[:, -1] < scores[:, k - 1]):
+                return scores, rows
+            depth *= 2
 
     def _rows_of(self, bucket: int, wanted: pa.Array) -> pa.Table:
         """Candidate rows (item_id, vector) of one bucket: the row groups whose id range meets the wanted ids."""
@@ -205,7 +217,9 @@ class OpenRelease:
         shards = [self._read_shard(file) for file in self.facts.index_files]
         if len(shards) == 1:
             return shards[0]
-        merged = faiss.IndexShards(self.facts.dim)
+        merged: Any = faiss.IndexShards(self.facts.dim)
+        # The shards bring our row ids: they must not be numbered one after the other.
+        merged.successive_ids = False
         for shard in shards:
             merged.add_shard(shard)
         return merged
@@ -226,7 +240,11 @@ class OpenRelease:
         for bucket in np.unique(rows[rows >= 0] % self.facts.buckets).tolist():
             known, names = self._bucket_names(bucket)
             places = np.nonzero((rows >= 0) & (rows % self.facts.buckets == bucket))
-            at = np.searchsorted(known, rows[places])
+            at = np.minimum(np.searchsorted(known, rows[places]), len(known) - 1)
+            if not np.array_equal(known[at], rows[places]):
+                raise CorruptFile(
+                    f"the index of release {self.facts.release_id} holds ids that its table does not; run `marc verify`"
+                )
             out[places] = names.take(pa.array(at)).to_pylist()
         return out
 
@@ -243,10 +261,10 @@ class OpenRelease:
 
 
 def _shard_ids(shard: Any) -> NDArray[np.int64]:
-    lists = faiss.try_extract_index_ivf(shard)
-    if lists is None:
+    if hasattr(shard, "id_map"):
         return np.array(faiss.vector_to_array(shard.id_map), dtype=np.int64)
-    inverted: Any = lists.invlists
+    lists: Any = faiss.try_extract_index_ivf(shard)
+    inverted = lists.invlists
     sizes = [inverted.list_size(number) for number in range(lists.nlist)]
     ids = [faiss.rev_swig_ptr(inverted.get_ids(n), size).copy() for n, size in enumerate(sizes) if size]
     return np.concatenate(ids)

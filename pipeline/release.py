@@ -9,7 +9,7 @@ from pipeline import feature_table, release_log
 from pipeline.errors import CorruptFile, GateRefused, Superseded, UserError
 from pipeline.integrity import check_file
 from pipeline.model.bundle import check_bundle, open_bundle
-from pipeline.storage import Storage
+from pipeline.storage import Storage, join
 from pipeline.workspace import Workspace, receipts_digest
 from schemas.plan import Plan
 from schemas.receipt import AuditReport, IndexReceipt, Receipt
@@ -36,15 +36,15 @@ def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
         Superseded: another run published the same date at the same moment.
     """
     storage = workspace.storage
-    already = published(storage, table_uri, ds=plan.ds, plan_id=plan.plan_id)
-    if already is not None:
-        log.info("plan %s is release %s already", plan.plan_id, already.release_id)
-        return already
+    releases = release_log.read_releases(storage, table_uri)
+    previous = release_log.newest(releases, ds=plan.ds)
+    if previous is not None and previous.plan_id == plan.plan_id:
+        log.info("plan %s is release %s already", plan.plan_id, previous.release_id)
+        return previous
+    attempt = sum(release.plan_id == plan.plan_id for release in releases) + 1
     receipts = workspace.require_receipts(plan)
     audit, index = _require_verdicts(workspace, plan, receipts)
     _require_files(storage, plan, receipts, index, table_uri=table_uri)
-    releases = release_log.read_releases(storage, table_uri)
-    attempt = sum(release.plan_id == plan.plan_id for release in releases) + 1
     files = [receipt.file for receipt in receipts if receipt.file is not None]
     version = feature_table.commit_partitions(
         storage,
@@ -54,9 +54,8 @@ def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
         ds=plan.ds,
         key=f"{plan.plan_id}:{audit.receipts_digest}:{attempt}",
     )
-    previous = release_log.newest(releases, ds=plan.ds)
     release = _describe(workspace, plan, receipts, audit, index, table_uri, version, previous)
-    if not release_log.append(storage, table_uri, release):
+    if not release_log.append(storage, table_uri, release, attempt=attempt):
         winner = published(storage, table_uri, ds=plan.ds, plan_id=plan.plan_id)
         if winner is None:
             raise Superseded(f"another run published {plan.ds} at the same moment; run again to publish on top of it")
@@ -83,9 +82,17 @@ def _require_files(
     storage: Storage, plan: Plan, receipts: Sequence[Receipt], index: IndexReceipt, *, table_uri: str
 ) -> None:
     problems = [check_file(storage, index.uri, file) for file in index.files]
-    problems += check_bundle(storage, open_bundle(storage, plan.bundle_uri))
-    missing = [r.file.path for r in receipts if r.file and storage.stat(f"{table_uri}/{r.file.path}") is None]
-    problems += [f"{path} is missing" for path in missing]
+    bundle = open_bundle(storage, plan.bundle_uri)
+    problems += check_bundle(storage, bundle)
+    if bundle.version != plan.bundle:
+        problems.append(
+            f"{plan.bundle_uri}/bundle.json is version {bundle.version}, the plan was made for {plan.bundle}"
+        )
+    # Audit and index have just read every byte of the table's files; here it is enough that they are still there.
+    for file in (receipt.file for receipt in receipts if receipt.file):
+        stored = storage.stat(join(table_uri, file.path))
+        if stored is None or stored.bytes != file.bytes:
+            problems.append(f"{file.path} is {'missing' if stored is None else 'of another size'}")
     found = [problem for problem in problems if problem]
     if found:
         raise CorruptFile(f"plan {plan.plan_id} cannot be published: {'; '.join(found)}")
@@ -105,7 +112,7 @@ def _describe(
     encoded, tokens = sum(r.encoded for r in receipts), sum(r.tokens for r in receipts)
     seconds = workspace.read_seconds()
     return Release(
-        release_id=f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}",
+        release_id=f"{now:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:4]}",
         ds=plan.ds,
         created_at=now,
         plan_id=plan.plan_id,

@@ -6,25 +6,29 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
-from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake import CommitProperties, Transaction, write_deltalake
+from deltalake.exceptions import CommitFailedError
 
+from pipeline.delta import open_or_create, open_table
 from pipeline.errors import UserError
 from pipeline.storage import Storage, join
 from schemas.release import RELEASES, Release
 
 # An underscore keeps the log out of what Delta and Spark take for data of the feature table.
 FOLDER = "_releases"
+COMMIT_TRIES = 5
 
 log = logging.getLogger(__name__)
 
 
 def read_releases(storage: Storage, table_uri: str) -> list[Release]:
     """Every release of a feature table, oldest first; empty before the first."""
-    table = _open(storage, table_uri)
+    table = open_table(storage, join(table_uri, FOLDER))
     if table is None:
         return []
-    rows = [row for uri in table.file_uris() for row in _read_file(storage, uri)]
+    # Names, not uris: those come percent-encoded.
+    names = [uri.rsplit("/", 1)[1] for uri in table.file_uris()]
+    rows = [row for name in names for row in _read_file(storage, join(table_uri, FOLDER, name))]
     releases = [Release.model_validate({**row, "seconds": dict(row["seconds"])}) for row in rows]
     return sorted(releases, key=lambda release: (release.created_at, release.release_id))
 
@@ -61,33 +65,32 @@ def find_release(storage: Storage, table_uri: str, *, ds: str | None = None, rel
     return found
 
 
-def append(storage: Storage, table_uri: str, release: Release) -> bool:
+def append(storage: Storage, table_uri: str, release: Release, *, attempt: int = 1) -> bool:
     """Publish a release: one atomic commit. Says whether this call made it.
 
-    The plan's id travels as Delta transaction ``(plan_id, n)``, n = how often the plan was published before:
-    of two runs that publish the same plan at once, one commits and the other finds it done.
+    Args:
+        storage: access to ``table_uri``.
+        table_uri: the feature table.
+        release: the row.
+        attempt: how often this plan was published before, plus one. It travels as Delta transaction
+            ``(plan_id, attempt)``: of runs that publish the same plan at once, one commits, the others find it done.
     """
-    uri = join(table_uri, FOLDER)
-    DeltaTable.create(uri, schema=RELEASES, mode="ignore", storage_options=storage.delta_options())
-    table = DeltaTable(uri, storage_options=storage.delta_options())
-    published = table.transaction_version(release.plan_id) or 0
-    properties = CommitProperties(app_transactions=[Transaction(release.plan_id, published + 1)])
-    try:
-        write_deltalake(table, _row(release), mode="append", commit_properties=properties)
-    except CommitFailedError:
-        again = DeltaTable(uri, storage_options=storage.delta_options()).transaction_version(release.plan_id) or 0
-        if again > published:
+    properties = CommitProperties(app_transactions=[Transaction(release.plan_id, attempt)])
+    for remaining in reversed(range(COMMIT_TRIES)):
+        table = open_or_create(storage, join(table_uri, FOLDER), RELEASES, name="releases")
+        if (table.transaction_version(release.plan_id) or 0) >= attempt:
             log.info("plan %s was published by another run a moment ago", release.plan_id)
             return False
-        raise
+        try:
+            write_deltalake(table, _row(release), mode="append", commit_properties=properties)
+        except CommitFailedError as error:
+            # This plan by a rival, which the next round sees; or the very first commits of the log at once.
+            if not remaining:
+                raise
+            log.info("commit of release %s met another one: %s", release.release_id, error)
+        else:
+            break
     return True
-
-
-def _open(storage: Storage, table_uri: str) -> DeltaTable | None:
-    try:
-        return DeltaTable(join(table_uri, FOLDER), storage_options=storage.delta_options())
-    except TableNotFoundError:
-        return None
 
 
 def _read_file(storage: Storage, uri: str) -> list[dict[str, Any]]:

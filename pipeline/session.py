@@ -28,6 +28,10 @@ SHARED_GPU = "0.01"
 DEFAULTS = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": "2000",
     "spark.sql.session.timeZone": "UTC",
+    # Column names are exact, as in the settings; "title" and "Title" are two columns.
+    "spark.sql.caseSensitive": "true",
+    # Nanosecond timestamps, which pandas writes, are read as integers; without this Spark refuses the whole file.
+    "spark.sql.legacy.parquet.nanosAsLong": "true",
     "spark.sql.sources.partitionColumnTypeInference.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
     "spark.ui.enabled": "false",

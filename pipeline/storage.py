@@ -5,7 +5,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -124,17 +124,8 @@ class Storage:
 
     def list(self, uri: str) -> list[StoredObject]:
         """Every file below a folder uri, sorted by uri; hidden names are skipped; empty where nothing is."""
-        if is_s3(uri):
-            found = list(self._list_s3(uri.rstrip("/") + "/"))
-        else:
-            found = [
-                StoredObject(uri=str(path), bytes=path.stat().st_size)
-                for path in Path(uri).rglob("*")
-                if path.is_file()
-            ]
-        root = len(uri.rstrip("/")) + 1
-        visible = (o for o in found if not any(p.startswith((".", "_")) for p in o.uri[root:].split("/")))
-        return sorted(visible, key=lambda o: o.uri)
+        found = self._list_s3(uri.rstrip("/") + "/") if is_s3(uri) else _list_local(Path(uri))
+        return sorted(found, key=lambda o: o.uri)
 
     def stat(self, uri: str) -> StoredObject | None:
         """One file, or None where there is none."""
@@ -191,7 +182,22 @@ class Storage:
         bucket, prefix = _bucket_and_key(uri)
         for page in self._client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
             for item in page.get("Contents", []):
-                yield StoredObject(uri=f"{S3_SCHEME}{bucket}/{item['Key']}", bytes=item["Size"], etag=item["ETag"])
+                if not _is_hidden(item["Key"].removeprefix(prefix)):
+                    yield StoredObject(uri=f"{S3_SCHEME}{bucket}/{item['Key']}", bytes=item["Size"], etag=item["ETag"])
+
+
+def _list_local(root: Path) -> Iterator[StoredObject]:
+    for path in root.rglob("*"):
+        if _is_hidden(str(path.relative_to(root))):
+            continue
+        # What is deleted while we look was not there.
+        with suppress(FileNotFoundError):
+            if path.is_file():
+                yield StoredObject(uri=str(path), bytes=path.stat().st_size)
+
+
+def _is_hidden(relative: str) -> bool:
+    return any(part.startswith((".", "_")) for part in relative.split("/"))
 
 
 def _bucket_and_key(uri: str) -> tuple[str, str]:

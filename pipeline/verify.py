@@ -32,7 +32,10 @@ def _file_problems(storage: Storage, release: Release, table_uri: str) -> Iterat
         yield problem
         return
     try:
-        yield from check_bundle(storage, open_bundle(storage, release.bundle_uri))
+        bundle = open_bundle(storage, release.bundle_uri)
+        if bundle.version != release.bundle:
+            yield f"{release.bundle_uri} holds bundle {bundle.version}, the release was made with {release.bundle}"
+        yield from check_bundle(storage, bundle)
     except PipelineError as error:
         yield str(error)
 
@@ -49,8 +52,12 @@ def _content_problems(storage: Storage, release: Release, table_uri: str) -> Ite
             yield f"{file.path} holds vectors of another bundle than {release.bundle}"
     if rows != release.items:
         yield f"the table holds {rows:,} rows, the release says {release.items:,} items"
-    in_table = np.sort(np.concatenate(row_ids))
-    in_index = np.sort(OpenRelease(release, uri=table_uri, storage=storage).index_row_ids())
-    if not np.array_equal(in_table, in_index):
-        extra, missing = np.setdiff1d(in_index, in_table).size, np.setdiff1d(in_table, in_index).size
+    in_table = np.concatenate(row_ids)
+    in_index = OpenRelease(release, uri=table_uri, storage=storage).index_row_ids()
+    extra, missing = np.setdiff1d(in_index, in_table).size, np.setdiff1d(in_table, in_index).size
+    if extra or missing:
         yield f"the index holds {extra:,} ids that the table does not, and lacks {missing:,}"
+    for place, ids in (("index", in_index), ("table", in_table)):
+        doubled = ids.size - np.unique(ids).size
+        if doubled:
+            yield f"the {place} holds {doubled:,} ids twice"

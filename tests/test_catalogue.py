@@ -119,7 +119,6 @@ def test_parquet_types_become_text_as_python_writes_them(spark: "SparkSession", 
 
 
 @pytest.mark.parametrize("values", [pa.nulls(2), pa.array([True, None])], ids=["null", "bool"])
-@pytest.mark.xfail(strict=True, reason="without a CAST, coalesce(x, '') turns '' into the column's type: the job fails")
 def test_nulls_of_any_parquet_type_are_no_text(spark: "SparkSession", tmp_path: Path, values: pa.Array) -> None:
     columns = {"item_id": ["1", "2"], "title": ["a", "b"], "x": values}
     found = texts(read(spark, write_parquet(tmp_path / "c.parquet", columns), template="{title}{x}"))
@@ -263,7 +262,6 @@ def test_undecodable_json_lines_are_quarantined_and_readable(spark: "SparkSessio
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="Jackson refuses the bytes before _normalise sees them: the reason is malformed")
 def test_undecodable_json_lines_are_called_undecodable(spark: "SparkSession", tmp_path: Path) -> None:
     data = b'{"item_id": "ok", "title": "t"}\n{"item_id": "a", "title": "x\xffy"}\n'
     rows = read(spark, write_bytes(tmp_path / "c.jsonl", data))
@@ -392,18 +390,7 @@ def _versions(spark: "SparkSession", path: Path) -> list[str]:
     "name",
     [
         *UPDATED,
-        *(
-            pytest.param(
-                name,
-                marks=pytest.mark.xfail(
-                    strict=True,
-                    reason="Spark reads no nanosecond Parquet"
-                    if "timestamp" in name
-                    else "micro- and nanoseconds are taken for seconds: overflow in Parquet, all equal in text",
-                ),
-            )
-            for name in UPDATED_BROKEN
-        ),
+        *(name for name in UPDATED_BROKEN),
     ],
 )
 def test_updated_at_sorts_rows_by_time_however_it_is_written(spark: "SparkSession", tmp_path: Path, name: str) -> None:
@@ -411,7 +398,6 @@ def test_updated_at_sorts_rows_by_time_however_it_is_written(spark: "SparkSessio
     assert _versions(spark, path) == ["version None"] * 2 + [f"version {n}" for n in range(len(MOMENTS))]
 
 
-@pytest.mark.xfail(strict=True, reason="Spark reads no nanosecond Parquet, which pandas writes by default")
 def test_a_nanosecond_column_that_nothing_uses_does_no_harm(spark: "SparkSession", tmp_path: Path) -> None:
     columns = {"item_id": ["1"], "title": ["a"], "seen": pa.array([NAIVE[0]], pa.timestamp("ns"))}
     assert texts(read(spark, write_parquet(tmp_path / "c.parquet", columns))) == {"1": "a"}
@@ -480,7 +466,6 @@ def test_a_glob_takes_the_files_that_match(spark: "SparkSession", tmp_path: Path
     assert texts(read(spark, tmp_path / "items-[23].*", format="csv")).keys() == {"items-2.csv", "items-3.txt"}
 
 
-@pytest.mark.xfail(strict=True, reason="fnmatch's * matches slashes: last year's archive joins the day's catalogue")
 def test_a_glob_does_not_reach_into_folders(spark: "SparkSession", tmp_path: Path) -> None:
     write_bytes(tmp_path / "c.csv", b"item_id,title\n1,today\n")
     write_bytes(tmp_path / "archive" / "c.csv", b"item_id,title\n2,last year\n")
@@ -561,7 +546,6 @@ def test_a_nested_column_in_the_template_is_refused(spark: "SparkSession", tmp_p
 
 
 @pytest.mark.parametrize("value", [[[["a"]]], [[{"en": "a"}]]], ids=["list of lists", "list of structs"])
-@pytest.mark.xfail(strict=True, reason="_sql_type calls every list ARRAY<STRING>: the text becomes '{a}' or '[a]'")
 def test_a_nested_list_in_the_template_is_refused(spark: "SparkSession", tmp_path: Path, value: list[object]) -> None:
     assert "nested" in _user_error(spark, write_parquet(tmp_path / "c.parquet", {"item_id": ["1"], "title": value}))
 
@@ -595,22 +579,17 @@ def _unusable_parquet() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("columns", "changes"), _unusable_parquet())
-@pytest.mark.xfail(
-    strict=True, reason="_sql_type calls what it does not know STRING: Spark's AnalysisException escapes"
-)
 def test_a_parquet_type_that_cannot_be_used_is_the_users_error(
     spark: "SparkSession", tmp_path: Path, columns: dict[str, object], changes: dict[str, str]
 ) -> None:
     _user_error(spark, write_parquet(tmp_path / "c.parquet", columns), **changes)
 
 
-@pytest.mark.xfail(strict=True, reason="_sql_type calls a fixed-size list STRING: Spark's AnalysisException escapes")
 def test_a_fixed_size_list_is_text_like_any_list(spark: "SparkSession", tmp_path: Path) -> None:
     columns = {"item_id": ["1"], "title": pa.array([["a", "b"]], pa.list_(pa.string(), 2))}
     assert texts(read(spark, write_parquet(tmp_path / "c.parquet", columns))) == {"1": "a, b"}
 
 
-@pytest.mark.xfail(strict=True, reason="only CSV headers are checked: Spark's AnalysisException escapes")
 def test_a_doubled_parquet_column_is_named(spark: "SparkSession", tmp_path: Path) -> None:
     path = tmp_path / "c.parquet"
     pq.write_table(pa.Table.from_arrays([pa.array(["1"])] * 3, names=["item_id", "title", "title"]), path)
@@ -618,7 +597,6 @@ def test_a_doubled_parquet_column_is_named(spark: "SparkSession", tmp_path: Path
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
-@pytest.mark.xfail(strict=True, reason="Spark compares column names without case unless spark.sql.caseSensitive is set")
 def test_columns_that_differ_in_case_are_different_columns(spark: "SparkSession", tmp_path: Path, ending: str) -> None:
     path, columns = tmp_path / f"c.{ending}", ["item_id", "title", "Title"]
     if ending == "csv":
@@ -628,7 +606,6 @@ def test_columns_that_differ_in_case_are_different_columns(spark: "SparkSession"
     assert texts(read(spark, path)) == {"1": "a"}
 
 
-@pytest.mark.xfail(strict=True, reason="pyarrow's OSError escapes from _columns")
 def test_a_gz_file_that_is_not_compressed_is_the_users_error(spark: "SparkSession", tmp_path: Path) -> None:
     path = tmp_path / "c.csv.gz"
     path.write_bytes(b"item_id,title\n1,a\n")
@@ -639,7 +616,6 @@ def test_a_gz_file_that_is_not_compressed_is_the_users_error(spark: "SparkSessio
 
 
 @pytest.mark.parametrize("folder", ["my catalogue", "100%25", "ünï"])
-@pytest.mark.xfail(strict=True, reason="Path.as_uri() escapes, Spark's reader does not unescape: PATH_NOT_FOUND")
 def test_paths_may_hold_spaces_percents_and_letters(spark: "SparkSession", tmp_path: Path, folder: str) -> None:
     path = write_bytes(tmp_path / folder / f"{folder}.csv", b"item_id,title\n1,a\n")
     rows = read(spark, path)
@@ -647,7 +623,6 @@ def test_paths_may_hold_spaces_percents_and_letters(spark: "SparkSession", tmp_p
     assert rows[0]["source"] == path.name
 
 
-@pytest.mark.xfail(strict=True, reason="_json_columns sees only the first MiB, which is no whole line: no columns")
 def test_a_first_json_line_of_more_than_a_mebibyte_is_read(spark: "SparkSession", tmp_path: Path) -> None:
     rows = [{"item_id": "long", "title": "x" * (1 << 20)}, {"item_id": "short", "title": "y"}]
     found = texts(read(spark, write_jsonl(tmp_path / "c.jsonl", rows)))
@@ -655,9 +630,6 @@ def test_a_first_json_line_of_more_than_a_mebibyte_is_read(spark: "SparkSession"
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\x85"])
-@pytest.mark.xfail(
-    strict=True, reason="str.splitlines() cuts JSON lines at U+2028 and others that are legal inside a string"
-)
 def test_line_separators_inside_json_strings_are_text(spark: "SparkSession", tmp_path: Path, separator: str) -> None:
     row = {"item_id": "1", "title": f"a{separator}b"}
     path = write_jsonl(tmp_path / "c.jsonl", [row], ensure_ascii=False)
@@ -682,15 +654,11 @@ def test_what_follows_a_json_record_on_its_line_is_not_dropped(spark: "SparkSess
     assert "3" in json.dumps([[row["item_id"], row["row"]] for row in rows])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="univocity takes the line end of the first line for that of all: the id keeps a \\r"
-)
 def test_mixed_line_ends_in_csv_are_no_part_of_an_id(spark: "SparkSession", tmp_path: Path) -> None:
     path = write_bytes(tmp_path / "c.csv", b"title,item_id\na,1\r\nb,2\n")
     assert texts(read(spark, path)) == {"1": "a", "2": "b"}
 
 
-@pytest.mark.xfail(strict=True, reason="csv.Error escapes from _csv_columns")
 def test_csv_with_bare_carriage_returns_is_read(spark: "SparkSession", tmp_path: Path) -> None:
     assert texts(read(spark, write_bytes(tmp_path / "c.csv", b"item_id,title\r1,a\r2,b\r"))) == {"1": "a", "2": "b"}
 

@@ -61,9 +61,6 @@ def test_uris_follow_the_root_unless_they_are_given(config: Path) -> None:
     assert settings.bundle_uri == "s3://models/marc"
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="root keeps its trailing slash: s3://bucket/prefix//item_vectors"
-)
 def test_a_root_may_end_in_a_slash(config: Path) -> None:
     assert load(config, GOOD + "root: s3://bucket/prefix/\n").table_uri == "s3://bucket/prefix/item_vectors"
 
@@ -131,7 +128,6 @@ def test_a_missing_file_is_the_users_mistake(config: Path) -> None:
         pytest.param(
             "{0}",
             "plain column names",
-            marks=pytest.mark.xfail(strict=True, reason="placeholders refuses {} but not {0}, as its docstring says"),
         ),
     ],
 )

@@ -247,11 +247,6 @@ def test_dates_that_are_committed_at_once_all_arrive(site: Site) -> None:
     }
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="DeltaTable.history counts down from a version that is older than its list",
-)
 def test_commits_at_one_moment_each_learn_their_own_version(tmp_path: Path) -> None:
     for attempt in range(8):
         site = Site(tmp_path / str(attempt))
@@ -274,9 +269,6 @@ def test_the_same_commit_at_once_is_made_once(site: Site) -> None:
     assert DeltaTable(site.table_uri).version() == 2
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="an overwrite of a date that holds nothing yet conflicts with no rival"
-)
 def test_of_rivals_for_one_date_any_version_holds_exactly_one_and_the_losers_are_told(tmp_path: Path) -> None:
     for attempt in range(8):
         site = Site(tmp_path / str(attempt))
@@ -291,9 +283,6 @@ def test_of_rivals_for_one_date_any_version_holds_exactly_one_and_the_losers_are
             assert rows in [set(vectors) for vectors in rivals]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="DeltaTable.create(mode='ignore') raises when rivals create"
-)
 def test_the_first_commits_of_a_new_table_may_come_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create, rivals = DeltaTable.create, 6
 

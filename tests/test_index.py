@@ -114,16 +114,12 @@ def test_a_factory_that_faiss_cannot_use_is_the_users_mistake(encoded: Encoded, 
         encoded.index(IndexSettings(factory=factory, target_recall=LOOSE))
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="only index_factory and train are guarded, not add")
 @pytest.mark.parametrize("factory", ["IVF4,PQ4x4,RFlat", "NSG8", "PCA4,IDMap,Flat", "Flat,IDMap"])
 def test_a_factory_that_only_fails_when_vectors_are_added_is_the_users_mistake(encoded: Encoded, factory: str) -> None:
     with pytest.raises(UserError, match=r"index\.factory"):
         encoded.index(IndexSettings(factory=factory, target_recall=LOOSE))
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="_reason looks for 'Error: ', this one says '…cpp:1228: '"
-)
 def test_a_factory_string_that_cannot_be_parsed_is_refused_without_the_location_in_c_plus_plus(
     encoded: Encoded,
 ) -> None:

@@ -605,9 +605,6 @@ def test_a_row_id_collision_is_quarantined_and_never_merged(tmp_path: Path) -> N
     ]  # fmt: skip
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_mark_collisions keeps id and row_id only: the text cannot be mended from there"
-)
 def test_a_collided_row_keeps_its_text(tmp_path: Path) -> None:
     context = planning.bucket_context(settings_at(tmp_path, tmp_path, buckets=1), None)
     plan_bucket(context, 0, planned_rows({"a": "text of a", "c": "text of c"}, ids={"a": 5, "c": 5}))

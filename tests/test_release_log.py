@@ -8,7 +8,6 @@ from typing import Any
 import deltalake
 import pytest
 from deltalake import DeltaTable
-from deltalake.exceptions import CommitFailedError
 from hypothesis import given
 from hypothesis import strategies as st
 from published import NOON, Meeting, Site, items
@@ -165,9 +164,6 @@ def test_releases_of_different_plans_may_be_appended_at_one_moment(
     assert {r.release_id for r in read_releases(STORAGE, uri)} == {"there already", "r0", "r1", "r2", "r3"}
 
 
-@pytest.mark.xfail(
-    strict=True, raises=CommitFailedError, reason="DeltaTable.create(mode='ignore') raises when rivals create the log"
-)
 def test_the_first_releases_of_a_new_table_may_come_at_once(
     tmp_path: Path, made: Release, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +182,13 @@ def test_the_first_releases_of_a_new_table_may_come_at_once(
         with ThreadPoolExecutor(rivals) as pool:
             assert list(pool.map(publish, range(rivals))) == [True] * rivals
         assert len(read_releases(STORAGE, uri)) == rivals
+
+
+@pytest.mark.parametrize("folder", ["with blanks", "ü and #"])
+def test_a_table_may_lie_in_a_folder_with_blanks_in_its_name(tmp_path: Path, made: Release, folder: str) -> None:
+    uri = str(tmp_path / folder)
+    append(STORAGE, uri, like(made, "r", ds="2026-11-20"))
+    assert [release.release_id for release in read_releases(STORAGE, uri)] == ["r"]
 
 
 def test_the_moment_of_publication_keeps_its_zone(tmp_path: Path, made: Release) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipeline import feature_table
 from pipeline.config import AuditSettings
 from pipeline.errors import CorruptFile, GateRefused
+from pipeline.integrity import require_blocks
 from pipeline.resources import TaskResources
 from pipeline.workspace import Workspace, receipts_digest
 from schemas.catalogue import ITEMS
@@ -70,6 +71,7 @@ def audit_bucket(task: AuditTask, _resources: TaskResources) -> BucketAudit:
     problems: list[str] = []
     if task.receipt.file is not None:
         try:
+            require_blocks(task.workspace.storage, task.table_uri, task.receipt.file)
             rows = feature_table.read_rows(task.workspace.storage, task.table_uri, task.receipt.file, columns=COLUMNS)
         except CorruptFile as error:
             problems.append(str(error))

@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from schemas.bundle import Pooling
 
 DEFAULT_CONFIG = "marc.yaml"
+PREFIX = "MARC_"
 
 
 class Section(BaseModel):
@@ -118,7 +119,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         extra="forbid",
         frozen=True,
-        env_prefix="MARC_",
+        env_prefix=PREFIX,
         env_nested_delimiter="__",
         nested_model_default_partial_update=True,
     )
@@ -171,6 +172,10 @@ def load_settings(path: str | Path = DEFAULT_CONFIG) -> Settings:
     if not path.is_file():
         raise UserError(f"no configuration at {path}; write one or pass --config FILE")
 
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and not _is_key(name))
+    if unknown:
+        raise UserError(f"the variable {unknown[0]} overrides no key of the configuration")
+
     class FileSettings(Settings):
         @classmethod
         def settings_customise_sources(
@@ -185,11 +190,17 @@ def load_settings(path: str | Path = DEFAULT_CONFIG) -> Settings:
             return env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=path)
 
     try:
-        return FileSettings().resolved(path.resolve().parent)
+        # Not resolved: a configuration that is mounted as a symbolic link belongs where the link is.
+        return FileSettings().resolved(Path(os.path.abspath(path)).parent)  # noqa: PTH100
     except ValidationError as error:
         raise UserError(f"{path}: {describe(error)}") from None
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no valid YAML mapping: {' '.join(str(error).split())}") from None
+
+
+def _is_key(variable: str) -> bool:
+    name = variable.removeprefix(PREFIX).split("__")[0].lower()
+    return name in Settings.model_fields or variable == "MARC_CONFIG"
 
 
 def describe(error: ValidationError) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline import feature_table
 from pipeline.config import IndexSettings
 from pipeline.errors import GateRefused, UserError
-from pipeline.integrity import describe_file
+from pipeline.integrity import check_file, describe_file
 from pipeline.storage import Storage, join
 from schemas.files import PublishedFile
 from schemas.receipt import IndexReceipt, Receipt
@@ -41,6 +41,17 @@ def choose_factory(items: int, settings: IndexSettings) -> str:
     if items < EXACT_BELOW:
         return "Flat"
     return f"IVF{2 ** round(math.log2(4 * math.sqrt(items)))},Flat"
+
+
+def satisfies(built: IndexReceipt, settings: IndexSettings, *, storage: Storage) -> bool:
+    """Whether an index that was built before is what the settings ask for now, every byte of it in place."""
+    items = sum(file.rows for file in built.files)
+    wanted = (choose_factory(items, settings), settings.k)
+    return (
+        (built.factory, built.k) == wanted
+        and built.recall >= settings.target_recall
+        and not any(check_file(storage, built.uri, file) for file in built.files)
+    )
 
 
 def build_index(

@@ -64,7 +64,8 @@ def open_release(
 class OpenRelease:
     """One release, pinned: whatever is published later, these are the rows and vectors of this generation.
 
-    Every byte that is read was verified against the release's checksums.
+    Files are verified against the release's checksums: block by block as look-ups read them, whole before the
+    first dataset is handed out, and the index before FAISS reads it.
 
     Args:
         facts: the release's row in the log.

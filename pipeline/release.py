@@ -32,7 +32,7 @@ def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
     Raises:
         UserError: an earlier stage has not finished.
         GateRefused: the audit refused, or audit and index saw other files than the receipts name.
-        CorruptFile: a file of the release differs from its checksum.
+        CorruptFile: a file of the index or bundle differs from its checksum, a table file is gone or cut short.
         Superseded: another run published the same date at the same moment.
     """
     storage = workspace.storage
@@ -88,7 +88,7 @@ def _require_files(
         problems.append(
             f"{plan.bundle_uri}/bundle.json is version {bundle.version}, the plan was made for {plan.bundle}"
         )
-    # Audit and index have just read every byte of the table's files; here it is enough that they are still there.
+    # The audit has just verified every byte of the table's files; here it is enough that they are still there.
     for file in (receipt.file for receipt in receipts if receipt.file):
         stored = storage.stat(join(table_uri, file.path))
         if stored is None or stored.bytes != file.bytes:

@@ -157,7 +157,6 @@ def index_stage(settings: Settings, plan_id: str) -> IndexReceipt:
         GateRefused: recall below the target, or no passed audit.
     """
     from pipeline import audit, index
-    from pipeline.integrity import check_file
 
     workspace = workspace_of(settings, plan_id)
     plan = workspace.require_plan()
@@ -167,11 +166,7 @@ def index_stage(settings: Settings, plan_id: str) -> IndexReceipt:
         audit.require_passed(report)
     digest = receipts_digest(receipts)
     built = workspace.read_index()
-    if (
-        built
-        and built.receipts_digest == digest
-        and not any(check_file(workspace.storage, built.uri, f) for f in built.files)
-    ):
+    if built and built.receipts_digest == digest and index.satisfies(built, settings.index, storage=workspace.storage):
         log.info("index: stands already")
         return built
     with _timed(workspace, "index"):

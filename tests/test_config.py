@@ -274,3 +274,17 @@ def test_a_job_with_a_bad_date_exits_with_2_and_says_so_on_standard_error(
     assert left.value.code == 2
     assert printed.out == ""
     assert "ERROR '20261120' is no date; write YYYY-MM-DD" in printed.err
+
+
+def test_a_configuration_behind_a_symbolic_link_belongs_where_the_link_is(config: Path) -> None:
+    target = config.parent / "mounted"
+    target.mkdir()
+    (target / "v1.yaml").write_text(GOOD)
+    config.symlink_to(target / "v1.yaml")
+    assert load_settings(config).table_uri == f"{config.parent}/data/item_vectors"
+
+
+def test_a_variable_that_overrides_no_key_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MARC_BUKETS", "4")
+    with pytest.raises(UserError, match="MARC_BUKETS overrides no key"):
+        load(config, GOOD)

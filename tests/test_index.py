@@ -12,7 +12,7 @@ from published import DIM, Encoded, Site, Vectors, items
 
 from pipeline.config import IndexSettings
 from pipeline.errors import CorruptFile, GateRefused, UserError
-from pipeline.index import EXACT_BELOW, choose_factory
+from pipeline.index import EXACT_BELOW, choose_factory, satisfies
 from pipeline.integrity import check_file
 from schemas.identity import row_id
 from schemas.receipt import IndexReceipt
@@ -177,3 +177,15 @@ def test_small_tables_are_searched_exactly_and_large_ones_by_lists_of_about_four
         assert lists.bit_count() == 1
         assert 1 / math.sqrt(2) <= lists / (4 * math.sqrt(count)) <= math.sqrt(2)
     assert choose_factory(10**9, IndexSettings(factory="HNSW32")) == "HNSW32"
+
+
+def test_an_index_stands_only_while_it_is_what_the_settings_ask_for(encoded: Encoded) -> None:
+    built = encoded.index(IndexSettings())
+    storage = encoded.site.storage
+    assert satisfies(built, IndexSettings(), storage=storage)
+    for other in (IndexSettings(factory="IVF4,Flat"), IndexSettings(k=5)):
+        assert not satisfies(built, other, storage=storage)
+    worse = built.model_copy(update={"recall": 0.9})
+    assert not satisfies(worse, IndexSettings(), storage=storage)
+    Path(built.uri, built.files[0].path).unlink()
+    assert not satisfies(built, IndexSettings(), storage=storage)

@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup nightly test check format ui clean
+.PHONY: help setup java nightly test check format ui clean
 
 DS ?= $(shell date -u +%F)
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
@@ -24,17 +24,19 @@ help: ## Show this help
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  DS=YYYY-MM-DD chooses the date (default: today, $(DS)); MARC_CONFIG=FILE another configuration."
 
-setup: $(VENV)/.installed ## Create .venv and install everything into it (once)
+setup: java $(VENV)/.installed ## Create .venv and install everything into it (once)
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt | java
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
-	  || { echo "Python 3.11 or 3.12 is needed, '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true); install it or say PYTHON=..." >&2; exit 2; }
-	@version=$$("$(JAVA)" -version 2>&1 | sed -n '1s/.*version "\([0-9]*\).*/\1/p' || true); [[ $${version:-0} -ge 17 ]] \
-	  || { echo "Java 17 or newer is needed, '$(JAVA)' is $${version:-not there}; install a JRE (Debian: openjdk-17-jre-headless) or set JAVA_HOME" >&2; exit 2; }
+	  || { echo "Python 3.11 or 3.12 is needed, '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo not there); install it or say PYTHON=..." >&2; exit 2; }
 	@echo "Setting up $(VENV) (once; see README for what is downloaded) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+java:
+	@version=$$("$(JAVA)" -version 2>&1 | sed -n '1s/.*version "\([0-9]*\).*/\1/p' || true); [[ $${version:-0} -ge 17 ]] \
+	  || { echo "Java 17 or newer is needed, '$(JAVA)' is $${version:-not there}; install a JRE (Debian: openjdk-17-jre-headless) or set JAVA_HOME" >&2; exit 2; }
 
 nightly: setup ## Run the DAG marc_nightly for DS, on the example catalogue unless MARC_CONFIG says otherwise
 	@started=$$(date +%s); mkdir -p $(AIRFLOW_HOME)/logs; \

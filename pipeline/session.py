@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from py4j.protocol import Py4JJavaError
 from pyspark import SparkConf, SparkContext, TaskContext
-from pyspark.errors import PySparkException
+from pyspark.errors import PySparkException, PySparkRuntimeError
 from pyspark.sql import SparkSession
 
 from pipeline import errors
@@ -71,12 +71,22 @@ def spark_session(settings: SparkSettings, *, name: str, gpu_tasks: bool = False
     conf.setIfMissing("spark.master", settings.master)
     if conf.contains("spark.executor.resource.gpu.amount"):
         conf.setIfMissing("spark.task.resource.gpu.amount", "1" if gpu_tasks else SHARED_GPU)
-    spark = SparkSession.builder.config(conf=conf).getOrCreate()
+    spark = _start(conf)
     try:
         with worker_errors():
             yield spark
     finally:
         spark.stop()
+
+
+def _start(conf: SparkConf) -> SparkSession:
+    try:
+        return SparkSession.builder.config(conf=conf).getOrCreate()
+    except PySparkRuntimeError as error:
+        if error.getCondition() != "JAVA_GATEWAY_EXITED":
+            raise
+        java = os.environ.get("JAVA_HOME", "not set")
+        raise errors.UserError(f"Spark cannot start: it needs Java 17 or newer (JAVA_HOME is {java})") from None
 
 
 @contextmanager

@@ -64,7 +64,7 @@ format: setup ## Format the code and mend what can be mended
 	@$(BIN)/ruff format .
 
 ui: setup ## Start Airflow's web interface on http://127.0.0.1:8080 with the DAGs scheduled
-	@$(BIN)/marc example --ds $(DS) > /dev/null
+	@if [[ "$(MARC_CONFIG)" == "$(CURDIR)/marc.yaml" ]]; then $(BIN)/marc example --ds $(DS) > /dev/null; fi
 	@$(BIN)/marc train --if-none --ds $(DS) > /dev/null
 	@echo "Airflow at http://127.0.0.1:8080, everybody on this machine is admin; stop with Ctrl-C"
 	@AIRFLOW__API__HOST=127.0.0.1 AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS=True $(AIRFLOW) standalone

@@ -155,7 +155,8 @@ def _columns(form: Format, uri: str, storage: Storage) -> tuple[dict[str, str], 
             data += more
     head = data.decode("utf-8-sig", errors="replace")
     columns = _csv_columns(head, uri) if form == "csv" else _json_columns(head)
-    return columns, json.dumps(columns)
+    # JSON names its fields: their order does not matter there.
+    return columns, json.dumps(columns, sort_keys=form == "jsonl")
 
 
 def _refuse_doubled(names: Sequence[str], uri: str) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from deltalake.exceptions import DeltaError
+
 from pipeline.config import DEFAULT_CONFIG, Settings, load_settings, parse_ds
 from pipeline.errors import PipelineError
 
@@ -31,12 +33,15 @@ def configure_logging(*, verbose: bool = False) -> None:
 
 @contextmanager
 def reported_errors() -> Iterator[None]:
-    """Turn a :class:`PipelineError` into one line and its exit code; anything else keeps its traceback."""
+    """Turn a :class:`PipelineError` into one line and its exit code; what machine or store did in one line too."""
     try:
         yield
     except PipelineError as error:
         log.error("%s", error)  # noqa: TRY400 - raised on purpose: the message says it all
         sys.exit(error.exit_code)
+    except (OSError, ModuleNotFoundError, DeltaError) as error:
+        log.error("%s: %s", type(error).__name__, error, exc_info=log.isEnabledFor(logging.DEBUG))  # noqa: TRY400
+        sys.exit(1)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class _VerifiedFile(io.RawIOBase):
             if xxhash.xxh3_64_hexdigest(piece) != expected:
                 raise CorruptFile(
                     f"{self._uri} differs from its checksum in block {block} (bytes from {block * BLOCK_BYTES:,}); "
-                    "run `marc verify` and restore the file or publish the day again"
+                    "run `marc verify` and restore the file"
                 )
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipeline import catalogue, feature_table, release_log
 from pipeline.catalogue import CatalogueSource
 from pipeline.config import Settings
-from pipeline.errors import UserError
+from pipeline.errors import CorruptFile, UserError
 from pipeline.model.bundle import Bundle, open_bundle
 from pipeline.model.tokens import count_tokens, load_tokenizer
 from pipeline.storage import Storage, join
@@ -128,8 +128,11 @@ def make_plan(spark: "SparkSession", settings: Settings, identity: PlanIdentity,
         UserError: missing columns, or no rows at all.
     """
     workspace = Workspace(storage, settings.work_uri, identity.plan_id)
+    releases = release_log.read_releases(storage, settings.table_uri)
+    base = base_release(releases, ds=identity.ds)
     earlier = workspace.read_plan()
-    if earlier is not None:
+    # A plan that was only looked at is made anew when another release came in between.
+    if earlier and (earlier.base_release == (base and base.release_id) or workspace.read_receipts(earlier)):
         log.info("plan %s stands already", identity.plan_id)
         return earlier
     bundle = identity.bundle
@@ -138,7 +141,6 @@ def make_plan(spark: "SparkSession", settings: Settings, identity: PlanIdentity,
             "bundle %s was trained on template %r, the catalogue uses %r", bundle.version, bundle.card.template,
             settings.catalogue.template,
         )  # fmt: skip
-    releases = release_log.read_releases(storage, settings.table_uri)
     context = BucketContext(
         workspace=workspace,
         table_uri=settings.table_uri,
@@ -146,14 +148,14 @@ def make_plan(spark: "SparkSession", settings: Settings, identity: PlanIdentity,
         bundle=bundle.version,
         bundle_uri=bundle.uri,
         max_tokens=bundle.card.max_tokens,
-        base=base_release(releases, ds=identity.ds),
+        base=base,
     )
     rows = catalogue.read_rows(spark, identity.source, settings.catalogue, storage=storage)
     summaries = _plan_buckets(spark, rows, context)
     plan = _assemble(settings, identity, context, summaries, releases)
     if plan.rows_read == 0:
         raise UserError(f"the catalogue at {identity.source.uri} is empty: it has no rows")
-    return workspace.write_plan(plan)
+    return workspace.write_plan(plan, replacing=earlier)
 
 
 def base_release(releases: Sequence[Release], *, ds: str) -> Release | None:
@@ -240,7 +242,13 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
         return BucketSummary(bucket=bucket, work=None, quarantined=dict(reasons), exact=True)
     items = rows.filter(pc.is_null(rows["reason"]))
     files = previous_files(context, bucket)
-    change, deleted = compare(items, _previous_rows(context, bucket, files), bundle=context.bundle)
+    try:
+        previous = _previous_rows(context, bucket, files)
+    except CorruptFile as error:
+        # Last night's damage must not stop tonight: without something to carry over, the bucket is encoded whole.
+        log.warning("bucket %d is encoded whole: %s", bucket, error)
+        files, previous = (), _previous_rows(context, bucket, ())
+    change, deleted = compare(items, previous, bundle=context.bundle)
     items = items.append_column("change", change)
     if items.num_rows:
         _write(context.workspace.storage, context.workspace.items_uri(bucket), items, ITEMS)

@@ -186,7 +186,8 @@ class OpenRelease:
         while True:
             depth = min(depth + 1, self.facts.items)
             scores, rows = self._index.search(queries, depth)
-            if depth == self.facts.items or np.all(scores[:, -1] < scores[:, k - 1]):
+            # An index that finds fewer says -1: there is nothing more to come.
+            if depth == self.facts.items or np.all((rows[:, -1] < 0) | (scores[:, -1] < scores[:, k - 1])):
                 return scores, rows
             depth *= 2
 
@@ -230,9 +231,9 @@ class OpenRelease:
         try:
             data = self._storage.read(uri)
         except FileNotFoundError:
-            raise CorruptFile(f"{uri} is missing; run `marc verify` and publish the day again") from None
+            raise CorruptFile(f"{uri} is missing; run `marc verify` and restore the file") from None
         if hashlib.sha256(data).hexdigest() != file.sha256:
-            raise CorruptFile(f"{uri} does not match its SHA-256; run `marc verify` and publish the day again")
+            raise CorruptFile(f"{uri} does not match its SHA-256; run `marc verify` and restore the file")
         return faiss.deserialize_index(np.frombuffer(data, np.uint8))
 
     def _item_ids(self, rows: NDArray[np.int64]) -> NDArray[np.object_]:

@@ -12,7 +12,7 @@ from deltalake.exceptions import CommitFailedError
 from pipeline.delta import open_or_create, open_table
 from pipeline.errors import UserError
 from pipeline.storage import Storage, join
-from schemas.release import RELEASES, Release
+from schemas.release import FORMAT_VERSION, RELEASES, Release
 
 # An underscore keeps the log out of what Delta and Spark take for data of the feature table.
 FOLDER = "_releases"
@@ -29,6 +29,10 @@ def read_releases(storage: Storage, table_uri: str) -> list[Release]:
     # Names, not uris: those come percent-encoded.
     names = [uri.rsplit("/", 1)[1] for uri in table.file_uris()]
     rows = [row for name in names for row in _read_file(storage, join(table_uri, FOLDER, name))]
+    newer = next((row for row in rows if row["format_version"] != FORMAT_VERSION), None)
+    if newer:
+        wanted = f"format {newer['format_version']}, this is format {FORMAT_VERSION}"
+        raise UserError(f"release {newer['release_id']} at {table_uri} has {wanted}; upgrade marc-pipeline")
     releases = [Release.model_validate({**row, "seconds": dict(row["seconds"])}) for row in rows]
     return sorted(releases, key=lambda release: (release.created_at, release.release_id))
 

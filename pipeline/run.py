@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from pipeline.config import Settings, TrainSettings, default_config, describe, load_settings, parse_ds
-from pipeline.errors import Superseded, UserError
+from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.workspace import Workspace, receipts_digest
 from schemas.plan import Plan
@@ -78,13 +78,12 @@ def plan_stage(
         expected: plan_id that an earlier task of the same run announced.
 
     Raises:
-        UserError: the catalogue cannot be used.
-        Superseded: catalogue, bundle or settings changed since the id was announced.
+        UserError: the catalogue cannot be used, or catalogue, bundle or settings changed since the id was announced.
     """
     from pipeline import plan
 
     if expected is not None and identity.plan_id != expected:
-        raise Superseded(
+        raise UserError(
             f"the catalogue, the bundle or the settings of {identity.ds} changed while the run was under way: plan "
             f"{expected} is now {identity.plan_id}; start the run again"
         )
@@ -220,10 +219,12 @@ def run_all(settings: Settings, *, ds: str) -> Outcome:
 @contextmanager
 def _timed(workspace: Workspace, stage: str) -> Iterator[None]:
     started = time.monotonic()
-    yield
-    seconds = time.monotonic() - started
-    workspace.write_seconds(stage, seconds)
-    log.info("%s: %.1f s", stage, seconds)
+    try:
+        yield
+    finally:
+        seconds = time.monotonic() - started
+        workspace.write_seconds(stage, seconds)
+        log.info("%s: %.1f s", stage, seconds)
 
 
 def train_bundle(settings: Settings, *, ds: str, overrides: Mapping[str, object]) -> "Bundle":
@@ -278,7 +279,7 @@ def identify_for_scheduler(*, ds: str, config: str) -> dict[str, str]:
     release = published(settings, identity)
     return {
         "ds": ds,
-        "config": str(path.resolve()),
+        "config": os.path.abspath(path),  # noqa: PTH100 - as load_settings does,
         "plan_id": identity.plan_id,
         "published": release.release_id if release else "",
     }

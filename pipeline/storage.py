@@ -187,13 +187,20 @@ class Storage:
 
 
 def _list_local(root: Path) -> Iterator[StoredObject]:
-    for path in root.rglob("*"):
-        if _is_hidden(str(path.relative_to(root))):
-            continue
-        # What is deleted while we look was not there.
-        with suppress(FileNotFoundError):
-            if path.is_file():
-                yield StoredObject(uri=str(path), bytes=path.stat().st_size)
+    if not root.is_dir():
+        return
+    # Links are followed and what cannot be read is an error: a folder that is skipped would look like deletions.
+    for folder, _, names in os.walk(root, followlinks=True, onerror=_raise_unless_gone):
+        for path in (Path(folder) / name for name in names):
+            # What is deleted while we look was not there.
+            with suppress(FileNotFoundError):
+                if not _is_hidden(str(path.relative_to(root))) and path.is_file():
+                    yield StoredObject(uri=str(path), bytes=path.stat().st_size)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _is_hidden(relative: str) -> bool:

@@ -54,12 +54,17 @@ class Workspace:
             raise UserError(f"no plan {self.plan_id} under {self.root}; run the plan stage first")
         return plan
 
-    def write_plan(self, plan: Plan) -> Plan:
-        """Record the plan; of two runs that made the same plan at once, the first one's stands."""
+    def write_plan(self, plan: Plan, *, replacing: Plan | None = None) -> Plan:
+        """Record the plan; of two runs that made the same plan at once, the first one's stands.
+
+        Args:
+            plan: the plan.
+            replacing: the one found before that it is made instead of.
+        """
         uri = join(self.uri, "plan.json")
         if not self.storage.create(uri, _json(plan)):
             earlier = self.read_plan()
-            if earlier is not None:
+            if earlier is not None and earlier != replacing:
                 return earlier
             self.storage.write(uri, _json(plan))
         return plan
@@ -106,9 +111,9 @@ class Workspace:
         self.storage.write(join(self.uri, "index.json"), _json(receipt))
 
     def write_seconds(self, stage: str, seconds: float) -> None:
-        """Record how long a stage took; a retry that only finished the rest does not lower it."""
+        """Record how long an attempt at a stage took; attempts add up."""
         before = self.read_seconds().get(stage, 0.0)
-        value = json.dumps({"seconds": max(before, seconds)}).encode()
+        value = json.dumps({"seconds": before + seconds}).encode()
         self.storage.write(join(self.uri, "seconds", f"{stage}.json"), value)
 
     def read_seconds(self) -> dict[str, float]:

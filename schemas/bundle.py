@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from schemas.files import Contract
+from schemas.files import Contract, RelativePath
 
 FORMAT_VERSION: Literal[1] = 1
 
@@ -48,4 +48,4 @@ class BundleCard(Contract):
     compressor: CompressorCard
     training: dict[str, Any]
     metrics: dict[str, float]
-    files: dict[str, str]
+    files: dict[RelativePath, str]

@@ -1,6 +1,8 @@
 """A published file, with the checksums that readers verify it against."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 BLOCK_BYTES = 256 * 1024
 BLOCK_DIGEST_CHARS = 16
@@ -10,6 +12,15 @@ class Contract(BaseModel):
     """Base of every model that is written down: immutable, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _stays_inside(path: str) -> str:
+    if path.startswith("/") or ".." in path.split("/"):
+        raise ValueError(f"{path!r} leaves its folder")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_stays_inside)]
 
 
 class PublishedFile(Contract):
@@ -23,7 +34,7 @@ class PublishedFile(Contract):
         blocks: xxh3-64 of every 256 KiB block, 16 hex digits each: a reader verifies just what it touches.
     """
 
-    path: str
+    path: RelativePath
     bytes: int
     rows: int = 0
     sha256: str

@@ -25,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.model.tokens import count_tokens, load_tokenizer
 from pipeline.plan import PLANNED_ROWS, TOKEN_SAMPLE, base_release, by_bucket, compare, identify, plan_bucket
 from schemas.catalogue import ITEMS, QUARANTINE, Change, Reason
+from schemas.feature_table import bucket_number
 from schemas.identity import content_hash, row_id
 from schemas.release import Release
 
@@ -503,11 +504,39 @@ def test_a_plan_id_stays_when_files_are_touched_or_copied(tmp_path: Path) -> Non
 def test_a_plan_made_once_is_returned_as_it_stands(spark: "SparkSession", tmp_path: Path) -> None:
     wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
     first = plan_day(spark, wanted)
-    planning.publish(wanted, BEFORE)
     # Without a session nothing could be planned again.
     again = plan_day(None, wanted)
     assert again == first
     assert again.plan.created_at == first.plan.created_at <= datetime.now(UTC)
+
+
+def test_a_plan_that_nobody_worked_on_is_made_anew_against_a_release_that_came_in_between(
+    spark: "SparkSession", tmp_path: Path
+) -> None:
+    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
+    looked_at = plan_day(spark, wanted).plan
+    release = planning.publish(wanted, BEFORE)
+    assert (looked_at.base_release, looked_at.unchanged) == (None, 0)
+    made = plan_day(spark, wanted).plan
+    assert made.plan_id == looked_at.plan_id
+    assert made.base_release == release.release_id
+    assert made.unchanged > 0
+    assert plan_day(None, wanted).plan == made
+
+
+def test_a_damaged_file_of_last_night_makes_its_bucket_new_and_stops_nothing(
+    spark: "SparkSession", tmp_path: Path
+) -> None:
+    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
+    release = planning.publish(wanted, BEFORE)
+    damaged = release.table_files[0]
+    path = Path(wanted.table_uri) / damaged.path
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    plan = plan_day(spark, wanted).plan
+    bucket = bucket_number(damaged.path)
+    (work,) = (work for work in plan.work if work.bucket == bucket)
+    assert (work.new, work.previous) == (work.items, ())
+    assert sum(other.unchanged for other in plan.work if other.bucket != bucket) > 0
 
 
 # --- cutting the stream of rows into buckets

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from textwrap import shorten
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,11 +13,13 @@ from pipeline import release_log
 from pipeline.cli.options import Ds, Json, MaybeDs, State, print_json, print_lines, print_table
 from pipeline.config import Settings, parse_ds
 from pipeline.errors import CorruptFile, UserError
-from pipeline.reader import OpenRelease, open_release
 from pipeline.storage import Storage
 from pipeline.workspace import Workspace
 from schemas.identity import row_id
 from schemas.release import Release
+
+if TYPE_CHECKING:
+    from pipeline.reader import OpenRelease
 
 SHOWN_CHARACTERS = 90
 
@@ -158,7 +160,7 @@ def _example(settings: Settings, release: Release) -> str:
     return f"marc lookup --item {first} -k 3  →  {near}"
 
 
-def _texts(settings: Settings, release: OpenRelease, ids: list[str]) -> dict[str, str]:
+def _texts(settings: Settings, release: "OpenRelease", ids: list[str]) -> dict[str, str]:
     """Texts of items, as far as the work area of the release's plan still holds them."""
     storage = _storage(settings)
     workspace = Workspace(storage, settings.work_uri, release.facts.plan_id)
@@ -183,11 +185,15 @@ def _counts(release: Release) -> list[int]:
     return [release.items, release.new, release.changed, release.reused, release.deleted, release.quarantined]
 
 
-def _open(settings: Settings, ds: str | None) -> OpenRelease:
+def _open(settings: Settings, ds: str | None) -> "OpenRelease":
+    from pipeline.reader import open_release
+
     return open_release(settings.table_uri, ds=parse_ds(ds) if ds else None, storage=_storage(settings))
 
 
-def _opened(settings: Settings, release: Release) -> OpenRelease:
+def _opened(settings: Settings, release: Release) -> "OpenRelease":
+    from pipeline.reader import OpenRelease
+
     return OpenRelease(release, uri=settings.table_uri, storage=_storage(settings))
 
 

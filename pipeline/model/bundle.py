@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -113,15 +114,28 @@ def local_bundle(storage: Storage, uri: str, version: str) -> tuple[Path, Bundle
     bundle = open_bundle(storage, uri)
     if bundle.version != version:
         raise CorruptFile(f"{join(uri, CARD)} is version {bundle.version}, not {version}: the bundle was altered")
-    problems = check_bundle(storage, bundle)
+    folder = _downloaded(storage, bundle) if is_s3(uri) else Path(bundle.uri)
+    # What will be loaded is what is checked.
+    problems = check_bundle(storage, replace(bundle, uri=str(folder)))
     if problems:
         raise CorruptFile("; ".join(problems) + "; restore the bundle, or train and promote a new one")
-    if not is_s3(uri):
-        return Path(bundle.uri), bundle
-    folder = Path(tempfile.mkdtemp(prefix="marc-bundle-"))
-    for name in (CARD, *bundle.card.files):
-        storage.fetch(join(bundle.uri, name), folder / name)
     return folder, bundle
+
+
+def _downloaded(storage: Storage, bundle: Bundle) -> Path:
+    """A copy of the bundle on this machine, shared by its processes; made whole or not at all."""
+    folder = Path(tempfile.gettempdir()) / f"marc-bundles-{os.getuid()}" / bundle.version
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        staged = Path(tempfile.mkdtemp(prefix=".staged-", dir=folder.parent))
+        for name in (CARD, *bundle.card.files):
+            storage.fetch(join(bundle.uri, name), staged / name)
+        try:
+            staged.rename(folder)
+        except OSError:
+            # Another process was faster.
+            shutil.rmtree(staged, ignore_errors=True)
+    return folder
 
 
 def _read(storage: Storage, uri: str) -> bytes | None:

@@ -22,6 +22,8 @@ from pipeline.resources import TaskResources
 from pipeline.storage import Storage
 from schemas.bundle import Pooling
 
+TOKENISE_TEXTS = 4096
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -72,13 +74,17 @@ class Encoder:
         Args:
             texts: any number, of any length; what exceeds the bundle's tokens is cut off.
         """
-        encodings = self._tokenizer.encode_batch(list(texts))
-        lengths = np.array([len(encoding.ids) for encoding in encodings], dtype=np.int64)
+        tokens: list[NDArray[np.int32]] = []
+        for start in range(0, len(texts), TOKENISE_TEXTS):
+            # In pieces: the tokenizer's own records take a hundred times the room of the ids.
+            encodings = self._tokenizer.encode_batch(list(texts[start : start + TOKENISE_TEXTS]))
+            tokens += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
         parts, padded, model_seconds = [], 0, 0.0
         order = np.argsort(-lengths, kind="stable")
         for rows in token_batches(lengths[order], self._token_budget):
             chosen = order[rows]
-            ids, mask = _padded([encodings[i].ids for i in chosen.tolist()])
+            ids, mask = _padded([tokens[i] for i in chosen.tolist()])
             padded += ids.numel()
             started = time.perf_counter()
             parts.append(self._forward(ids, mask).cpu())
@@ -166,9 +172,9 @@ def load_encoder(
     )
 
 
-def _padded(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def _padded(ids: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
     """Token ids and mask [n, t], padded on the right with 0, which the mask hides."""
-    width = max(1, *map(len, ids)) if len(ids) > 1 else max(1, len(ids[0]))
+    width = max(1, *map(len, ids))
     out = np.zeros((len(ids), width), dtype=np.int64)
     mask = np.zeros((len(ids), width), dtype=np.int64)
     for row, tokens in enumerate(ids):

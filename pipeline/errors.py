@@ -24,4 +24,4 @@ class CorruptFile(PipelineError):
 
 
 class Superseded(PipelineError):
-    """Another run changed what this one works on; a retry makes a new plan."""
+    """Another run published the same day at the same moment; a retry publishes on top of it."""

@@ -23,7 +23,6 @@ S3_SCHEME = "s3://"
 ATTEMPTS = 8
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
-CHUNK_BYTES = 8 * 1024 * 1024
 # Delta, Spark and our own listings skip names that begin with a dot: a staged file is nobody's file.
 STAGED_PREFIX = ".staged-"
 

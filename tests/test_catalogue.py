@@ -612,7 +612,7 @@ def test_a_gz_file_that_is_not_compressed_is_the_users_error(spark: "SparkSessio
     _user_error(spark, path)
 
 
-# --- what is wrong today
+# --- hostile names and contents; the strict xfails below are the known limits
 
 
 @pytest.mark.parametrize("folder", ["my catalogue", "100%25", "ünï"])

@@ -43,6 +43,8 @@ UPDATED_AT_TYPES = ("TIMESTAMP", "NANOSECONDS", "NUMBER", "STRING")
 HEADER_BYTES = 1024 * 1024
 SAMPLED_LINES = 1000
 BLANK = r"' \t\n\r'"
+NEWEST_FIRST = "updated_at DESC NULLS LAST, content_hash DESC, source"
+"""Which of several rows of one id counts."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -70,7 +72,7 @@ def find_source(catalogue: CatalogueSettings, uri: str, *, ds: str, storage: Sto
     Raises:
         UserError: nothing is there, the format cannot be told, a column is missing or cannot become text.
     """
-    found = _matching(uri, storage)
+    found = matching_files(uri, storage)
     if not found:
         raise UserError(f"no catalogue for {ds}: nothing at {uri}")
     form = _format(catalogue.format, found)
@@ -81,7 +83,8 @@ def find_source(catalogue: CatalogueSettings, uri: str, *, ds: str, storage: Sto
     return CatalogueSource(uri=uri, format=form, files=files, groups=groups)
 
 
-def _matching(uri: str, storage: Storage) -> list[StoredObject]:
+def matching_files(uri: str, storage: Storage) -> list[StoredObject]:
+    """The files that a file, folder or glob uri means."""
     if any(character in uri for character in "*?["):
         folder = uri[: min(uri.index(c) for c in "*?[" if c in uri)].rpartition("/")[0]
         return [o for o in storage.list(folder) if _matches(o.uri, uri)]
@@ -387,3 +390,25 @@ def sample_texts(
     rows = read_rows(spark, source, catalogue, storage=storage)
     texts = rows.where("reason IS NULL").selectExpr("text", "content_hash").distinct().orderBy("content_hash")
     return [row.text for row in texts.limit(limit).collect()]
+
+
+def read_items(
+    spark: "SparkSession",
+    source: CatalogueSource,
+    catalogue: CatalogueSettings,
+    *,
+    storage: Storage,
+    wanted: Sequence[str],
+    sample: int,
+) -> list[tuple[str, str]]:
+    """Item ids and texts of the wanted items that there are, and of a sample of the others, in the order of the ids.
+
+    The sample goes by content hash: the same catalogue, the same items. Of several rows of an id the latest counts.
+    """
+    usable = read_rows(spark, source, catalogue, storage=storage).where("reason IS NULL")
+    place = f"row_number() OVER (PARTITION BY item_id ORDER BY {NEWEST_FIRST}) AS place"
+    latest = usable.selectExpr("item_id", "text", "content_hash", place).where("place = 1").drop("place")
+    names = spark.createDataFrame(pa.table({"item_id": pa.array(wanted, pa.string())}))
+    others = latest.join(names, "item_id", "left_anti").orderBy("content_hash", "item_id").limit(sample)
+    found = latest.join(names, "item_id", "left_semi").unionAll(others).collect()
+    return sorted((row.item_id, row.text) for row in found)

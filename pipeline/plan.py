@@ -171,13 +171,13 @@ def _plan_buckets(spark: "SparkSession", rows: "DataFrame", context: BucketConte
     partitions = min(buckets, PARTITIONS_PER_CORE * spark.sparkContext.defaultParallelism)
     # Rows that cannot be used go to negative buckets, so that one pass over the catalogue writes everything.
     bucket = f"CASE WHEN reason IS NULL THEN row_id % {buckets} ELSE -1 - pmod(xxhash64(row), {buckets}) END"
-    newest_first = "updated_at DESC NULLS LAST, content_hash DESC, source"
+    latest = f"PARTITION BY bucket, item_id ORDER BY {catalogue.NEWEST_FIRST}"
     ordered = (
         rows.selectExpr("*", f"CAST({bucket} AS INT) AS bucket")
         .repartition(partitions, "bucket")
         .selectExpr(
             "*",
-            f"reason IS NULL AND row_number() OVER (PARTITION BY bucket, item_id ORDER BY {newest_first}) > 1 AS older",
+            f"reason IS NULL AND row_number() OVER ({latest}) > 1 AS older",
         )
         .selectExpr(
             "bucket",

@@ -2,9 +2,10 @@
 
 import hashlib
 import os
+import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -155,6 +156,27 @@ class Storage:
             self._client().download_file(bucket, key, str(path))
         else:
             path.write_bytes(Path(uri).read_bytes())
+
+    def local_copy(self, uri: str, names: Iterable[str], *, key: str) -> Path:
+        """A folder on this machine with some objects below ``uri``, shared by its processes: whole or not at all.
+
+        Args:
+            uri: what the names are relative to.
+            names: of the objects.
+            key: names the content, which never changes: copied once.
+        """
+        folder = Path(tempfile.gettempdir()) / f"marc-{os.getuid()}" / key
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            staged = Path(tempfile.mkdtemp(prefix=STAGED_PREFIX, dir=folder.parent))
+            for name in names:
+                self.fetch(join(uri, name), staged / name)
+            try:
+                staged.rename(folder)
+            except OSError:
+                # Another process was faster.
+                shutil.rmtree(staged, ignore_errors=True)
+        return folder
 
     def filesystem(self, uri: str) -> tuple[pafs.FileSystem, str]:
         """The pyarrow file system of a uri, and the path inside it."""

@@ -11,7 +11,8 @@ BLOCK_DIGEST_CHARS = 16
 class Contract(BaseModel):
     """Base of every model that is written down: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # NaN as a string: null would not be read back.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 def _stays_inside(path: str) -> str:

@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"plan", "encode", "audit", "index", "release", "reader"}
 FOUNDATIONS = {
     "errors", "config", "storage", "integrity", "workspace", "feature_table", "release_log", "resources", "catalogue",
+    "interactions", "training_set",
 }  # fmt: skip
-DRIVERS = {"run", "cli", "session", "entry", "verify"}
+DRIVERS = {"run", "train", "cli", "session", "entry", "verify"}
 HEAVY = {
     "torch": ("pipeline.model",),
     "transformers": ("pipeline.model",),

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from pipeline.config import EncodeSettings, TrainSettings
-from pipeline.model.bundle import Bundle
+from pipeline.model.bundle import Bundle, promote
 from pipeline.model.training import train_pca
 from pipeline.resources import TaskResources
 from pipeline.storage import Storage
@@ -163,7 +163,7 @@ def train_tiny_bundle(
     if not backbone.is_dir():
         save_tiny_backbone(backbone, architecture, seed=seed)
     settings = {"backbone": str(backbone), "max_tokens": MAX_TOKENS, "dim": 8, **train}
-    return train_pca(
+    bundle = train_pca(
         TEXTS if texts is None else texts,
         template=TEMPLATE,
         train=TrainSettings(**settings),
@@ -172,6 +172,8 @@ def train_tiny_bundle(
         bundle_uri=str(folder / "bundles"),
         resources=ONE_CORE,
     )
+    promote(Storage(), str(folder / "bundles"), bundle.version)
+    return bundle
 
 
 def hidden_state_index(architecture: str, layers: int) -> int:

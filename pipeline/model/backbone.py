@@ -146,6 +146,67 @@ class HiddenStates(nn.Module):
         return state
 
 
+class PooledLayers(nn.Module):
+    """Pooled states of every layer in one pass, each as :class:`HiddenStates` of the model truncated there gives it.
+
+    Entry 0 is what the first block gets; entry L is the whole model's output.
+
+    Args:
+        model: a whole backbone.
+        pooling: how token states become one vector.
+    """
+
+    def __init__(self, model: "PreTrainedModel", pooling: Pooling) -> None:
+        super().__init__()
+        self.model = model
+        self.pooling: Pooling = pooling
+        self._mask: Tensor | None = None
+        self._pooled: list[Tensor] = []
+        stack = blocks(model)[2]
+        stack[0].register_forward_pre_hook(self._enter, with_kwargs=True)
+        for block in stack[:-1]:
+            block.register_forward_hook(self._leave)
+
+    def _enter(self, _module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        self._keep(inputs[0] if inputs else named["hidden_states"])
+
+    def _leave(self, _module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        self._keep(output[0] if isinstance(output, tuple) else output)
+
+    def _keep(self, states: Tensor) -> None:
+        if self._mask is None:
+            raise RuntimeError("a block was run outside of PooledLayers")
+        # Pooled at once: token states of one layer at a time.
+        self._pooled.append(pool(states, self._mask, self.pooling))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Pooled states [n, L + 1, D], float32, of token ids [n, t] with mask [n, t]."""
+        self._mask, self._pooled = mask, []
+        try:
+            last = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            return torch.stack([*self._pooled, pool(last, mask, self.pooling)], dim=1)
+        finally:
+            self._mask, self._pooled = None, []
+
+
+class PooledStates(nn.Module):
+    """Pooled states of one layer.
+
+    Args:
+        states: of the truncated backbone.
+        pooling: how token states become one vector.
+    """
+
+    def __init__(self, states: HiddenStates, pooling: Pooling) -> None:
+        super().__init__()
+        self.states = states
+        self.pooling: Pooling = pooling
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Pooled states [n, D], float32, of token ids [n, t] with mask [n, t]."""
+        return pool(self.states(ids, mask), mask, self.pooling)
+
+
 def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     """One float32 vector per text: [n, t, D], mask [n, t] to [n, D]. Padding is on the right."""
     states = states.float()

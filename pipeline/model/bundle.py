@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -40,13 +39,10 @@ def open_bundle(storage: Storage, uri: str) -> Bundle:
     """
     data = _read(storage, join(uri, CARD))
     if data is None:
-        pointer = _read(storage, join(uri, POINTER))
-        if pointer is None:
+        versions = promoted(storage, uri)
+        if not versions:
             raise UserError(f"no bundle at {uri}; make one with `marc train`")
-        try:
-            uri = join(uri, str(json.loads(pointer)["bundle"]))
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{join(uri, POINTER)} cannot be read; promote a bundle again") from None
+        uri = join(uri, versions[-1])
         data = _read(storage, join(uri, CARD))
     if data is None:
         raise UserError(f"no bundle at {uri}, which the pointer names; promote one that exists")
@@ -88,8 +84,51 @@ def save_bundle(storage: Storage, uri: str, write: Callable[[Path], BundleCard])
 
 
 def promote(storage: Storage, uri: str, version: str) -> None:
-    """Make one bundle of a folder the current one: a single atomic write."""
-    storage.write(join(uri, POINTER), json.dumps({"bundle": version}).encode())
+    """Make one bundle of a folder the current one: a single atomic write, which remembers those before."""
+    earlier = [one for one in promoted(storage, uri) if one != version]
+    _point(storage, uri, [*earlier, version])
+
+
+def demote(storage: Storage, uri: str) -> str:
+    """Make the bundle current that was so before: a single atomic write.
+
+    Returns:
+        Its version.
+
+    Raises:
+        UserError: there was none before.
+    """
+    versions = promoted(storage, uri)
+    if len(versions) < 2:
+        raise UserError(f"no bundle was current at {uri} before this one")
+    _point(storage, uri, versions[:-1])
+    return versions[-2]
+
+
+def promoted(storage: Storage, uri: str) -> list[str]:
+    """Versions that were made current, the current one last.
+
+    Raises:
+        UserError: the pointer cannot be read.
+    """
+    pointer = _read(storage, join(uri, POINTER))
+    if pointer is None:
+        return []
+    try:
+        content = json.loads(pointer)
+        return [*map(str, content.get("before", [])), str(content["bundle"])]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{join(uri, POINTER)} cannot be read; promote a bundle again") from None
+
+
+def _point(storage: Storage, uri: str, versions: list[str]) -> None:
+    *before, current = versions
+    storage.write(join(uri, POINTER), json.dumps({"bundle": current, "before": before}).encode())
+
+
+def current_version(storage: Storage, uri: str) -> str | None:
+    """The version that a folder of bundles points to; None before the first promotion."""
+    return next(reversed(promoted(storage, uri)), None)
 
 
 def check_bundle(storage: Storage, bundle: Bundle) -> list[str]:
@@ -114,28 +153,14 @@ def local_bundle(storage: Storage, uri: str, version: str) -> tuple[Path, Bundle
     bundle = open_bundle(storage, uri)
     if bundle.version != version:
         raise CorruptFile(f"{join(uri, CARD)} is version {bundle.version}, not {version}: the bundle was altered")
-    folder = _downloaded(storage, bundle) if is_s3(uri) else Path(bundle.uri)
+    folder = Path(bundle.uri)
+    if is_s3(uri):
+        folder = storage.local_copy(bundle.uri, (CARD, *bundle.card.files), key=f"bundles/{bundle.version}")
     # What will be loaded is what is checked.
     problems = check_bundle(storage, replace(bundle, uri=str(folder)))
     if problems:
         raise CorruptFile("; ".join(problems) + "; restore the bundle, or train and promote a new one")
     return folder, bundle
-
-
-def _downloaded(storage: Storage, bundle: Bundle) -> Path:
-    """A copy of the bundle on this machine, shared by its processes; made whole or not at all."""
-    folder = Path(tempfile.gettempdir()) / f"marc-bundles-{os.getuid()}" / bundle.version
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        staged = Path(tempfile.mkdtemp(prefix=".staged-", dir=folder.parent))
-        for name in (CARD, *bundle.card.files):
-            storage.fetch(join(bundle.uri, name), staged / name)
-        try:
-            staged.rename(folder)
-        except OSError:
-            # Another process was faster.
-            shutil.rmtree(staged, ignore_errors=True)
-    return folder
 
 
 def _read(storage: Storage, uri: str) -> bytes | None:

@@ -39,7 +39,41 @@ class WhitenedPCA(nn.Module):
         return functional.linear(hidden - self.mean, self.directions)
 
 
-KINDS: Mapping[str, Callable[..., nn.Module]] = {"pca": WhitenedPCA}
+class Bottleneck(nn.Module):
+    """z = W h + b + V gelu(U norm(h)): a linear path and a residual branch that begins as 0.
+
+    Args:
+        width: D, length of h.
+        dim: d, length of z.
+        hidden: width of the residual branch.
+        dropout: in the residual branch, while training.
+    """
+
+    def __init__(self, *, width: int, dim: int, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, dim)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.down = nn.Linear(hidden, dim)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def start_from(self, start: WhitenedPCA) -> "Bottleneck":
+        """Give the linear path the directions of a whitened projection."""
+        with torch.no_grad():
+            self.linear.weight.copy_(start.directions)
+            self.linear.bias.copy_(-(start.directions @ start.mean))
+        return self
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Compressed vectors [n, d] of pooled hidden states [n, D]."""
+        branch: Tensor = self.down(self.dropout(functional.gelu(self.up(self.norm(hidden)))))
+        linear: Tensor = self.linear(hidden)
+        return linear + branch
+
+
+KINDS: Mapping[str, Callable[..., nn.Module]] = {"pca": WhitenedPCA, "bottleneck": Bottleneck}
 """What ``bundle.json`` may name; a further kind is one class and one line here."""
 
 

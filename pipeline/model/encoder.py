@@ -14,13 +14,12 @@ from torch.nn import functional
 
 from pipeline.config import EncodeSettings
 from pipeline.errors import UserError
-from pipeline.model.backbone import HiddenStates, load_backbone, pool
+from pipeline.model.backbone import HiddenStates, PooledLayers, PooledStates, load_backbone
 from pipeline.model.bundle import local_bundle
 from pipeline.model.compressor import load_compressor
 from pipeline.model.tokens import load_tokenizer
 from pipeline.resources import TaskResources
 from pipeline.storage import Storage
-from schemas.bundle import Pooling
 
 TOKENISE_TEXTS = 4096
 
@@ -36,12 +35,11 @@ class Encoded:
 
 
 class Encoder:
-    """A backbone, pooling and a head on one device.
+    """A backbone with pooling, and a head, on one device.
 
     Args:
-        hidden: the truncated backbone.
+        pooled: from token ids and mask to pooled states.
         tokenizer: truncates, does not pad.
-        pooling: how token states become one vector.
         head: from pooled states [b, D] to vectors [b, d]; runs on the device, so that nothing wider leaves it.
         device: where to run.
         dtype: of the backbone; pooling and head are float32.
@@ -50,19 +48,17 @@ class Encoder:
 
     def __init__(
         self,
-        hidden: HiddenStates,
+        pooled: PooledStates | PooledLayers,
         tokenizer: Tokenizer,
         *,
-        pooling: Pooling,
         head: nn.Module,
         device: torch.device,
         dtype: torch.dtype,
         token_budget: int,
     ) -> None:
-        self._hidden = hidden.to(device=device, dtype=dtype)
+        self._pooled = pooled.to(device=device, dtype=dtype)
         self._head = head.to(device=device)
         self._tokenizer = tokenizer
-        self._pooling: Pooling = pooling
         self._token_budget = token_budget
         self.device = device
         self.dtype = dtype
@@ -84,7 +80,7 @@ class Encoder:
         order = np.argsort(-lengths, kind="stable")
         for rows in token_batches(lengths[order], self._token_budget):
             chosen = order[rows]
-            ids, mask = _padded([tokens[i] for i in chosen.tolist()])
+            ids, mask = pad_tokens([tokens[i] for i in chosen.tolist()])
             padded += ids.numel()
             started = time.perf_counter()
             parts.append(self._forward(ids, mask).cpu())
@@ -98,7 +94,7 @@ class Encoder:
 
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         ids, mask = ids.to(self.device), mask.to(self.device)
-        vectors: Tensor = self._head(pool(self._hidden(ids, mask), mask, self._pooling))
+        vectors: Tensor = self._head(self._pooled(ids, mask))
         return vectors
 
 
@@ -144,6 +140,11 @@ def choose_dtype(settings: EncodeSettings, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def use_threads(count: int) -> None:
+    """Let torch use so many cores in this process."""
+    torch.set_num_threads(count)
+
+
 @lru_cache(maxsize=1)
 def load_encoder(
     storage: Storage, bundle_uri: str, version: str, settings: EncodeSettings, resources: TaskResources
@@ -162,9 +163,8 @@ def load_encoder(
     backbone = load_backbone(str(folder / "backbone"), dtype=dtype)
     compressor = load_compressor(folder, card.compressor)
     return Encoder(
-        HiddenStates(backbone, whole=card.layers_kept == card.backbone_layers),
+        PooledStates(HiddenStates(backbone, whole=card.layers_kept == card.backbone_layers), card.pooling),
         load_tokenizer(storage, bundle.uri, card.max_tokens),
-        pooling=card.pooling,
         head=Normalised(compressor) if card.normalised else compressor,
         device=device,
         dtype=dtype,
@@ -172,7 +172,7 @@ def load_encoder(
     )
 
 
-def _padded(ids: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
+def pad_tokens(ids: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
     """Token ids and mask [n, t], padded on the right with 0, which the mask hides."""
     width = max(1, *map(len, ids))
     out = np.zeros((len(ids), width), dtype=np.int64)

@@ -1,27 +1,61 @@
-"""Training of bundles: whitened PCA on the texts of a catalogue."""
+"""Training of bundles: MARC on the clicks of a training set, or a whitened PCA on the texts of a catalogue."""
 
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
 
 from pipeline.config import EncodeSettings, TrainSettings
 from pipeline.errors import UserError
-from pipeline.model.backbone import HiddenStates, blocks, load_backbone, load_tokenizer, truncate
-from pipeline.model.bundle import Bundle, promote, save_bundle
+from pipeline.model import matching, tuned
+from pipeline.model.backbone import HiddenStates, PooledStates, blocks, load_backbone, load_tokenizer, truncate
+from pipeline.model.bundle import Bundle, save_bundle
 from pipeline.model.compressor import fit_pca, save_compressor
 from pipeline.model.encoder import Encoder, choose_device, choose_dtype
+from pipeline.model.fit import Checkpoint, Progress, fit
+from pipeline.model.learning import LearningData, learning_data
+from pipeline.model.objective import Objective
+from pipeline.model.regression import fit_regression
+from pipeline.model.states import cutting_tokenizer
+from pipeline.model.systems import build, new_compressor, new_marc
 from pipeline.resources import TaskResources
 from pipeline.storage import Storage
+from pipeline.training_set import TrainingSet
 from schemas.bundle import BundleCard, CompressorCard
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+
+MATCHING_PARTS = ("matching.", "clicked.", "skipped.", "profile.")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained MARC, not yet written.
+
+    Attributes:
+        objective: compressor and matching network, with the weights that validated best.
+        backbone: with its adapters, in the tuned regime; None where it is as it was.
+        progress: how the training went.
+        layers: blocks to keep.
+        interactions: rows that were trained on.
+    """
+
+    objective: Objective
+    backbone: "PeftModel | None"
+    progress: Progress
+    layers: int
+    interactions: int
 
 
 def train_pca(
@@ -34,7 +68,7 @@ def train_pca(
     bundle_uri: str,
     resources: TaskResources,
 ) -> Bundle:
-    """Fit a whitened PCA on the backbone's pooled hidden states, save the bundle and make it the current one.
+    """Fit a whitened PCA on the backbone's pooled hidden states and save the bundle; which one is current stays.
 
     Args:
         texts: rendered texts of the catalogue; identical ones count once.
@@ -55,21 +89,17 @@ def train_pca(
             f"the catalogue has {len(distinct)}"
         )
     backbone = load_backbone(train.backbone)
-    tokenizer = load_tokenizer(train.backbone)
+    cutter, max_tokens = cutting_tokenizer(backbone, train)
     total = len(blocks(backbone)[2])
     layers = train.layers or total
-    max_tokens = min(train.max_tokens, positions(backbone) or train.max_tokens)
     truncate(backbone, layers)
     log.info("train: %d distinct texts through %d of %d layers of %s", len(distinct), layers, total, train.backbone)
     if encode.threads or resources.cpus:
         torch.set_num_threads(encode.threads or resources.cpus)
     device = choose_device(encode, resources)
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.backend_tokenizer.enable_truncation(max_length=max_tokens)
     encoder = Encoder(
-        HiddenStates(backbone, whole=layers == total),
-        tokenizer.backend_tokenizer,
-        pooling=train.pooling,
+        PooledStates(HiddenStates(backbone, whole=layers == total), train.pooling),
+        cutter,
         head=torch.nn.Identity(),
         device=device,
         # As the nights will run it: the compressor is fitted on the states that it is going to see.
@@ -82,8 +112,7 @@ def train_pca(
 
     def write(folder: Path) -> BundleCard:
         # Read again: the encoder may have cast its copy, and a bundle keeps the weights it was given.
-        truncate(load_backbone(train.backbone), layers).save_pretrained(folder / "backbone")
-        tokenizer.save_pretrained(folder / "backbone")
+        _write_backbone(folder, truncate(load_backbone(train.backbone), layers), train.backbone)
         save_compressor(compressor, folder)
         return BundleCard(
             backbone=train.backbone,
@@ -96,23 +125,153 @@ def train_pca(
             normalised=True,
             template=template,
             compressor=CompressorCard(kind="pca", arguments={"width": hidden.shape[1], "dim": train.dim}),
-            training={"texts": len(distinct), "fingerprint": fingerprint(distinct)},
+            training={"regime": "pca", "texts": len(distinct), "fingerprint": fingerprint(distinct)},
             metrics={"explained_variance": round(explained, 6)},
             files={},
         )
 
-    bundle = save_bundle(storage, bundle_uri, write)
-    promote(storage, bundle_uri, bundle.version)
-    return bundle
+    return save_bundle(storage, bundle_uri, write)
 
 
-def positions(backbone: "PreTrainedModel") -> int | None:
-    """Tokens that the backbone has positions for; RoBERTa and its like lose those up to the padding index."""
-    limit: int | None = getattr(backbone.config, "max_position_embeddings", None)
-    for name, module in backbone.named_modules():
-        if limit and name.endswith("position_embeddings") and isinstance(getattr(module, "padding_idx", None), int):
-            return limit - int(module.padding_idx) - 1
-    return limit
+def train_marc(
+    training_set: TrainingSet,
+    *,
+    layers: int,
+    train: TrainSettings,
+    encode: EncodeSettings,
+    history: int,
+    resources: TaskResources,
+    checkpoint: Checkpoint | None = None,
+) -> Trained:
+    """Train MARC on the training part of a training set.
+
+    Args:
+        training_set: items, interactions and hidden states; what lies behind its 80 % boundary is not looked at.
+        layers: blocks of the backbone to keep.
+        train: regime, dimensions, losses, optimiser.
+        encode: device, dtype and token budget of passes through the backbone.
+        history: length of the users' histories.
+        resources: cores and GPU.
+        checkpoint: where a run that may be killed leaves its state.
+
+    Raises:
+        UserError: more dimensions than the backbone has, too few items, or a loss that is not finite.
+    """
+    if resources.cpus:
+        torch.set_num_threads(encode.threads or resources.cpus)
+    data = learning_data(
+        training_set.interactions.take(training_set.split.train),
+        history=history,
+        holdout=train.holdout,
+        items=len(training_set.texts),
+    )
+    states = training_set.states(layers)
+    if train.regime == "frozen":
+        objective = build("marc", states=states, data=data, dim=train.dim, seed=train.seed, train=train)
+        backbone = None
+    else:
+        objective, backbone = _tuned(
+            training_set, data, states, layers=layers, train=train, encode=encode, resources=resources
+        )
+    progress = fit(
+        objective,
+        training=data.training,
+        validation=data.holdout,
+        settings=train,
+        seed=train.seed,
+        checkpoint=checkpoint,
+    )
+    log.info("train: best validation AUC %.4f at step %d of %d", progress.best, progress.best_step, progress.step)
+    return Trained(objective, backbone, progress, layers, len(data.training))
+
+
+def save_marc(
+    trained: Trained, training_set: TrainingSet, *, train: TrainSettings, storage: Storage, bundle_uri: str
+) -> Bundle:
+    """Write a trained MARC as a bundle; which one is current does not change.
+
+    Args:
+        trained: from :func:`train_marc`.
+        training_set: what it was trained on.
+        train: the settings that it was trained with.
+        storage: access to ``bundle_uri``.
+        bundle_uri: folder of bundles.
+    """
+    card, objective, layers, progress = training_set.card, trained.objective, trained.layers, trained.progress
+
+    def write(folder: Path) -> BundleCard:
+        if trained.backbone is None:
+            model = truncate(load_backbone(train.backbone), layers)
+        else:
+            model = tuned.merged(trained.backbone)
+        _write_backbone(folder, model, train.backbone)
+        save_compressor(objective.compressor, folder)
+        rest = {name: value for name, value in objective.state_dict().items() if name.startswith(MATCHING_PARTS)}
+        save_file({name: value.contiguous() for name, value in rest.items()}, folder / matching.WEIGHTS)
+        return BundleCard(
+            backbone=train.backbone,
+            layers_kept=layers,
+            backbone_layers=card.layers,
+            pooling=card.pooling,
+            max_tokens=card.max_tokens,
+            width=card.width,
+            dim=train.dim,
+            normalised=True,
+            template=card.template,
+            compressor=CompressorCard(
+                kind="bottleneck", arguments={"width": card.width, "dim": train.dim, "hidden": train.hidden}
+            ),
+            training={
+                "regime": train.regime,
+                "training_id": card.training_id,
+                "interactions": trained.interactions,
+                "until": int(training_set.interactions.times[training_set.split.train.stop - 1]),
+                "seed": train.seed,
+                "settings": train.model_dump(exclude={"processes", "checkpoint_every", "backbone"}),
+            },
+            metrics={"validation_auc": round(progress.best, 6), "steps": progress.best_step},
+            files={},
+        )
+
+    return save_bundle(storage, bundle_uri, write)
+
+
+def _tuned(
+    training_set: TrainingSet,
+    data: LearningData,
+    states: NDArray[np.float32],
+    *,
+    layers: int,
+    train: TrainSettings,
+    encode: EncodeSettings,
+    resources: TaskResources,
+) -> "tuple[Objective, PeftModel]":
+    """MARC over a backbone with LoRA adapters, which comes as well; states [items, D] of the untouched one."""
+    backbone = load_backbone(train.backbone)
+    cutter, _ = cutting_tokenizer(backbone, train)
+    tokens = [np.array(one.ids, dtype=np.int32) for one in cutter.encode_batch(training_set.encoded_texts)]
+    adapted = tuned.add_lora(truncate(backbone, layers), rank=train.lora_rank, seed=train.seed)
+    device = choose_device(encode, resources)
+    source = tuned.TunedStates(
+        adapted,
+        tokens,
+        torch.from_numpy(states),
+        whole=layers == training_set.card.layers,
+        pooling=train.pooling,
+        dtype=choose_dtype(encode, device),
+        token_budget=encode.token_budget,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(train.seed)
+        start = fit_regression(states, data, dim=train.dim)
+        compressor, profiles = new_compressor(start, train), data.rows.profiles is not None
+        objective = new_marc(source, compressor, dim=train.dim, train=train, profiles=profiles)
+    return objective.to(device), adapted
+
+
+def _write_backbone(folder: Path, model: "PreTrainedModel", name: str) -> None:
+    model.save_pretrained(folder / "backbone")
+    load_tokenizer(name).save_pretrained(folder / "backbone")
 
 
 def fingerprint(texts: Sequence[str]) -> str:

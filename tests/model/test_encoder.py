@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from pipeline.config import EncodeSettings, TrainSettings
 from pipeline.errors import CorruptFile, UserError
-from pipeline.model.backbone import HiddenStates, load_backbone, load_tokenizer, locate
+from pipeline.model.backbone import HiddenStates, PooledStates, load_backbone, load_tokenizer, locate
 from pipeline.model.bundle import Bundle, save_bundle
 from pipeline.model.encoder import Encoder, choose_device, choose_dtype, load_encoder, token_batches
 from pipeline.resources import TaskResources
@@ -57,9 +57,8 @@ def tiny_encoder(
     tokenizer = tiny_tokenizer(architecture)
     tokenizer.enable_truncation(max_length=MAX_TOKENS)
     return Encoder(
-        HiddenStates(model, whole=True),
+        PooledStates(HiddenStates(model, whole=True), pooling),
         tokenizer,
-        pooling=pooling,
         head=nn.Identity(),
         device=torch.device("cpu"),
         dtype=torch.float32,
@@ -300,9 +299,8 @@ def minilm(encode: EncodeSettings, resources: TaskResources = TaskResources(cpus
     tokenizer.enable_truncation(max_length=256)
     device = choose_device(encode, resources)
     return Encoder(
-        HiddenStates(load_backbone(name, dtype=choose_dtype(encode, device)), whole=True),
+        PooledStates(HiddenStates(load_backbone(name, dtype=choose_dtype(encode, device)), whole=True), "mean"),
         tokenizer,
-        pooling="mean",
         head=nn.Identity(),
         device=device,
         dtype=choose_dtype(encode, device),

@@ -1,0 +1,259 @@
+"""The training loop: AdamW, warm-up, early stopping, and checkpoints from which a killed run goes on exactly."""
+
+import hashlib
+import io
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.config import TrainSettings
+from pipeline.errors import UserError
+from pipeline.model.distributed import place
+from pipeline.model.objective import Clicks, Objective
+from pipeline.storage import Storage
+
+PROGRESS_SECONDS = 10.0
+DIGEST_BYTES = hashlib.sha256().digest_size
+LEAST_ROWS = 4
+"""What the unbiased HSIC needs."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run leaves its state, and what run it is: another run's checkpoint is not resumed."""
+
+    storage: Storage
+    uri: str
+    key: str
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: optimiser steps done.
+        best: validation score of the best state; best_step: when.
+        bad: validations since then.
+        history: one row per validation: epoch, step, mean of every loss term since the last one, validation score.
+    """
+
+    step: int = 0
+    best: float = -np.inf
+    best_step: int = 0
+    bad: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def fit(
+    objective: Objective,
+    *,
+    training: Clicks,
+    validation: Clicks,
+    settings: TrainSettings,
+    seed: int,
+    label: str = "train",
+    checkpoint: Checkpoint | None = None,
+) -> Progress:
+    """Train an objective and leave it with the weights that validated best.
+
+    The same arguments give the same weights, bit for bit, on the same machine with the same number of threads, whether
+    or not the run was killed and resumed. With several processes (torch.distributed) every one takes its share of each
+    batch and gradients are averaged.
+
+    Args:
+        objective: what to train; parameters that need no gradient stay as they are.
+        training: interactions to learn from.
+        validation: later ones, for early stopping.
+        settings: optimiser, batch, epochs, patience.
+        seed: of batches and dropout.
+        label: of the log lines; empty for silence.
+        checkpoint: where to leave the state; None for short runs.
+
+    Raises:
+        UserError: the loss or the validation score is not finite, or there is next to nothing to learn from.
+    """
+    rank, world = place()
+    if len(training) < LEAST_ROWS * world:
+        raise UserError(f"{len(training)} interactions are too few to train on; {LEAST_ROWS * world} are the least")
+    model = DistributedDataParallel(objective, find_unused_parameters=True) if world > 1 else objective
+    optimiser = torch.optim.AdamW(_groups(objective, settings), weight_decay=settings.weight_decay)
+    # A state is what training changes: frozen weights are not written again and again.
+    run = _Run(objective, optimiser, Progress(), _state(objective))
+    if checkpoint is not None:
+        run.resume(checkpoint)
+    progress, steps = run.progress, _steps(len(training), settings, world)
+    every = settings.validate_every or steps.per_epoch
+    sums: dict[str, float] = run.sums
+    objective.train()
+    reported = time.monotonic()
+    while progress.step < steps.total and progress.bad < settings.patience:
+        _set_rates(optimiser, progress.step, warm_up=settings.warm_up, total=steps.total)
+        # Anew every step: a resumed run drops out likewise, on every member and device.
+        torch.manual_seed(int(np.random.SeedSequence([seed, progress.step, rank]).generate_state(1, np.uint64)[0]))
+        parts = steps.rows(progress.step, seed, rank)
+        for rows in parts:
+            share = len(rows) / sum(map(len, parts))
+            terms = model(training[rows])
+            (terms["loss"] * share).backward()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.item() * share
+        _require_finite(sums, progress.step)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        progress.step += 1
+        if progress.step % every == 0 or progress.step == steps.total:
+            score = objective.validate(validation)
+            if not np.isfinite(score):
+                raise UserError(
+                    f"the validation score is not finite at step {progress.step}; lower train.learning_rate, or raise "
+                    "train.holdout if the interactions held out are all of one label"
+                )
+            run.validated(score, epoch=progress.step / steps.per_epoch)
+            if label and rank == 0:
+                _log_row(label, progress.history[-1], steps.total)
+        elif label and rank == 0 and time.monotonic() - reported > PROGRESS_SECONDS:
+            reported = time.monotonic()
+            log.info("%s: step %d of at most %d, loss %.4f", label, progress.step, steps.total, terms["loss"].item())
+        if checkpoint is not None and rank == 0 and progress.step % settings.checkpoint_every == 0:
+            run.save(checkpoint)
+    _load(objective, run.best)
+    objective.eval()
+    return progress
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Which rows a step takes: a new order every epoch, which any step can be found in without the ones before."""
+
+    rows_total: int
+    batch: int
+    accumulate: int
+    per_epoch: int
+    total: int
+    world: int
+
+    def rows(self, step: int, seed: int, rank: int) -> list[Tensor]:
+        """Parts of about one size, and as many for every member: one that had fewer would leave the others waiting.
+
+        No part of a short step is so small that HSIC could not be estimated on it.
+        """
+        epoch, place = divmod(step, self.per_epoch)
+        order = np.random.default_rng([seed, epoch]).permutation(self.rows_total)
+        size = self.batch * self.world * self.accumulate
+        chosen = order[place * size : (place + 1) * size]
+        own = chosen[: len(chosen) // self.world * self.world][rank :: self.world]
+        parts = max(1, min(self.accumulate, len(own) // LEAST_ROWS))
+        return [torch.from_numpy(part.copy()) for part in np.array_split(own, parts)]
+
+
+def _steps(rows: int, settings: TrainSettings, world: int) -> _Steps:
+    size = settings.batch * world * settings.accumulate
+    # The last batch of an epoch may be short, but not shorter than half: a few rows make a noisy estimate of HSIC.
+    per_epoch = max(1, round(rows / size))
+    total = per_epoch * settings.epochs
+    return _Steps(rows, settings.batch, settings.accumulate, per_epoch, min(total, settings.max_steps or total), world)
+
+
+@dataclass
+class _Run:
+    """All that changes while training; what a checkpoint holds."""
+
+    objective: Objective
+    optimiser: torch.optim.Optimizer
+    progress: Progress
+    best: dict[str, Tensor]
+    sums: dict[str, float] = field(default_factory=dict)
+    since: int = 0
+
+    def validated(self, score: float, *, epoch: float) -> None:
+        progress = self.progress
+        steps = max(1, progress.step - self.since)
+        means = {name: value / steps for name, value in self.sums.items()}
+        progress.history.append({"epoch": epoch, "step": progress.step, **means, "validation_auc": score})
+        self.sums.clear()
+        self.since = progress.step
+        if score > progress.best:
+            progress.best, progress.best_step, progress.bad = score, progress.step, 0
+            self.best = _state(self.objective)
+        else:
+            progress.bad += 1
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        buffer = io.BytesIO()
+        content = {
+            "key": checkpoint.key,
+            "progress": vars(self.progress),
+            "sums": self.sums,
+            "since": self.since,
+            "state": _state(self.objective),
+            "best": self.best,
+            "optimiser": self.optimiser.state_dict(),
+        }
+        torch.save(content, buffer)
+        data = buffer.getvalue()
+        checkpoint.storage.write(checkpoint.uri, hashlib.sha256(data).digest() + data)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        try:
+            data = checkpoint.storage.read(checkpoint.uri)
+        except FileNotFoundError:
+            return
+        digest, data = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+        # torch.load takes flipped bits for numbers.
+        if hashlib.sha256(data).digest() != digest:
+            log.warning("train: the checkpoint at %s is broken: the training begins anew", checkpoint.uri)
+            return
+        # Tensors and plain values only: a checkpoint runs no code.
+        content: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True)
+        if content["key"] != checkpoint.key:
+            log.info("train: the checkpoint is of another run, and is left aside")
+            return
+        self.progress = Progress(**content["progress"])
+        self.sums, self.since, self.best = content["sums"], content["since"], content["best"]
+        _load(self.objective, content["state"])
+        self.optimiser.load_state_dict(content["optimiser"])
+        log.info("train: goes on from the checkpoint of step %d", self.progress.step)
+
+
+def _groups(objective: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    """LoRA's parameters, which belong to the source of states, learn at a rate of their own."""
+    own = [p for name, p in objective.named_parameters() if p.requires_grad and not name.startswith("source.")]
+    tuned = [p for name, p in objective.named_parameters() if p.requires_grad and name.startswith("source.")]
+    groups = [{"params": own, "rate": settings.learning_rate}]
+    return groups + ([{"params": tuned, "rate": settings.backbone_learning_rate}] if tuned else [])
+
+
+def _set_rates(optimiser: torch.optim.Optimizer, step: int, *, warm_up: int, total: int) -> None:
+    """Up to the whole rate in ``warm_up`` steps, then down to 0 at ``total``: late steps no longer throw z about."""
+    warm_up = min(warm_up, total // 2)
+    share = min((step + 1) / max(1, warm_up), (total - step) / max(1, total - warm_up))
+    for group in optimiser.param_groups:
+        group["lr"] = group["rate"] * min(1.0, share)
+
+
+def _state(objective: nn.Module) -> dict[str, Tensor]:
+    frozen = {name for name, parameter in objective.named_parameters() if not parameter.requires_grad}
+    return {name: value.detach().clone() for name, value in objective.state_dict().items() if name not in frozen}
+
+
+def _load(objective: nn.Module, state: dict[str, Tensor]) -> None:
+    objective.load_state_dict(state, strict=False)
+
+
+def _require_finite(sums: dict[str, float], step: int) -> None:
+    if not np.isfinite(sums["loss"]):
+        raise UserError(f"the loss is not finite at step {step}; lower train.learning_rate")
+
+
+def _log_row(label: str, row: dict[str, float], total: int) -> None:
+    terms = ", ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in {"epoch", "step"})
+    log.info("%s: epoch %.1f, step %d of at most %d: %s", label, row["epoch"], int(row["step"]), total, terms)

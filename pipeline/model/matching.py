@@ -1,0 +1,68 @@
+"""Matching networks: from user and item vectors to a click's logit. They adapt to the task, and are never shipped."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+WEIGHTS = "matching.safetensors"
+
+
+class CrossingNetwork(nn.Module):
+    """Crosses every user vector u with the item z: [z, u, u·z, |u − z|, …] → hidden → state s → logit.
+
+    Built otherwise than the compressor, which only ever sees one item: what needs the pair can be learned here alone.
+
+    Args:
+        dim: d.
+        users: how many vectors describe a user.
+        hidden: width of both layers; the second one's output is the state s.
+        dropout: between them.
+    """
+
+    def __init__(self, *, dim: int, users: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.first = nn.Linear((1 + 3 * users) * dim, hidden)
+        self.second = nn.Linear(hidden, hidden)
+        self.logit = nn.Linear(hidden, 1)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, item: Tensor, users: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits [b] and states [b, hidden] of items [b, d] and user vectors, each [b, d]."""
+        crossed = [part for u in users for part in (u, u * item, (u - item).abs())]
+        state = functional.relu(self.second(self.dropout(functional.relu(self.first(torch.cat([item, *crossed], 1))))))
+        return self.logit(state).squeeze(1), state
+
+
+class ResidualNetwork(nn.Module):
+    """The compressor's own structure over [z, u, …]: a linear path and a normalised residual branch. For the ablation.
+
+    Args:
+        dim: d.
+        users: how many vectors describe a user.
+        hidden: width of the residual branch, and of the state s.
+        dropout: in the residual branch.
+    """
+
+    def __init__(self, *, dim: int, users: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        width = (1 + users) * dim
+        self.linear = nn.Linear(width, hidden)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.logit = nn.Linear(hidden, 1)
+
+    def forward(self, item: Tensor, users: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits [b] and states [b, hidden] of items [b, d] and user vectors, each [b, d]."""
+        pair = torch.cat([item, *users], dim=1)
+        state = self.linear(pair) + self.down(self.dropout(functional.gelu(self.up(self.norm(pair)))))
+        return self.logit(state).squeeze(1), state
+
+
+NETWORKS: Mapping[str, type[CrossingNetwork | ResidualNetwork]] = {
+    "crossing": CrossingNetwork,
+    "residual": ResidualNetwork,
+}

@@ -1,0 +1,98 @@
+"""Hidden states of every layer for a list of texts: one pass over the backbone, streamed to disk."""
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+
+from pipeline.config import EncodeSettings, TrainSettings
+from pipeline.model.backbone import PooledLayers, blocks, load_backbone, load_tokenizer
+from pipeline.model.encoder import Encoder, choose_device, choose_dtype
+from pipeline.resources import TaskResources
+from pipeline.training_set import StatesFacts
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel
+
+TEXTS_AT_ONCE = 2048
+PROGRESS_SECONDS = 10.0
+
+log = logging.getLogger(__name__)
+
+
+def write_states(
+    texts: list[str], path: Path, *, train: TrainSettings, encode: EncodeSettings, resources: TaskResources
+) -> StatesFacts:
+    """Write pooled states float32 [L + 1, texts, D] as a ``.npy`` file; memory does not grow with the texts.
+
+    Args:
+        texts: any number.
+        path: of the file.
+        train: backbone, pooling, max_tokens.
+        encode: device, dtype and token budget, as the nights run the model.
+        resources: cores and GPU.
+
+    Raises:
+        UserError: unknown backbone.
+    """
+    backbone = load_backbone(train.backbone)
+    tokenizer, max_tokens = cutting_tokenizer(backbone, train)
+    device = choose_device(encode, resources)
+    dtype = choose_dtype(encode, device)
+    if device.type == "cpu":
+        torch.set_num_threads(encode.threads or resources.cpus)
+    encoder = Encoder(
+        PooledLayers(backbone, train.pooling),
+        tokenizer,
+        head=torch.nn.Identity(),
+        device=device,
+        dtype=dtype,
+        token_budget=encode.token_budget,
+    )
+    layers, width = len(blocks(backbone)[2]), backbone.config.hidden_size
+    log.info("states: %s texts through all %d layers of %s", f"{len(texts):,}", layers, train.backbone)
+    states = open_memmap(path, mode="w+", dtype=np.float32, shape=(layers + 1, len(texts), width))
+    started = reported = time.monotonic()
+    tokens = 0
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        encoded = encoder.encode(texts[start : start + TEXTS_AT_ONCE])
+        states[:, start : start + TEXTS_AT_ONCE] = encoded.vectors.swapaxes(0, 1)
+        tokens += encoded.tokens
+        if time.monotonic() - reported > PROGRESS_SECONDS:
+            reported = time.monotonic()
+            done = min(len(texts), start + TEXTS_AT_ONCE)
+            left = (reported - started) * (len(texts) / done - 1)
+            log.info(
+                "states: %s of %s texts, %s tokens, about %.0f s left", *map(_grouped, (done, len(texts), tokens)), left
+            )
+    states.flush()
+    return StatesFacts(
+        layers=layers, width=width, max_tokens=max_tokens, dtype=str(dtype).removeprefix("torch."), device=str(device)
+    )
+
+
+def cutting_tokenizer(backbone: "PreTrainedModel", train: TrainSettings) -> "tuple[Tokenizer, int]":
+    """The backbone's tokenizer, truncating and never padding, and the tokens that it lets pass."""
+    max_tokens = min(train.max_tokens, positions(backbone) or train.max_tokens)
+    tokenizer: Tokenizer = load_tokenizer(train.backbone).backend_tokenizer
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length=max_tokens)
+    return tokenizer, max_tokens
+
+
+def positions(backbone: "PreTrainedModel") -> int | None:
+    """Tokens that the backbone has positions for; RoBERTa and its like lose those up to the padding index."""
+    limit: int | None = getattr(backbone.config, "max_position_embeddings", None)
+    for name, module in backbone.named_modules():
+        if limit and name.endswith("position_embeddings") and isinstance(getattr(module, "padding_idx", None), int):
+            return limit - int(module.padding_idx) - 1
+    return limit
+
+
+def _grouped(number: int) -> str:
+    return f"{number:,}"

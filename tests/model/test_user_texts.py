@@ -1,0 +1,65 @@
+"""User texts: a profile's state goes through the same backbone and compressor, and helps where clicks say nothing."""
+
+import numpy as np
+import torch
+
+from pipeline.config import TrainSettings
+from pipeline.interactions import Interactions
+from pipeline.model.fit import fit
+from pipeline.model.learning import LearningData, learning_data
+from pipeline.model.systems import build
+
+USERS, ITEMS, WIDTH, DIM = 80, 60, 12, 4
+TRAIN = TrainSettings(hidden=8, dropout=0.0, batch=128, epochs=12, warm_up=5, patience=12, holdout=0.2)
+
+
+def data(*, texts: bool) -> tuple[np.ndarray, LearningData]:
+    """Clicks that follow a taste which every user's text spells out, and users who are seen only a few times."""
+    rng = np.random.default_rng(0)
+    tastes, kinds = rng.standard_normal((USERS, 2)), rng.standard_normal((ITEMS, 2))
+    n = 4000
+    # Everybody arrives with the day: later users have no history in the training part.
+    users = np.sort(rng.integers(0, USERS, n))
+    items = rng.integers(0, ITEMS, n)
+    labels = ((tastes[users] * kinds[items]).sum(axis=1) > 0).astype(np.float32)
+    spread = rng.standard_normal((2, WIDTH))
+    states = np.concatenate([kinds, tastes]) @ spread + 0.1 * rng.standard_normal((ITEMS + USERS, WIDTH))
+    interactions = Interactions(
+        users=users,
+        items=items,
+        labels=labels,
+        # One moment per user: nobody has a history.
+        times=users.astype(np.int64),
+        profiles=users.astype(np.int64) if texts else None,
+        profile_texts=tuple(f"user {number}" for number in range(USERS)) if texts else (),
+    )
+    learned = learning_data(interactions, history=3, holdout=0.2, items=ITEMS)
+    return states.astype(np.float32), learned
+
+
+def auc(*, texts: bool) -> float:
+    states, learned = data(texts=texts)
+    objective = build("marc", states=states, data=learned, dim=DIM, seed=0, train=TRAIN)
+    return fit(objective, training=learned.training, validation=learned.holdout, settings=TRAIN, seed=0, label="").best
+
+
+def test_a_text_about_the_user_serves_users_without_a_history() -> None:
+    assert auc(texts=False) < 0.65
+    assert auc(texts=True) > 0.75
+
+
+def test_profiles_follow_the_items_in_the_states_and_a_missing_one_is_none() -> None:
+    users = np.array([0, 1, 0, 1])
+    interactions = Interactions(
+        users=users,
+        items=np.array([0, 1, 1, 0]),
+        labels=np.array([0, 1, 1, 0], dtype=np.float32),
+        times=np.arange(4),
+        profiles=np.array([0, -1, 1, -1]),
+        profile_texts=("likes trains", "likes ships"),
+    )
+    learned = learning_data(interactions, history=2, holdout=0.25, items=10)
+    assert learned.rows.profiles is not None
+    assert learned.rows.profiles.tolist() == [[10], [-1], [11], [-1]]
+    assert torch.equal(learned.known, torch.tensor([0, 1]))
+    assert interactions.take(slice(1, 3)).profiles is not None

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from deltalake.exceptions import DeltaError
 
@@ -46,25 +47,27 @@ def reported_errors() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Job:
-    """What a spark-submit entry point was called with."""
+    """What a spark-submit entry point was called with: ``plan_id`` of a night, or ``training_id`` of a training."""
 
     settings: Settings
     ds: str
-    plan_id: str
+    plan_id: str = ""
+    training_id: str = ""
 
 
 @contextmanager
-def job(description: str | None) -> Iterator[Job]:
+def job(description: str | None, *, of: Literal["plan_id", "training_id"] = "plan_id") -> Iterator[Job]:
     """Arguments, logging and error reporting of a spark-submit entry point.
 
     Args:
         description: the module docstring of the job.
+        of: what the run announced.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="configuration file (default: %(default)s)")
     parser.add_argument("--ds", required=True, help="date of the snapshot, YYYY-MM-DD")
-    parser.add_argument("--plan-id", required=True, help="the plan that the run announced")
+    parser.add_argument(f"--{of.replace('_', '-')}", required=True, help="what the run announced")
     arguments = parser.parse_args()
     configure_logging()
     with reported_errors():
-        yield Job(settings=load_settings(arguments.config), ds=parse_ds(arguments.ds), plan_id=arguments.plan_id)
+        yield Job(settings=load_settings(arguments.config), ds=parse_ds(arguments.ds), **{of: getattr(arguments, of)})

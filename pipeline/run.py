@@ -6,14 +6,12 @@ Every stage imports what it needs when it is called, so that a job pays for its 
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from pipeline.config import Settings, TrainSettings, default_config, describe, load_settings, parse_ds
+from pipeline.config import Settings, default_config, load_settings, parse_ds
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 from pipeline.workspace import Workspace, receipts_digest
@@ -24,7 +22,6 @@ from schemas.release import Release
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-    from pipeline.model.bundle import Bundle
     from pipeline.plan import PlanIdentity
 
 log = logging.getLogger(__name__)
@@ -225,42 +222,6 @@ def _timed(workspace: Workspace, stage: str) -> Iterator[None]:
         seconds = time.monotonic() - started
         workspace.write_seconds(stage, seconds)
         log.info("%s: %.1f s", stage, seconds)
-
-
-def train_bundle(settings: Settings, *, ds: str, overrides: Mapping[str, object]) -> "Bundle":
-    """Fit a compressor on the catalogue of a date and make the bundle the current one.
-
-    Args:
-        settings: the configuration.
-        ds: whose catalogue the texts come from.
-        overrides: keys of ``train`` that win over the configuration; None means as configured.
-
-    Raises:
-        UserError: the catalogue or the settings cannot be used.
-    """
-    from pipeline import catalogue
-    from pipeline.model.training import train_pca
-    from pipeline.resources import TaskResources
-    from pipeline.session import spark_session
-
-    given = {key: value for key, value in overrides.items() if value is not None}
-    try:
-        train = TrainSettings.model_validate({**settings.train.model_dump(), **given})
-    except ValidationError as error:
-        raise UserError(f"train: {describe(error)}") from None
-    storage = storage_of(settings)
-    source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
-    with spark_session(settings.spark, name=f"marc train {ds}") as spark:
-        texts = catalogue.sample_texts(spark, source, settings.catalogue, storage=storage, limit=train.sample)
-    return train_pca(
-        texts,
-        template=settings.catalogue.template,
-        train=train,
-        encode=settings.encode,
-        storage=storage,
-        bundle_uri=settings.bundle_uri,
-        resources=TaskResources(cpus=os.cpu_count() or 1),
-    )
 
 
 def identify_for_scheduler(*, ds: str, config: str) -> dict[str, str]:

@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import contextmanager, redirect_stdout
+from typing import TypeVar, cast
 
 from py4j.protocol import Py4JJavaError
 from pyspark import SparkConf, SparkContext, TaskContext
 from pyspark.errors import PySparkException, PySparkRuntimeError
+from pyspark.ml.torch.distributor import TorchDistributor
 from pyspark.sql import SparkSession
 
 from pipeline import errors
@@ -145,6 +146,31 @@ def run_buckets(
             context.cancelAllJobs()
             raise
         return future.result()
+
+
+def distribute(spark: SparkSession, function: Callable[..., R], *arguments: object, processes: int) -> R:
+    """Run one function in several processes that share a torch.distributed group; what the first one returns.
+
+    Processes are started by Spark's TorchDistributor: on ``local[*]`` on this machine, on a cluster as one barrier task
+    each, with a GPU where tasks are given GPUs.
+    """
+    local = str(spark.sparkContext.master).startswith("local")
+    gpu = float(spark.conf.get("spark.task.resource.gpu.amount", "0") or 0) >= 1
+    distributor = TorchDistributor(num_processes=processes, local_mode=local, use_gpu=gpu)
+    # What the launcher and the members print is no result: standard output is left to that.
+    with redirect_stdout(sys.stderr):
+        found = distributor.run(_member, function, *arguments)
+    if isinstance(found, errors.PipelineError):
+        raise found
+    return cast("R", found)
+
+
+def _member(function: Callable[..., R], *arguments: object) -> R | errors.PipelineError:
+    """What a member returns; the distributor knows of an error only that there was one."""
+    try:
+        return function(*arguments)
+    except errors.PipelineError as error:
+        return error
 
 
 def task_resources() -> TaskResources:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny_models import save_tiny_backbone
 
-from pipeline import run
+from pipeline import train
 from pipeline.config import load_settings
 from pipeline.example_data import write_catalogue
 from pipeline.release_log import read_releases
@@ -80,14 +80,14 @@ def test_every_dag_loads_without_an_error(airflow: Airflow) -> None:
     done = airflow.call("dags", "list-import-errors", "-o", "json")
     assert "marc_" not in done.stdout, done.stdout
     assert airflow.call("dags", "reserialize").returncode == 0
-    assert {row["dag_id"] for row in airflow.json("dags", "list")} == {"marc_nightly"}
+    assert {row["dag_id"] for row in airflow.json("dags", "list")} == {"marc_nightly", "marc_train"}
 
 
 def test_the_nightly_dag_publishes_and_announces_and_a_second_run_does_nothing(
     airflow: Airflow, config: Path, spark: Any
 ) -> None:
     settings = load_settings(config)
-    run.train_bundle(settings, ds=DS, overrides={})
+    train.train_bundle(settings, ds=DS)
     first = airflow.call("dags", "test", "marc_nightly", DS, config=config)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     (release,) = read_releases(Storage(), settings.table_uri)

@@ -10,7 +10,20 @@ from published import Site, items
 
 from pipeline.config import Settings, load_settings
 
-COMMANDS = {"plan", "run", "train", "files", "lookup", "verify", "releases", "summary", "example"}
+COMMANDS = {
+    "plan",
+    "run",
+    "train",
+    "evaluate",
+    "promote",
+    "demote",
+    "files",
+    "lookup",
+    "verify",
+    "releases",
+    "summary",
+    "example",
+}
 
 
 @pytest.fixture(scope="module")

@@ -41,14 +41,14 @@ def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 # One process, one Spark session: its Python workers inherit the credentials from the environment.
 NIGHTS = """
 import json, sys
-from pipeline import run
+from pipeline import run, train
 from pipeline.config import load_settings
 from pipeline.reader import open_release
 from pipeline.session import spark_session
 from pipeline.verify import verify
 settings = load_settings(sys.argv[1])
 with spark_session(settings.spark, name="s3"):
-    run.train_bundle(settings, ds=sys.argv[2], overrides={})
+    train.train_bundle(settings, ds=sys.argv[2])
     outcomes = [run.run_all(settings, ds=ds) for ds in (sys.argv[2], sys.argv[2], sys.argv[3])]
 release = open_release(settings.table_uri)
 table = release.dataset().to_table()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import make, read
+from pipeline.cli import learn, make, read
 from pipeline.cli.options import State
 from pipeline.config import DEFAULT_CONFIG
 from pipeline.entry import configure_logging, reported_errors
@@ -34,7 +34,10 @@ def common(
 
 app.command()(make.plan)
 app.command()(make.run)
-app.command()(make.train)
+app.command()(learn.train)
+app.command()(learn.evaluate)
+app.command()(learn.promote)
+app.command()(learn.demote)
 app.command()(make.example)
 app.command()(read.files)
 app.command()(read.lookup)

@@ -1,4 +1,4 @@
-"""Commands that make something: plan, run, train, example."""
+"""Commands that make something: plan, run, example."""
 
 from pathlib import Path
 from typing import Annotated
@@ -47,42 +47,6 @@ def run(context: typer.Context, ds: Ds, as_json: Json = False) -> None:
         print_json({**outcome.release.facts(), "fresh": outcome.fresh})
     else:
         print_summary(settings, outcome.release, fresh=outcome.fresh)
-
-
-def train(
-    context: typer.Context,
-    ds: Annotated[str, typer.Option("--ds", help="Train on the catalogue of this date.")],
-    compressor: Annotated[str | None, typer.Option(help="Compressor to fit; overrides train.compressor.")] = None,
-    dim: Annotated[int | None, typer.Option(help="Dimensions of the vectors; overrides train.dim.")] = None,
-    layers: Annotated[int | None, typer.Option(help="Blocks of the backbone to keep; overrides train.layers.")] = None,
-    if_none: Annotated[bool, typer.Option("--if-none", help="Do nothing when there is a current bundle.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Fit a compressor on a catalogue and make the bundle the current one."""
-    from pipeline.model.bundle import open_bundle
-    from pipeline.run import storage_of, train_bundle
-
-    settings = context.ensure_object(State).settings
-    given = {"compressor": compressor, "dim": dim, "layers": layers}
-    if if_none:
-        try:
-            bundle = open_bundle(storage_of(settings), settings.bundle_uri)
-        except UserError:
-            bundle = train_bundle(settings, ds=parse_ds(ds), overrides=given)
-    else:
-        bundle = train_bundle(settings, ds=parse_ds(ds), overrides=given)
-    card = bundle.card
-    if as_json:
-        print_json({"bundle": bundle.version, "uri": bundle.uri, **card.model_dump(exclude={"files"})})
-        return
-    rows = [
-        ["bundle", bundle.version],
-        ["folder", bundle.uri],
-        ["backbone", f"{card.backbone}, {card.layers_kept} of {card.backbone_layers} layers, {card.pooling} pooling"],
-        ["compressor", f"{card.compressor.kind}, {card.width} → {card.dim} dimensions"],
-        *([name.replace("_", " "), f"{value:.4f}"] for name, value in card.metrics.items()),
-    ]
-    print_table("Bundle", ["", ""], rows)
 
 
 def example(

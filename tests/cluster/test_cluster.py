@@ -16,7 +16,7 @@ import pyspark
 import pytest
 from tiny_models import save_tiny_backbone
 
-from pipeline import run
+from pipeline import run, train
 from pipeline.config import load_settings
 from pipeline.example_data import write_catalogue
 from pipeline.reader import open_release
@@ -124,7 +124,7 @@ def test_the_jobs_give_the_same_release_on_a_cluster_as_in_one_process(master: s
     (tmp_path / "local").mkdir()
     (tmp_path / "cluster").mkdir()
     local = load_settings(configured(tmp_path / "local", backbone, tmp_path / "catalogue"))
-    run.train_bundle(local, ds=DS, overrides={})
+    train.train_bundle(local, ds=DS)
     shutil.copytree(local.bundle_uri, tmp_path / "cluster" / "data" / "bundles")
     wanted = run.run_all(local, ds=DS).release
 

@@ -1,0 +1,64 @@
+"""marc_train: catalogue and interactions become a bundle; hidden states, train, evaluate, promote behind a gate."""
+
+from datetime import datetime
+from typing import Any
+
+from airflow.sdk import Param, dag, get_current_context, task
+from marc_stages import CONFIG, DEFAULT_ARGS, spark_stage
+
+TRAINING = "ti.xcom_pull(task_ids='identify')"
+ARGUMENTS = [
+    *("--config", f"{{{{ {TRAINING}['config'] }}}}"),
+    *("--ds", f"{{{{ {TRAINING}['ds'] }}}}"),
+    *("--training-id", f"{{{{ {TRAINING}['training_id'] }}}}"),
+]
+
+
+@dag(
+    # How often a model is trained anew is the team's choice; every promotion re-encodes the whole catalogue.
+    schedule=None,
+    start_date=datetime(2026, 11, 1),
+    catchup=False,
+    max_active_runs=1,
+    default_args=DEFAULT_ARGS,
+    params={
+        "ds": Param(
+            None,
+            type=["null", "string"],
+            format="date",
+            title="Date",
+            description="Catalogue to learn from, YYYY-MM-DD; empty: the date of the run.",
+        ),
+        "config": CONFIG,
+    },
+    tags=["marc"],
+    doc_md=__doc__,
+)
+def marc_train() -> None:
+    """Wire the stages; what they do is in ``pipeline``."""
+
+    @task
+    def identify() -> dict[str, str]:
+        """Name the training set of this date; missing interactions end the run here."""
+        from pipeline.train import identify_for_scheduler
+
+        context = get_current_context()
+        day = context["dag_run"].logical_date or context["dag_run"].run_after
+        params: Any = context["params"]
+        return identify_for_scheduler(ds=params["ds"] or f"{day:%Y-%m-%d}", config=params["config"])
+
+    @task
+    def promote(training: dict[str, str]) -> dict[str, Any]:
+        """Make the new bundle the current one, unless the gate refuses: one atomic write."""
+        from pipeline.train import promote_for_scheduler
+
+        return promote_for_scheduler(config=training["config"], training_id=training["training_id"])
+
+    training: Any = identify()
+    states, train, evaluate = (
+        spark_stage(name, ARGUMENTS) for name in ("hidden_states", "train_marc", "evaluate_marc")
+    )
+    training >> states >> train >> evaluate >> promote(training)
+
+
+marc_train()

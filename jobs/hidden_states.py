@@ -1,0 +1,12 @@
+"""spark-submit entry point of a training's first stage: items, interactions and every layer's hidden states."""
+
+from pipeline.entry import job
+from pipeline.session import spark_session
+from pipeline.train import identify, states_stage
+
+if __name__ == "__main__":
+    with (
+        job(__doc__, of="training_id") as called,
+        spark_session(called.settings.spark, name=f"marc hidden states {called.ds}") as spark,
+    ):
+        states_stage(spark, called.settings, identify(called.settings, ds=called.ds), expected=called.training_id)

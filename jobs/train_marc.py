@@ -1,0 +1,12 @@
+"""spark-submit entry point of training MARC: choose the layer, train, save the bundle."""
+
+from pipeline.entry import job
+from pipeline.session import spark_session
+from pipeline.train import train_stage
+
+if __name__ == "__main__":
+    with (
+        job(__doc__, of="training_id") as called,
+        spark_session(called.settings.spark, name=f"marc train {called.ds}") as spark,
+    ):
+        train_stage(spark, called.settings, called.training_id)

@@ -1,0 +1,298 @@
+"""The yardstick: every system's vectors judged by the same click model; tasks for Spark, and what follows from them."""
+
+import io
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from statistics import fmean, median_low, stdev
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import EncodeSettings, Settings, TrainSettings
+from pipeline.errors import UserError
+from pipeline.interactions import split_by_time
+from pipeline.model.bundle import open_bundle
+from pipeline.model.ctr import ClickData, click_data, score_vectors
+from pipeline.model.encoder import load_encoder, use_threads
+from pipeline.model.findings import findings
+from pipeline.model.learning import learning_data
+from pipeline.model.statistics import summarise
+from pipeline.model.systems import System, make_vectors, sweep_systems, systems, tuned_systems
+from pipeline.resources import TaskResources
+from pipeline.storage import Storage, join
+from pipeline.training_set import TrainingSet, open_training_set
+from schemas.evaluation import Evaluation, SystemScore
+
+COMPARISON = "marc"
+STRETCHES = (1.0, 0.9, 0.8)
+"""Leading shares of the training part that layers are judged on."""
+TRAINED = {"autoencoder", "mrl", "contrastive"}
+
+
+@dataclass(frozen=True)
+class EvaluateTask:
+    """One system at one dimension; travels to Spark's Python workers.
+
+    Attributes:
+        training_id: the training set, in the work area.
+        system: what to judge; layer: the block that it reads, None where it reads none.
+        bundle_uri, bundle: of a system that is a bundle.
+        tuned_uri: states of the tuned backbone's final layer [items, D], for the systems that read them.
+        seeds: of the click model and of the training.
+        inner: judge on this leading share of the training part alone, for choices that must not see what lies behind
+            it; 0: on everything.
+    """
+
+    storage: Storage
+    work_uri: str
+    training_id: str
+    system: System
+    layer: int | None
+    dim: int
+    seeds: tuple[int, ...]
+    train: TrainSettings
+    encode: EncodeSettings
+    history: int
+    inner: float = 0.0
+    bundle_uri: str = ""
+    bundle: str = ""
+    tuned_uri: str = ""
+
+    @property
+    def cost(self) -> int:
+        """Rough cost in click models trained: a system that is itself trained counts three times."""
+        trained = self.system.name.startswith("marc") or self.system.name in TRAINED
+        return len(self.seeds) * (3 if trained else 1)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a task found: one score per seed, and the predictions [test rows] behind it."""
+
+    scores: list[SystemScore]
+    predictions: dict[tuple[str, int, int], NDArray[np.float32]]
+
+
+def evaluate_task(task: EvaluateTask, resources: TaskResources) -> Scored:
+    """Make a system's vectors from the training part, and judge them with every seed."""
+    use_threads(resources.cpus)
+    training_set = _training_set(task.storage, task.work_uri, task.training_id)
+    data = _click_data(training_set, task.history, inner=task.inner)
+    scores, predictions = [], {}
+    vectors, spent = None, 0.0
+    for seed in task.seeds:
+        if seed == task.seeds[0] or task.cost > len(task.seeds) or task.system.name == "random":
+            started = time.monotonic()
+            vectors = _vectors(task, training_set, data, seed, resources)
+            spent = time.monotonic() - started
+        found = score_vectors(vectors, data, seed=seed)
+        dim = 0 if vectors is None else vectors.shape[1]
+        predictions[task.system.name, dim, seed] = found.predictions
+        scores.append(
+            SystemScore(
+                system=task.system.name,
+                family=task.system.family,
+                layer=task.layer,
+                dim=dim,
+                seed=seed,
+                auc=found.auc,
+                cold_auc=found.cold_auc,
+                warm_auc=found.warm_auc,
+                log_loss=found.log_loss,
+                validation_auc=found.validation_auc,
+                epoch=found.epoch,
+                train_seconds=spent,
+                score_seconds=found.seconds,
+            )
+        )
+    return Scored(scores, predictions)
+
+
+def sweep_tasks(settings: Settings, training_set: TrainingSet, *, storage: Storage) -> list[EvaluateTask]:
+    """Every layer, judged within the training part: the choice of layer sees nothing behind the boundary.
+
+    Several times, each on an earlier stretch of it: who happens to be there at one time says more about the AUC than
+    the layer does.
+    """
+    return [
+        _task(
+            settings,
+            training_set,
+            storage,
+            system,
+            layer=system.layer,
+            dim=settings.train.dim,
+            seeds=(number,),
+            inner=share,
+        )
+        for system in sweep_systems(training_set.card.layers)
+        for number, share in enumerate(STRETCHES)
+    ]
+
+
+def layer_scores(found: Iterable[Scored]) -> dict[int, list[float]]:
+    """AUC of every layer of a sweep, one per stretch in the order of the stretches; the first layer first."""
+    by_layer: dict[int, dict[int, float]] = {}
+    for score in (score for scored in found for score in scored.scores):
+        by_layer.setdefault(score.layer or 0, {})[score.seed] = score.auc
+    return {layer: [auc for _, auc in sorted(aucs.items())] for layer, aucs in sorted(by_layer.items())}
+
+
+def choose_layer(scores: Mapping[int, Sequence[float]]) -> int:
+    """The middle one of the layers that cannot be told apart from the best one, at two standard errors.
+
+    The best of several that differ by noise is a lottery; the middle one is the farthest from both ends, where the
+    advantage falls off.
+
+    Args:
+        scores: AUC of every layer, one per stretch.
+    """
+    best = max(scores, key=lambda layer: fmean(scores[layer]))
+    near = []
+    for layer, aucs in scores.items():
+        behind = [one - other for one, other in zip(scores[best], aucs, strict=True)]
+        error = stdev(behind) / len(behind) ** 0.5 if len(behind) > 1 else 0.0
+        if fmean(behind) <= 2 * error:
+            near.append(layer)
+    return median_low(near)
+
+
+def evaluation_tasks(
+    settings: Settings,
+    training_set: TrainingSet,
+    *,
+    storage: Storage,
+    chosen: int,
+    tuned_uri: str = "",
+    wanted: Sequence[str] = (),
+) -> list[EvaluateTask]:
+    """All systems at all dimensions; those that are trained, seed by seed.
+
+    Args:
+        settings: dimensions, seeds, training.
+        training_set: what to judge on.
+        storage: access to the work area.
+        chosen: the layer that the training part chose.
+        tuned_uri: states of the tuned backbone's final layer; empty where none was tuned.
+        wanted: names of systems; empty for all.
+    """
+    layers = training_set.card.layers
+    everything = systems(layers) + (tuned_systems() if tuned_uri else [])
+    unknown = set(wanted) - {system.name for system in everything}
+    if unknown:
+        names = ", ".join(system.name for system in everything)
+        raise UserError(f"there is no system {sorted(unknown)[0]!r}; there are {names}")
+    tasks = []
+    for system in everything:
+        if wanted and system.name not in wanted:
+            continue
+        layer = {"chosen": chosen, "final": layers, "tuned": layers}.get(str(system.layer), system.layer)
+        dims = {"ids": (0,), "final-full": (training_set.card.width,)}.get(system.name, settings.evaluate.dims)
+        for dim in dims:
+            task = _task(
+                settings, training_set, storage, system, layer=layer, dim=dim, seeds=range(settings.evaluate.seeds)
+            )
+            task = replace(task, tuned_uri=tuned_uri)
+            split = task.cost > len(task.seeds)
+            tasks += [replace(task, seeds=(seed,)) for seed in task.seeds] if split else [task]
+    return tasks
+
+
+def bundle_task(settings: Settings, training_set: TrainingSet, *, storage: Storage, version: str) -> EvaluateTask:
+    """A bundle of the bundle folder, whose vectors come from the ordinary encoder."""
+    system = System(f"bundle:{version}", "bundle", None)
+    bundle = open_bundle(storage, join(settings.bundle_uri, version))
+    task = _task(
+        settings, training_set, storage, system, layer=bundle.card.layers_kept, dim=bundle.card.dim,
+        seeds=range(settings.evaluate.seeds),
+    )  # fmt: skip
+    return replace(task, bundle_uri=bundle.uri, bundle=version)
+
+
+def judge(settings: Settings, training_set: TrainingSet, found: Sequence[Scored], *, chosen: int) -> Evaluation:
+    """Means, intervals and findings of an evaluation.
+
+    Args:
+        settings: the configuration.
+        training_set: what was judged on.
+        found: results of all tasks.
+        chosen: the layer that the training part chose.
+    """
+    data = _click_data(training_set, settings.interactions.history, inner=0.0)
+    scores = sorted((s for one in found for s in one.scores), key=lambda s: (s.dim, s.system, s.seed))
+    predictions = {key: value for one in found for key, value in one.predictions.items()}
+    summaries = summarise(scores, predictions, data, comparison=COMPARISON)
+    card, split = training_set.card, data.split
+    return Evaluation(
+        training_id=card.training_id,
+        backbone=card.backbone,
+        layers=card.layers,
+        width=card.width,
+        users=card.users,
+        items=card.items,
+        rows=(len(data.labels[split.train]), len(data.labels[split.validation]), len(data.labels[split.test])),
+        cold_rows=int(data.cold.sum()),
+        chosen_layer=chosen,
+        scores=scores,
+        summaries=summaries,
+        findings=findings(summaries, scores, layers=card.layers, comparison=COMPARISON),
+    )
+
+
+def _task(
+    settings: Settings,
+    training_set: TrainingSet,
+    storage: Storage,
+    system: System,
+    *,
+    layer: int | str | None,
+    dim: int,
+    seeds: Iterable[int],
+    inner: float = 0.0,
+) -> EvaluateTask:
+    return EvaluateTask(
+        storage=storage,
+        work_uri=settings.work_uri,
+        training_id=training_set.card.training_id,
+        system=system,
+        layer=None if layer is None else int(layer),
+        dim=dim,
+        seeds=tuple(seeds),
+        train=settings.train,
+        encode=settings.encode,
+        history=settings.interactions.history,
+        inner=inner,
+    )
+
+
+def _vectors(
+    task: EvaluateTask, training_set: TrainingSet, data: ClickData, seed: int, resources: TaskResources
+) -> NDArray[np.float32] | None:
+    if task.bundle:
+        encoder = load_encoder(task.storage, task.bundle_uri, task.bundle, task.encode, resources)
+        return encoder.encode(training_set.texts).vectors
+    if task.system.layer == "tuned":
+        states = np.load(io.BytesIO(task.storage.read(task.tuned_uri)))
+    else:
+        states = training_set.states(task.layer or 0)
+    # All that a fit may see: nothing of what the click model is validated and tested on.
+    rows = training_set.interactions.take(data.split.train)
+    items = len(training_set.texts)
+    learned = learning_data(rows, history=task.history, holdout=task.train.holdout, items=items)
+    vectors = make_vectors(task.system, states=states, data=learned, dim=task.dim, seed=seed, train=task.train)
+    return None if vectors is None else vectors[:items]
+
+
+@lru_cache(maxsize=1)
+def _training_set(storage: Storage, work_uri: str, training_id: str) -> TrainingSet:
+    return open_training_set(storage, work_uri, training_id)
+
+
+def _click_data(training_set: TrainingSet, history: int, *, inner: float) -> ClickData:
+    interactions, split = training_set.interactions, training_set.split
+    if inner:
+        interactions = interactions.take(slice(0, round(split.train.stop * inner)))
+        split = split_by_time(interactions)
+    return click_data(interactions, split, n_items=len(training_set.item_ids), history=history)

@@ -84,7 +84,12 @@ def fit(
     rank, world = place()
     if len(training) < LEAST_ROWS * world:
         raise UserError(f"{len(training)} interactions are too few to train on; {LEAST_ROWS * world} are the least")
-    model = DistributedDataParallel(objective, find_unused_parameters=True) if world > 1 else objective
+    device = next(objective.parameters()).device
+    training, validation = training.to(device), validation.to(device)
+    model: nn.Module = objective
+    if world > 1:
+        # Buffers hold the states of all items and every member's own bank: nothing to send round at every step.
+        model = DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False)
     optimiser = torch.optim.AdamW(_groups(objective, settings), weight_decay=settings.weight_decay)
     # A state is what training changes: frozen weights are not written again and again.
     run = _Run(objective, optimiser, Progress(), _state(objective))

@@ -28,6 +28,16 @@ class Clicks:
     def __len__(self) -> int:
         return len(self.items)
 
+    def to(self, device: torch.device) -> "Clicks":
+        """The same on a device."""
+        return Clicks(
+            self.items.to(device),
+            self.clicked.to(device),
+            self.skipped.to(device),
+            self.labels.to(device),
+            None if self.profiles is None else self.profiles.to(device),
+        )
+
 
 class Source(nn.Module):
     """Where the states of items come from."""

@@ -331,7 +331,6 @@ def test_texts_of_users_are_encoded_beside_the_items_and_leave_the_vectors_to_th
     assert {name.split(".")[0] for name in weights} == {"matching", "clicked", "skipped", "profile"}
 
 
-@pytest.mark.xfail(strict=True, reason="at every step all states go to every process, and its bank is lost")
 def test_states_and_banks_are_not_sent_round_between_processes(
     sites: dict[str, Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:

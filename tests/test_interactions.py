@@ -58,8 +58,10 @@ def read(path: Path | str, items: list[str] | None = None, **given: Any) -> Inte
 
 
 def same(one: Interactions, other: Interactions) -> bool:
-    pairs = zip(vars(replace(one)).values(), vars(replace(other)).values(), strict=True)
-    return all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in pairs)
+    names = ("users", "items", "labels", "times")
+    pairs = [(getattr(one, name), getattr(other, name)) for name in names]
+    same = all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in pairs)
+    return same and one.profiles is other.profiles is None
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -788,3 +790,16 @@ def test_histories_of_real_ratings_are_what_the_definition_says(movielens: Inter
         mine = (movielens.users == user) & (movielens.labels == 1) & (movielens.times < moment)
         wanted = movielens.items[mine][::-1][:10].tolist()
         assert result[row].tolist() == wanted + [-1] * (10 - len(wanted))
+
+
+def test_user_texts_are_read_each_once_and_blanks_say_nothing(tmp_path: Path) -> None:
+    about = ["likes trains", " ", "likes trains", None, "new here"]
+    path = write(tmp_path / "ratings.parquet", {**GOOD, "about": about})
+    found = read(path, user_text_column="about")
+    assert sorted(found.profile_texts) == ["likes trains", "new here"]
+    assert found.profiles is not None
+    assert [found.profile_texts[place] if place >= 0 else None for place in found.profiles] == [
+        "likes trains", None, "new here", "likes trains", None,
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="user_text_column"):
+        read(path, user_text_column="profile")

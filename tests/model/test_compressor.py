@@ -125,5 +125,5 @@ def test_a_saved_compressor_loads_with_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_an_unknown_kind_of_compressor_is_the_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'hologram' is not known here \(known: pca\); upgrade the pipeline"):
+    with pytest.raises(UserError, match=r"'hologram' is not known here \(known: pca, bottleneck\); upgrade"):
         load_compressor(tmp_path, CompressorCard(kind="hologram"))

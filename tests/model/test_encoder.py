@@ -327,7 +327,7 @@ def test_bfloat16_on_the_cpu_agrees_with_float32(minilm_float32: NDArray[np.floa
     if choose_dtype(EncodeSettings(device="cpu"), torch.device("cpu")) != torch.bfloat16:
         pytest.skip("this CPU does not multiply bfloat16 natively")
     encoder = minilm(EncodeSettings(device="cpu"))
-    assert next(encoder._hidden.parameters()).dtype == torch.bfloat16
+    assert next(encoder._pooled.parameters()).dtype == torch.bfloat16
     found = encoder.encode(TITLES).vectors
     assert found.dtype == np.float32
     assert not np.array_equal(found, minilm_float32)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from statistics import fmean, median_low, stdev
+from statistics import fmean, stdev
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,7 +144,7 @@ def choose_layer(scores: Mapping[int, Sequence[float]]) -> int:
     """The middle one of the layers that cannot be told apart from the best one, at two standard errors.
 
     The best of several that differ by noise is a lottery; the middle one is the farthest from both ends, where the
-    advantage falls off.
+    advantage falls off. Of two middle ones it is the better, of equals the lower.
 
     Args:
         scores: AUC of every layer, one per stretch.
@@ -156,7 +156,7 @@ def choose_layer(scores: Mapping[int, Sequence[float]]) -> int:
         error = stdev(behind) / len(behind) ** 0.5 if len(behind) > 1 else 0.0
         if fmean(behind) <= 2 * error:
             near.append(layer)
-    return median_low(near)
+    return max(near[(len(near) - 1) // 2 : len(near) // 2 + 1], key=lambda layer: fmean(scores[layer]))
 
 
 def evaluation_tasks(

@@ -12,7 +12,10 @@ from pipeline.evaluation import choose_layer
     [
         pytest.param({1: [0.6, 0.6, 0.6], 2: [0.7, 0.7, 0.7], 3: [0.6, 0.6, 0.6]}, 2, id="one is plainly best"),
         pytest.param({1: [0.70, 0.72], 2: [0.71, 0.71], 3: [0.72, 0.70], 4: [0.5, 0.5]}, 2, id="three alike"),
-        pytest.param({1: [0.70, 0.72], 2: [0.71, 0.71], 3: [0.5, 0.5], 4: [0.5, 0.5]}, 1, id="lower of two middles"),
+        pytest.param({1: [0.70, 0.72], 2: [0.71, 0.71], 3: [0.5, 0.5], 4: [0.5, 0.5]}, 1, id="of two equals the lower"),
+        pytest.param(
+            {1: [0.70, 0.72], 2: [0.71, 0.73], 3: [0.72, 0.70], 4: [0.75, 0.71]}, 2, id="of two middles the better"
+        ),
         pytest.param({1: [0.7], 2: [0.8], 3: [0.7]}, 2, id="one stretch: the best"),
         pytest.param({1: [0.7, 0.7]}, 1, id="one layer"),
     ],

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-from airflow.sdk import Metadata, Param, dag, get_current_context, task
-from marc_stages import CONFIG, DEFAULT_ARGS, ITEM_VECTORS, spark_stage
+from airflow.sdk import Metadata, dag, get_current_context, task
+from marc_stages import CONFIG, DEFAULT_ARGS, ITEM_VECTORS, ds_param, requested_ds, spark_stage
 
 PLAN = "ti.xcom_pull(task_ids='identify')"
 ARGUMENTS = [
@@ -23,13 +23,7 @@ ARGUMENTS = [
     max_active_runs=1,
     default_args=DEFAULT_ARGS,
     params={
-        "ds": Param(
-            None,
-            type=["null", "string"],
-            format="date",
-            title="Date",
-            description="Snapshot to publish, YYYY-MM-DD; empty: the date of the run.",
-        ),
+        "ds": ds_param("Snapshot to publish"),
         "config": CONFIG,
     },
     tags=["marc"],
@@ -43,11 +37,8 @@ def marc_nightly() -> None:
         """Name the plan of this date; a missing catalogue or bundle ends the run here."""
         from pipeline.run import identify_for_scheduler
 
-        context = get_current_context()
-        # A run that was triggered without a logical date is for the day it was asked for.
-        day = context["dag_run"].logical_date or context["dag_run"].run_after
-        params: Any = context["params"]
-        return identify_for_scheduler(ds=params["ds"] or f"{day:%Y-%m-%d}", config=params["config"])
+        params: Any = get_current_context()["params"]
+        return identify_for_scheduler(ds=requested_ds(), config=params["config"])
 
     @task.short_circuit
     def is_new(plan: dict[str, str]) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOperator
-from airflow.sdk import Asset, Param
+from airflow.sdk import Asset, Param, get_current_context
 from airflow.sdk.definitions.retry_policy import RetryDecision, RetryPolicy
 
 if TYPE_CHECKING:
@@ -22,6 +22,27 @@ CONFIG = Param(
     title="Configuration file",
     description="Path of marc.yaml on the workers; empty: the variable MARC_CONFIG, else the project's own.",
 )
+
+
+def ds_param(what: str) -> Param:
+    """The parameter ``ds`` of a DAG: ``what`` it is the date of."""
+    return Param(
+        None,
+        type=["null", "string"],
+        format="date",
+        title="Date",
+        description=f"{what}, YYYY-MM-DD; empty: the date of the run.",
+    )
+
+
+def requested_ds() -> str:
+    """The date that the running DAG was asked for."""
+    context = get_current_context()
+    # A run that was triggered without a logical date is for the day it was asked for.
+    day = context["dag_run"].logical_date or context["dag_run"].run_after
+    params: Any = context["params"]
+    return str(params["ds"] or f"{day:%Y-%m-%d}")
+
 
 # Exit codes of the jobs that say why: running the same thing again would fail the same way.
 PERMANENT = {2: "the catalogue, the bundle or the configuration must be mended first", 3: "a quality gate refused"}

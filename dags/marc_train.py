@@ -3,8 +3,8 @@
 from datetime import datetime
 from typing import Any
 
-from airflow.sdk import Param, dag, get_current_context, task
-from marc_stages import CONFIG, DEFAULT_ARGS, spark_stage
+from airflow.sdk import dag, get_current_context, task
+from marc_stages import CONFIG, DEFAULT_ARGS, ds_param, requested_ds, spark_stage
 
 TRAINING = "ti.xcom_pull(task_ids='identify')"
 ARGUMENTS = [
@@ -22,13 +22,7 @@ ARGUMENTS = [
     max_active_runs=1,
     default_args=DEFAULT_ARGS,
     params={
-        "ds": Param(
-            None,
-            type=["null", "string"],
-            format="date",
-            title="Date",
-            description="Catalogue to learn from, YYYY-MM-DD; empty: the date of the run.",
-        ),
+        "ds": ds_param("Catalogue to learn from"),
         "config": CONFIG,
     },
     tags=["marc"],
@@ -42,10 +36,8 @@ def marc_train() -> None:
         """Name the training set of this date; missing interactions end the run here."""
         from pipeline.train import identify_for_scheduler
 
-        context = get_current_context()
-        day = context["dag_run"].logical_date or context["dag_run"].run_after
-        params: Any = context["params"]
-        return identify_for_scheduler(ds=params["ds"] or f"{day:%Y-%m-%d}", config=params["config"])
+        params: Any = get_current_context()["params"]
+        return identify_for_scheduler(ds=requested_ds(), config=params["config"])
 
     @task
     def promote(training: dict[str, str]) -> dict[str, Any]:

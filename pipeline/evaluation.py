@@ -61,10 +61,14 @@ class EvaluateTask:
     tuned_uri: str = ""
 
     @property
+    def trained(self) -> bool:
+        """Whether the system's vectors come from a training, which differs from seed to seed."""
+        return self.system.name.startswith("marc") or self.system.name in TRAINED
+
+    @property
     def cost(self) -> int:
         """Rough cost in click models trained: a system that is itself trained counts three times."""
-        trained = self.system.name.startswith("marc") or self.system.name in TRAINED
-        return len(self.seeds) * (3 if trained else 1)
+        return len(self.seeds) * (3 if self.trained else 1)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def evaluate_task(task: EvaluateTask, resources: TaskResources) -> Scored:
     scores, predictions = [], {}
     vectors, spent = None, 0.0
     for seed in task.seeds:
-        if seed == task.seeds[0] or task.cost > len(task.seeds) or task.system.name == "random":
+        if seed == task.seeds[0] or task.trained or task.system.name == "random":
             started = time.monotonic()
             vectors = _vectors(task, training_set, data, seed, resources)
             spent = time.monotonic() - started
@@ -195,8 +199,7 @@ def evaluation_tasks(
                 settings, training_set, storage, system, layer=layer, dim=dim, seeds=range(settings.evaluate.seeds)
             )
             task = replace(task, tuned_uri=tuned_uri)
-            split = task.cost > len(task.seeds)
-            tasks += [replace(task, seeds=(seed,)) for seed in task.seeds] if split else [task]
+            tasks += [replace(task, seeds=(seed,)) for seed in task.seeds] if task.trained else [task]
     return tasks
 
 

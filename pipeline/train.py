@@ -26,6 +26,7 @@ from pipeline.training_set import (
     identify_training,
     make_training_set,
     open_training_set,
+    read_card,
     training_uri,
 )
 from schemas.evaluation import Evaluation
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from pipeline.model.bundle import Bundle
 
 RUN = "run.json"
-COMPARISON = "comparison.json"
 CHECKPOINT = "checkpoint.pt"
 CURVES = "curves.png"
 LAYERS = "layers.json"
@@ -133,7 +133,7 @@ def layer_stage(spark: "SparkSession", settings: Settings, training_id: str) -> 
 
     storage = storage_of(settings)
     if (wanted := settings.train.layers) is not None:
-        available = open_training_set(storage, settings.work_uri, training_id).card.layers
+        available = read_card(storage, settings.work_uri, training_id).layers
         if wanted > available:
             raise UserError(
                 f"train.layers is {wanted}, the backbone has {available} layers; choose at most {available}"
@@ -168,7 +168,7 @@ def train_stage(spark: "SparkSession", settings: Settings, training_id: str) -> 
         log.info("train: bundle %s stands already", done.bundle)
         return done
     # Here, in one line: a Spark task would find it later and say it at length.
-    width, dim = open_training_set(storage, settings.work_uri, training_id).card.width, settings.train.dim
+    width, dim = read_card(storage, settings.work_uri, training_id).width, settings.train.dim
     if dim > width:
         raise UserError(f"train.dim is {dim}, the backbone's hidden state has {width} numbers; choose at most {width}")
     layers = layer_stage(spark, settings, training_id)

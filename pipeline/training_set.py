@@ -188,12 +188,7 @@ def open_training_set(storage: Storage, work_uri: str, training_id: str) -> Trai
         CorruptFile: a file differs from its checksum.
     """
     uri = training_uri(work_uri, training_id)
-    try:
-        card = TrainingSetCard.model_validate_json(storage.read(join(uri, CARD)))
-    except FileNotFoundError:
-        raise UserError(f"no training set {training_id} under {work_uri}; make it with `marc train`") from None
-    except ValidationError:
-        raise CorruptFile(f"{join(uri, CARD)} cannot be read; delete the folder and train again") from None
+    card = read_card(storage, work_uri, training_id)
     folder = Path(uri)
     if is_s3(uri):
         folder = storage.local_copy(uri, card.files, key=f"training/{training_id}")
@@ -212,6 +207,22 @@ def open_training_set(storage: Storage, work_uri: str, training_id: str) -> Trai
         texts=items["text"].to_pylist(),
         interactions=Interactions(**columns, profile_texts=tuple(pq.read_table(folder / PROFILES)["text"].to_pylist())),
     )
+
+
+def read_card(storage: Storage, work_uri: str, training_id: str) -> TrainingSetCard:
+    """What a training set was made from; its files are not looked at.
+
+    Raises:
+        UserError: there is none of that name.
+        CorruptFile: the card cannot be read.
+    """
+    uri = join(training_uri(work_uri, training_id), CARD)
+    try:
+        return TrainingSetCard.model_validate_json(storage.read(uri))
+    except FileNotFoundError:
+        raise UserError(f"no training set {training_id} under {work_uri}; make it with `marc train`") from None
+    except ValidationError:
+        raise CorruptFile(f"{uri} cannot be read; delete the folder and train again") from None
 
 
 def _weights(backbone: str) -> list[tuple[str, str]]:

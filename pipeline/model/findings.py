@@ -9,12 +9,9 @@ from schemas.evaluation import Family, Summary, SystemScore
 
 FULL_WIDTH = "final-full"
 TUNED = "marc-tuned"
-KEEP = "the constraint that z keeps what h holds"
 CHANGES = {
     "marc-no-constraints": "leaving out the information constraints",
-    "marc-no-decouple": "leaving out the constraint that the matching network's state is independent of z",
-    "marc-no-keep": f"leaving out {KEEP}",
-    "marc-keep": f"adding {KEEP}",
+    "marc-keep": "adding the constraint that z keeps what h holds",
     "marc-same-structure": "leaving out the difference in structure",
     "marc-pca-start": "starting from a PCA instead of the regression",
 }

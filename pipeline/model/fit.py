@@ -116,13 +116,7 @@ def fit(
         optimiser.zero_grad(set_to_none=True)
         progress.step += 1
         if progress.step % every == 0 or progress.step == steps.total:
-            score = objective.validate(validation)
-            if not np.isfinite(score):
-                raise UserError(
-                    f"the validation score is not finite at step {progress.step}; lower train.learning_rate, or raise "
-                    "train.holdout if the interactions held out are all of one label"
-                )
-            run.validated(score, epoch=progress.step / steps.per_epoch)
+            run.validated(objective.validate(validation), epoch=progress.step / steps.per_epoch)
             if label and rank == 0:
                 _log_row(label, progress.history[-1], steps.total)
         elif label and rank == 0 and time.monotonic() - reported > PROGRESS_SECONDS:
@@ -181,6 +175,11 @@ class _Run:
 
     def validated(self, score: float, *, epoch: float) -> None:
         progress = self.progress
+        if not np.isfinite(score):
+            raise UserError(
+                f"the validation score is not finite at step {progress.step}; lower train.learning_rate, or raise "
+                "train.holdout if the interactions held out are all of one label"
+            )
         steps = max(1, progress.step - self.since)
         means = {name: value / steps for name, value in self.sums.items()}
         progress.history.append({"epoch": epoch, "step": progress.step, **means, "validation_auc": score})

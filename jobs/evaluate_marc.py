@@ -1,8 +1,9 @@
 """spark-submit entry point of judging the trained bundle beside the current one."""
 
 from pipeline.entry import job
+from pipeline.promotion import compare_stage
 from pipeline.session import spark_session
-from pipeline.train import compare_stage, trained_bundle
+from pipeline.training_run import trained_bundle
 
 if __name__ == "__main__":
     with (

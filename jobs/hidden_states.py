@@ -2,7 +2,7 @@
 
 from pipeline.entry import job
 from pipeline.session import spark_session
-from pipeline.train import identify, states_stage
+from pipeline.training_run import identify, states_stage
 
 if __name__ == "__main__":
     with (

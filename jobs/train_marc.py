@@ -2,7 +2,7 @@
 
 from pipeline.entry import job
 from pipeline.session import spark_session
-from pipeline.train import train_stage
+from pipeline.training_run import train_stage
 
 if __name__ == "__main__":
     with (

@@ -119,6 +119,7 @@ class TrainSettings(Section):
     dim: int = Field(64, ge=1)
     sample: int = Field(20_000, ge=2, description="Catalogue texts besides those that interactions name.")
     regime: Literal["frozen", "tuned"] = Field("frozen", description="tuned: LoRA on the backbone as well.")
+    matching: Literal["residual", "crossing"] = Field("residual", description="Structure of the matching network.")
     hidden: int = Field(128, ge=1, description="Width of the compressor's residual branch.")
     dropout: float = Field(0.4, ge=0, lt=1)
     keep: float = Field(0.0, ge=0, description="α of MARC's loss: what weight nHSIC(h, z) has.")
@@ -136,7 +137,10 @@ class TrainSettings(Section):
     max_steps: int | None = Field(None, ge=1, description="End after so many steps at the latest.")
     patience: int = Field(2, ge=1, description="Validations without a better AUC before training ends.")
     validate_every: int | None = Field(None, ge=1, description="Steps between validations; default: an epoch.")
-    holdout: float = Field(0.05, gt=0, lt=1, description="Last share of the training part, for early stopping.")
+    holdout: float = Field(0.1, gt=0, lt=1, description="Last share of the training part, for early stopping.")
+    refit: bool = Field(
+        True, description="Frozen regime: train again on every row, for as long as early stopping found best."
+    )
     checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints.")
     processes: int = Field(1, ge=1, description="Above 1: Spark's TorchDistributor starts so many.")
     lora_rank: int = Field(8, ge=1)
@@ -149,7 +153,7 @@ class EvaluateSettings(Section):
     dims: tuple[int, ...] = Field((32, 64), min_length=1, description="Dimensions that the systems are compared at.")
     seeds: int = Field(5, ge=1)
     tuned_steps: int = Field(
-        100, ge=0, description="LoRA steps on the final layer before MARC is judged on it as well; 0: leave it out."
+        60, ge=0, description="LoRA steps on the final layer before MARC is judged on it as well; 0: leave it out."
     )
     tuned_batch: int = Field(256, ge=2, description="Interactions per LoRA step.")
     tolerance: float = Field(0.0, ge=0, description="AUC that a new bundle may fall below the current one's.")

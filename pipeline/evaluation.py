@@ -5,14 +5,16 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from statistics import fmean, stdev
+from statistics import fmean
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.polynomial import Polynomial
 from numpy.typing import NDArray
 
 from pipeline.config import EncodeSettings, Settings, TrainSettings
 from pipeline.errors import UserError
-from pipeline.interactions import split_by_time
+from pipeline.interactions import Interactions, split_by_user
 from pipeline.model.bundle import open_bundle
 from pipeline.model.ctr import ClickData, click_data, score_vectors
 from pipeline.model.encoder import load_encoder, use_threads
@@ -21,13 +23,17 @@ from pipeline.model.learning import learning_data
 from pipeline.model.statistics import summarise
 from pipeline.model.systems import System, make_vectors, sweep_systems, systems, tuned_systems
 from pipeline.resources import TaskResources
+from pipeline.session import run_buckets
 from pipeline.storage import Storage, join
 from pipeline.training_set import TrainingSet, open_training_set
 from schemas.evaluation import Evaluation, SystemScore
 
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
 COMPARISON = "marc"
-STRETCHES = (1.0, 0.9, 0.8)
-"""Leading shares of the training part that layers are judged on."""
+FOLDS = 5
+"""Groups of users that layers are judged on."""
 TRAINED = {"autoencoder", "mrl", "contrastive"}
 
 
@@ -41,8 +47,8 @@ class EvaluateTask:
         bundle_uri, bundle: of a system that is a bundle.
         tuned_uri: states of the tuned backbone's final layer [items, D], for the systems that read them.
         seeds: of the click model and of the training.
-        inner: judge on this leading share of the training part alone, for choices that must not see what lies behind
-            it; 0: on everything.
+        fold: judge within the training part, on this group of its users, for choices that must not see what lies
+            behind it; None: on everything.
     """
 
     storage: Storage
@@ -55,7 +61,7 @@ class EvaluateTask:
     train: TrainSettings
     encode: EncodeSettings
     history: int
-    inner: float = 0.0
+    fold: int | None = None
     bundle_uri: str = ""
     bundle: str = ""
     tuned_uri: str = ""
@@ -67,8 +73,8 @@ class EvaluateTask:
 
     @property
     def cost(self) -> int:
-        """Rough cost in click models trained: a system that is itself trained counts three times."""
-        return len(self.seeds) * (3 if self.trained else 1)
+        """Rough cost in click models trained: a system that is itself trained counts five times."""
+        return len(self.seeds) * (5 if self.trained else 1)
 
 
 @dataclass(frozen=True)
@@ -83,13 +89,13 @@ def evaluate_task(task: EvaluateTask, resources: TaskResources) -> Scored:
     """Make a system's vectors from the training part, and judge them with every seed."""
     use_threads(resources.cpus)
     training_set = _training_set(task.storage, task.work_uri, task.training_id)
-    data = _click_data(training_set, task.history, inner=task.inner)
+    data, rows = _data(training_set, task.history, fold=task.fold)
     scores, predictions = [], {}
     vectors, spent = None, 0.0
     for seed in task.seeds:
         if seed == task.seeds[0] or task.trained or task.system.name == "random":
             started = time.monotonic()
-            vectors = _vectors(task, training_set, data, seed, resources)
+            vectors = _vectors(task, training_set, rows, seed, resources)
             spent = time.monotonic() - started
         found = score_vectors(vectors, data, seed=seed)
         dim = 0 if vectors is None else vectors.shape[1]
@@ -114,12 +120,23 @@ def evaluate_task(task: EvaluateTask, resources: TaskResources) -> Scored:
     return Scored(scores, predictions)
 
 
+def run_tasks(spark: "SparkSession", tasks: Sequence[EvaluateTask], *, label: str) -> list[Scored]:
+    """All tasks side by side on Spark, costly ones first; in no particular order."""
+    return run_buckets(
+        spark, evaluate_task, tasks, label=label, weight=lambda task: task.cost, unit="fits", each="tasks"
+    )
+
+
 def sweep_tasks(settings: Settings, training_set: TrainingSet, *, storage: Storage) -> list[EvaluateTask]:
     """Every layer, judged within the training part: the choice of layer sees nothing behind the boundary.
 
-    Several times, each on an earlier stretch of it: who happens to be there at one time says more about the AUC than
-    the layer does.
+    By cross-validation over users. Most users of the test part are new as well; and a stretch of time holds few users,
+    of whom the AUC says more than of the layer.
+
+    Raises:
+        UserError: there are too few users to hold some out.
     """
+    split_by_user(training_set.interactions.take(training_set.split.train), folds=FOLDS, fold=0)
     return [
         _task(
             settings,
@@ -128,16 +145,16 @@ def sweep_tasks(settings: Settings, training_set: TrainingSet, *, storage: Stora
             system,
             layer=system.layer,
             dim=settings.train.dim,
-            seeds=(number,),
-            inner=share,
+            seeds=(fold,),
+            fold=fold,
         )
         for system in sweep_systems(training_set.card.layers)
-        for number, share in enumerate(STRETCHES)
+        for fold in range(FOLDS)
     ]
 
 
 def layer_scores(found: Iterable[Scored]) -> dict[int, list[float]]:
-    """AUC of every layer of a sweep, one per stretch in the order of the stretches; the first layer first."""
+    """AUC of every layer of a sweep, one per fold in the order of the folds; the first layer first."""
     by_layer: dict[int, dict[int, float]] = {}
     for score in (score for scored in found for score in scored.scores):
         by_layer.setdefault(score.layer or 0, {})[score.seed] = score.auc
@@ -145,22 +162,19 @@ def layer_scores(found: Iterable[Scored]) -> dict[int, list[float]]:
 
 
 def choose_layer(scores: Mapping[int, Sequence[float]]) -> int:
-    """The middle one of the layers that cannot be told apart from the best one, at two standard errors.
+    """The layer where a parabola through the mean AUC of all layers is highest; of equals the lowest.
 
-    The best of several that differ by noise is a lottery; the middle one is the farthest from both ends, where the
-    advantage falls off. Of two middle ones it is the better, of equals the lower.
+    One layer's AUC is known to about what layers differ by, and the best of several is a lottery. Neighbours hold
+    nearly the same, so a curve that falls off towards its ends is known far better than any point of it.
 
     Args:
-        scores: AUC of every layer, one per stretch.
+        scores: AUC of every layer, one per fold.
     """
-    best = max(scores, key=lambda layer: fmean(scores[layer]))
-    near = []
-    for layer, aucs in scores.items():
-        behind = [one - other for one, other in zip(scores[best], aucs, strict=True)]
-        error = stdev(behind) / len(behind) ** 0.5 if len(behind) > 1 else 0.0
-        if fmean(behind) <= 2 * error:
-            near.append(layer)
-    return max(near[(len(near) - 1) // 2 : len(near) // 2 + 1], key=lambda layer: fmean(scores[layer]))
+    layers = sorted(scores)
+    means = np.array([fmean(scores[layer]) for layer in layers])
+    depth = np.linspace(-1, 1, len(layers))
+    fitted = Polynomial.fit(depth, means, deg=min(2, len(layers) - 1))(depth)
+    return layers[int(np.argmax(fitted.round(9)))]
 
 
 def evaluation_tasks(
@@ -223,7 +237,7 @@ def judge(settings: Settings, training_set: TrainingSet, found: Sequence[Scored]
         found: results of all tasks.
         chosen: the layer that the training part chose.
     """
-    data = _click_data(training_set, settings.interactions.history, inner=0.0)
+    data, _ = _data(training_set, settings.interactions.history, fold=None)
     scores = sorted((s for one in found for s in one.scores), key=lambda s: (s.dim, s.system, s.seed))
     predictions = {key: value for one in found for key, value in one.predictions.items()}
     summaries = summarise(scores, predictions, data, comparison=COMPARISON)
@@ -253,7 +267,7 @@ def _task(
     layer: int | str | None,
     dim: int,
     seeds: Iterable[int],
-    inner: float = 0.0,
+    fold: int | None = None,
 ) -> EvaluateTask:
     return EvaluateTask(
         storage=storage,
@@ -266,12 +280,12 @@ def _task(
         train=settings.train,
         encode=settings.encode,
         history=settings.interactions.history,
-        inner=inner,
+        fold=fold,
     )
 
 
 def _vectors(
-    task: EvaluateTask, training_set: TrainingSet, data: ClickData, seed: int, resources: TaskResources
+    task: EvaluateTask, training_set: TrainingSet, rows: Interactions, seed: int, resources: TaskResources
 ) -> NDArray[np.float32] | None:
     if task.bundle:
         encoder = load_encoder(task.storage, task.bundle_uri, task.bundle, task.encode, resources)
@@ -280,8 +294,6 @@ def _vectors(
         states = np.load(io.BytesIO(task.storage.read(task.tuned_uri)))
     else:
         states = training_set.states(task.layer or 0)
-    # All that a fit may see: nothing of what the click model is validated and tested on.
-    rows = training_set.interactions.take(data.split.train)
     items = len(training_set.texts)
     learned = learning_data(rows, history=task.history, holdout=task.train.holdout, items=items)
     vectors = make_vectors(task.system, states=states, data=learned, dim=task.dim, seed=seed, train=task.train)
@@ -293,9 +305,14 @@ def _training_set(storage: Storage, work_uri: str, training_id: str) -> Training
     return open_training_set(storage, work_uri, training_id)
 
 
-def _click_data(training_set: TrainingSet, history: int, *, inner: float) -> ClickData:
-    interactions, split = training_set.interactions, training_set.split
-    if inner:
-        interactions = interactions.take(slice(0, round(split.train.stop * inner)))
-        split = split_by_time(interactions)
-    return click_data(interactions, split, n_items=len(training_set.item_ids), history=history)
+def _data(training_set: TrainingSet, history: int, *, fold: int | None) -> tuple[ClickData, Interactions]:
+    """What the click model sees; and all that a fit may see, nothing of what is validated and tested on."""
+    interactions, split, order = training_set.interactions, training_set.split, None
+    if fold is None:
+        learned = interactions.take(split.train)
+    else:
+        interactions = interactions.take(split.train)
+        order, split = split_by_user(interactions, folds=FOLDS, fold=fold)
+        learned = interactions.take(order[split.train])
+    data = click_data(interactions, split, n_items=len(training_set.item_ids), history=history, order=order)
+    return data, learned

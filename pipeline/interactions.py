@@ -77,8 +77,8 @@ class Interactions:
         """Users are numbered below this."""
         return int(self.users.max(initial=-1)) + 1
 
-    def take(self, rows: slice) -> "Interactions":
-        """Some of the rows, as views; users keep their numbers."""
+    def take(self, rows: slice | NDArray[np.int64]) -> "Interactions":
+        """Some of the rows, ascending; users keep their numbers."""
         profiles = None if self.profiles is None else self.profiles[rows]
         return Interactions(
             self.users[rows], self.items[rows], self.labels[rows], self.times[rows], profiles, self.profile_texts
@@ -97,7 +97,7 @@ class Interactions:
 
 @dataclass(frozen=True)
 class Split:
-    """Contiguous rows of interactions; every row of a part is strictly later than every row of the part before."""
+    """Contiguous rows: in the order of time each part strictly later than the one before; or each of other users."""
 
     train: slice
     validation: slice
@@ -432,6 +432,32 @@ def split_by_time(interactions: Interactions, *, train: float = 0.8, validation:
     return split
 
 
+def split_by_user(interactions: Interactions, *, folds: int, fold: int) -> tuple[NDArray[np.int64], Split]:
+    """Deal users into folds: those of one are the test part, those of the next the validation part, all others train.
+
+    Returns:
+        Rows in the order of the parts, each part in the order of time; and the parts of that order.
+
+    Raises:
+        UserError: there are fewer users than folds, or a fold's rows are of one label.
+    """
+    users = np.unique(interactions.users)
+    dealt = np.full(interactions.n_users, -1)
+    dealt[users] = np.random.default_rng(0).permutation(len(users)) % folds
+    of_rows = dealt[interactions.users]
+    for number in range(folds):
+        labels = interactions.labels[of_rows == number]
+        if not len(labels) or labels.min() == labels.max():
+            raise UserError(
+                f"layers are compared on users held out, and of {len(users):,} users, dealt into {folds} groups, one "
+                "group has no rating or those of one label only; set train.layers, or give interactions of more users"
+            )
+    part = np.select([of_rows == fold, of_rows == (fold + 1) % folds], [2, 1], 0)
+    first, second, _ = np.cumsum(np.bincount(part, minlength=3)).tolist()
+    split = Split(train=slice(0, first), validation=slice(first, second), test=slice(second, len(part)))
+    return np.argsort(part, kind="stable"), split
+
+
 def _start_of_moment(times: NDArray[np.int64], row: int) -> int:
     return int(np.searchsorted(times, times[row])) if row < len(times) else row
 
@@ -461,6 +487,6 @@ def histories(interactions: Interactions, *, length: int, label: int) -> NDArray
     return found
 
 
-def training_counts(interactions: Interactions, rows: slice, n_items: int) -> NDArray[np.int64]:
+def training_counts(interactions: Interactions, rows: slice | NDArray[np.int64], n_items: int) -> NDArray[np.int64]:
     """How many ratings each item has among the rows: int64 [n_items]."""
     return np.bincount(interactions.items[rows], minlength=n_items).astype(np.int64)

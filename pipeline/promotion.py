@@ -1,58 +1,88 @@
-"""The gate before promotion: a bundle's files verify, and its vectors of a sample of the catalogue are sound."""
+"""Promotion: a bundle is judged beside the current one, and becomes current by one atomic write, behind the gate."""
 
-import numpy as np
+import logging
+import math
+from statistics import fmean
+from typing import TYPE_CHECKING
 
 from pipeline.config import Settings
-from pipeline.errors import CorruptFile, UserError
-from pipeline.model.bundle import check_bundle, open_bundle
-from pipeline.model.encoder import load_encoder
-from pipeline.resources import TaskResources
-from pipeline.storage import Storage, join
+from pipeline.errors import GateRefused, UserError
+from pipeline.resources import machine
+from pipeline.run import storage_of
+from pipeline.storage import join
+from pipeline.training_set import open_training_set, training_uri
+from pipeline.workspace import read_contract
+from schemas.promotion import Comparison
 
-UNIT_TOLERANCE = 1e-3
-MIN_SPREAD = 1e-3
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
 
-
-def damage(settings: Settings, version: str, *, storage: Storage) -> list[str]:
-    """What is wrong with the files of a bundle that was promoted once."""
-    try:
-        return check_bundle(storage, open_bundle(storage, join(settings.bundle_uri, version)))
-    except UserError as error:
-        return [str(error)]
+log = logging.getLogger(__name__)
 
 
-def problems(
-    settings: Settings, texts: list[str], version: str, *, storage: Storage, resources: TaskResources
-) -> list[str]:
-    """Reasons against a bundle, with value and limit; none when it may be promoted.
+def compare_stage(spark: "SparkSession", settings: Settings, training_id: str, candidate: str) -> Comparison:
+    """Judge a bundle: beside the current one on the same split, by an audit of its vectors, and by its checksums."""
+    from pipeline.evaluation import bundle_task, run_tasks
+    from pipeline.model import gate
+    from pipeline.model.bundle import current_version
 
-    Args:
-        settings: how to encode, and how large a sample.
-        texts: of the catalogue.
-        version: of the bundle.
-        storage: access to it.
-        resources: cores and GPU.
+    storage = storage_of(settings)
+    current = current_version(storage, settings.bundle_uri)
+    training_set = open_training_set(storage, settings.work_uri, training_id)
+    # First: what is damaged or not finite has no vectors to judge.
+    problems = gate.problems(settings, training_set.texts, candidate, storage=storage, resources=machine())
+    rival = current if current != candidate else None
+    damage = gate.damage(settings, rival, storage=storage) if rival else []
+    if damage:
+        log.warning("compare: the current bundle is no rival: %s", "; ".join(damage))
+    versions = [] if problems else [candidate, *([rival] if rival and not damage else [])]
+    tasks = [bundle_task(settings, training_set, storage=storage, version=version) for version in versions]
+    scores = [score for found in run_tasks(spark, tasks, label="compare") for score in found.scores]
+    means = {version: fmean(s.auc for s in scores if s.system == f"bundle:{version}") for version in versions}
+    auc, current_auc = means.get(candidate, math.nan), means.get(current) if current else None
+    if current_auc is not None and auc < current_auc - settings.evaluate.tolerance:
+        problems.append(
+            f"its mean test AUC over {settings.evaluate.seeds} seeds is {auc:.4f}, that of the current "
+            f"bundle {current} is {current_auc:.4f}; evaluate.tolerance is {settings.evaluate.tolerance:g}"
+        )
+    comparison = Comparison(
+        training_id=training_id,
+        candidate=candidate,
+        current=current,
+        auc=auc,
+        current_auc=current_auc,
+        tolerance=settings.evaluate.tolerance,
+        scores=scores,
+        problems=problems,
+    )
+    storage.write(_comparison_uri(settings, training_id, candidate), comparison.model_dump_json(indent=1).encode())
+    beside = "there is no rival" if current_auc is None else f"the current one, {current}, {current_auc:.4f}"
+    log.info("compare: bundle %s has AUC %.4f, %s", candidate, comparison.auc, beside)
+    return comparison
+
+
+def promote_stage(settings: Settings, training_id: str, candidate: str) -> Comparison:
+    """Make a bundle the current one: one atomic write, behind the gate.
+
+    Raises:
+        GateRefused: the comparison found a reason against it.
+        UserError: it was not compared, or not with what is current now.
     """
-    bundle = open_bundle(storage, join(settings.bundle_uri, version))
-    found = check_bundle(storage, bundle)
-    if found:
-        return found
-    step = max(1, len(texts) // settings.evaluate.audit_sample)
-    try:
-        encoder = load_encoder(storage, bundle.uri, version, settings.encode, resources)
-    except CorruptFile as error:
-        return [str(error)]
-    sample = texts[::step]
-    vectors = encoder.encode(sample).vectors
-    wrong = int((~np.isfinite(vectors).all(axis=1)).sum())
-    if wrong:
-        return [f"{wrong} of {len(sample)} sampled vectors are not finite"]
-    if vectors.shape[1] != bundle.card.dim:
-        found.append(f"vectors have {vectors.shape[1]} numbers, the card says {bundle.card.dim}")
-    off = int((np.abs(np.linalg.norm(vectors, axis=1) - 1) > UNIT_TOLERANCE).sum())
-    if bundle.card.normalised and off:
-        found.append(f"{off} of {len(sample)} sampled vectors have no unit length")
-    spread = float(vectors.std(axis=0).max())
-    if spread < MIN_SPREAD:
-        found.append(f"all sampled vectors are alike: no number varies by more than {spread:.1e}")
-    return found
+    from pipeline.model.bundle import current_version, promote
+
+    storage = storage_of(settings)
+    comparison = read_contract(storage, _comparison_uri(settings, training_id, candidate), Comparison)
+    if comparison is None:
+        raise UserError(f"bundle {candidate} was not evaluated on training set {training_id}; evaluate it first")
+    if comparison.problems:
+        raise GateRefused(f"bundle {candidate} is not promoted: " + "; ".join(comparison.problems))
+    current = current_version(storage, settings.bundle_uri)
+    if current not in {comparison.current, candidate}:
+        raise UserError(f"bundle {current} became current since {candidate} was evaluated; evaluate again")
+    promote(storage, settings.bundle_uri, candidate)
+    log.info("promote: bundle %s is current; the next night re-encodes every item", candidate)
+    return comparison
+
+
+def _comparison_uri(settings: Settings, training_id: str, candidate: str) -> str:
+    return join(training_uri(settings.work_uri, training_id), "comparisons", f"{candidate}.json")

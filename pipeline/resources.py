@@ -1,5 +1,6 @@
 """What a scheduler gives to one bucket's worker."""
 
+import os
 from dataclasses import dataclass
 
 
@@ -9,3 +10,8 @@ class TaskResources:
 
     cpus: int = 1
     gpu: str | None = None
+
+
+def machine() -> TaskResources:
+    """All cores of this machine, for what runs beside no other task."""
+    return TaskResources(cpus=os.cpu_count() or 1)

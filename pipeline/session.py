@@ -18,7 +18,7 @@ from pyspark.sql import SparkSession
 
 from pipeline import errors
 from pipeline.config import SparkSettings
-from pipeline.resources import TaskResources
+from pipeline.resources import TaskResources, machine
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -111,6 +111,7 @@ def run_buckets(
     label: str,
     weight: Callable[[T], int],
     unit: str,
+    each: str = "buckets",
 ) -> list[R]:
     """Run one Spark task per bucket, heaviest first, logging progress by weight; results in no particular order.
 
@@ -121,6 +122,7 @@ def run_buckets(
         label: name of the stage in the log.
         weight: size of a task in ``unit`` (tokens, rows): progress counts these, because items lie.
         unit: name of what ``weight`` counts.
+        each: name of what a task is for.
     """
     if not tasks:
         return []
@@ -141,7 +143,9 @@ def run_buckets(
         future = pool.submit(mapped.collect)
         try:
             while not _finished(future):
-                _log_progress(label, unit, done.value, total, finished.value, len(ordered), time.monotonic() - started)
+                _log_progress(
+                    label, (unit, done.value, total), (each, finished.value, len(ordered)), time.monotonic() - started
+                )
         except BaseException:
             context.cancelAllJobs()
             raise
@@ -177,7 +181,7 @@ def task_resources() -> TaskResources:
     """The resources of the task that this Python worker is running."""
     task = TaskContext.get()
     if task is None:
-        return TaskResources(cpus=os.cpu_count() or 1, gpu=None)
+        return machine()
     gpu = task.resources().get("gpu")
     return TaskResources(cpus=task.cpus(), gpu=gpu.addresses[0] if gpu and gpu.addresses else None)
 
@@ -190,17 +194,12 @@ def _finished(future: Future[list[R]]) -> bool:
     return True
 
 
-def _log_progress(label: str, unit: str, done: int, total: int, finished: int, buckets: int, seconds: float) -> None:
+def _log_progress(label: str, work: tuple[str, int, int], tasks: tuple[str, int, int], seconds: float) -> None:
+    """Work and tasks: name, how many are done, and of how many."""
+    (unit, done, total), (each, finished, count) = work, tasks
     share = done / total if total else 1.0
     left = f", about {seconds / share - seconds:,.0f} s left" if share > 0 else ""
     log.info(
-        "%s: %d of %d buckets, %s of %s %s (%.0f %%)%s",
-        label,
-        finished,
-        buckets,
-        f"{done:,}",
-        f"{total:,}",
-        unit,
-        100 * share,
-        left,
+        "%s: %d of %d %s, %s of %s %s (%.0f %%)%s",
+        *(label, finished, count, each, f"{done:,}", f"{total:,}", unit, 100 * share, left),
     )

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from pipeline import catalogue
 from pipeline.catalogue import CatalogueSource
-from pipeline.config import Settings
+from pipeline.config import Settings, TrainSettings
 from pipeline.errors import CorruptFile, UserError
 from pipeline.integrity import check_file, describe_file
 from pipeline.interactions import Interactions, Split, find_interactions, named_items, read_interactions, split_by_time
@@ -231,6 +231,27 @@ def _weights(backbone: str) -> list[tuple[str, str]]:
         return []
     files = sorted(path for path in Path(backbone).iterdir() if path.is_file())
     return [(path.name, Storage().content_digest(StoredObject(uri=str(path), bytes=0))) for path in files]
+
+
+def require_shape(train: TrainSettings, dims: Sequence[int], *, layers: int, width: int) -> None:
+    """Refuse what a backbone cannot give.
+
+    Args:
+        train: how many layers are to be kept.
+        dims: lengths of vectors that will be wanted.
+        layers: of the backbone.
+        width: D, of its states.
+
+    Raises:
+        UserError: it has fewer layers, or shorter states.
+    """
+    if train.layers is not None and train.layers > layers:
+        raise UserError(f"train.layers is {train.layers}, the backbone has {layers} layers; choose at most {layers}")
+    if dims and max(dims) > width:
+        raise UserError(
+            f"{max(dims)} dimensions are wanted, the backbone's hidden state has {width} numbers; "
+            f"choose at most {width}"
+        )
 
 
 def training_uri(work_uri: str, training_id: str) -> str:

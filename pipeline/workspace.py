@@ -125,10 +125,15 @@ class Workspace:
         return found
 
     def _read(self, model: type[C], name: str) -> C | None:
-        try:
-            return _parse(model, self.storage.read(join(self.uri, name)))
-        except FileNotFoundError:
-            return None
+        return read_contract(self.storage, join(self.uri, name), model)
+
+
+def read_contract(storage: Storage, uri: str, model: type[C]) -> C | None:
+    """What a stage wrote down; None where there is nothing, or nothing that can be read."""
+    try:
+        return _parse(model, storage.read(uri))
+    except FileNotFoundError:
+        return None
 
 
 def receipts_digest(receipts: Sequence[Receipt]) -> str:

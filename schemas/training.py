@@ -21,7 +21,6 @@ class TrainingSetCard(Contract):
         pooling, max_tokens: how a text became one vector per layer.
         dtype, device: what computed the states.
         items, users, interactions, clicks: counts.
-        states_texts: distinct texts whose states are stored.
         files: by name, relative to the folder.
     """
 

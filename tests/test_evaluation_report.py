@@ -24,7 +24,7 @@ SYSTEMS: list[tuple[str, Family, int | None, float]] = [
     # Not in the order of the families.
     ("marc", "marc", 2, 0.7012),
     ("marc-no-constraints", "ablation", 2, 0.6950),
-    ("marc-same-structure", "ablation", 2, 0.7003),
+    ("marc-crossing", "ablation", 2, 0.7003),
     ("pca-layer-10", "layer", 10, 0.6790),
     ("pca-layer-2", "layer", 2, 0.6910),
     ("pca-layer-0", "layer", 0, 0.6890),
@@ -338,7 +338,7 @@ def test_ablations_are_drawn_where_they_differ() -> None:
     figure = module._ablations(evaluation())
     assert figure is not None
     (axes,) = figure.axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["marc-no-constraints", "marc-same-structure"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["marc-no-constraints", "marc-crossing"]
     points = [line.get_xdata()[0] for line in axes.get_lines() if line.get_marker() in ("o", "s")]  # type: ignore[index]
     expected = [auc - 0.7012 + dim / 100_000 for dim in (32, 64) for auc in (0.6950, 0.7003)]
     assert points == pytest.approx(expected)

@@ -28,6 +28,7 @@ from pipeline.interactions import (
     histories,
     read_interactions,
     split_by_time,
+    split_by_user,
     training_counts,
 )
 from pipeline.storage import Storage
@@ -656,6 +657,41 @@ def test_shares_that_are_none(train: float, validation: float) -> None:
     found = make([(0, 0, row % 2, row) for row in range(100)])
     message = refusal(lambda: split_by_time(found, train=train, validation=validation))
     assert message.startswith(f"train {train:g} and validation {validation:g} are no shares of a split")
+
+
+@settings(deadline=None)
+@given(drawn, st.integers(3, 4), st.integers(0, 3))
+def test_folds_part_users_and_lose_no_row(found: Interactions, folds: int, fold: int) -> None:
+    assume(fold < folds)
+    try:
+        order, split = split_by_user(found, folds=folds, fold=fold)
+    except UserError as error:
+        assert "set train.layers" in str(error)  # noqa: PT017 - most draws have too few users
+        return
+    parts = [order[rows] for rows in vars(split).values()]
+    assert sorted(order.tolist()) == list(range(len(found)))
+    assert all((np.diff(part) > 0).all() for part in parts)  # each in the order of time
+    users = [set(found.users[part].tolist()) for part in parts]
+    assert not users[0] & users[1] | users[0] & users[2] | users[1] & users[2]
+    assert all(set(found.labels[part].tolist()) == {0, 1} for part in parts)
+
+
+def test_every_user_is_held_out_once() -> None:
+    found = make([(user, 1, label, 10 * user + label) for user in range(23) for label in (0, 1)])
+    tests, validations = [], []
+    for fold in range(5):
+        order, split = split_by_user(found, folds=5, fold=fold)
+        tests.append(set(found.users[order[split.test]].tolist()))
+        validations.append(set(found.users[order[split.validation]].tolist()))
+    assert sorted(user for users in tests for user in users) == list(range(23))
+    assert validations == [*tests[1:], tests[0]]
+    assert {len(users) for users in tests} == {4, 5}
+
+
+@pytest.mark.parametrize("users", [1, 4])
+def test_fewer_users_than_folds_are_refused(users: int) -> None:
+    found = make([(user, 1, label, 10 * user + label) for user in range(users) for label in (0, 1)])
+    assert f"of {users} users, dealt into 5 groups" in refusal(lambda: split_by_user(found, folds=5, fold=0))
 
 
 # Histories

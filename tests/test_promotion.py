@@ -18,7 +18,7 @@ from test_training_set import DS, ITEMS, ratings
 from tiny_models import save_tiny_backbone
 from torch import Tensor
 
-from pipeline import train
+from pipeline import promotion, train
 from pipeline.config import Settings
 from pipeline.errors import GateRefused, UserError
 from pipeline.model.bundle import (
@@ -31,7 +31,7 @@ from pipeline.model.bundle import (
     promoted,
     save_bundle,
 )
-from pipeline.promotion import problems
+from pipeline.model.gate import problems
 from pipeline.resources import TaskResources
 from pipeline.session import spark_session
 from pipeline.storage import Storage, join
@@ -93,10 +93,10 @@ class Gate:
 
     def compare(self, version: str, settings: Settings | None = None) -> Comparison:
         with spark_session(self.settings.spark, name="tests") as spark:
-            return train.compare_stage(spark, settings or self.settings, self.training_id, version)
+            return promotion.compare_stage(spark, settings or self.settings, self.training_id, version)
 
     def promote(self, version: str) -> Comparison:
-        return train.promote_stage(self.settings, self.training_id, version)
+        return promotion.promote_stage(self.settings, self.training_id, version)
 
     def judge(self, version: str) -> Comparison:
         self.compare(version)

@@ -17,7 +17,7 @@ from test_end_to_end import Marc
 from test_training_set import CONFIG, DS, ITEMS, RATINGS, USERS, Shop, item, ratings
 from tiny_models import LAYERS, WIDTH, save_tiny_backbone
 
-from pipeline import run, train
+from pipeline import run, train, training_run
 from pipeline.config import Settings
 from pipeline.errors import UserError
 from pipeline.model.bundle import Bundle, current_version, open_bundle, promote
@@ -60,13 +60,13 @@ class World:
 
     @property
     def training_id(self) -> str:
-        return train.identify(self.settings, ds=DS).training_id
+        return training_run.identify(self.settings, ds=DS).training_id
 
     def current(self) -> Bundle:
         return open_bundle(STORAGE, self.settings.bundle_uri)
 
     def run_folder(self, settings: Settings) -> Path:
-        return Path(train.run_uri(settings, self.training_id))
+        return Path(training_run.run_uri(settings, self.training_id))
 
 
 def make_world(root: Path, backbone: str, extra: str = "") -> World:
@@ -237,18 +237,18 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_bundle(
     spark: Any, name: str, times: int,
 ) -> None:  # fmt: skip
     settings = world.shop.settings(train={"layers": 2, "checkpoint_every": 5})
-    identity = train.identify(settings, ds=DS)
-    train.states_stage(spark, settings, identity)
+    identity = training_run.identify(settings, ds=DS)
+    training_run.states_stage(spark, settings, identity)
     kill(name, times)
     with pytest.raises(Killed):
-        train.train_stage(spark, settings, identity.training_id)
+        training_run.train_stage(spark, settings, identity.training_id)
     monkeypatch.undo()
     with pytest.raises(UserError, match="has made no bundle with these settings yet; train first"):
-        train.trained_bundle(settings, identity.training_id)
+        training_run.trained_bundle(settings, identity.training_id)
     with caplog.at_level(logging.INFO, logger="pipeline"):
-        done = train.train_stage(spark, settings, identity.training_id)
+        done = training_run.train_stage(spark, settings, identity.training_id)
     assert "goes on from the checkpoint of step 20" in caplog.text or name != "checkpoint.pt"
-    assert done.bundle == uninterrupted == train.trained_bundle(settings, identity.training_id)
+    assert done.bundle == uninterrupted == training_run.trained_bundle(settings, identity.training_id)
     steps = [row["step"] for row in done.history]
     assert steps == sorted(set(steps)), "no validation is told twice"
 
@@ -275,7 +275,7 @@ def test_the_night_after_a_promotion_encodes_everything_with_the_new_bundle(worl
     quiet = run.run_all(settings, ds=NEXT).release
     assert (quiet.bundle, quiet.items, quiet.encoded, quiet.reused) == (first.version, ITEMS + 1, 3, ITEMS - 2)
 
-    second = train.train_bundle(train.with_train(settings, {"layers": 3, "max_steps": 3}), ds=DS, promote=False)
+    second = train.train_bundle(training_run.with_train(settings, {"layers": 3, "max_steps": 3}), ds=DS, promote=False)
     promote(STORAGE, settings.bundle_uri, second.version)
     after = run.run_all(settings, ds=NEXT).release
     assert (after.bundle, after.items, after.encoded, after.reused) == (second.version, ITEMS + 1, ITEMS + 1, 0)
@@ -330,6 +330,16 @@ def test_an_unknown_system_is_the_users_mistake(trained: tuple[World, dict[str, 
     arguments = ("--layers", "2", "--system", "magic", "--out", str(tmp_path), "--json")
     done = trained[0].marc.call("evaluate", "--ds", DS, *arguments)
     assert (done.returncode, "magic" in done.stderr) == (2, True), done.stderr
+    assert "INFO" not in done.stderr  # said before any work
+
+
+def test_a_dimension_beyond_the_backbone_is_said_before_anything_is_judged(
+    trained: tuple[World, dict[str, Any]], tmp_path: Path
+) -> None:
+    arguments = ("--layers", "2", "--dim", "8", "--dim", "33", "--out", str(tmp_path), "--json")
+    done = trained[0].marc.call("evaluate", "--ds", DS, *arguments)
+    assert (done.returncode, "33 dimensions are wanted" in done.stderr) == (2, True), done.stderr
+    assert "fits" not in done.stderr
 
 
 # --- several processes
@@ -389,8 +399,8 @@ MISTAKES: dict[str, tuple[list[dict[str, Any]] | None, list[str], str]] = {
     "one moment": ([{**row, "timestamp": "1"} for row in ratings()], [], "leaves train with 0 rows"),
     "no interactions": (None, ["--compressor", "marc"], "interactions.uri is not set"),
     "too many layers": (ratings(), ["--layers", "5"], "layers.* the backbone has 4"),
-    "too many dimensions": (ratings(), ["--dim", "33"], "train.dim is 33"),
-    "too many for a layer": (ratings(), ["--dim", "33", "--layers", "2"], "train.dim is 33"),
+    "too many dimensions": (ratings(), ["--dim", "33"], "33 dimensions are wanted, .* 32 numbers"),
+    "too many for a layer": (ratings(), ["--dim", "33", "--layers", "2"], "33 dimensions are wanted, .* 32 numbers"),
     "no regime": (ratings(), ["--regime", "lora"], "train: regime: Input should be 'frozen' or 'tuned' .got 'lora'."),
     "no compressor": (ratings(), ["--compressor", "zip"], "train: compressor: Input should be"),
     "no date": (ratings(), ["--ds", "today"], "'today' is no date"),
@@ -407,13 +417,15 @@ def test_a_users_mistake_gives_exit_code_2_and_one_clear_line(
     else:
         world.shop.rated(rows)
     # A mistake that a Spark task finds fills the screen with Spark's own errors.
-    monkeypatch.setattr("pipeline.session.run_buckets", None)
+    monkeypatch.setattr("pipeline.evaluation.run_buckets", None)
     done = world.marc.call("train", "--ds", DS, *arguments)
     lines = [line for line in done.stderr.splitlines() if " ERROR " in line]
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1
     assert re.search(says, lines[0]), lines[0]
     assert "Traceback" not in done.stderr
+    # Nobody waits for the pass over all texts to hear of it.
+    assert "INFO states:" not in done.stderr
     assert current_version(STORAGE, f"{world.shop.root}/data/bundles") is None
     assert done.stdout == ""
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline import storage as storages
-from pipeline import train
+from pipeline import training_run
 from pipeline.config import Settings, load_settings
 from pipeline.errors import CorruptFile, UserError
 from pipeline.storage import Storage, join
@@ -457,9 +457,9 @@ def test_a_local_training_set_asks_no_object_store(shop: Shop, spark: Any, monke
 
 @pytest.mark.spark
 def test_what_changed_since_the_run_announced_its_training_set_ends_the_run(shop: Shop, spark: Any) -> None:
-    announced = train.identify(shop.settings(), ds=DS).training_id
+    announced = training_run.identify(shop.settings(), ds=DS).training_id
     shop.rated(ratings()[:-1])
-    now = train.identify(shop.settings(), ds=DS)
+    now = training_run.identify(shop.settings(), ds=DS)
     with pytest.raises(UserError, match=f"changed while the training was under way: {announced} is now"):
-        train.states_stage(spark, shop.settings(), now, expected=announced)
+        training_run.states_stage(spark, shop.settings(), now, expected=announced)
     assert STORAGE.stat(join(training_uri(shop.settings().work_uri, now.training_id), "training_set.json")) is None

@@ -35,6 +35,7 @@ def train(
     from pipeline import train as stages
     from pipeline.model.bundle import open_bundle
     from pipeline.run import storage_of
+    from pipeline.training_run import with_train
 
     settings = context.ensure_object(State).settings
     if if_none:
@@ -47,7 +48,7 @@ def train(
     given = {
         "compressor": compressor, "regime": regime, "dim": dim, "layers": layers, "seed": seed, "max_steps": max_steps,
     }  # fmt: skip
-    bundle = stages.train_bundle(stages.with_train(settings, given), ds=parse_ds(ds), promote=promote)
+    bundle = stages.train_bundle(with_train(settings, given), ds=parse_ds(ds), promote=promote)
     _print_bundle(bundle, as_json=as_json)
 
 
@@ -64,8 +65,9 @@ def evaluate(
     """Compare MARC with every baseline and ablation on the interactions: a table, JSON and plots."""
     from pipeline import train as stages
     from pipeline.evaluation_report import write_report
+    from pipeline.training_run import with_train
 
-    settings = stages.with_train(context.ensure_object(State).settings, {"layers": layers})
+    settings = with_train(context.ensure_object(State).settings, {"layers": layers})
     wanted = {"seeds": seeds, "dims": tuple(dim) if dim else None}
     evaluate = settings.evaluate.model_copy(update={key: value for key, value in wanted.items() if value})
     settings = settings.model_copy(update={"evaluate": evaluate})

@@ -28,7 +28,7 @@ PREDICTED_AT_ONCE = 8192
 
 @dataclass(frozen=True, eq=False)
 class ClickData:
-    """Interactions as the click model sees them, in the order of time.
+    """Interactions as the click model sees them, part by part, each in the order of time.
 
     Attributes:
         users: int64 [n].
@@ -98,7 +98,14 @@ class ClickScore:
 DEFAULTS = CtrSettings()
 
 
-def click_data(interactions: Interactions, split: Split, *, n_items: int, history: int) -> ClickData:
+def click_data(
+    interactions: Interactions,
+    split: Split,
+    *,
+    n_items: int,
+    history: int,
+    order: NDArray[np.int64] | None = None,
+) -> ClickData:
     """Prepare interactions for the click model.
 
     Args:
@@ -106,17 +113,20 @@ def click_data(interactions: Interactions, split: Split, *, n_items: int, histor
         split: as cut from them.
         n_items: items of the catalogue, rated or not.
         history: last clicks before the moment that describe a user.
+        order: rows of the interactions that the split's parts count in; None: as they are.
     """
-    ratings = training_counts(interactions, split.train, n_items)
+    rows = np.arange(len(interactions)) if order is None else order
+    items = interactions.items[rows]
+    ratings = training_counts(interactions, rows[split.train], n_items)
     return ClickData(
-        users=interactions.users,
-        items=interactions.items,
-        labels=interactions.labels,
-        clicks=histories(interactions, length=history, label=1),
+        users=interactions.users[rows],
+        items=items,
+        labels=interactions.labels[rows],
+        clicks=histories(interactions, length=history, label=1)[rows],
         split=split,
         n_users=interactions.n_users,
         n_items=n_items,
-        cold=ratings[interactions.items[split.test]] < COLD_RATINGS,
+        cold=ratings[items[split.test]] < COLD_RATINGS,
     )
 
 

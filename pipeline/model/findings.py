@@ -8,12 +8,13 @@ from pipeline.model.statistics import Key, PairedDifference, figures_of, paired_
 from schemas.evaluation import Family, Summary, SystemScore
 
 FULL_WIDTH = "final-full"
-TUNED = "marc-tuned"
+TUNED, FROZEN = "marc-tuned", "marc-final"
 CHANGES = {
     "marc-no-constraints": "leaving out the information constraints",
     "marc-keep": "adding the constraint that z keeps what h holds",
-    "marc-same-structure": "leaving out the difference in structure",
+    "marc-crossing": "adding a difference in structure",
     "marc-pca-start": "starting from a PCA instead of the regression",
+    "marc-final": "reading the final layer instead of the chosen one",
 }
 """What each ablation does to the comparison system."""
 
@@ -136,7 +137,13 @@ def _cold_items(results: _Results, dim: int) -> Iterator[str]:
 
 
 def _tuned(results: _Results, dim: int) -> Iterator[str]:
-    tuned, middle = results.get(TUNED, dim), results.best_middle(dim)
+    tuned, frozen, middle = results.get(TUNED, dim), results.get(FROZEN, dim), results.best_middle(dim)
+    if tuned is not None and frozen is not None:
+        difference = results.difference(tuned, frozen, "validation_auc")
+        verdict = _verdict(difference, "raises", "lowers", "does not demonstrably change")
+        yield f"At d = {dim} LoRA on the final layer {verdict} the validation AUC, {TUNED} against {FROZEN}: " + (
+            f"{_words(difference)}; on the test part {_words(results.difference(tuned, frozen))}."
+        )
     if tuned is None or middle is None:
         return
     difference = results.difference(tuned, middle)

@@ -4,7 +4,8 @@ import hashlib
 import io
 import logging
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.config import TrainSettings
 from pipeline.errors import UserError
 from pipeline.model.distributed import place
+from pipeline.model.learning import LearningData
 from pipeline.model.objective import Clicks, Objective
 from pipeline.storage import Storage
 
@@ -57,13 +59,13 @@ def fit(
     objective: Objective,
     *,
     training: Clicks,
-    validation: Clicks,
+    validation: Clicks | None,
     settings: TrainSettings,
     seed: int,
     label: str = "train",
     checkpoint: Checkpoint | None = None,
 ) -> Progress:
-    """Train an objective and leave it with the weights that validated best.
+    """Train an objective and leave it with the weights that validated best, or with the last ones.
 
     The same arguments give the same weights, bit for bit, on the same machine with the same number of threads, whether
     or not the run was killed and resumed. With several processes (torch.distributed) every one takes its share of each
@@ -72,7 +74,7 @@ def fit(
     Args:
         objective: what to train; parameters that need no gradient stay as they are.
         training: interactions to learn from.
-        validation: later ones, for early stopping.
+        validation: later ones, for early stopping; None to train to the end and keep the last weights.
         settings: optimiser, batch, epochs, patience.
         seed: of batches and dropout.
         label: of the log lines; empty for silence.
@@ -85,7 +87,7 @@ def fit(
     if len(training) < LEAST_ROWS * world:
         raise UserError(f"{len(training)} interactions are too few to train on; {LEAST_ROWS * world} are the least")
     device = next(objective.parameters()).device
-    training, validation = training.to(device), validation.to(device)
+    training, validation = training.to(device), validation and validation.to(device)
     model: nn.Module = objective
     if world > 1:
         # Buffers hold the states of all items and every member's own bank: nothing to send round at every step.
@@ -97,36 +99,79 @@ def fit(
         run.resume(checkpoint)
     progress, steps = run.progress, _steps(len(training), settings, world)
     every = settings.validate_every or steps.per_epoch
-    sums: dict[str, float] = run.sums
     objective.train()
     reported = time.monotonic()
     while progress.step < steps.total and progress.bad < settings.patience:
         _set_rates(optimiser, progress.step, warm_up=settings.warm_up, total=steps.total)
         # Anew every step: a resumed run drops out likewise, on every member and device.
         torch.manual_seed(int(np.random.SeedSequence([seed, progress.step, rank]).generate_state(1, np.uint64)[0]))
-        parts = steps.rows(progress.step, seed, rank)
-        for rows in parts:
-            share = len(rows) / sum(map(len, parts))
-            terms = model(training[rows])
-            (terms["loss"] * share).backward()
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value.item() * share
-        _require_finite(sums, progress.step)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        progress.step += 1
-        if progress.step % every == 0 or progress.step == steps.total:
+        run.step(model, training, steps.rows(progress.step, seed, rank))
+        if validation is not None and (progress.step % every == 0 or progress.step == steps.total):
             run.validated(objective.validate(validation), epoch=progress.step / steps.per_epoch)
             if label and rank == 0:
                 _log_row(label, progress.history[-1], steps.total)
         elif label and rank == 0 and time.monotonic() - reported > PROGRESS_SECONDS:
             reported = time.monotonic()
-            log.info("%s: step %d of at most %d, loss %.4f", label, progress.step, steps.total, terms["loss"].item())
+            log.info("%s: step %d of at most %d, loss %.4f", label, progress.step, steps.total, run.loss)
         if checkpoint is not None and rank == 0 and progress.step % settings.checkpoint_every == 0:
             run.save(checkpoint)
-    _load(objective, run.best)
+    if validation is not None:
+        _load(objective, run.best)
     objective.eval()
     return progress
+
+
+def learn(
+    build: Callable[[LearningData], Objective],
+    data: LearningData,
+    *,
+    settings: TrainSettings,
+    seed: int,
+    label: str = "train",
+    checkpoint: Checkpoint | None = None,
+) -> tuple[Objective, Progress]:
+    """Train with early stopping; then, in the frozen regime, anew on every row for as long as was best.
+
+    The latest rows say most about what comes next: they choose the number of steps, and are then learned from.
+
+    Args:
+        build: makes the objective with its first weights from what it may learn from.
+        data: rows to train on and rows held out.
+        settings: as for :func:`fit`.
+        seed: as for :func:`fit`.
+        label: as for :func:`fit`.
+        checkpoint: as for :func:`fit`; the second training leaves its own beside it.
+
+    Returns:
+        The trained objective; and how the training with early stopping went.
+    """
+    objective = build(data)
+    progress = fit(
+        objective,
+        training=data.training,
+        validation=data.holdout,
+        settings=settings,
+        seed=seed,
+        label=label,
+        checkpoint=checkpoint,
+    )
+    if not settings.refit or settings.regime == "tuned":
+        return objective, progress
+    whole = data.whole()
+    steps = max(1, round(progress.best_step * len(whole.training) / len(data.training)))
+    if label and place()[0] == 0:
+        log.info("%s: once more, %d steps on all %s interactions", label, steps, f"{len(whole.training):,}")
+    objective = build(whole)
+    fit(
+        objective,
+        training=whole.training,
+        validation=None,
+        settings=settings.model_copy(update={"max_steps": steps}),
+        seed=seed,
+        label=label,
+        checkpoint=checkpoint and replace(checkpoint, uri=f"{checkpoint.uri}.whole"),
+    )
+    return objective, progress
 
 
 @dataclass(frozen=True)
@@ -172,6 +217,24 @@ class _Run:
     best: dict[str, Tensor]
     sums: dict[str, float] = field(default_factory=dict)
     since: int = 0
+
+    @property
+    def loss(self) -> float:
+        """Mean loss since the last validation."""
+        return self.sums["loss"] / max(1, self.progress.step - self.since)
+
+    def step(self, model: nn.Module, training: Clicks, parts: list[Tensor]) -> None:
+        for rows in parts:
+            share = len(rows) / sum(map(len, parts))
+            terms: dict[str, Tensor] = model(training[rows])
+            torch.autograd.backward(terms["loss"] * share)
+            for name, value in terms.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value.item() * share
+        if not np.isfinite(self.sums["loss"]):
+            raise UserError(f"the loss is not finite at step {self.progress.step}; lower train.learning_rate")
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.progress.step += 1
 
     def validated(self, score: float, *, epoch: float) -> None:
         progress = self.progress
@@ -237,11 +300,10 @@ def _groups(objective: nn.Module, settings: TrainSettings) -> list[dict[str, Any
 
 
 def _set_rates(optimiser: torch.optim.Optimizer, step: int, *, warm_up: int, total: int) -> None:
-    """Up to the whole rate in ``warm_up`` steps, then down to 0 at ``total``: late steps no longer throw z about."""
-    warm_up = min(warm_up, total // 2)
-    share = min((step + 1) / max(1, warm_up), (total - step) / max(1, total - warm_up))
+    """Up to the whole rate in ``warm_up`` steps, at most half of all."""
+    share = min(1.0, (step + 1) / max(1, min(warm_up, total // 2)))
     for group in optimiser.param_groups:
-        group["lr"] = group["rate"] * min(1.0, share)
+        group["lr"] = group["rate"] * share
 
 
 def _state(objective: nn.Module) -> dict[str, Tensor]:
@@ -251,11 +313,6 @@ def _state(objective: nn.Module) -> dict[str, Tensor]:
 
 def _load(objective: nn.Module, state: dict[str, Tensor]) -> None:
     objective.load_state_dict(state, strict=False)
-
-
-def _require_finite(sums: dict[str, float], step: int) -> None:
-    if not np.isfinite(sums["loss"]):
-        raise UserError(f"the loss is not finite at step {step}; lower train.learning_rate")
 
 
 def _log_row(label: str, row: dict[str, float], total: int) -> None:

@@ -1,4 +1,4 @@
-"""MARC: compressor and matching network with separate duties, held apart by HSIC constraints and by their structures.
+"""MARC: compressor and matching network with separate duties, held apart by HSIC constraints.
 
 Xi et al., Modular Representation Compression, SIGIR 2026 (arXiv 2604.18146). The authors' code is not public: where
 this is more exact than the paper, it is this project's choice.

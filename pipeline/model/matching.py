@@ -12,7 +12,7 @@ WEIGHTS = "matching.safetensors"
 class CrossingNetwork(nn.Module):
     """Crosses every user vector u with the item z: [z, u, u·z, |u − z|, …] → hidden → state s → logit.
 
-    Built otherwise than the compressor, which only ever sees one item: what needs the pair can be learned here alone.
+    Built otherwise than the compressor, as the paper wants it.
 
     Args:
         dim: d.
@@ -36,7 +36,9 @@ class CrossingNetwork(nn.Module):
 
 
 class ResidualNetwork(nn.Module):
-    """The compressor's own structure over [z, u, …]: a linear path and a normalised residual branch. For the ablation.
+    """A linear path and a normalised residual branch over [z, u, …], as in the compressor; the default.
+
+    In the project's own evaluation, vectors learned beside it are better than those learned beside the crossing one.
 
     Args:
         dim: d.

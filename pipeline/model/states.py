@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from pipeline.config import EncodeSettings, TrainSettings
 from pipeline.model.backbone import PooledLayers, blocks, load_backbone, load_tokenizer
 from pipeline.model.encoder import Encoder, choose_device, choose_dtype
 from pipeline.resources import TaskResources
-from pipeline.training_set import StatesFacts
+from pipeline.training_set import StatesFacts, require_shape
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,7 +27,13 @@ log = logging.getLogger(__name__)
 
 
 def write_states(
-    texts: list[str], path: Path, *, train: TrainSettings, encode: EncodeSettings, resources: TaskResources
+    texts: list[str],
+    path: Path,
+    *,
+    train: TrainSettings,
+    encode: EncodeSettings,
+    resources: TaskResources,
+    dims: Sequence[int] = (),
 ) -> StatesFacts:
     """Write pooled states float32 [L + 1, texts, D] as a ``.npy`` file; memory does not grow with the texts.
 
@@ -36,11 +43,14 @@ def write_states(
         train: backbone, pooling, max_tokens.
         encode: device, dtype and token budget, as the nights run the model.
         resources: cores and GPU.
+        dims: lengths of vectors that are wanted of the states: what cannot be is said before the long pass.
 
     Raises:
-        UserError: unknown backbone.
+        UserError: unknown backbone, or one with too few layers or numbers.
     """
     backbone = load_backbone(train.backbone)
+    layers, width = len(blocks(backbone)[2]), backbone.config.hidden_size
+    require_shape(train, dims, layers=layers, width=width)
     tokenizer, max_tokens = cutting_tokenizer(backbone, train)
     device = choose_device(encode, resources)
     dtype = choose_dtype(encode, device)
@@ -54,7 +64,6 @@ def write_states(
         dtype=dtype,
         token_budget=encode.token_budget,
     )
-    layers, width = len(blocks(backbone)[2]), backbone.config.hidden_size
     log.info("states: %s texts through all %d layers of %s", f"{len(texts):,}", layers, train.backbone)
     states = open_memmap(path, mode="w+", dtype=np.float32, shape=(layers + 1, len(texts), width))
     started = reported = time.monotonic()

@@ -1,5 +1,7 @@
 """The systems that the yardstick compares: each one a way from hidden states to vectors of d numbers."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.config import TrainSettings
+from pipeline.errors import UserError
 from pipeline.model.baselines import Autoencoder, Contrastive, Matryoshka
 from pipeline.model.compressor import Bottleneck, WhitenedPCA, fit_pca
-from pipeline.model.fit import fit
+from pipeline.model.fit import learn
 from pipeline.model.learning import LearningData, known_states
 from pipeline.model.marc import Constraints, Marc
 from pipeline.model.matching import NETWORKS
@@ -51,7 +54,8 @@ def systems(layers: int) -> list[System]:
         System("marc-no-constraints", "ablation", "chosen"),
         System("marc-keep", "ablation", "chosen"),
         System("marc-pca-start", "ablation", "chosen"),
-        System("marc-same-structure", "ablation", "chosen"),
+        System("marc-crossing", "ablation", "chosen"),
+        System("marc-final", "ablation", "final"),
         System("marc", "marc", "chosen"),
     ]
 
@@ -68,6 +72,20 @@ def sweep_systems(layers: int) -> list[System]:
 def tuned_systems() -> list[System]:
     """What is judged on the final layer of a backbone that was tuned: its PCA, and MARC."""
     return [System("pca-tuned", "marc", "tuned"), System("marc-tuned", "marc", "tuned")]
+
+
+def require_known(wanted: Iterable[str]) -> None:
+    """Refuse names that no backbone has a system of.
+
+    Raises:
+        UserError: there is no such system.
+    """
+    known = {system.name for system in [*systems(0), *tuned_systems()]}
+    for name in wanted:
+        if name not in known and not re.fullmatch(r"pca-layer-\d+", name):
+            raise UserError(
+                f"there is no system {name!r}; there are {', '.join(sorted(known))} and so on for each layer"
+            )
 
 
 def make_vectors(
@@ -98,8 +116,11 @@ def make_vectors(
         with torch.no_grad():
             pca, _ = fit_pca(known_states(states, whole), dim=dim)
             return np.asarray(pca(torch.from_numpy(states)).numpy())
-    objective = build(system.name, states=states, data=data, dim=dim, seed=seed, train=train)
-    fit(objective, training=data.training, validation=data.holdout, settings=train, seed=seed, label="")
+
+    def made(rows: LearningData) -> Objective:
+        return build(system.name, states=states, data=rows, dim=dim, seed=seed, train=train)
+
+    objective, _ = learn(made, data, settings=train, seed=seed, label="")
     return np.asarray(objective.vectors().numpy())
 
 
@@ -141,13 +162,13 @@ def new_marc(
     profiles: bool = False,
     variant: str = "marc",
 ) -> Marc:
-    """MARC, or one of its ablations: without constraints, with both, without different structures, from a PCA."""
+    """MARC, or one of its ablations: without constraints, with both, with different structures, from a PCA."""
     keep, decouple = train.keep, train.decouple
     if variant == "marc-no-constraints":
         keep, decouple = 0.0, 0.0
     if variant == "marc-keep":
         keep = keep or KEEP
-    network = NETWORKS["residual" if variant == "marc-same-structure" else "crossing"]
+    network = NETWORKS["crossing" if variant == "marc-crossing" else train.matching]
     matching = network(dim=dim, users=Marc.USERS + profiles, hidden=MATCHING_HIDDEN, dropout=train.dropout)
     constraints = Constraints(keep, decouple, train.kernel, train.estimator, train.constraint_rows)
     return Marc(source, compressor, matching, dim=dim, constraints=constraints, profiles=profiles)

@@ -19,7 +19,7 @@ from pipeline.model.backbone import HiddenStates, PooledStates, blocks, load_bac
 from pipeline.model.bundle import Bundle, save_bundle
 from pipeline.model.compressor import fit_pca, save_compressor
 from pipeline.model.encoder import Encoder, choose_device, choose_dtype
-from pipeline.model.fit import Checkpoint, Progress, fit
+from pipeline.model.fit import Checkpoint, Progress, learn
 from pipeline.model.learning import LearningData, learning_data
 from pipeline.model.objective import Objective
 from pipeline.model.regression import fit_regression
@@ -48,7 +48,7 @@ class Trained:
         backbone: with its adapters, in the tuned regime; None where it is as it was.
         progress: how the training went.
         layers: blocks to keep.
-        interactions: rows that were trained on.
+        interactions: rows that the weights learned from.
     """
 
     objective: Objective
@@ -88,38 +88,20 @@ def train_pca(
             f"whitening to {train.dim} dimensions needs more than {train.dim} distinct texts, "
             f"the catalogue has {len(distinct)}"
         )
-    backbone = load_backbone(train.backbone)
-    cutter, max_tokens = cutting_tokenizer(backbone, train)
-    total = len(blocks(backbone)[2])
-    layers = train.layers or total
-    truncate(backbone, layers)
-    log.info("train: %d distinct texts through %d of %d layers of %s", len(distinct), layers, total, train.backbone)
-    if encode.threads or resources.cpus:
-        torch.set_num_threads(encode.threads or resources.cpus)
-    device = choose_device(encode, resources)
-    encoder = Encoder(
-        PooledStates(HiddenStates(backbone, whole=layers == total), train.pooling),
-        cutter,
-        head=torch.nn.Identity(),
-        device=device,
-        # As the nights will run it: the compressor is fitted on the states that it is going to see.
-        dtype=choose_dtype(encode, device),
-        token_budget=encode.token_budget,
-    )
-    hidden = encoder.encode(distinct).vectors
+    hidden, facts = _final_states(distinct, train=train, encode=encode, resources=resources)
     compressor, explained = fit_pca(hidden, dim=train.dim)
     log.info("train: %d of %d dimensions hold %.1f %% of the variance", train.dim, hidden.shape[1], 100 * explained)
 
     def write(folder: Path) -> BundleCard:
         # Read again: the encoder may have cast its copy, and a bundle keeps the weights it was given.
-        _write_backbone(folder, truncate(load_backbone(train.backbone), layers), train.backbone)
+        _write_backbone(folder, truncate(load_backbone(train.backbone), facts.layers), train.backbone)
         save_compressor(compressor, folder)
         return BundleCard(
             backbone=train.backbone,
-            layers_kept=layers,
-            backbone_layers=total,
+            layers_kept=facts.layers,
+            backbone_layers=facts.total,
             pooling=train.pooling,
-            max_tokens=max_tokens,
+            max_tokens=facts.max_tokens,
             width=hidden.shape[1],
             dim=train.dim,
             normalised=True,
@@ -166,23 +148,21 @@ def train_marc(
         items=len(training_set.texts),
     )
     states = training_set.states(layers)
-    if train.regime == "frozen":
-        objective = build("marc", states=states, data=data, dim=train.dim, seed=train.seed, train=train)
-        backbone = None
-    else:
+    backbone: PeftModel | None = None
+
+    def made(rows: LearningData) -> Objective:
+        nonlocal backbone
+        if train.regime == "frozen":
+            return build("marc", states=states, data=rows, dim=train.dim, seed=train.seed, train=train)
         objective, backbone = _tuned(
-            training_set, data, states, layers=layers, train=train, encode=encode, resources=resources
+            training_set, rows, states, layers=layers, train=train, encode=encode, resources=resources
         )
-    progress = fit(
-        objective,
-        training=data.training,
-        validation=data.holdout,
-        settings=train,
-        seed=train.seed,
-        checkpoint=checkpoint,
-    )
+        return objective
+
+    objective, progress = learn(made, data, settings=train, seed=train.seed, checkpoint=checkpoint)
     log.info("train: best validation AUC %.4f at step %d of %d", progress.best, progress.best_step, progress.step)
-    return Trained(objective, backbone, progress, layers, len(data.training))
+    learned = data.whole() if train.refit and backbone is None else data
+    return Trained(objective, backbone, progress, layers, len(learned.training))
 
 
 def save_marc(
@@ -234,6 +214,39 @@ def save_marc(
         )
 
     return save_bundle(storage, bundle_uri, write)
+
+
+@dataclass(frozen=True)
+class _Truncated:
+    """Layers kept and layers there are, and the tokens that a text may have."""
+
+    layers: int
+    total: int
+    max_tokens: int
+
+
+def _final_states(
+    texts: Sequence[str], *, train: TrainSettings, encode: EncodeSettings, resources: TaskResources
+) -> tuple[NDArray[np.float32], _Truncated]:
+    """Pooled states [texts, D] of the last kept layer, computed as the nights will."""
+    backbone = load_backbone(train.backbone)
+    cutter, max_tokens = cutting_tokenizer(backbone, train)
+    total = len(blocks(backbone)[2])
+    layers = train.layers or total
+    truncate(backbone, layers)
+    log.info("train: %d distinct texts through %d of %d layers of %s", len(texts), layers, total, train.backbone)
+    if encode.threads or resources.cpus:
+        torch.set_num_threads(encode.threads or resources.cpus)
+    device = choose_device(encode, resources)
+    encoder = Encoder(
+        PooledStates(HiddenStates(backbone, whole=layers == total), train.pooling),
+        cutter,
+        head=torch.nn.Identity(),
+        device=device,
+        dtype=choose_dtype(encode, device),
+        token_budget=encode.token_budget,
+    )
+    return encoder.encode(texts).vectors, _Truncated(layers, total, max_tokens)
 
 
 def _tuned(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.model import fit as module
-from pipeline.model.fit import Checkpoint, Progress, fit
+from pipeline.model.fit import Checkpoint, Progress, fit, learn
 from pipeline.model.learning import LearningData
 from pipeline.model.objective import Clicks, FrozenStates, Objective, Source
 from pipeline.model.systems import build
@@ -142,9 +142,9 @@ def test_another_seed_gives_other_weights(data: tuple[LearningData, Any]) -> Non
 
 
 def test_training_learns_what_is_there_to_learn(data: tuple[LearningData, Any]) -> None:
-    _, progress = trained(data, epochs=6, patience=6, keep=0.0)
+    _, progress = trained(data, epochs=15, patience=15, keep=0.0)
     assert progress.best > 0.67
-    assert progress.history[-1]["click"] < progress.history[0]["click"] < math.log(2)
+    assert progress.history[-1]["click"] < min(progress.history[0]["click"], math.log(2))
 
 
 # When it stops, and with what
@@ -158,6 +158,86 @@ def test_early_stopping_leaves_the_weights_that_validated_best() -> None:
     assert same(weights(objective), objective.validated[1])
     assert (progress.step, progress.best, progress.best_step, progress.bad) == (12, 0.7, 6, 2)
     assert [row["validation_auc"] for row in progress.history] == [0.5, 0.7, 0.6, 0.65]
+
+
+def test_without_validation_the_last_weights_stay() -> None:
+    probe = Probe([0.9, 0.1])
+    wanted = train_settings(batch=10, epochs=2, patience=1)
+    progress = fit(probe, training=rows(100), validation=None, settings=wanted, seed=0, label="")
+    assert (progress.step, progress.history, probe.validated) == (20, [], [])
+    validated = Probe()
+    train(validated, epochs=2)
+    assert torch.equal(probe.compressor.weight, validated.compressor.weight)  # type: ignore[arg-type]
+
+
+class Learning:
+    """Builds probes and keeps them, with the data that each was built from."""
+
+    def __init__(self, scores: list[float]) -> None:
+        self.scores, self.probes, self.data = scores, list[Probe](), list[LearningData]()
+
+    def __call__(self, data: LearningData) -> Probe:
+        self.probes.append(Probe(self.scores))
+        self.data.append(data)
+        return self.probes[-1]
+
+
+def held_out(count: int, *, holdout: int) -> LearningData:
+    """So many rows, the last ones held out."""
+    end = count - holdout
+    return LearningData(rows=rows(count), raters=torch.zeros(count, dtype=torch.int64), end=end, start=end)
+
+
+def test_every_row_is_learned_from_for_as_long_as_was_best() -> None:
+    build, data = Learning([0.5, 0.9, 0.6, 0.6]), held_out(100, holdout=20)
+    objective, progress = learn(build, data, settings=train_settings(batch=10, epochs=4), seed=0, label="")
+    first, second = build.probes
+    assert objective is second
+    assert (progress.best_step, len(data.training)) == (16, 80)
+    assert {row for batch in first.batches for row in batch} == set(range(80))
+    # Two epochs were best: so many steps that 100 rows are seen twice.
+    assert len(second.batches) == 20
+    assert sorted(row for batch in second.batches for row in batch) == sorted([*range(100)] * 2)
+    assert second.validated == []
+    assert len(build.data[1].training) == 100  # what is fitted before the first step sees them as well
+
+
+@pytest.mark.parametrize("changes", [{"refit": False}, {"regime": "tuned"}])
+def test_one_training_may_be_all(changes: dict[str, Any]) -> None:
+    build = Learning([0.5, 0.9, 0.6, 0.6])
+    wanted = train_settings(batch=10, epochs=4, **changes)
+    objective, _ = learn(build, held_out(100, holdout=20), settings=wanted, seed=0, label="")
+    (probe,) = build.probes
+    assert objective is probe
+    assert same(weights(probe), probe.validated[1])
+
+
+def test_a_run_ended_in_the_second_training_goes_on_there(data: tuple[LearningData, Any], tmp_path: Path) -> None:
+    learned, states = data
+    wanted = train_settings(**DROPPING, checkpoint_every=2)
+
+    def made(rows: LearningData) -> Objective:
+        return build("marc", states=states, data=rows, dim=wanted.dim, seed=0, train=wanted)
+
+    def run(checkpoint: Checkpoint | None) -> State:
+        return weights(learn(made, learned, settings=wanted, seed=0, label="", checkpoint=checkpoint)[0])
+
+    undisturbed = run(None)
+    checkpoint = place(tmp_path)
+    second = Path(f"{checkpoint.uri}.whole")
+    write = Storage.write
+
+    def dying(storage: Storage, uri: str, data: bytes) -> None:
+        write(storage, uri, data)
+        if uri == str(second) and second.stat().st_size:
+            raise Ended
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Storage, "write", dying)
+        with pytest.raises(Ended):
+            run(checkpoint)
+    assert second.exists()
+    assert same(run(checkpoint), undisturbed)
 
 
 def test_an_equal_score_is_no_better() -> None:
@@ -377,7 +457,7 @@ class TunedProbe(Probe):
         return {**terms, "loss": terms["loss"] + (self.source.all_states() ** 2).mean()}
 
 
-def test_rates_warm_up_and_fall_and_the_backbone_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_warm_up_and_the_backbone_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[list[float]] = []
     step = torch.optim.AdamW.step
 
@@ -394,15 +474,15 @@ def test_rates_warm_up_and_fall_and_the_backbone_has_its_own(monkeypatch: pytest
         "warm_up": 4,
     }
     train(TunedProbe(), epochs=1, **wanted)
-    shares = [0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    shares = [0.25, 0.5, 0.75, *[1.0] * 7]
     assert [own for own, _ in rates] == pytest.approx([0.08 * share for share in shares])
     assert [tuned for _, tuned in rates] == pytest.approx([0.004 * share for share in shares])
     rates.clear()
     train(Probe(), epochs=1, **{**wanted, "warm_up": 0})
-    assert [own for (own,) in rates] == pytest.approx([0.008 * left for left in range(10, 0, -1)])
+    assert [own for (own,) in rates] == pytest.approx([0.08] * 10)
     rates.clear()
-    train(Probe(), epochs=1, max_steps=3, **{**wanted, "warm_up": 8})
-    assert [own for (own,) in rates] == pytest.approx([0.08, 0.08, 0.04])  # never more warm-up than half
+    train(Probe(), epochs=1, max_steps=4, **{**wanted, "warm_up": 8})
+    assert [own for (own,) in rates] == pytest.approx([0.04, 0.08, 0.08, 0.08])  # never more warm-up than half
 
 
 def test_a_step_is_one_of_adamw(data: tuple[LearningData, Any]) -> None:

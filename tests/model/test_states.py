@@ -243,6 +243,18 @@ def test_the_layer_names_nothing_to_the_states(backbones: dict[str, str], tmp_pa
     assert np.array_equal(found, written(backbones["llama"], tmp_path / "all.npy")[0])
 
 
+@pytest.mark.parametrize(
+    ("layers", "dims", "says"), [(LAYERS + 1, (), "choose at most 4"), (None, (8, 33), "33 dimensions are wanted")]
+)
+def test_what_the_backbone_cannot_give_is_said_before_the_pass(
+    backbones: dict[str, str], tmp_path: Path, layers: int | None, dims: tuple[int, ...], says: str
+) -> None:
+    train = TrainSettings(backbone=backbones["bert"], layers=layers)
+    with pytest.raises(UserError, match=says):
+        write_states(TEXTS, tmp_path / "s.npy", train=train, encode=CPU_FLOAT32, resources=ONE_CORE, dims=dims)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_backbone_is_the_users_mistake_and_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot load backbone '/no/such/model'"):
         written("/no/such/model", tmp_path / "states.npy")

@@ -350,8 +350,9 @@ BASE = {
 }
 CHANGES = [
     ("marc-no-constraints", "leaving out the information constraints"),
-    ("marc-same-structure", "leaving out the difference in structure"),
+    ("marc-crossing", "adding a difference in structure"),
     ("marc-keep", "adding the constraint that z keeps what h holds"),
+    ("marc-final", "reading the final layer instead of the chosen one"),
 ]
 
 
@@ -464,6 +465,25 @@ def test_tuned_is_judged_by_the_best_middle_layer(auc: float, words: str) -> Non
     found = sentences({**BASE, ("marc-tuned", 32): auc})
     assert f"At d = 32 marc-tuned {words} pca-layer-2, the best middle layer" in the_one(found, "marc-tuned")
     assert not [s for s in sentences(BASE) if "tuned" in s]
+
+
+@pytest.mark.parametrize(
+    ("gain", "words"), [(0.01, "raises"), (-0.01, "lowers"), (0.0, "does not demonstrably change")]
+)
+def test_what_lora_gives_is_judged_on_the_validation_part(gain: float, words: str) -> None:
+    entries = scores({**BASE, ("marc-final", 32): 0.685, ("marc-tuned", 32): 0.680})
+    moved = {"marc-final": (0.70, jitter(1)), "marc-tuned": (0.70 + gain, jitter(2))}
+    entries = [
+        entry.model_copy(update={"validation_auc": moved[entry.system][0] + moved[entry.system][1][entry.seed]})
+        if entry.system in moved
+        else entry
+        for entry in entries
+    ]
+    found = findings(summarise(entries, {}, NO_ROWS, comparison="marc"), entries, layers=3, comparison="marc")
+    sentence = the_one(found, "LoRA")
+    assert f"At d = 32 LoRA on the final layer {words} the validation AUC, marc-tuned against marc-final" in sentence
+    assert "on the test part −0.0050" in sentence
+    assert not [s for s in sentences({**BASE, ("marc-tuned", 32): 0.68}) if "LoRA" in s]
 
 
 def test_every_dimension_is_judged() -> None:

@@ -115,7 +115,7 @@ def test_the_same_seed_gives_the_same_bits(system: System) -> None:
         ("contrastive", System("pca-layer-1", "layer", 1)),
         ("marc-pca-start", System("pca-layer-1", "layer", 1)),
         ("marc", System("regression", "baseline", "chosen")),
-        ("marc-same-structure", System("regression", "baseline", "chosen")),
+        ("marc-crossing", System("regression", "baseline", "chosen")),
     ],
 )
 def test_a_trained_system_begins_as_a_fitted_one_and_moves_on(name: str, begins_as: System) -> None:
@@ -137,11 +137,12 @@ def test_building_leaves_the_global_generator_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("name", "keep", "decouple", "network"),
     [
-        ("marc", 0.0, 0.1, CrossingNetwork),
-        ("marc-no-constraints", 0.0, 0.0, CrossingNetwork),
-        ("marc-keep", KEEP, 0.1, CrossingNetwork),
-        ("marc-pca-start", 0.0, 0.1, CrossingNetwork),
-        ("marc-same-structure", 0.0, 0.1, ResidualNetwork),
+        ("marc", 0.0, 0.1, ResidualNetwork),
+        ("marc-no-constraints", 0.0, 0.0, ResidualNetwork),
+        ("marc-keep", KEEP, 0.1, ResidualNetwork),
+        ("marc-pca-start", 0.0, 0.1, ResidualNetwork),
+        ("marc-final", 0.0, 0.1, ResidualNetwork),
+        ("marc-crossing", 0.0, 0.1, CrossingNetwork),
     ],
 )
 def test_an_ablation_differs_in_what_its_name_says(name: str, keep: float, decouple: float, network: type) -> None:

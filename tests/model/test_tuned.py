@@ -39,7 +39,7 @@ from pipeline.model.encoder import Encoder, load_encoder
 from pipeline.model.fit import Checkpoint
 from pipeline.model.learning import learning_data
 from pipeline.model.marc import Constraints, Marc
-from pipeline.model.matching import CrossingNetwork
+from pipeline.model.matching import CrossingNetwork, ResidualNetwork
 from pipeline.model.states import cutting_tokenizer, write_states
 from pipeline.model.training import Trained, save_marc, train_marc
 from pipeline.model.tuned import TunedStates, add_lora, merged
@@ -433,7 +433,7 @@ def test_the_matching_network_is_kept_beside_the_compressor_and_can_be_loaded(
     _, trained, bundle = frozen
     weights = load_file(Path(bundle.uri) / "matching.safetensors")
     assert {name.split(".")[0] for name in weights} == {"matching", "clicked", "skipped"}
-    matching = CrossingNetwork(dim=DIM, users=Marc.USERS, hidden=64, dropout=0.4)
+    matching = ResidualNetwork(dim=DIM, users=Marc.USERS, hidden=64, dropout=0.4)
     matching.load_state_dict({n.removeprefix("matching."): w for n, w in weights.items() if n.startswith("matching.")})
     objective = trained.objective
     assert isinstance(objective, Marc)

@@ -1,0 +1,58 @@
+"""The gate before promotion: a bundle's files verify, and its vectors of a sample of the catalogue are sound."""
+
+import numpy as np
+
+from pipeline.config import Settings
+from pipeline.errors import CorruptFile, UserError
+from pipeline.model.bundle import check_bundle, open_bundle
+from pipeline.model.encoder import load_encoder
+from pipeline.resources import TaskResources
+from pipeline.storage import Storage, join
+
+UNIT_TOLERANCE = 1e-3
+MIN_SPREAD = 1e-3
+
+
+def damage(settings: Settings, version: str, *, storage: Storage) -> list[str]:
+    """What is wrong with the files of a bundle that was promoted once."""
+    try:
+        return check_bundle(storage, open_bundle(storage, join(settings.bundle_uri, version)))
+    except UserError as error:
+        return [str(error)]
+
+
+def problems(
+    settings: Settings, texts: list[str], version: str, *, storage: Storage, resources: TaskResources
+) -> list[str]:
+    """Reasons against a bundle, with value and limit; none when it may be promoted.
+
+    Args:
+        settings: how to encode, and how large a sample.
+        texts: of the catalogue.
+        version: of the bundle.
+        storage: access to it.
+        resources: cores and GPU.
+    """
+    bundle = open_bundle(storage, join(settings.bundle_uri, version))
+    found = check_bundle(storage, bundle)
+    if found:
+        return found
+    step = max(1, len(texts) // settings.evaluate.audit_sample)
+    try:
+        encoder = load_encoder(storage, bundle.uri, version, settings.encode, resources)
+    except CorruptFile as error:
+        return [str(error)]
+    sample = texts[::step]
+    vectors = encoder.encode(sample).vectors
+    wrong = int((~np.isfinite(vectors).all(axis=1)).sum())
+    if wrong:
+        return [f"{wrong} of {len(sample)} sampled vectors are not finite"]
+    if vectors.shape[1] != bundle.card.dim:
+        found.append(f"vectors have {vectors.shape[1]} numbers, the card says {bundle.card.dim}")
+    off = int((np.abs(np.linalg.norm(vectors, axis=1) - 1) > UNIT_TOLERANCE).sum())
+    if bundle.card.normalised and off:
+        found.append(f"{off} of {len(sample)} sampled vectors have no unit length")
+    spread = float(vectors.std(axis=0).max())
+    if spread < MIN_SPREAD:
+        found.append(f"all sampled vectors are alike: no number varies by more than {spread:.1e}")
+    return found

@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup java nightly test check format ui clean
+.PHONY: help setup java nightly test test-slow check format ui clean
 
 DS ?= $(shell date -u +%F)
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
@@ -53,6 +53,9 @@ nightly: setup ## Run the DAG marc_nightly for DS, on the example catalogue unle
 
 test: setup ## Run the tests
 	@$(BIN)/python -m pytest
+
+test-slow: setup ## Run the tests that the default suite leaves out
+	@$(BIN)/python -m pytest -m slow
 
 check: setup ## Lint, check the format and the types
 	@$(BIN)/ruff check .

@@ -96,6 +96,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_trains_judges_and_promotes_a_bundle(airflow: Airflow, config: Path) -> None:
     settings = load_settings(config)
     done = airflow.call("dags", "test", "marc_train", DS, config=config)

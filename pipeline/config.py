@@ -146,6 +146,11 @@ class TrainSettings(Section):
     lora_rank: int = Field(8, ge=1)
     seed: int = 0
 
+    @property
+    def ends_on_every_row(self) -> bool:
+        """Whether a second training follows early stopping; where a step takes seconds, the first one stands."""
+        return self.refit and self.regime == "frozen"
+
 
 class EvaluateSettings(Section):
     """The yardstick: what is compared, how often, and what a bundle must reach to be promoted."""

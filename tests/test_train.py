@@ -323,7 +323,7 @@ def test_an_evaluation_prints_one_json_object_and_writes_tables_and_plots(evalua
 
 
 def test_what_an_evaluation_prints_is_json_for_everybody(evaluated: tuple[str, Path]) -> None:
-    json.loads(evaluated[0], parse_constant=no_constant)
+    assert isinstance(json.loads(evaluated[0], parse_constant=no_constant), dict)
 
 
 def test_an_unknown_system_is_the_users_mistake(trained: tuple[World, dict[str, Any]], tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_several_processes_train_one_bundle(several: tuple[World, str]) -> None:
 
 
 def test_several_processes_leave_standard_output_to_the_result(several: tuple[World, str]) -> None:
-    json.loads(several[1])
+    assert json.loads(several[1])["bundle"]
 
 
 def test_a_mistake_that_a_process_finds_is_the_users_mistake(spark: Any) -> None:

@@ -155,7 +155,7 @@ def learn(
         label=label,
         checkpoint=checkpoint,
     )
-    if not settings.refit or settings.regime == "tuned":
+    if not settings.ends_on_every_row:
         return objective, progress
     whole = data.whole()
     steps = max(1, round(progress.best_step * len(whole.training) / len(data.training)))

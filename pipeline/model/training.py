@@ -161,7 +161,7 @@ def train_marc(
 
     objective, progress = learn(made, data, settings=train, seed=train.seed, checkpoint=checkpoint)
     log.info("train: best validation AUC %.4f at step %d of %d", progress.best, progress.best_step, progress.step)
-    learned = data.whole() if train.refit and backbone is None else data
+    learned = data.whole() if train.ends_on_every_row else data
     return Trained(objective, backbone, progress, layers, len(learned.training))
 
 

@@ -15,7 +15,7 @@ export AIRFLOW_HOME ?= $(CURDIR)/.airflow
 export AIRFLOW__CORE__DAGS_FOLDER ?= $(CURDIR)/dags
 export AIRFLOW__CORE__LOAD_EXAMPLES ?= False
 export AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION ?= False
-export AIRFLOW_CONN_SPARK_DEFAULT ?= {"conn_type": "spark", "host": "local[*]"}
+export AIRFLOW_CONN_SPARK_DEFAULT ?= {"conn_type": "spark", "host": "local[*,4]"}
 export HF_HUB_OFFLINE ?= 1
 AIRFLOW := PATH="$(BIN):$$PATH" $(BIN)/airflow
 NIGHT_LOG = $(AIRFLOW_HOME)/logs/nightly-$(DS).log

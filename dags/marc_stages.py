@@ -89,15 +89,18 @@ def spark_stage(stage: str, arguments: list[str], **settings: Any) -> SparkSubmi
         arguments: of the job; templated.
         settings: of the operator.
     """
-    return SparkSubmitOperator(
-        task_id=stage,
-        conn_id="spark_default",
-        application=str(ROOT / "jobs" / f"{stage}.py"),
-        application_args=arguments,
-        name=f"marc-{stage}",
+    return SparkSubmitOperator(application_args=arguments, **submission(stage), **settings)
+
+
+def submission(stage: str) -> dict[str, Any]:
+    """Arguments of the operator that submits a job, all but the job's own."""
+    return {
+        "task_id": stage,
+        "conn_id": "spark_default",
+        "application": str(ROOT / "jobs" / f"{stage}.py"),
+        "name": f"marc-{stage}",
         # The stages log their own outline; Spark's start-up would bury it.
-        conf={"spark.log.level": "ERROR"},
+        "conf": {"spark.log.level": "ERROR"},
         # The pool of work is keyed by plan and bucket, so a fresh submission is always safe.
-        durable=False,
-        **settings,
-    )
+        "durable": False,
+    }

@@ -8,7 +8,9 @@ from pipeline.training_run import trained_bundle
 if __name__ == "__main__":
     with (
         job(__doc__, of="training_id") as called,
-        spark_session(called.settings.spark, name=f"marc evaluate {called.ds}") as spark,
+        spark_session(
+            called.settings.spark, storage=called.settings.storage, name=f"marc evaluate {called.ds}"
+        ) as spark,
     ):
         candidate = trained_bundle(called.settings, called.training_id)
         compare_stage(spark, called.settings, called.training_id, candidate)

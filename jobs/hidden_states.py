@@ -7,6 +7,8 @@ from pipeline.training_run import identify, states_stage
 if __name__ == "__main__":
     with (
         job(__doc__, of="training_id") as called,
-        spark_session(called.settings.spark, name=f"marc hidden states {called.ds}") as spark,
+        spark_session(
+            called.settings.spark, storage=called.settings.storage, name=f"marc hidden states {called.ds}"
+        ) as spark,
     ):
         states_stage(spark, called.settings, identify(called.settings, ds=called.ds), expected=called.training_id)

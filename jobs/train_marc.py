@@ -7,6 +7,6 @@ from pipeline.training_run import train_stage
 if __name__ == "__main__":
     with (
         job(__doc__, of="training_id") as called,
-        spark_session(called.settings.spark, name=f"marc train {called.ds}") as spark,
+        spark_session(called.settings.spark, storage=called.settings.storage, name=f"marc train {called.ds}") as spark,
     ):
         train_stage(spark, called.settings, called.training_id)

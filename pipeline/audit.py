@@ -18,10 +18,11 @@ from pipeline.integrity import require_blocks
 from pipeline.resources import TaskResources
 from pipeline.workspace import Workspace, receipts_digest
 from schemas.catalogue import ITEMS
-from schemas.feature_table import file_schema
+from schemas.feature_table import bucket_number, file_schema
+from schemas.files import PublishedFile
 from schemas.identity import row_id
 from schemas.plan import BucketPlan, Plan
-from schemas.receipt import AuditReport, BucketAudit, Receipt
+from schemas.receipt import AuditReport, BucketAudit, Moments, Receipt, day_moments
 from schemas.release import Release
 
 UNIT_TOLERANCE = 1e-3
@@ -42,14 +43,24 @@ class AuditTask:
     dim: int
     buckets: int
     normalised: bool
+    base: str | None
     work: BucketPlan
     receipt: Receipt
+    replaced: tuple[PublishedFile, ...]
 
 
 def audit_tasks(
-    workspace: Workspace, plan: Plan, receipts: Sequence[Receipt], *, table_uri: str, normalised: bool
+    workspace: Workspace,
+    plan: Plan,
+    receipts: Sequence[Receipt],
+    *,
+    table_uri: str,
+    normalised: bool,
+    base: Release | None = None,
 ) -> list[AuditTask]:
-    """One task per bucket."""
+    """One task per bucket; ``base`` is the release that the plan was compared with."""
+    # A whole day takes nobody's place: its moments are its own.
+    old = base.table_files if plan.chosen and base else ()
     return [
         AuditTask(
             workspace=workspace,
@@ -58,8 +69,10 @@ def audit_tasks(
             dim=plan.dim,
             buckets=plan.buckets,
             normalised=normalised,
+            base=plan.base_release,
             work=work,
             receipt=receipt,
+            replaced=tuple(file for file in old if bucket_number(file.path) == work.bucket),
         )
         for work, receipt in zip(plan.work, receipts, strict=True)
     ]
@@ -79,13 +92,12 @@ def audit_bucket(task: AuditTask, _resources: TaskResources) -> BucketAudit:
         problems.append(f"{task.work.items} items and no file")
     if rows.num_rows:
         problems += [*_identity_problems(task, rows), *_vector_problems(task, rows)]
-    vectors = _vectors(rows).astype(np.float64) if not problems else np.zeros((0, task.dim))
+    moments = _moments(rows, task.dim) if not problems else _moments(rows.slice(0, 0), task.dim)
     return BucketAudit(
         bucket=task.work.bucket,
-        rows=rows.num_rows,
         problems=tuple(f"bucket {task.work.bucket}: {problem}" for problem in problems),
-        vector_sum=tuple(vectors.sum(axis=0).tolist()),
-        square_sum=float(np.square(vectors).sum()),
+        moments=moments,
+        replaced=_replaced(task, moments),
     )
 
 
@@ -106,11 +118,14 @@ def judge(
         base: the release the plan was compared with.
         settings: thresholds.
     """
-    rows = sum(audit.rows for audit in audits)
+    none = Moments(rows=0, vector_sum=(0.0,) * plan.dim, square_sum=0.0)
+    gained, lost = sum((a.moments for a in audits), start=none), sum((a.replaced for a in audits), start=none)
+    rows = gained.rows
     problems = [problem for audit in audits for problem in audit.problems]
+    day = day_moments(gained, lost, base if plan.chosen else None)
     if rows != plan.items and not problems:
         problems.append(f"the files hold {rows:,} rows, the plan has {plan.items:,} items")
-    if rows == 0:
+    if day.rows == 0:
         problems.append("the snapshot is empty: no row of the catalogue could be used")
     fraction = sum(plan.quarantined.values()) / max(1, plan.rows_read)
     if fraction > settings.max_quarantined_fraction:
@@ -119,15 +134,16 @@ def judge(
             f"{fraction:.1%} of {plan.rows_read:,} rows are quarantined ({reasons}), "
             f"audit.max_quarantined_fraction allows {settings.max_quarantined_fraction:.1%}"
         )
-    if base is not None and base.items and plan.deleted / base.items > settings.max_deleted_fraction:
+    before = lost.rows if plan.chosen else base.items if base else 0
+    if before and plan.deleted / before > settings.max_deleted_fraction:
+        where = f" in buckets {list(plan.chosen)}" if plan.chosen else ""
         problems.append(
-            f"{plan.deleted:,} of the base release's {base.items:,} items are gone, "
+            f"{plan.deleted:,} of the base release's {before:,} items{where} are gone, "
             f"audit.max_deleted_fraction allows {settings.max_deleted_fraction:.1%}"
         )
-    mean, variance = _moments(audits, rows, plan.dim)
     drift = None
     if base is not None and base.bundle == plan.bundle:
-        drift = math.dist(mean, base.mean) / math.sqrt(base.variance or 1.0)
+        drift = math.dist(day.mean, base.mean) / math.sqrt(base.variance or 1.0)
         if drift > settings.max_drift:
             problems.append(
                 f"the mean vector moved by {drift:.3f} standard deviations since release {base.release_id}, "
@@ -136,10 +152,9 @@ def judge(
     return AuditReport(
         plan_id=plan.plan_id,
         receipts_digest=receipts_digest(receipts),
-        rows=rows,
+        gained=gained,
+        lost=lost,
         quarantined_fraction=fraction,
-        mean=mean,
-        variance=variance,
         drift=drift,
         problems=tuple(problems),
     )
@@ -158,7 +173,7 @@ def require_passed(report: AuditReport) -> None:
 
 
 def _identity_problems(task: AuditTask, rows: pa.Table) -> list[str]:
-    filesystem, path = task.workspace.storage.filesystem(task.workspace.items_uri(task.work.bucket))
+    filesystem, path = task.workspace.storage.filesystem(task.workspace.items_uri(task.work.bucket, task.base))
     planned = pq.read_table(path, filesystem=filesystem, columns=["item_id", "content_hash"], schema=ITEMS)
     problems = []
     ids = rows["item_id"]
@@ -215,9 +230,20 @@ def _first(rows: pa.Table, where: NDArray[np.bool_]) -> str:
     return repr(rows["item_id"][int(np.argmax(where))].as_py())
 
 
-def _moments(audits: Sequence[BucketAudit], rows: int, dim: int) -> tuple[tuple[float, ...], float]:
-    if rows == 0:
-        return (0.0,) * dim, 0.0
-    mean = np.sum([audit.vector_sum for audit in audits], axis=0) / rows
-    square = sum(audit.square_sum for audit in audits) / rows
-    return tuple(mean.tolist()), max(0.0, square - float(mean @ mean))
+def _moments(rows: pa.Table, dim: int) -> Moments:
+    vectors = _vectors(rows).astype(np.float64) if rows.num_rows else np.zeros((0, dim))
+    square = float(np.square(vectors).sum())
+    return Moments(rows=rows.num_rows, vector_sum=tuple(vectors.sum(axis=0).tolist()), square_sum=square)
+
+
+def _replaced(task: AuditTask, new: Moments) -> Moments:
+    """Moments of the files whose place the bucket's file takes; of a damaged one as if it were like the new one."""
+    try:
+        tables = [
+            feature_table.read_rows(task.workspace.storage, task.table_uri, file, columns=["vector"])
+            for file in task.replaced
+        ]
+    except CorruptFile as error:
+        log.warning("bucket %d replaces a damaged file: %s", task.work.bucket, error)
+        return Moments.of(sum(file.rows for file in task.replaced), new.mean, new.variance)
+    return sum((_moments(table, task.dim) for table in tables), start=_moments(pa.table({}), task.dim))

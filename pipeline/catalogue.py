@@ -1,15 +1,13 @@
 """The day's catalogue: which files it is, and how Spark reads them into rows of one shape."""
 
 import atexit
-import csv
 import fnmatch
-import io
-import json
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.catalogue_text import MALFORMED, RECORD, SOURCE, TextFormat, batch_reader, find_format, refuse_doubled
 from pipeline.config import CatalogueSettings
 from pipeline.errors import UserError
 from pipeline.storage import Storage, StoredObject, is_s3, join
@@ -37,11 +36,8 @@ ENDINGS: Mapping[str, Format] = {
     ".json": "jsonl",
     ".jsonl.gz": "jsonl",
 }
-GZIP_MAGIC = b"\x1f\x8b"
-CORRUPT = "_corrupt_record"
 UPDATED_AT_TYPES = ("TIMESTAMP", "NANOSECONDS", "NUMBER", "STRING")
-HEADER_BYTES = 1024 * 1024
-SAMPLED_LINES = 1000
+TASKS_PER_CORE = 8
 BLANK = r"' \t\n\r'"
 NEWEST_FIRST = "updated_at DESC NULLS LAST, content_hash DESC, source"
 """Which of several rows of one id counts."""
@@ -50,10 +46,17 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True)
 class FileGroup:
-    """Files that share one set of columns; ``columns`` maps each name to its Spark SQL type."""
+    """Files that share one set of columns.
+
+    Attributes:
+        columns: each name with its Spark SQL type.
+        files: the files.
+        text: how CSV or JSON lines are read; None for Parquet.
+    """
 
     columns: Mapping[str, str]
-    files: tuple[str, ...]
+    files: tuple[SourceFile, ...]
+    text: TextFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,22 @@ def find_source(catalogue: CatalogueSettings, uri: str, *, ds: str, storage: Sto
     for group in groups:
         _require_columns(group, catalogue)
     return CatalogueSource(uri=uri, format=form, files=files, groups=groups)
+
+
+def require_unchanged(source: CatalogueSource, *, storage: Storage) -> None:
+    """Refuse a catalogue whose files are no longer those that were found: to be asked after they were read.
+
+    Raises:
+        UserError: a file has other content than before, or is gone.
+    """
+    for file in source.files:
+        stored = storage.stat(file.uri)
+        with suppress(FileNotFoundError):
+            if stored and storage.content_digest(stored) == file.digest:
+                continue
+        raise UserError(
+            f"{file.uri} was replaced or removed while it was read; run again when the catalogue is complete"
+        )
 
 
 def matching_files(uri: str, storage: Storage) -> list[StoredObject]:
@@ -117,7 +136,7 @@ def read_rows(
     row; older duplicates are not yet known), ``row`` (JSON or the raw record, only where there is a reason),
     ``source`` (name of the file).
     """
-    frames = [_read_group(spark, source.format, group, catalogue, storage=storage) for group in source.groups]
+    frames = [_read_group(spark, group, catalogue, storage=storage) for group in source.groups]
     rows = frames[0]
     for frame in frames[1:]:
         rows = rows.unionByName(frame)
@@ -125,67 +144,32 @@ def read_rows(
 
 
 def _groups(uri: str, form: Format, files: Sequence[SourceFile], storage: Storage) -> tuple[FileGroup, ...]:
-    by_columns: dict[str, tuple[Mapping[str, str], list[str]]] = {}
+    groups: dict[str, FileGroup] = {}
     for file in files:
         if file.bytes == 0:
             continue
-        columns, signature = _columns(form, file.uri, storage)
-        by_columns.setdefault(signature, (columns, []))[1].append(file.uri)
-    if not by_columns:
+        group, signature = _group(form, file, storage)
+        found = groups.setdefault(signature, replace(group, files=()))
+        groups[signature] = replace(found, files=(*found.files, file))
+    if not groups:
         raise UserError(f"the catalogue at {uri} is empty: every file has 0 bytes")
-    return tuple(FileGroup(columns=columns, files=tuple(uris)) for columns, uris in by_columns.values())
+    return tuple(groups.values())
 
 
-def _columns(form: Format, uri: str, storage: Storage) -> tuple[dict[str, str], str]:
-    """Columns with their Spark SQL type, and a signature: files of one signature are read together."""
-    filesystem, path = storage.filesystem(uri)
+def _group(form: Format, file: SourceFile, storage: Storage) -> tuple[FileGroup, str]:
+    """A file on its own as a group, and a signature: files of one signature are read together."""
     if form == "parquet":
+        filesystem, path = storage.filesystem(file.uri)
         try:
             schema = pq.read_schema(path, filesystem=filesystem).remove_metadata()
         except pa.ArrowInvalid as error:
-            raise UserError(f"{uri} is no Parquet file: {error}") from None
-        _refuse_doubled(schema.names, uri)
-        return {field.name: _sql_type(field.type) for field in schema}, str(schema)
-    gzipped = uri.endswith(".gz")
-    if gzipped:
-        with filesystem.open_input_stream(path, compression=None) as stream:
-            if stream.read(2) != GZIP_MAGIC:
-                raise UserError(f"{uri} is no gzip file")
-    with filesystem.open_input_stream(path, compression="gzip" if gzipped else None) as stream:
-        data = stream.read(HEADER_BYTES)
-        # The first record may be longer than the rest of them.
-        while b"\n" not in data and (more := stream.read(HEADER_BYTES)):
-            data += more
-    head = data.decode("utf-8-sig", errors="replace")
-    columns = _csv_columns(head, uri) if form == "csv" else _json_columns(head)
+            raise UserError(f"{file.uri} is no Parquet file: {error}") from None
+        refuse_doubled(schema.names, file.uri)
+        return FileGroup({field.name: _sql_type(field.type) for field in schema}, (file,)), str(schema)
+    text = find_format(form, file.uri, storage)
     # JSON names its fields: their order does not matter there.
-    return columns, json.dumps(columns, sort_keys=form == "jsonl")
-
-
-def _refuse_doubled(names: Sequence[str], uri: str) -> None:
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise UserError(f"{uri} has column {doubled[0]!r} more than once")
-
-
-def _csv_columns(head: str, uri: str) -> dict[str, str]:
-    names = next(csv.reader(io.StringIO(head, newline=None)), [])
-    _refuse_doubled(names, uri)
-    return dict.fromkeys(names, "STRING")
-
-
-def _json_columns(head: str) -> dict[str, str]:
-    columns: dict[str, str] = {}
-    for line in head.split("\n")[:SAMPLED_LINES]:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        for name, value in record.items() if isinstance(record, dict) else ():
-            if value is not None:
-                columns[name] = "ARRAY<STRING>" if isinstance(value, list) else "STRING"
-            columns.setdefault(name, "STRING")
-    return columns
+    signature = f"{text.line_end!r} {text.columns if form == 'csv' else sorted(text.columns)}"
+    return FileGroup(dict.fromkeys(text.columns, "STRING"), (file,), text), signature
 
 
 def _sql_type(arrow: pa.DataType) -> str:
@@ -214,67 +198,55 @@ def _require_columns(group: FileGroup, catalogue: CatalogueSettings) -> None:
     wanted = {"catalogue.id_column": [catalogue.id_column], "catalogue.template": catalogue.text_columns}
     if catalogue.updated_at_column:
         wanted["catalogue.updated_at_column"] = [catalogue.updated_at_column]
+    uri = group.files[0].uri
     for key, names in wanted.items():
         for name in names:
             if name not in group.columns:
-                have = ", ".join(group.columns) or "no columns"
-                raise UserError(f"{key} names column {name!r}, which {group.files[0]} does not have (it has: {have})")
+                have = ", ".join(n if n.isprintable() else ascii(n) for n in group.columns) or "no columns"
+                raise UserError(f"{key} names column {name!r}, which {uri} does not have (it has: {have})")
             if group.columns[name] == "STRUCT":
-                raise UserError(f"{key} names column {name!r} of {group.files[0]}, which is nested: it cannot be text")
+                raise UserError(f"{key} names column {name!r} of {uri}, which is nested: it cannot be text")
             if group.columns[name] == "UNSUPPORTED":
-                raise UserError(f"{key} names column {name!r} of {group.files[0]}: Spark cannot read its type")
+                raise UserError(f"{key} names column {name!r} of {uri}: Spark cannot read its type")
     updated = catalogue.updated_at_column
     if updated and group.columns[updated] not in UPDATED_AT_TYPES:
-        raise UserError(f"catalogue.updated_at_column names column {updated!r} of {group.files[0]}, which is no time")
+        raise UserError(f"catalogue.updated_at_column names column {updated!r} of {uri}, which is no time")
 
 
 def _read_group(
-    spark: "SparkSession", form: Format, group: FileGroup, catalogue: CatalogueSettings, *, storage: Storage
+    spark: "SparkSession", group: FileGroup, catalogue: CatalogueSettings, *, storage: Storage
 ) -> "DataFrame":
-    paths = _spark_paths(spark, group.files, storage)
-    columns = dict(group.columns)
-    if form == "parquet":
-        frame = spark.read.parquet(*paths)
-        malformed = "false"
-    else:
-        if form == "jsonl":
-            columns = {name: columns[name] for name in _used_columns(catalogue)}
-        schema = ", ".join(f"{_quoted(name)} {kind}" for name, kind in [*columns.items(), (CORRUPT, "STRING")])
-        reader = spark.read.schema(schema).option("columnNameOfCorruptRecord", CORRUPT).option("mode", "PERMISSIVE")
-        if form == "csv":
-            reader = reader.option("header", True).option("multiLine", True).option("escape", '"')
-            # A stray quote inside a quoted field is text; only a quote before a comma or a line's end closes it.
-            reader = reader.option("unescapedQuoteHandling", "STOP_AT_CLOSING_QUOTE")
-            # Without pruning, a record with too many or too few fields is always noticed.
-            frame = reader.option("columnPruning", False).option("maxCharsPerColumn", -1).csv(paths)
-            # Where a file mixes line ends, the last field keeps a carriage return.
-            last = next(reversed(columns))
-            frame = frame.selectExpr(
-                *(f"rtrim('\\r', {_quoted(n)}) AS {_quoted(n)}" if n == last else _quoted(n) for n in columns),
-                CORRUPT,
-                "_metadata",
-            )
-        else:
-            frame = reader.json(paths)
-        malformed = f"{CORRUPT} IS NOT NULL"
-    return _normalise(frame, columns, catalogue, malformed=malformed, has_raw=form != "parquet")
+    if group.text is None:
+        frame = spark.read.parquet(*_spark_paths(spark, [file.uri for file in group.files], storage))
+        # Spark percent-encodes the name.
+        source = f"url_decode(replace(_metadata.file_name, '+', '%2B')) AS {SOURCE}"
+        frame = frame.selectExpr("*", f"false AS {MALFORMED}", f"CAST(NULL AS STRING) AS {RECORD}", source)
+        return _normalise(frame, group.columns, catalogue)
+    text = group.text
+    if text.form == "jsonl":
+        text = replace(text, columns=tuple(_used_columns(catalogue)))
+    pieces = [piece for file in group.files for piece in text.pieces(file.uri, file.bytes)]
+    tasks = min(len(pieces), TASKS_PER_CORE * spark.sparkContext.defaultParallelism)
+    names = [_quoted(name) for name in text.columns]
+    schema = [f"{name} BINARY" for name in names]
+    schema += [f"{MALFORMED} BOOLEAN", f"{RECORD} BINARY", f"{SOURCE} STRING"]
+    read = batch_reader(text, pieces, storage)
+    frame = spark.range(0, len(pieces), 1, tasks).mapInArrow(read, ", ".join(schema))
+    # In CSV an empty text cannot be told from one that is not there.
+    value = "nullif(CAST({0} AS STRING), '') AS {0}" if text.form == "csv" else "CAST({0} AS STRING) AS {0}"
+    values = [value.format(name) for name in names]
+    frame = frame.selectExpr(*values, MALFORMED, f"CAST({RECORD} AS STRING) AS {RECORD}", SOURCE)
+    return _normalise(frame, dict.fromkeys(text.columns, "STRING"), catalogue)
 
 
-def _normalise(
-    frame: "DataFrame",
-    columns: Mapping[str, str],
-    catalogue: CatalogueSettings,
-    *,
-    malformed: str,
-    has_raw: bool,
-) -> "DataFrame":
+def _normalise(frame: "DataFrame", columns: Mapping[str, str], catalogue: CatalogueSettings) -> "DataFrame":
     item_id = _as_text(catalogue.id_column, columns)
     texts = {name: _as_text(name, columns) for name in catalogue.text_columns}
     checked = [item_id, *texts.values()]
     undecodable = " OR ".join(f"NOT is_valid_utf8({x}) OR contains({x}, '{REPLACEMENT}')" for x in checked)
     has_text = " OR ".join(f"btrim({x}, {BLANK}) != ''" for x in texts.values())
-    bad_record = f"{malformed} AND NOT is_valid_utf8({CORRUPT})" if has_raw else "false"
-    reason = f"""CASE WHEN {bad_record} THEN '{Reason.UNDECODABLE}' WHEN {malformed} THEN '{Reason.MALFORMED}'
+    reason = f"""CASE WHEN {MALFORMED} AND NOT is_valid_utf8({RECORD}) THEN '{Reason.UNDECODABLE}'
+        WHEN {MALFORMED} THEN '{Reason.MALFORMED}'
         WHEN coalesce({undecodable}, false) THEN '{Reason.UNDECODABLE}'
         WHEN coalesce(btrim({item_id}, {BLANK}), '') = '' THEN '{Reason.NULL_ID}'
         WHEN NOT coalesce({has_text}, false) THEN '{Reason.EMPTY_TEXT}' END"""
@@ -284,9 +256,8 @@ def _normalise(
         f"{_rendered(catalogue.template, texts)} AS text",
         f"{_updated_at(catalogue.updated_at_column, columns)} AS updated_at",
         f"{reason} AS reason",
-        f"{f'coalesce({CORRUPT}, {as_json})' if has_raw else as_json} AS raw",
-        # Spark percent-encodes the name.
-        "url_decode(replace(_metadata.file_name, '+', '%2B')) AS source",
+        f"coalesce({RECORD}, {as_json}) AS raw",
+        f"{SOURCE} AS source",
     ).selectExpr(
         "CASE WHEN is_valid_utf8(item_id) THEN item_id END AS item_id",
         f"xxhash64(item_id) & {ROW_ID_MASK}L AS row_id",

@@ -101,6 +101,8 @@ class IndexSettings(Section):
     target_recall: float = Field(0.95, gt=0, le=1)
     k: int = Field(10, ge=1)
     recall_queries: int = Field(1000, ge=1)
+    max_changed: float = Field(0.2, ge=0, description="Share of its vectors that may change before it is built anew.")
+    max_drift: float = Field(0.25, ge=0, description="Standard deviations that the mean may move before that, too.")
 
 
 class TrainSettings(Section):
@@ -165,17 +167,41 @@ class EvaluateSettings(Section):
     audit_sample: int = Field(1000, ge=2, description="Catalogue texts that a bundle is audited on before promotion.")
 
 
+class RetentionSettings(Section):
+    """Which releases are kept, and how long readers may hold on to one that is not."""
+
+    days: int = Field(30, ge=1, description="Newest dates that are kept.")
+    releases_per_day: int = Field(3, ge=1, description="Newest releases of each date: what can be rolled back to.")
+    grace_hours: float = Field(24.0, ge=0, description="How long files stay after their release was given up.")
+
+
 class StorageSettings(Section):
     """S3 access; credentials come from the standard AWS chain only."""
 
-    endpoint_url: str | None = None
+    endpoint_url: str | None = Field(None, pattern=r"^https?://[^/]+/?$")
     region: str | None = None
+    connect_timeout_s: float = Field(10.0, ge=0.1, le=3600)
+    read_timeout_s: float = Field(60.0, ge=1, le=3600, description="Seconds that a transfer may stand still.")
+    attempts: int = Field(8, ge=1, le=100, description="Of every request, with growing random pauses between them.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_no_credentials(cls, given: Any) -> Any:  # noqa: ANN401 - whatever the file says
+        from pipeline.storage import refuse_credentials  # noqa: PLC0415 - pyarrow takes longer to import than all this
+
+        # Not a ValueError: the line that is made of those repeats the value.
+        if not isinstance(given, dict | StorageSettings):
+            raise UserError("storage must be a mapping with keys like endpoint_url and region")
+        url = given.get("endpoint_url") if isinstance(given, dict) else given.endpoint_url
+        refuse_credentials("storage.endpoint_url", None if url is None else str(url))
+        return given
 
 
 class SparkSettings(Section):
     """The session that ``marc run`` starts; spark-submit's own settings win over these."""
 
-    master: str = "local[*]"
+    # Four tries of a task, as on a cluster: a killed Python worker costs a bucket, not the night.
+    master: str = "local[*,4]"
     conf: dict[str, str] = Field(default_factory=dict)
 
 
@@ -203,6 +229,7 @@ class Settings(BaseSettings):
     index: IndexSettings = IndexSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    retention: RetentionSettings = RetentionSettings()
     storage: StorageSettings = StorageSettings()
     spark: SparkSettings = SparkSettings()
 

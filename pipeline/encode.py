@@ -38,6 +38,7 @@ class EncodeTask:
     ds: str
     bundle: str
     bundle_uri: str
+    base: str | None
     work: BucketPlan
 
 
@@ -63,6 +64,7 @@ def pending_tasks(workspace: Workspace, plan: Plan, *, table_uri: str, settings:
                 ds=plan.ds,
                 bundle=plan.bundle,
                 bundle_uri=plan.bundle_uri,
+                base=plan.base_release,
                 work=work,
             )
         )
@@ -128,7 +130,7 @@ class _Run:
 def _read_items(task: EncodeTask) -> pa.Table:
     if not task.work.items:
         return ITEMS.empty_table()
-    filesystem, path = task.workspace.storage.filesystem(task.workspace.items_uri(task.work.bucket))
+    filesystem, path = task.workspace.storage.filesystem(task.workspace.items_uri(task.work.bucket, task.base))
     return pq.read_table(path, filesystem=filesystem, schema=ITEMS)
 
 
@@ -204,6 +206,6 @@ def _footer(task: EncodeTask, card: BundleCard) -> dict[str, str]:
         "marc.dim": str(card.dim),
         "marc.normalised": str(card.normalised).lower(),
         "marc.template": card.template,
-        "marc.plan_id": task.workspace.plan_id,
+        feature_table.PLAN_FOOTER: task.workspace.plan_id,
         "marc.ds": task.ds,
     }

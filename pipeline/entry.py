@@ -47,27 +47,49 @@ def reported_errors() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Job:
-    """What a spark-submit entry point was called with: ``plan_id`` of a night, or ``training_id`` of a training."""
+    """What a spark-submit entry point was called with.
+
+    Attributes:
+        settings: the configuration.
+        ds: date of the snapshot.
+        plan_id: of a night or a backfill; training_id: of a training.
+        buckets: that a backfill replaces; empty for the whole day.
+        recompute: whether a backfill computes vectors of unchanged texts as well.
+    """
 
     settings: Settings
     ds: str
     plan_id: str = ""
     training_id: str = ""
+    buckets: tuple[int, ...] = ()
+    recompute: bool = False
 
 
 @contextmanager
-def job(description: str | None, *, of: Literal["plan_id", "training_id"] = "plan_id") -> Iterator[Job]:
+def job(
+    description: str | None, *, of: Literal["plan_id", "training_id"] = "plan_id", backfill: bool = False
+) -> Iterator[Job]:
     """Arguments, logging and error reporting of a spark-submit entry point.
 
     Args:
         description: the module docstring of the job.
         of: what the run announced.
+        backfill: whether buckets can be chosen.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="configuration file (default: %(default)s)")
     parser.add_argument("--ds", required=True, help="date of the snapshot, YYYY-MM-DD")
     parser.add_argument(f"--{of.replace('_', '-')}", required=True, help="what the run announced")
-    arguments = parser.parse_args()
+    if backfill:
+        parser.add_argument("--bucket", type=int, action="append", default=[], help="replace only these buckets")
+        parser.add_argument("--recompute", action="store_true", help="compute vectors of unchanged texts as well")
+    arguments = vars(parser.parse_args())
     configure_logging()
     with reported_errors():
-        yield Job(settings=load_settings(arguments.config), ds=parse_ds(arguments.ds), **{of: getattr(arguments, of)})
+        yield Job(
+            settings=load_settings(arguments["config"]),
+            ds=parse_ds(arguments["ds"]),
+            buckets=tuple(arguments.get("bucket", ())),
+            recompute=arguments.get("recompute", False),
+            **{of: arguments[of]},
+        )

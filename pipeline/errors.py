@@ -23,5 +23,13 @@ class CorruptFile(PipelineError):
     """A file does not match its checksum. A retry reads the same bytes: it must be restored or rebuilt."""
 
 
+class MissingFile(CorruptFile):
+    """A file is not there. It was removed with its release, or it is lost."""
+
+
+class ReleaseGone(UserError):
+    """Retention gave the release up and its grace period is over; open the newest one."""
+
+
 class Superseded(PipelineError):
     """Another run published the same day at the same moment; a retry publishes on top of it."""

@@ -2,27 +2,35 @@
 
 import json
 import logging
+import re
 import time
+import uuid
 from collections.abc import Sequence
+from urllib.parse import unquote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
-from deltalake.exceptions import CommitFailedError
-from deltalake.transaction import AddAction
+from deltalake.transaction import AddAction, RemoveAction
 
-from pipeline.delta import open_or_create
+from pipeline.delta import COMMIT_ERRORS, open_or_create
 from pipeline.errors import Superseded
 from pipeline.integrity import describe_file, open_verified
-from pipeline.storage import Storage, join
+from pipeline.storage import STAGED_PREFIX, Storage, join
+from pipeline.workspace import PLAN_KEY_CHARS, plan_key
 from schemas.feature_table import PARTITION_COLUMNS, bucket_number, file_schema, partition_path, table_schema
 from schemas.files import PublishedFile
+from schemas.plan import Plan
+from schemas.receipt import Receipt
+from schemas.release import Release
 
 # Small enough that a look-up of a few ids reads little, large enough that the footer stays small.
 ROW_GROUP_ROWS = 1024
 APP = "marc-pipeline"
 LOG_FOLDER = "_delta_log"
-COMMIT_TRIES = 5
+PLAN_FOOTER = "marc.plan_id"
+NAME = re.compile(rf"part-([0-9a-f]{{{PLAN_KEY_CHARS}}})-[0-9a-f]{{16}}\.parquet")
 
 log = logging.getLogger(__name__)
 
@@ -64,62 +72,77 @@ def write_bucket_file(
             store_schema=True,
         )
         described = describe_file(staged, path="", rows=rows.num_rows)
-        path = f"{folder}/part-{plan_id[:16]}-{described.sha256[:16]}.parquet"
+        path = f"{folder}/part-{plan_key(plan_id)}-{described.sha256[:16]}.parquet"
         storage.publish(staged, join(table_uri, path))
     return described.model_copy(update={"path": path})
 
 
-def commit_partitions(
-    storage: Storage,
-    table_uri: str,
-    files: Sequence[PublishedFile],
-    *,
-    dim: int,
-    ds: str,
-    key: str,
-) -> int:
-    """Replace the files of one ds in a single transaction; a repeated call with the same key is a no-op.
+def commit_day(storage: Storage, table_uri: str, files: Sequence[PublishedFile], *, dim: int, ds: str) -> int:
+    """Make these files the whole of one ds, in a single transaction that touches no other file.
 
     Args:
         storage: access to ``table_uri``.
         table_uri: root of the feature table.
-        files: the whole ds.
+        files: the whole ds; those that are there already stay as they are.
         dim: length of the vectors.
-        ds: date whose partitions are replaced.
-        key: names the transaction: the same plan, files and attempt give the same key.
+        ds: date of the files.
 
     Returns:
-        The table version that holds exactly these files for ``ds``.
+        A table version that holds exactly these files for ``ds``.
     """
-    # Two overwrites of a day that holds nothing yet touch no common file: this makes them conflict all the same.
-    day = f"ds={ds}"
-    turn = None
-    for remaining in reversed(range(COMMIT_TRIES)):
+    wanted = {file.path: file for file in files}
+
+    def commit() -> int:
         table = _open(storage, table_uri, dim)
-        if table.transaction_version(key) is not None:
-            break
-        now = table.transaction_version(day) or 0
-        if turn is not None and now >= turn:
-            raise Superseded(f"another run committed {ds} at the same moment; run again to publish on top of it")
-        turn = now + 1
-        properties = CommitProperties(
-            app_transactions=[Transaction(key, 1), Transaction(day, turn)],
-            custom_metadata={"app": APP, "commit": key},
+        held = committed_files(table, ds=ds)
+        if held == wanted.keys():
+            return table.version()
+        key = uuid.uuid4().hex
+        # Two runs that fill an empty day touch no common file: the day's turn makes them conflict all the same.
+        turn = Transaction(f"ds={ds}", (table.transaction_version(f"ds={ds}") or 0) + 1)
+        added = [_add(wanted[path], ds=ds) for path in sorted(wanted.keys() - held)]
+        removed = [_remove(path, ds=ds) for path in sorted(held - wanted.keys())]
+        table.create_write_transaction(
+            [*added, *removed],
+            mode="append",
+            schema=Schema.from_arrow(table_schema(dim)),
+            partition_by=list(PARTITION_COLUMNS),
+            commit_properties=CommitProperties(app_transactions=[turn], custom_metadata={"app": APP, "commit": key}),
         )
-        try:
-            table.create_write_transaction(
-                [_add(file, ds=ds) for file in files],
-                mode="overwrite",
-                schema=Schema.from_arrow(table_schema(dim)),
-                partition_by=list(PARTITION_COLUMNS),
-                partition_filters=[("ds", "=", ds)],
-                commit_properties=properties,
-            )
-        except CommitFailedError as error:
-            if not remaining:
-                raise
-            log.info("commit of %s met another one: %s", key, error)
-    return _version_of(storage, table_uri, key)
+        return _version_of(storage, table_uri, key)
+
+    return storage.repeated(table_uri, commit, on=COMMIT_ERRORS)
+
+
+def plan_of(path: str) -> str | None:
+    """Key of the plan that a file was written for; empty for what a killed writer left; None for a file not ours."""
+    name = path.rsplit("/", 1)[1]
+    if name.startswith(STAGED_PREFIX):
+        return ""
+    found = NAME.fullmatch(name)
+    return found[1] if found else None
+
+
+def day_files(plan: Plan, receipts: Sequence[Receipt], live: Release | None) -> tuple[PublishedFile, ...]:
+    """The files of a whole ds, by bucket: those of the receipts, beside what a plan of some buckets leaves alone.
+
+    Args:
+        plan: the day's plan.
+        receipts: of every bucket of the plan.
+        live: the day's release, which a plan of some buckets changes.
+    """
+    made = [receipt.file for receipt in receipts if receipt.file is not None]
+    if plan.chosen and live:
+        made += [file for file in live.table_files if bucket_number(file.path) not in plan.chosen]
+    return tuple(sorted(made, key=lambda file: bucket_number(file.path)))
+
+
+def committed_files(table: DeltaTable, *, ds: str | None = None) -> set[str]:
+    """Paths of the files that a version of the table holds, of one ds or of all."""
+    actions = pa.table(table.get_add_actions(flatten=True))
+    if ds is not None:
+        actions = actions.filter(pc.equal(actions["partition.ds"], ds))
+    return {unquote(path) for path in actions["path"].to_pylist()}
 
 
 def _open(storage: Storage, table_uri: str, dim: int) -> DeltaTable:
@@ -148,6 +171,15 @@ def _add(file: PublishedFile, *, ds: str) -> AddAction:
     )
 
 
+def _remove(path: str, *, ds: str) -> RemoveAction:
+    return RemoveAction(
+        path=path,
+        data_change=True,
+        deletion_timestamp=int(time.time() * 1000),
+        partition_values={"ds": ds, "bucket": str(bucket_number(path))},
+    )
+
+
 def read_rows(
     storage: Storage, table_uri: str, file: PublishedFile, *, columns: Sequence[str] | None = None
 ) -> pa.Table:
@@ -158,6 +190,18 @@ def read_rows(
     """
     with open_verified(storage, table_uri, file) as source:
         return pq.ParquetFile(source).read(columns=list(columns) if columns else None)
+
+
+def plan_id_of(storage: Storage, table_uri: str, file: PublishedFile) -> str:
+    """The plan that made a file, from its footer; empty where it does not say.
+
+    Raises:
+        CorruptFile: missing, or a byte differs from the checksum.
+    """
+    with open_verified(storage, table_uri, file) as source:
+        metadata = pq.ParquetFile(source).schema_arrow.metadata or {}
+    found: str = metadata.get(PLAN_FOOTER.encode(), b"").decode()
+    return found
 
 
 def empty_rows(dim: int) -> pa.Table:

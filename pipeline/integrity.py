@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from pipeline.errors import CorruptFile
+from pipeline.errors import CorruptFile, MissingFile
 from pipeline.storage import Storage, join
 from schemas.files import BLOCK_BYTES, BLOCK_DIGEST_CHARS, PublishedFile
 
@@ -137,5 +137,5 @@ def _verified_file(storage: Storage, root: str, published: PublishedFile) -> _Ve
     try:
         source = filesystem.open_input_file(path)
     except FileNotFoundError:
-        raise CorruptFile(f"{uri} is missing; the release cannot be read without it") from None
+        raise MissingFile(f"{uri} is missing; the release cannot be read without it") from None
     return _VerifiedFile(source, uri, published)

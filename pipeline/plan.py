@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 from pipeline import catalogue, feature_table, release_log
 from pipeline.catalogue import CatalogueSource
 from pipeline.config import Settings
-from pipeline.errors import CorruptFile, UserError
+from pipeline.errors import CorruptFile, Superseded, UserError
 from pipeline.model.bundle import Bundle, open_bundle
 from pipeline.model.tokens import count_tokens, load_tokenizer
+from pipeline.release_log import ReleaseLog
 from pipeline.storage import Storage, join
 from pipeline.workspace import Workspace
 from schemas.catalogue import ITEMS, QUARANTINE, Change, Reason
@@ -51,12 +52,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlanIdentity:
-    """What a run of one date would work on; known before Spark starts."""
+    """What a run of one date would work on; known before Spark starts.
+
+    Attributes:
+        plan_id: hash of everything below.
+        ds: date of the snapshot.
+        source: the day's catalogue.
+        bundle: what encodes: the current one; that of the day's release where only some buckets are chosen.
+        buckets: number of buckets; that of the day's release where only some are chosen.
+        chosen: buckets of a backfill; None for the whole day.
+        recompute: whether vectors of unchanged texts are computed anew as well.
+    """
 
     plan_id: str
     ds: str
     source: CatalogueSource
     bundle: Bundle
+    buckets: int
+    chosen: tuple[int, ...] | None = None
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,7 @@ class BucketContext:
     bundle_uri: str
     max_tokens: int
     base: Release | None
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,38 +116,73 @@ class BucketSummary:
         return cls(bucket=row["bucket"], work=work, quarantined=json.loads(row["quarantined"]), exact=row["exact"])
 
 
-def identify(settings: Settings, *, ds: str, storage: Storage) -> PlanIdentity:
+def identify(
+    settings: Settings, *, ds: str, storage: Storage, chosen: Sequence[int] = (), recompute: bool = False
+) -> PlanIdentity:
     """Find the catalogue and the bundle of a date and name the plan they make.
 
+    Args:
+        settings: the configuration.
+        ds: date of the snapshot.
+        storage: access to every uri.
+        chosen: buckets to replace in the release of that date; empty for the whole day. A date without a release is
+            always planned whole: a release never holds a part of a day.
+        recompute: compute vectors of unchanged texts as well.
+
     Raises:
-        UserError: no catalogue for the date, no bundle.
+        UserError: no catalogue for the date, no bundle, or buckets that the day's release cannot take.
     """
-    bundle = open_bundle(storage, settings.bundle_uri)
+    live = release_log.read_log(storage, settings.table_uri).live(ds) if chosen else None
+    if chosen and live is None:
+        log.warning("%s has no release: the whole day is planned, not buckets %s alone", ds, list(chosen))
+    if live is not None:
+        _require_replaceable(settings, live, chosen)
+    bundle = open_bundle(storage, live.bundle_uri if live else settings.bundle_uri)
+    buckets = live.buckets if live else settings.buckets
+    some = tuple(sorted(set(chosen))) if live else None
     source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
     files = sorted((file.uri.rsplit("/", 1)[1], file.digest) for file in source.files)
     wanted = settings.catalogue
     parts = [
         FORMAT_VERSION, ds, files, source.format, wanted.id_column, wanted.updated_at_column, wanted.template,
-        bundle.version, settings.buckets,
+        bundle.version, buckets, some, recompute,
     ]  # fmt: skip
     plan_id = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    return PlanIdentity(plan_id=plan_id, ds=ds, source=source, bundle=bundle)
+    return PlanIdentity(
+        plan_id=plan_id, ds=ds, source=source, bundle=bundle, buckets=buckets, chosen=some, recompute=recompute
+    )
+
+
+def _require_replaceable(settings: Settings, live: Release, chosen: Sequence[int]) -> None:
+    unknown = sorted(set(chosen) - set(range(live.buckets)))
+    if unknown:
+        raise UserError(f"no bucket {unknown[0]}: release {live.release_id} has buckets 0 to {live.buckets - 1}")
+    if live.template != settings.catalogue.template:
+        raise UserError(
+            f"release {live.release_id} of {live.ds} was made with template {live.template!r}, the configuration says "
+            f"{settings.catalogue.template!r}: backfill the whole day"
+        )
 
 
 def make_plan(spark: "SparkSession", settings: Settings, identity: PlanIdentity, *, storage: Storage) -> Plan:
     """Plan a date: quarantine, latest row per id, changes against the base release, tokens. Publishes nothing.
 
-    A plan that was made before is returned as it stands.
+    A plan that was made before is returned as it stands, unless another release came in between: then it is made anew
+    on top of that one. What was encoded for it still counts.
 
     Raises:
-        UserError: missing columns, or no rows at all.
+        UserError: missing columns, no rows at all, or the catalogue changed while it was read.
+        Superseded: the release whose buckets were to be replaced is no longer what it was.
     """
     workspace = Workspace(storage, settings.work_uri, identity.plan_id)
-    releases = release_log.read_releases(storage, settings.table_uri)
-    base = base_release(releases, ds=identity.ds)
+    found = release_log.read_log(storage, settings.table_uri)
+    live = found.live(identity.ds)
+    base = base_release(found.releases, ds=identity.ds)
+    if identity.chosen and (live is None or (live.bundle, live.buckets) != (identity.bundle.version, identity.buckets)):
+        raise Superseded(f"the release of {identity.ds} was replaced a moment ago; run again to start from the new one")
     earlier = workspace.read_plan()
-    # A plan that was only looked at is made anew when another release came in between.
-    if earlier and (earlier.base_release == (base and base.release_id) or workspace.read_receipts(earlier)):
+    names = (base and base.release_id, live and live.release_id)
+    if earlier and (earlier.base_release, earlier.live_release) == names:
         log.info("plan %s stands already", identity.plan_id)
         return earlier
     bundle = identity.bundle
@@ -144,31 +194,38 @@ def make_plan(spark: "SparkSession", settings: Settings, identity: PlanIdentity,
     context = BucketContext(
         workspace=workspace,
         table_uri=settings.table_uri,
-        buckets=settings.buckets,
+        buckets=identity.buckets,
         bundle=bundle.version,
         bundle_uri=bundle.uri,
         max_tokens=bundle.card.max_tokens,
         base=base,
+        recompute=identity.recompute,
     )
     rows = catalogue.read_rows(spark, identity.source, settings.catalogue, storage=storage)
-    summaries = _plan_buckets(spark, rows, context)
-    plan = _assemble(settings, identity, context, summaries, releases)
-    if plan.rows_read == 0:
+    summaries = _plan_buckets(spark, rows, context, chosen=identity.chosen)
+    catalogue.require_unchanged(identity.source, storage=storage)
+    plan = _assemble(settings, identity, context, summaries, found, live)
+    if plan.rows_read == 0 and not identity.chosen:
         raise UserError(f"the catalogue at {identity.source.uri} is empty: it has no rows")
     return workspace.write_plan(plan, replacing=earlier)
 
 
 def base_release(releases: Sequence[Release], *, ds: str) -> Release | None:
     """The release that a date is compared with: the latest of that date or before, else the earliest after."""
-    before = release_log.newest([release for release in releases if release.ds <= ds])
-    if before is not None:
-        return before
-    return min(releases, key=lambda release: (release.ds, release.created_at), default=None)
+    live = release_log.live_releases(releases)
+    before = [day for day in live if day <= ds]
+    return live[max(before)] if before else live[min(live)] if live else None
 
 
-def _plan_buckets(spark: "SparkSession", rows: "DataFrame", context: BucketContext) -> list[BucketSummary]:
+def _plan_buckets(
+    spark: "SparkSession", rows: "DataFrame", context: BucketContext, *, chosen: tuple[int, ...] | None
+) -> list[BucketSummary]:
     buckets = context.buckets
-    partitions = min(buckets, PARTITIONS_PER_CORE * spark.sparkContext.defaultParallelism)
+    numbers = chosen or tuple(range(buckets))
+    partitions = min(len(numbers), PARTITIONS_PER_CORE * spark.sparkContext.defaultParallelism)
+    if chosen:
+        # Rows without an id belong to no bucket: they are in the quarantine of the whole day.
+        rows = rows.where(f"item_id IS NOT NULL AND row_id % {buckets} IN ({', '.join(map(str, chosen))})")
     # Rows that cannot be used go to negative buckets, so that one pass over the catalogue writes everything.
     bucket = f"CASE WHEN reason IS NULL THEN row_id % {buckets} ELSE -1 - pmod(xxhash64(row), {buckets}) END"
     latest = f"PARTITION BY bucket, item_id ORDER BY {catalogue.NEWEST_FIRST}"
@@ -201,7 +258,7 @@ def _plan_buckets(spark: "SparkSession", rows: "DataFrame", context: BucketConte
     if context.base is not None:
         # A bucket whose items are all gone has no row in the catalogue, but deletions to plan.
         seen = {summary.bucket for summary in done}
-        done += [plan_bucket(context, number, PLANNED_ROWS.empty_table()) for number in set(range(buckets)) - seen]
+        done += [plan_bucket(context, number, PLANNED_ROWS.empty_table()) for number in sorted(set(numbers) - seen)]
     return done
 
 
@@ -248,10 +305,11 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
         # Last night's damage must not stop tonight: without something to carry over, the bucket is encoded whole.
         log.warning("bucket %d is encoded whole: %s", bucket, error)
         files, previous = (), _previous_rows(context, bucket, ())
-    change, deleted = compare(items, previous, bundle=context.bundle)
+    change, deleted = compare(items, previous, bundle=None if context.recompute else context.bundle)
     items = items.append_column("change", change)
     if items.num_rows:
-        _write(context.workspace.storage, context.workspace.items_uri(bucket), items, ITEMS)
+        base = context.base.release_id if context.base else None
+        _write(context.workspace.storage, context.workspace.items_uri(bucket, base), items, ITEMS)
     tokens, characters, exact = _cost(context, items)
     counts = Counter(change.to_pylist())
     work = BucketPlan(
@@ -268,17 +326,17 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
     return BucketSummary(bucket=bucket, work=work, quarantined=dict(reasons), exact=exact)
 
 
-def compare(items: pa.Table, previous: pa.Table, *, bundle: str) -> tuple[pa.Array, int]:
+def compare(items: pa.Table, previous: pa.Table, *, bundle: str | None) -> tuple[pa.Array, int]:
     """How each item stands against the base release, and how many items of the base are gone.
 
     Args:
         items: ``item_id`` and ``content_hash`` of today, ids unique.
         previous: ``item_id``, ``content_hash`` and ``bundle`` of the base release, ids unique.
-        bundle: version that encodes today; a vector of another bundle is never carried over.
+        bundle: version that encodes today; a vector of another bundle is never carried over. None: no vector is.
     """
     where = pc.index_in(items["item_id"], value_set=previous["item_id"].combine_chunks())
     same_text = pc.equal(items["content_hash"], previous["content_hash"].take(where))
-    same_bundle = pc.equal(previous["bundle"].take(where), bundle)
+    same_bundle = pc.equal(previous["bundle"].take(where), pa.scalar(bundle, pa.string()))
     kept = pc.fill_null(pc.and_(same_text, same_bundle), fill_value=False)
     change = pc.if_else(
         pc.is_null(where), Change.NEW.value, pc.if_else(kept, Change.UNCHANGED.value, Change.CHANGED.value)
@@ -344,14 +402,15 @@ def _assemble(
     identity: PlanIdentity,
     context: BucketContext,
     summaries: Sequence[BucketSummary],
-    releases: Sequence[Release],
+    found: ReleaseLog,
+    live: Release | None,
 ) -> Plan:
     quarantined: Counter[str] = Counter()
     for summary in summaries:
         quarantined.update(summary.quarantined)
     work = sorted((s.work for s in summaries if s.work), key=lambda b: b.bucket)
     # The largest run says most: in a small one, loading the model outweighs the tokens.
-    measured = max((r for r in releases if r.bundle == context.bundle), key=lambda r: r.tokens, default=None)
+    measured = max((r for r in found.releases if r.bundle == context.bundle), key=lambda r: r.tokens, default=None)
     return Plan(
         plan_id=identity.plan_id,
         ds=identity.ds,
@@ -362,7 +421,9 @@ def _assemble(
         dim=identity.bundle.card.dim,
         template=settings.catalogue.template,
         buckets=context.buckets,
+        chosen=identity.chosen,
         base_release=context.base.release_id if context.base else None,
+        live_release=live.release_id if live else None,
         rows_read=sum(b.items for b in work) + quarantined.total(),
         quarantined=dict(sorted(quarantined.items())),
         work=tuple(b for b in work if b.items or b.deleted),

@@ -1,8 +1,9 @@
 """What a ranker imports: open a release, read its vectors, ask for neighbours. Needs no torch, pyspark or airflow."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import release_log
-from pipeline.errors import CorruptFile, UserError
+from pipeline.errors import CorruptFile, MissingFile, ReleaseGone, UserError
 from pipeline.integrity import open_verified, require_blocks
 from pipeline.storage import Storage, is_s3, join
 from schemas.feature_table import bucket_number, table_schema
@@ -98,8 +99,10 @@ class OpenRelease:
 
         Raises:
             CorruptFile: a file is missing or differs from its checksum.
+            ReleaseGone: retention gave the release up, and the grace period is over.
         """
-        self._verify_files()
+        with self._unless_gone():
+            self._verify_files()
         form = pads.ParquetFileFormat()
         filesystem, root = self._storage.filesystem(self._uri)
         fragments = [
@@ -121,7 +124,12 @@ class OpenRelease:
         Raises:
             UnknownItems: some ids are not in the release.
             CorruptFile: a file differs from its checksum.
+            ReleaseGone: retention gave the release up, and the grace period is over.
         """
+        with self._unless_gone():
+            return self._vectors(ids)
+
+    def _vectors(self, ids: Sequence[str]) -> Matrix:
         out = np.empty((len(ids), self.facts.dim), np.float32)
         by_bucket: dict[int, list[int]] = {}
         for place, item in enumerate(ids):
@@ -152,6 +160,7 @@ class OpenRelease:
         Raises:
             UserError: wrong dimension, NaN, or k out of range.
             CorruptFile: the index differs from its checksum.
+            ReleaseGone: retention gave the release up, and the grace period is over.
         """
         queries = np.atleast_2d(np.ascontiguousarray(queries, dtype=np.float32))
         if queries.ndim != 2 or queries.shape[1] != self.facts.dim:
@@ -162,19 +171,39 @@ class OpenRelease:
             raise UserError(f"k is {k}, the release holds {self.facts.items} items")
         if not len(queries):
             return np.empty((0, k), object), np.empty((0, k), np.float32)
-        scores, rows = self._with_ties(queries, k)
-        names = self._item_ids(rows)
+        with self._unless_gone():
+            scores, rows = self._with_ties(queries, k)
+            names = self._item_ids(rows)
         # The index may return fewer than k neighbours (narrow inverted lists): those places stay empty, last.
         order = np.array([_ranked(s, n)[:k] for s, n in zip(scores, names, strict=True)])
         return np.take_along_axis(names, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
+    @contextmanager
+    def _unless_gone(self) -> Iterator[None]:
+        """A file that is missing because its release was given up is no damage."""
+        try:
+            yield
+        except MissingFile:
+            if release_log.read_log(self._storage, self._uri).find(self.facts.release_id):
+                raise
+            raise ReleaseGone(
+                f"release {self.facts.release_id} of {self.facts.ds} is gone: retention gave it up and its grace "
+                "period is over; open the newest one"
+            ) from None
+
     def _verify_files(self) -> None:
         if self._verified:
+            # A dataset reads later, and in other threads: that its files are still there is said now.
+            if self.facts.table_files and not self._is_here(self.facts.table_files[0]):
+                raise MissingFile(f"{self.files()[0]} is missing; the release cannot be read without it")
             return
         with ThreadPoolExecutor(VERIFY_THREADS) as pool:
             # The checksums release the interpreter's lock; list() raises what a thread raised.
             list(pool.map(partial(require_blocks, self._storage, self._uri), self.facts.table_files))
         self._verified = True
+
+    def _is_here(self, file: PublishedFile) -> bool:
+        return self._storage.stat(join(self._uri, file.path)) is not None
 
     def index_row_ids(self) -> NDArray[np.int64]:
         """Row ids in the index, in no particular order."""
@@ -231,7 +260,7 @@ class OpenRelease:
         try:
             data = self._storage.read(uri)
         except FileNotFoundError:
-            raise CorruptFile(f"{uri} is missing; run `marc verify` and restore the file") from None
+            raise MissingFile(f"{uri} is missing; run `marc verify` and restore the file") from None
         if hashlib.sha256(data).hexdigest() != file.sha256:
             raise CorruptFile(f"{uri} does not match its SHA-256; run `marc verify` and restore the file")
         return faiss.deserialize_index(np.frombuffer(data, np.uint8))

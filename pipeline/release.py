@@ -1,4 +1,4 @@
-"""The release stage: one atomic commit makes files, index and bundle visible together."""
+"""The release stage: one atomic commit makes files, index and bundle visible together; a roll-back is one more."""
 
 import logging
 import uuid
@@ -9,19 +9,72 @@ from pipeline import feature_table, release_log
 from pipeline.errors import CorruptFile, GateRefused, Superseded, UserError
 from pipeline.integrity import check_file
 from pipeline.model.bundle import check_bundle, open_bundle
+from pipeline.release_log import ReleaseLog
 from pipeline.storage import Storage, join
-from pipeline.workspace import Workspace, receipts_digest
+from pipeline.workspace import Workspace, files_digest, plan_key, receipts_digest
+from schemas.feature_table import bucket_number
+from schemas.files import PublishedFile
 from schemas.plan import Plan
-from schemas.receipt import AuditReport, IndexReceipt, Receipt
+from schemas.receipt import AuditReport, IndexReceipt, Receipt, day_moments
 from schemas.release import Release
+
+ROLL_BACK_TRIES = 5
 
 log = logging.getLogger(__name__)
 
 
-def published(storage: Storage, table_uri: str, *, ds: str, plan_id: str) -> Release | None:
-    """The release of a date, if it is this very plan's: then there is nothing left to do."""
-    live = release_log.newest(release_log.read_releases(storage, table_uri), ds=ds)
-    return live if live is not None and live.plan_id == plan_id else None
+class DayMoved(Superseded):
+    """Another run published other buckets of the same date: the index must be made for what is there now."""
+
+
+def published(
+    storage: Storage, table_uri: str, *, ds: str, plan_id: str, chosen: tuple[int, ...] | None = None
+) -> Release | None:
+    """The release of a date, if it holds what this very plan makes: then there is nothing left to do."""
+    live = release_log.read_log(storage, table_uri).live(ds)
+    return live if live is not None and _holds(live, plan_id, chosen) else None
+
+
+def _holds(release: Release, plan_id: str, chosen: tuple[int, ...] | None) -> bool:
+    if release.plan_id == plan_id:
+        return True
+    # Backfills of other buckets may have been published on top of this one.
+    files = [file for file in release.table_files if chosen and bucket_number(file.path) in chosen]
+    return bool(files) and all(feature_table.plan_of(file.path) == plan_key(plan_id) for file in files)
+
+
+def is_whole(storage: Storage, release: Release, *, table_uri: str, chosen: Sequence[int] | None = None) -> bool:
+    """Whether every byte of a release's index, and of its table files (of some buckets), is as it was published."""
+    files = [file for file in release.table_files if chosen is None or bucket_number(file.path) in chosen]
+    problems = [problem for file in files if (problem := check_file(storage, table_uri, file))]
+    problems += [problem for file in release.index_files if (problem := check_file(storage, release.index_uri, file))]
+    for problem in problems:
+        log.warning("release %s is damaged: %s", release.release_id, problem)
+    return not problems
+
+
+def require_unmoved(found: ReleaseLog, plan: Plan) -> Release | None:
+    """What readers of the plan's date see now; the plan may take its place, or has done so.
+
+    Raises:
+        Superseded: it is not what the plan was made to supersede, or not in the buckets that the plan replaces.
+    """
+    live = found.live(plan.ds)
+    if (live and live.release_id) == plan.live_release or (live and _holds(live, plan.plan_id, plan.chosen)):
+        return live
+    before = found.find(plan.live_release)
+    if plan.chosen and live and before and _replaceable(live, plan) == _replaceable(before, plan):
+        return live
+    raise Superseded(
+        f"superseded: {plan.ds} was published by another run since plan {plan.plan_id} was made; "
+        "run again to publish on top of it"
+    )
+
+
+def _replaceable(release: Release, plan: Plan) -> tuple[object, ...]:
+    chosen = plan.chosen or ()
+    paths = {file.path for file in release.table_files if bucket_number(file.path) in chosen}
+    return release.bundle, release.buckets, release.template, paths
 
 
 def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
@@ -31,50 +84,120 @@ def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
 
     Raises:
         UserError: an earlier stage has not finished.
-        GateRefused: the audit refused, or audit and index saw other files than the receipts name.
+        GateRefused: the audit refused, or it saw other files than the receipts name.
         CorruptFile: a file of the index or bundle differs from its checksum, a table file is gone or cut short.
-        Superseded: another run published the same date at the same moment.
+        DayMoved: the index was made for other files of the day than there are now.
+        Superseded: another run published the same buckets of the date since the plan was made.
     """
     storage = workspace.storage
-    releases = release_log.read_releases(storage, table_uri)
-    previous = release_log.newest(releases, ds=plan.ds)
-    if previous is not None and previous.plan_id == plan.plan_id:
-        log.info("plan %s is release %s already", plan.plan_id, previous.release_id)
-        return previous
-    attempt = sum(release.plan_id == plan.plan_id for release in releases) + 1
+    found = release_log.read_log(storage, table_uri)
+    live = found.live(plan.ds)
+    done = live is not None and _holds(live, plan.plan_id, plan.chosen)
+    if live and done and is_whole(storage, live, table_uri=table_uri, chosen=plan.chosen):
+        log.info("plan %s is in release %s already", plan.plan_id, live.release_id)
+        return live
+    live = require_unmoved(found, plan)
     receipts = workspace.require_receipts(plan)
-    audit, index = _require_verdicts(workspace, plan, receipts)
+    files = feature_table.day_files(plan, receipts, live)
+    audit, index = _require_verdicts(workspace, plan, receipts, files)
     _require_files(storage, plan, receipts, index, table_uri=table_uri)
-    files = [receipt.file for receipt in receipts if receipt.file is not None]
-    version = feature_table.commit_partitions(
-        storage,
-        table_uri,
-        files,
-        dim=plan.dim,
-        ds=plan.ds,
-        key=f"{plan.plan_id}:{audit.receipts_digest}:{attempt}",
-    )
-    release = _describe(workspace, plan, receipts, audit, index, table_uri, version, previous)
-    if not release_log.append(storage, table_uri, release, attempt=attempt):
-        winner = published(storage, table_uri, ds=plan.ds, plan_id=plan.plan_id)
-        if winner is None:
-            raise Superseded(f"another run published {plan.ds} at the same moment; run again to publish on top of it")
-        return winner
+    version = feature_table.commit_day(storage, table_uri, files, dim=plan.dim, ds=plan.ds)
+    release = _describe(workspace, plan, receipts, audit, index, table_uri, version, files, live, found)
+    if not release_log.append(storage, table_uri, [release]):
+        raise DayMoved(f"another run published {plan.ds} at the same moment; run again to publish on top of it")
     return release
 
 
+def roll_back(storage: Storage, table_uri: str, release_id: str) -> list[Release]:
+    """Make a release what readers see again: of its date, and, where later dates were published, at all.
+
+    Publishes the release anew for its date, unless it is what readers of that date see, and withdraws the dates after
+    it, all in one commit. Nothing is deleted: rolling back to a withdrawn release brings its date back.
+
+    Args:
+        storage: access to ``table_uri``.
+        table_uri: the feature table.
+        release_id: what to point back to.
+
+    Returns:
+        The rows that were published, withdrawn dates marked; empty where there was nothing to do.
+
+    Raises:
+        UserError: there is no such release, or retention has given it up.
+        CorruptFile: a file of it is damaged or missing; nothing was changed.
+        Superseded: other runs kept publishing.
+    """
+    for _ in range(ROLL_BACK_TRIES):
+        found = release_log.read_log(storage, table_uri)
+        target = _require_kept(found, release_id)
+        if not is_whole(storage, target, table_uri=table_uri):
+            raise CorruptFile(f"release {release_id} is damaged; nothing was changed. Run `marc verify`")
+        rows = _pointing_back(found, target)
+        rows = [
+            row.model_copy(
+                update={
+                    "table_version": feature_table.commit_day(
+                        storage, table_uri, row.table_files, dim=row.dim, ds=row.ds
+                    )
+                }
+            )
+            for row in rows
+        ]
+        if not rows or release_log.append(storage, table_uri, rows):
+            return rows
+    raise Superseded(f"other runs keep publishing at {table_uri}; run again")
+
+
+def _require_kept(found: ReleaseLog, release_id: str) -> Release:
+    target = found.find(release_id)
+    if target is None or target.withdrawn:
+        raise UserError(f"no release {release_id} at {found.table_uri}; see `marc releases`")
+    if target.retired_at is not None:
+        raise UserError(f"release {release_id} was retired on {target.retired_at:%Y-%m-%d %H:%M}: its files go soon")
+    return target
+
+
+def _pointing_back(found: ReleaseLog, target: Release) -> list[Release]:
+    live = release_log.live_releases(found.releases)
+    now = live.get(target.ds)
+    rows = []
+    if now is None or (now.table_files, now.index_files) != (target.table_files, target.index_files):
+        restores = target.restores or target.release_id
+        rows.append(_next(found, target, now, withdrawn=False, restores=restores))
+    return rows + [_next(found, live[ds], live[ds], withdrawn=True, restores=None) for ds in live if ds > target.ds]
+
+
+def _next(found: ReleaseLog, facts: Release, live: Release | None, *, withdrawn: bool, restores: str | None) -> Release:
+    now = datetime.now(UTC)
+    update: dict[str, object] = {
+        "release_id": _release_id(now),
+        "created_at": now,
+        "turn": found.next_turn(facts.ds),
+        "supersedes": live.release_id if live else None,
+        "withdrawn": withdrawn,
+        "restores": restores,
+    }
+    if withdrawn:
+        update |= {"table_files": (), "index_files": (), "items": 0}
+    return facts.model_copy(update=update)
+
+
+def _release_id(now: datetime) -> str:
+    return f"{now:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:4]}"
+
+
 def _require_verdicts(
-    workspace: Workspace, plan: Plan, receipts: Sequence[Receipt]
+    workspace: Workspace, plan: Plan, receipts: Sequence[Receipt], files: Sequence[PublishedFile]
 ) -> tuple[AuditReport, IndexReceipt]:
     audit, index = workspace.read_audit(), workspace.read_index()
     if audit is None or index is None:
         raise UserError(f"plan {plan.plan_id}: run the {'audit' if audit is None else 'index'} stage first")
     if audit.problems:
         raise GateRefused(f"the audit refused plan {plan.plan_id}: {audit.problems[0]}. Nothing was published")
-    digest = receipts_digest(receipts)
-    for stage, seen in (("audit", audit.receipts_digest), ("index", index.receipts_digest)):
-        if seen != digest:
-            raise GateRefused(f"plan {plan.plan_id}: files changed after the {stage}; run the {stage} stage again")
+    if audit.receipts_digest != receipts_digest(receipts):
+        raise GateRefused(f"plan {plan.plan_id}: files changed after the audit; run the audit stage again")
+    if index.files_digest != files_digest(files):
+        raise DayMoved(f"plan {plan.plan_id}: the day's files changed after the index; run the index stage again")
     return audit, index
 
 
@@ -106,20 +229,25 @@ def _describe(
     index: IndexReceipt,
     table_uri: str,
     version: int,
-    previous: Release | None,
+    files: Sequence[PublishedFile],
+    live: Release | None,
+    found: ReleaseLog,
 ) -> Release:
     now = datetime.now(UTC)
     encoded, tokens = sum(r.encoded for r in receipts), sum(r.tokens for r in receipts)
     seconds = workspace.read_seconds()
+    moments = day_moments(audit.gained, audit.lost, live if plan.chosen else None)
+    items = sum(file.rows for file in files)
     return Release(
-        release_id=f"{now:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:4]}",
+        release_id=_release_id(now),
         ds=plan.ds,
+        turn=found.next_turn(plan.ds),
         created_at=now,
         plan_id=plan.plan_id,
-        supersedes=previous.release_id if previous else None,
+        supersedes=live.release_id if live else None,
         table_uri=table_uri,
         table_version=version,
-        table_files=tuple(r.file for r in receipts if r.file is not None),
+        table_files=tuple(files),
         dim=plan.dim,
         buckets=plan.buckets,
         template=plan.template,
@@ -130,20 +258,21 @@ def _describe(
         index_files=index.files,
         index_factory=index.factory,
         index_nprobe=index.nprobe,
+        index_build=index.build,
         k=index.k,
         recall=index.recall,
         recall_queries=index.queries,
-        items=plan.items,
+        items=items,
         new=plan.new,
         changed=plan.changed,
-        reused=plan.unchanged,
+        reused=items - plan.new - plan.changed,
         deleted=plan.deleted,
         quarantined=sum(plan.quarantined.values()),
         encoded=encoded,
         tokens=tokens,
         quarantine_uri=workspace.quarantine_uri if plan.quarantined else None,
-        mean=audit.mean,
-        variance=audit.variance,
+        mean=moments.mean,
+        variance=moments.variance,
         drift=audit.drift,
         quarantined_fraction=audit.quarantined_fraction,
         seconds=seconds,

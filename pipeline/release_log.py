@@ -1,49 +1,99 @@
 """The release log: a small Delta table beside the feature table, where every reader starts."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, Transaction, write_deltalake
-from deltalake.exceptions import CommitFailedError
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 
-from pipeline.delta import open_or_create, open_table
+from pipeline.delta import COMMIT_ERRORS, open_or_create, open_table
 from pipeline.errors import UserError
 from pipeline.storage import Storage, join
 from schemas.release import FORMAT_VERSION, RELEASES, Release
 
 # An underscore keeps the log out of what Delta and Spark take for data of the feature table.
 FOLDER = "_releases"
-COMMIT_TRIES = 5
 
 log = logging.getLogger(__name__)
 
 
-def read_releases(storage: Storage, table_uri: str) -> list[Release]:
-    """Every release of a feature table, oldest first; empty before the first."""
+@dataclass(frozen=True)
+class ReleaseLog:
+    """The log as it stood at one moment.
+
+    Attributes:
+        table_uri: the feature table.
+        releases: every row, oldest first.
+        table: the Delta table at that version; None before the first release.
+    """
+
+    table_uri: str
+    releases: tuple[Release, ...]
+    table: DeltaTable | None
+
+    def live(self, ds: str) -> Release | None:
+        """What readers of a date see; None where nothing was published, or the last one was withdrawn."""
+        return newest(self.releases, ds=ds)
+
+    def find(self, release_id: str | None) -> Release | None:
+        """A release by id."""
+        return next((release for release in self.releases if release.release_id == release_id), None)
+
+    def next_turn(self, ds: str) -> int:
+        """The turn that a release of this date must take to be the next one."""
+        # From the log's state, which outlives rows that retention removed.
+        taken = self.table.transaction_version(_day(ds)) if self.table else None
+        return (taken or 0) + 1
+
+
+def read_log(storage: Storage, table_uri: str) -> ReleaseLog:
+    """The whole log, at one version.
+
+    Raises:
+        UserError: a row is of another format.
+    """
     table = open_table(storage, join(table_uri, FOLDER))
     if table is None:
-        return []
+        return ReleaseLog(table_uri, (), None)
     # Names, not uris: those come percent-encoded.
     names = [uri.rsplit("/", 1)[1] for uri in table.file_uris()]
     rows = [row for name in names for row in _read_file(storage, join(table_uri, FOLDER, name))]
-    newer = next((row for row in rows if row["format_version"] != FORMAT_VERSION), None)
-    if newer:
-        wanted = f"format {newer['format_version']}, this is format {FORMAT_VERSION}"
-        raise UserError(f"release {newer['release_id']} at {table_uri} has {wanted}; upgrade marc-pipeline")
+    other = next((row for row in rows if row["format_version"] != FORMAT_VERSION), None)
+    if other:
+        wanted = f"format {other['format_version']}, this marc-pipeline reads format {FORMAT_VERSION}"
+        remedy = "upgrade" if other["format_version"] > FORMAT_VERSION else "publish into a new table_uri"
+        raise UserError(f"release {other['release_id']} at {table_uri} has {wanted}; {remedy}")
     releases = [Release.model_validate({**row, "seconds": dict(row["seconds"])}) for row in rows]
-    return sorted(releases, key=lambda release: (release.created_at, release.release_id))
+    ordered = sorted(releases, key=lambda release: (release.created_at, release.release_id))
+    return ReleaseLog(table_uri, tuple(ordered), table)
+
+
+def read_releases(storage: Storage, table_uri: str) -> list[Release]:
+    """Every release of a feature table, oldest first; empty before the first."""
+    return list(read_log(storage, table_uri).releases)
+
+
+def live_releases(releases: Iterable[Release]) -> dict[str, Release]:
+    """What readers of each date see, by date in order: its last turn, unless that withdrew it."""
+    last: dict[str, Release] = {}
+    for release in releases:
+        if release.ds not in last or release.turn > last[release.ds].turn:
+            last[release.ds] = release
+    return {ds: last[ds] for ds in sorted(last) if not last[ds].withdrawn}
 
 
 def newest(releases: Iterable[Release], *, ds: str | None = None) -> Release | None:
-    """The release of the latest ds, or of one ds; published last among several of the same ds.
+    """What readers see: of one ds, or of the latest ds that there is.
 
     A backfill of an old day therefore never becomes what readers of the newest day see.
     """
-    matching = [release for release in releases if ds is None or release.ds == ds]
-    return max(matching, key=lambda r: (r.ds, r.created_at, r.release_id), default=None)
+    live = live_releases(releases)
+    if ds is not None:
+        return live.get(ds)
+    return live[max(live)] if live else None
 
 
 def find_release(storage: Storage, table_uri: str, *, ds: str | None = None, release_id: str | None = None) -> Release:
@@ -52,49 +102,71 @@ def find_release(storage: Storage, table_uri: str, *, ds: str | None = None, rel
     Raises:
         UserError: there is none; the message says what there is.
     """
-    releases = read_releases(storage, table_uri)
-    if not releases:
+    found = read_log(storage, table_uri)
+    live = live_releases(found.releases)
+    if not live:
         raise UserError(f"no release at {table_uri} yet; the nightly run publishes one")
-    if release_id is not None:
-        found = next((release for release in releases if release.release_id == release_id), None)
-        wanted = f"release {release_id}"
-    else:
-        found = newest(releases, ds=ds)
-        wanted = f"release of {ds}"
-    if found is None:
-        days = sorted({release.ds for release in releases})
-        raise UserError(f"no {wanted} at {table_uri}; there are {len(releases)} releases of {days[0]} to {days[-1]}")
-    if ds is not None and found.ds != ds:
-        raise UserError(f"release {release_id} is of {found.ds}, not of {ds}")
-    return found
+    release = found.find(release_id) if release_id is not None else newest(found.releases, ds=ds)
+    if release is not None and release.withdrawn:
+        raise UserError(f"release {release_id} says that {release.ds} was withdrawn; it has nothing to read")
+    days = list(live)
+    if release is None:
+        wanted = f"release {release_id}" if release_id is not None else f"release of {ds}"
+        raise UserError(
+            f"no {wanted} at {table_uri}; there are {len(found.releases)} releases of {days[0]} to {days[-1]}"
+        )
+    if ds is not None and release.ds != ds:
+        raise UserError(f"release {release_id} is of {release.ds}, not of {ds}")
+    return release
 
 
-def append(storage: Storage, table_uri: str, release: Release, *, attempt: int = 1) -> bool:
-    """Publish a release: one atomic commit. Says whether this call made it.
+def append(storage: Storage, table_uri: str, releases: Sequence[Release]) -> bool:
+    """Publish releases, one per date, in one atomic commit. Says whether this call made it.
+
+    Each takes the turn of its date, as Delta transaction ``(ds, turn)``: of runs that publish the same date at once,
+    one commits; the others find the turn taken, and must look at what is there now.
 
     Args:
         storage: access to ``table_uri``.
         table_uri: the feature table.
-        release: the row.
-        attempt: how often this plan was published before, plus one. It travels as Delta transaction
-            ``(plan_id, attempt)``: of runs that publish the same plan at once, one commits, the others find it done.
+        releases: the rows.
     """
-    properties = CommitProperties(app_transactions=[Transaction(release.plan_id, attempt)])
-    for remaining in reversed(range(COMMIT_TRIES)):
+    properties = CommitProperties(app_transactions=[Transaction(_day(r.ds), r.turn) for r in releases])
+
+    def commit() -> bool:
         table = open_or_create(storage, join(table_uri, FOLDER), RELEASES, name="releases")
-        if (table.transaction_version(release.plan_id) or 0) >= attempt:
-            log.info("plan %s was published by another run a moment ago", release.plan_id)
-            return False
-        try:
-            write_deltalake(table, _row(release), mode="append", commit_properties=properties)
-        except CommitFailedError as error:
-            # This plan by a rival, which the next round sees; or the very first commits of the log at once.
-            if not remaining:
-                raise
-            log.info("commit of release %s met another one: %s", release.release_id, error)
-        else:
-            break
+        if any((table.transaction_version(_day(r.ds)) or 0) >= r.turn for r in releases):
+            # A rival's turn; or ours, where the store took our commit and its answer was lost.
+            return _holds(storage, table_uri, releases)
+        write_deltalake(table, _rows(releases), mode="append", commit_properties=properties)
+        return True
+
+    return storage.repeated(join(table_uri, FOLDER), commit, on=COMMIT_ERRORS)
+
+
+def replace(storage: Storage, found: ReleaseLog, kept: Sequence[Release]) -> bool:
+    """Replace the rows of a log that was read by others, in one commit; rows appended meanwhile stay.
+
+    Returns:
+        False where another run replaced rows at the same moment, or the store failed: read again.
+    """
+    if found.table is None:
+        return True
+    try:
+        write_deltalake(found.table, _rows(kept), mode="overwrite")
+    except COMMIT_ERRORS as error:
+        log.info("the release log of %s could not be written, or was so at the same moment: %s", found.table_uri, error)
+        return False
     return True
+
+
+def _day(ds: str) -> str:
+    return f"ds={ds}"
+
+
+def _holds(storage: Storage, table_uri: str, releases: Sequence[Release]) -> bool:
+    found = read_log(storage, table_uri)
+    return all(found.find(release.release_id) for release in releases)
 
 
 def _read_file(storage: Storage, uri: str) -> list[dict[str, Any]]:
@@ -105,7 +177,6 @@ def _read_file(storage: Storage, uri: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(release: Release) -> pa.Table:
-    row: dict[str, Any] = release.model_dump()
-    row["seconds"] = list(row["seconds"].items())
-    return pa.Table.from_pylist([row], schema=RELEASES)
+def _rows(releases: Sequence[Release]) -> pa.Table:
+    rows = [{**release.model_dump(), "seconds": list(release.seconds.items())} for release in releases]
+    return pa.Table.from_pylist(rows, schema=RELEASES)

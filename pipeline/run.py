@@ -5,24 +5,31 @@ Every stage imports what it needs when it is called, so that a job pays for its 
 
 import logging
 import os
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Settings, default_config, load_settings, parse_ds
 from pipeline.errors import UserError
 from pipeline.storage import Storage
-from pipeline.workspace import Workspace, receipts_digest
+from pipeline.workspace import Workspace, files_digest
 from schemas.plan import Plan
-from schemas.receipt import AuditReport, IndexReceipt, Receipt
+from schemas.receipt import AuditReport, IndexReceipt, Receipt, day_moments
 from schemas.release import Release
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
     from pipeline.plan import PlanIdentity
+    from pipeline.retention import Removal
+
+# Every round that meets a rival, one of the rivals has published: so many may publish one day at once.
+PUBLISH_TRIES = 32
+PUBLISH_PAUSE_SECONDS = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +44,7 @@ class Outcome:
 
 def storage_of(settings: Settings) -> Storage:
     """Access to the uris of a configuration."""
-    return Storage(endpoint_url=settings.storage.endpoint_url, region=settings.storage.region)
+    return Storage(**settings.storage.model_dump())
 
 
 def workspace_of(settings: Settings, plan_id: str) -> Workspace:
@@ -45,22 +52,33 @@ def workspace_of(settings: Settings, plan_id: str) -> Workspace:
     return Workspace(storage_of(settings), settings.work_uri, plan_id)
 
 
-def identify(settings: Settings, *, ds: str) -> "PlanIdentity":
+def identify(settings: Settings, *, ds: str, buckets: Sequence[int] = (), recompute: bool = False) -> "PlanIdentity":
     """The plan that a run of this date would work on. Needs no Spark.
 
+    Args:
+        settings: the configuration.
+        ds: date of the snapshot.
+        buckets: those to replace in the day's release; empty for the whole day.
+        recompute: compute vectors of unchanged texts as well.
+
     Raises:
-        UserError: no catalogue for the date, no bundle.
+        UserError: no catalogue for the date, no bundle, buckets that there are not.
     """
     from pipeline import plan
 
-    return plan.identify(settings, ds=ds, storage=storage_of(settings))
+    return plan.identify(settings, ds=ds, storage=storage_of(settings), chosen=buckets, recompute=recompute)
 
 
-def published(settings: Settings, identity: "PlanIdentity") -> Release | None:
-    """The release of a date, if it is this very plan's."""
+def published(settings: Settings, identity: "PlanIdentity", *, whole: bool = False) -> Release | None:
+    """The release of a date, if it is this very plan's; with ``whole``, only if every byte of it is in place."""
     from pipeline import release
 
-    return release.published(storage_of(settings), settings.table_uri, ds=identity.ds, plan_id=identity.plan_id)
+    storage, table_uri = storage_of(settings), settings.table_uri
+    chosen = identity.chosen
+    found = release.published(storage, table_uri, ds=identity.ds, plan_id=identity.plan_id, chosen=chosen)
+    if found and whole and not release.is_whole(storage, found, table_uri=table_uri, chosen=chosen):
+        return None
+    return found
 
 
 def plan_stage(
@@ -79,11 +97,7 @@ def plan_stage(
     """
     from pipeline import plan
 
-    if expected is not None and identity.plan_id != expected:
-        raise UserError(
-            f"the catalogue, the bundle or the settings of {identity.ds} changed while the run was under way: plan "
-            f"{expected} is now {identity.plan_id}; start the run again"
-        )
+    require_expected(identity, expected)
     with _timed(workspace_of(settings, identity.plan_id), "plan"):
         made = plan.make_plan(spark, settings, identity, storage=storage_of(settings))
     counts = ", ".join(f"{getattr(made, name):,} {name}" for name in ("new", "changed", "unchanged", "deleted"))
@@ -91,6 +105,19 @@ def plan_stage(
     log.info("plan %s of %s: %s items (%s)", made.plan_id, made.ds, f"{made.items:,}", counts)
     log.info("plan: %s rows quarantined, %s tokens to encode", f"{quarantined:,}", f"{made.tokens:,}")
     return made
+
+
+def require_expected(identity: "PlanIdentity", expected: str | None) -> None:
+    """Stop where catalogue, bundle or settings changed since an earlier task of the run announced its plan.
+
+    Raises:
+        UserError: they did.
+    """
+    if expected is not None and identity.plan_id != expected:
+        raise UserError(
+            f"the catalogue, the bundle or the settings of {identity.ds} changed while the run was under way: plan "
+            f"{expected} is now {identity.plan_id}; start the run again"
+        )
 
 
 def encode_stage(spark: "SparkSession", settings: Settings, plan_id: str) -> list[Receipt]:
@@ -129,50 +156,65 @@ def audit_stage(spark: "SparkSession", settings: Settings, plan_id: str) -> Audi
     with _timed(workspace, "audit"):
         receipts = workspace.require_receipts(plan)
         card = open_bundle(workspace.storage, plan.bundle_uri).card
-        tasks = audit.audit_tasks(workspace, plan, receipts, table_uri=settings.table_uri, normalised=card.normalised)
+        base = release_log.read_log(workspace.storage, settings.table_uri).find(plan.base_release)
+        tasks = audit.audit_tasks(
+            workspace, plan, receipts, table_uri=settings.table_uri, normalised=card.normalised, base=base
+        )
         found = run_buckets(
             spark, audit.audit_bucket, tasks, label="audit", weight=lambda task: task.work.items, unit="items"
         )
-        base = None
-        if plan.base_release is not None:
-            base = release_log.find_release(workspace.storage, settings.table_uri, release_id=plan.base_release)
         report = audit.judge(plan, found, receipts, base=base, settings=settings.audit)
         workspace.write_audit(report)
     audit.require_passed(report)
     drift = "no base to compare" if report.drift is None else f"drift {report.drift:.4f}"
     log.info(
-        "audit: passed, %s rows, %.2f %% quarantined, %s", f"{report.rows:,}", 100 * report.quarantined_fraction, drift
+        "audit: passed, %s rows, %.2f %% quarantined, %s",
+        f"{report.gained.rows:,}",
+        100 * report.quarantined_fraction,
+        drift,
     )
     return report
 
 
 def index_stage(settings: Settings, plan_id: str) -> IndexReceipt:
-    """Build the index and measure its recall, unless it was built from these very files.
+    """Patch or build the index and measure its recall, unless it was made of these very files.
 
     Raises:
-        GateRefused: recall below the target, or no passed audit.
+        UserError: the audit has not finished.
+        GateRefused: the audit refused, or recall below the target.
+        Superseded: another run published the same buckets of the date since the plan was made.
     """
-    from pipeline import audit, index
+    from pipeline import audit, feature_table, index, release, release_log
 
     workspace = workspace_of(settings, plan_id)
     plan = workspace.require_plan()
     receipts = workspace.require_receipts(plan)
     report = workspace.read_audit()
-    if report is not None:
-        audit.require_passed(report)
-    digest = receipts_digest(receipts)
+    if report is None:
+        raise UserError(f"plan {plan_id}: run the audit stage first")
+    audit.require_passed(report)
+    found = release_log.read_log(workspace.storage, settings.table_uri)
+    live = release.require_unmoved(found, plan) if plan.chosen else None
+    files = feature_table.day_files(plan, receipts, live)
     built = workspace.read_index()
-    if built and built.receipts_digest == digest and index.satisfies(built, settings.index, storage=workspace.storage):
+    if (
+        built
+        and built.files_digest == files_digest(files)
+        and index.satisfies(built, settings.index, storage=workspace.storage)
+    ):
         log.info("index: stands already")
         return built
     with _timed(workspace, "index"):
-        built = index.build_index(
-            receipts,
+        built = index.make_index(
+            files,
+            base=live or found.find(plan.base_release),
             storage=workspace.storage,
             table_uri=settings.table_uri,
             index_uri=settings.index_uri,
             plan_id=plan_id,
-            digest=digest,
+            bundle=plan.bundle,
+            buckets=plan.buckets,
+            moments=day_moments(report.gained, report.lost, live),
             dim=plan.dim,
             settings=settings.index,
         )
@@ -182,13 +224,30 @@ def index_stage(settings: Settings, plan_id: str) -> IndexReceipt:
 
 
 def release_stage(settings: Settings, plan_id: str) -> Release:
-    """Publish."""
+    """Publish; where other runs publish other buckets of the day meanwhile, on top of them.
+
+    Raises:
+        GateRefused, CorruptFile, UserError: see :func:`pipeline.release.publish`.
+        Superseded: another run published the same buckets of the date since the plan was made.
+    """
     from pipeline import release
 
     workspace = workspace_of(settings, plan_id)
-    made = release.publish(workspace, workspace.require_plan(), table_uri=settings.table_uri)
-    log.info("release %s of %s: table version %d", made.release_id, made.ds, made.table_version)
-    return made
+    plan = workspace.require_plan()
+    for remaining in reversed(range(PUBLISH_TRIES)):
+        try:
+            made = release.publish(workspace, plan, table_uri=settings.table_uri)
+        except release.DayMoved as moved:
+            if not remaining:
+                raise
+            log.info("%s: once more, on top of what is there now", moved)
+            # Rivals that met once should not meet again.
+            time.sleep(random.uniform(0, PUBLISH_PAUSE_SECONDS))  # noqa: S311 - not for secrets
+            index_stage(settings, plan_id)
+        else:
+            log.info("release %s of %s: table version %d", made.release_id, made.ds, made.table_version)
+            return made
+    raise AssertionError("the last try returns or raises")
 
 
 def run_all(settings: Settings, *, ds: str) -> Outcome:
@@ -197,15 +256,47 @@ def run_all(settings: Settings, *, ds: str) -> Outcome:
     Raises:
         UserError: the catalogue, the bundle or the configuration cannot be used.
         GateRefused: audit or recall say no.
+        Superseded: another run published the date since this one began.
     """
+    identity = identify(settings, ds=ds)
+    return _go_through(settings, identity, published(settings, identity))
+
+
+def backfill(
+    settings: Settings,
+    *,
+    ds: str,
+    buckets: Sequence[int] = (),
+    recompute: bool = False,
+    expected: str | None = None,
+) -> Outcome:
+    """The same for a date, or some buckets of one, that may be released already and may be damaged.
+
+    Args:
+        settings: the configuration.
+        ds: date of the snapshot.
+        buckets: those to replace, and no other file; empty for the whole day. A date without a release is run whole.
+        recompute: compute vectors of unchanged texts as well.
+        expected: plan_id that an earlier task of the same run announced.
+
+    Raises:
+        UserError, GateRefused: see :func:`run_all`.
+        Superseded: another run published the same buckets since this one began.
+    """
+    identity = identify(settings, ds=ds, buckets=buckets, recompute=recompute)
+    require_expected(identity, expected)
+    return _go_through(settings, identity, published(settings, identity, whole=True))
+
+
+def _go_through(settings: Settings, identity: "PlanIdentity", already: Release | None) -> Outcome:
     from pipeline.session import spark_session
 
-    identity = identify(settings, ds=ds)
-    already = published(settings, identity)
     if already is not None:
         log.info("plan %s is release %s already: nothing to do", identity.plan_id, already.release_id)
         return Outcome(release=already, fresh=False)
-    with spark_session(settings.spark, name=f"marc run {ds}", gpu_tasks=True) as spark:
+    with spark_session(
+        settings.spark, storage=settings.storage, name=f"marc run {identity.ds}", gpu_tasks=True
+    ) as spark:
         plan_stage(spark, settings, identity)
         encode_stage(spark, settings, identity.plan_id)
         audit_stage(spark, settings, identity.plan_id)
@@ -213,9 +304,26 @@ def run_all(settings: Settings, *, ds: str) -> Outcome:
     return Outcome(release=release_stage(settings, identity.plan_id), fresh=True)
 
 
+def roll_back(settings: Settings, release_id: str) -> list[Release]:
+    """Make a release what readers see again; see :func:`pipeline.release.roll_back`."""
+    from pipeline import release
+
+    return release.roll_back(storage_of(settings), settings.table_uri, release_id)
+
+
+def vacuum(settings: Settings, *, dry_run: bool = False) -> "Removal":
+    """Retire and remove what retention gives up; see :func:`pipeline.retention.vacuum`."""
+    from pipeline import retention
+
+    site = retention.Site(storage_of(settings), settings.table_uri, settings.index_uri, settings.work_uri)
+    return retention.vacuum(site, settings.retention, dry_run=dry_run)
+
+
 @contextmanager
 def _timed(workspace: Workspace, stage: str) -> Iterator[None]:
     started = time.monotonic()
+    # A sign of life before the work: a vacuum leaves the files of a run alone that wrote something lately.
+    workspace.write_seconds(stage, 0.0)
     try:
         yield
     finally:
@@ -243,6 +351,48 @@ def identify_for_scheduler(*, ds: str, config: str) -> dict[str, str]:
         "config": os.path.abspath(path),  # noqa: PTH100 - as load_settings does,
         "plan_id": identity.plan_id,
         "published": release.release_id if release else "",
+    }
+
+
+def identify_backfills(
+    *, first: str, last: str, buckets: Sequence[int], recompute: bool, config: str
+) -> list[dict[str, Any]]:
+    """What a scheduler hands to the backfill of each date, first to last: ds, configuration, plan_id and buckets.
+
+    Raises:
+        UserError: bad dates or configuration, no bundle, or dates without a catalogue: all of them are named.
+    """
+    path = default_config(config)
+    settings = load_settings(path)
+    start, end = date.fromisoformat(parse_ds(first)), date.fromisoformat(parse_ds(last))
+    if end < start:
+        raise UserError(f"the last date, {last}, is before the first, {first}")
+    found, problems = [], []
+    for day in ((start + timedelta(days=n)).isoformat() for n in range((end - start).days + 1)):
+        try:
+            identity = identify(settings, ds=day, buckets=buckets, recompute=recompute)
+        except UserError as error:
+            problems.append(f"{day}: {error}")
+            continue
+        facts = {"ds": day, "config": os.path.abspath(path), "plan_id": identity.plan_id}  # noqa: PTH100 - see above
+        found.append({**facts, "buckets": list(buckets), "recompute": recompute})
+    if problems:
+        raise UserError(f"nothing was started: {'; '.join(problems)}")
+    return found
+
+
+def vacuum_for_scheduler(*, config: str) -> dict[str, Any]:
+    """Vacuum, and the figures of it that a scheduler keeps."""
+    done = vacuum(load_settings(default_config(config)))
+    log.info(
+        "vacuum: %d releases retired, %d forgotten, %d files removed",
+        *map(len, (done.retired, done.forgotten, done.files)),
+    )
+    return {
+        "retired": list(done.retired),
+        "forgotten": list(done.forgotten),
+        "files": len(done.files),
+        "bytes": done.bytes,
     }
 
 

@@ -17,7 +17,7 @@ from pyspark.ml.torch.distributor import TorchDistributor
 from pyspark.sql import SparkSession
 
 from pipeline import errors
-from pipeline.config import SparkSettings
+from pipeline.config import SparkSettings, StorageSettings
 from pipeline.resources import TaskResources, machine
 
 T = TypeVar("T")
@@ -45,7 +45,9 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def spark_session(settings: SparkSettings, *, name: str, gpu_tasks: bool = False) -> Iterator[SparkSession]:
+def spark_session(
+    settings: SparkSettings, *, name: str, gpu_tasks: bool = False, storage: StorageSettings | None = None
+) -> Iterator[SparkSession]:
     """A session, stopped afterwards unless it was running before. Settings given to spark-submit win over ours.
 
     Args:
@@ -53,6 +55,7 @@ def spark_session(settings: SparkSettings, *, name: str, gpu_tasks: bool = False
         name: of the application.
         gpu_tasks: whether every task takes a whole GPU, where executors bring GPUs. Other stages share them,
             so that a GPU does not hold their tasks to one at a time.
+        storage: where executors of a cluster read s3:// from; default: as the cluster says.
     """
     running = SparkSession.getActiveSession()
     if running is not None:
@@ -67,7 +70,7 @@ def spark_session(settings: SparkSettings, *, name: str, gpu_tasks: bool = False
         # Connects to spark-submit's JVM, so that SparkConf knows what was given there.
         SparkContext._ensure_initialized()
     conf = SparkConf().setAppName(name)
-    for key, value in {**DEFAULTS, **settings.conf}.items():
+    for key, value in {**DEFAULTS, **s3a_conf(storage or StorageSettings()), **settings.conf}.items():
         conf.setIfMissing(key, value)
     conf.setIfMissing("spark.master", settings.master)
     if conf.contains("spark.executor.resource.gpu.amount"):
@@ -78,6 +81,22 @@ def spark_session(settings: SparkSettings, *, name: str, gpu_tasks: bool = False
             yield spark
     finally:
         spark.stop()
+
+
+def s3a_conf(storage: StorageSettings) -> dict[str, str]:
+    """What makes Hadoop's S3A, through which executors read the catalogue, ask the same store as everything else.
+
+    Credentials are not handed on: every executor finds its own by the AWS chain.
+    """
+    conf = {}
+    if storage.endpoint_url:
+        conf["endpoint"] = storage.endpoint_url
+        # A store of one's own seldom has a host name per bucket.
+        conf["path.style.access"] = "true"
+        conf["connection.ssl.enabled"] = str(storage.endpoint_url.startswith("https://")).lower()
+    if storage.region:
+        conf["endpoint.region"] = storage.region
+    return {f"spark.hadoop.fs.s3a.{key}": value for key, value in conf.items()}
 
 
 def _start(conf: SparkConf) -> SparkSession:

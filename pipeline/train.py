@@ -58,7 +58,7 @@ def train_bundle(settings: Settings, *, ds: str, promote: bool = True) -> "Bundl
     if train.compressor == "pca" or (train.compressor == "auto" and settings.interactions.uri is None):
         return _train_pca(settings, ds=ds, promote=promote)
     identity = identify(settings, ds=ds)
-    with spark_session(settings.spark, name=f"marc train {ds}") as spark:
+    with spark_session(settings.spark, storage=settings.storage, name=f"marc train {ds}") as spark:
         states_stage(spark, settings, identity, dims=(train.dim,))
         run = train_stage(spark, settings, identity.training_id)
         if promote:
@@ -76,7 +76,7 @@ def _train_pca(settings: Settings, *, ds: str, promote: bool) -> "Bundle":
 
     storage, train = storage_of(settings), settings.train
     source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
-    with spark_session(settings.spark, name=f"marc train {ds}") as spark:
+    with spark_session(settings.spark, storage=settings.storage, name=f"marc train {ds}") as spark:
         texts = catalogue.sample_texts(spark, source, settings.catalogue, storage=storage, limit=train.sample)
     made = train_pca(
         texts,
@@ -109,7 +109,7 @@ def evaluate(settings: Settings, *, ds: str, wanted: Sequence[str] = ()) -> Eval
 
     require_known(wanted)
     identity, storage = identify(settings, ds=ds), storage_of(settings)
-    with spark_session(settings.spark, name=f"marc evaluate {ds}") as spark:
+    with spark_session(settings.spark, storage=settings.storage, name=f"marc evaluate {ds}") as spark:
         training_set = states_stage(spark, settings, identity, dims=(settings.train.dim, *settings.evaluate.dims))
         chosen = layer_stage(spark, settings, identity.training_id)
         names = {system.name for system in tuned_systems()}
@@ -127,7 +127,7 @@ def evaluate_and_promote(settings: Settings, version: str, *, ds: str) -> Compar
     from pipeline.session import spark_session
 
     identity = identify(settings, ds=ds)
-    with spark_session(settings.spark, name=f"marc promote {version}") as spark:
+    with spark_session(settings.spark, storage=settings.storage, name=f"marc promote {version}") as spark:
         states_stage(spark, settings, identity)
         compare_stage(spark, settings, identity.training_id, version)
     return promote_stage(settings, identity.training_id, version)

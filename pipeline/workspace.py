@@ -10,9 +10,13 @@ from pydantic import ValidationError
 
 from pipeline.errors import UserError
 from pipeline.storage import Storage, join
-from schemas.files import Contract
+from schemas.files import Contract, PublishedFile
 from schemas.plan import Plan
 from schemas.receipt import AuditReport, IndexReceipt, Receipt
+
+PLANS = "plans"
+# What names a plan in the name of a table file; 64 bits.
+PLAN_KEY_CHARS = 16
 
 C = TypeVar("C", bound=Contract)
 
@@ -28,16 +32,16 @@ class Workspace:
     @property
     def uri(self) -> str:
         """Folder of this plan."""
-        return join(self.root, "plans", self.plan_id)
+        return join(self.root, PLANS, self.plan_id)
 
     @property
     def quarantine_uri(self) -> str:
         """Folder of the quarantine's Parquet files."""
         return join(self.uri, "quarantine")
 
-    def items_uri(self, bucket: int) -> str:
-        """Parquet file of a planned bucket's items."""
-        return join(self.uri, "items", f"{bucket:05d}.parquet")
+    def items_uri(self, bucket: int, base: str | None) -> str:
+        """Parquet file of a planned bucket's items, as they stand against the base release."""
+        return join(self.uri, "items", base or "nothing", f"{bucket:05d}.parquet")
 
     def read_plan(self) -> Plan | None:
         """The plan, once it is made."""
@@ -136,9 +140,22 @@ def read_contract(storage: Storage, uri: str, model: type[C]) -> C | None:
         return None
 
 
+def plan_key(plan_id: str) -> str:
+    """The part of a plan's id that the names of its table files carry."""
+    return plan_id[:PLAN_KEY_CHARS]
+
+
 def receipts_digest(receipts: Sequence[Receipt]) -> str:
-    """Names an exact set of files: audit, index and release must all have seen the same one."""
-    named = sorted((r.bucket, r.file.sha256 if r.file else "") for r in receipts)
+    """Names an exact set of receipts: audit and release must have seen the same one."""
+    return _digest(sorted((r.bucket, r.file.sha256 if r.file else "") for r in receipts))
+
+
+def files_digest(files: Sequence[PublishedFile]) -> str:
+    """Names an exact set of table files: index and release must have seen the same one."""
+    return _digest(sorted((file.path, file.sha256) for file in files))
+
+
+def _digest(named: Sequence[tuple[int | str, str]]) -> str:
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]
 
 

@@ -33,6 +33,11 @@ def partition_path(ds: str, bucket: int) -> str:
     return f"ds={ds}/bucket={bucket}"
 
 
+def partition_ds(path: str) -> str:
+    """Date of a file, from its path relative to the table."""
+    return path.split("ds=", 1)[1].split("/", 1)[0]
+
+
 def bucket_number(path: str) -> int:
     """Bucket of a file, from its path relative to the table."""
     return int(path.split("bucket=", 1)[1].split("/", 1)[0])

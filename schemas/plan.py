@@ -4,7 +4,7 @@ from datetime import datetime
 
 from schemas.files import Contract, PublishedFile
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class SourceFile(Contract):
@@ -57,7 +57,9 @@ class Plan(Contract):
         dim: length d of the vectors.
         template: text template that was rendered.
         buckets: number of buckets of the table.
+        chosen: buckets of a backfill, which leaves all others as they are; None for the whole day.
         base_release: release that the catalogue was compared with; None on the first night.
+        live_release: what readers of this ds saw when the plan was made: what it will supersede.
         rows_read: rows in the catalogue, good or not.
         quarantined: rows in the quarantine, by reason.
         work: one entry per bucket that holds or held items.
@@ -75,7 +77,9 @@ class Plan(Contract):
     dim: int
     template: str
     buckets: int
+    chosen: tuple[int, ...] | None
     base_release: str | None
+    live_release: str | None
     rows_read: int
     quarantined: dict[str, int]
     work: tuple[BucketPlan, ...]

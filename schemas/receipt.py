@@ -1,10 +1,12 @@
 """Receipts: what a worker did, written last, so that a receipt proves its file."""
 
+from collections.abc import Sequence
 from datetime import datetime
 
 from pydantic import Field
 
 from schemas.files import Contract, PublishedFile
+from schemas.release import IndexBuild, Release
 
 
 class Receipt(Contract):
@@ -38,18 +40,68 @@ class Receipt(Contract):
     finished_at: datetime
 
 
+class Moments(Contract):
+    """What mean and variance of a set of vectors are computed from; sets add up.
+
+    Attributes:
+        rows: vectors.
+        vector_sum: their sum, length d.
+        square_sum: sum of their squared norms.
+    """
+
+    rows: int
+    vector_sum: tuple[float, ...]
+    square_sum: float
+
+    @classmethod
+    def of(cls, rows: int, mean: Sequence[float], variance: float) -> "Moments":
+        """The moments that a mean (length d) and the trace of a covariance were computed from."""
+        square = variance + sum(x * x for x in mean)
+        return cls(rows=rows, vector_sum=tuple(rows * x for x in mean), square_sum=rows * square)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Moments of both sets together."""
+        return self._combined(other, 1)
+
+    def __sub__(self, other: "Moments") -> "Moments":
+        """Moments of what is left when a subset leaves."""
+        return self._combined(other, -1)
+
+    def _combined(self, other: "Moments", sign: int) -> "Moments":
+        pairs = zip(self.vector_sum, other.vector_sum, strict=True)
+        return Moments(
+            rows=self.rows + sign * other.rows,
+            vector_sum=tuple(mine + sign * theirs for mine, theirs in pairs),
+            square_sum=self.square_sum + sign * other.square_sum,
+        )
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean vector, length d; zeros for no vectors."""
+        return tuple(x / max(1, self.rows) for x in self.vector_sum)
+
+    @property
+    def variance(self) -> float:
+        """Trace of the covariance."""
+        return max(0.0, self.square_sum / max(1, self.rows) - sum(x * x for x in self.mean))
+
+
+def day_moments(gained: Moments, lost: Moments, live: Release | None) -> Moments:
+    """Moments of the day's vectors: the plan's own, or, for a plan of some buckets, those of the release it changes."""
+    return gained if live is None else Moments.of(live.items, live.mean, live.variance) - lost + gained
+
+
 class BucketAudit(Contract):
     """What the audit found in one bucket's file.
 
-    ``problems`` are sentences with the value and the limit; empty when the bucket is good.
-    ``vector_sum`` (length d) and ``square_sum`` are the moments that drift is computed from.
+    ``problems`` are sentences with the value and the limit; empty when the bucket is good. ``moments`` are those of
+    the file, ``replaced`` those of the files whose place it takes.
     """
 
     bucket: int
-    rows: int
     problems: tuple[str, ...]
-    vector_sum: tuple[float, ...]
-    square_sum: float
+    moments: Moments
+    replaced: Moments
 
 
 class AuditReport(Contract):
@@ -58,10 +110,8 @@ class AuditReport(Contract):
     Attributes:
         plan_id: the plan that was audited.
         receipts_digest: names the exact set of receipts that was audited.
-        rows: rows in all files.
+        gained, lost: moments of the plan's files, and of the files whose place they take in the day's release.
         quarantined_fraction: quarantined rows / rows read.
-        mean: mean vector, length d.
-        variance: trace of the covariance.
         drift: distance of the means over the base release's standard deviation; None without a base
             release of the same bundle.
         problems: why the audit refuses; empty when it passed.
@@ -69,10 +119,9 @@ class AuditReport(Contract):
 
     plan_id: str
     receipts_digest: str
-    rows: int
+    gained: Moments
+    lost: Moments
     quarantined_fraction: float
-    mean: tuple[float, ...]
-    variance: float
     drift: float | None
     problems: tuple[str, ...] = ()
 
@@ -81,11 +130,13 @@ class IndexReceipt(Contract):
     """A built index.
 
     Attributes:
-        plan_id, receipts_digest: the plan and the exact files it was built from.
+        plan_id: the plan that it was made for.
+        files_digest: names the exact set of table files that it holds.
         uri: folder of the files.
         files: index files with checksums.
         factory: FAISS factory string.
         nprobe: inverted lists visited per query; None for an index without lists.
+        build: when it was last built from scratch.
         k: neighbours that recall was measured at.
         recall: measured recall@k against exact search.
         queries: how many queries measured it.
@@ -93,11 +144,12 @@ class IndexReceipt(Contract):
     """
 
     plan_id: str
-    receipts_digest: str
+    files_digest: str
     uri: str
     files: tuple[PublishedFile, ...] = Field(min_length=1)
     factory: str
     nprobe: int | None
+    build: IndexBuild
     k: int
     recall: float
     queries: int

@@ -7,7 +7,23 @@ import pyarrow as pa
 
 from schemas.files import Contract, PublishedFile
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+
+class IndexBuild(Contract):
+    """The last time that an index was built from scratch; what came after are patches.
+
+    Attributes:
+        items: vectors that it was built of.
+        nprobe: inverted lists that the recall asked for then; None for an index without lists.
+        mean: of those vectors, length d.
+        changed: vectors removed and added since.
+    """
+
+    items: int
+    nprobe: int | None
+    mean: tuple[float, ...]
+    changed: int = 0
 
 
 class Release(Contract):
@@ -16,15 +32,21 @@ class Release(Contract):
     Attributes:
         release_id: sorts by time of publication.
         ds: date of the snapshot.
+        turn: place among the releases of the same ds; the highest one is what readers see.
+        withdrawn: the date has no release any more: a roll-back to an earlier date. It has no items and no files;
+            the other facts are those of what was withdrawn.
+        retired_at: when retention gave it up; readers that have it open keep it for the grace period.
+        restores: release that a roll-back points back to.
         created_at: when it was published.
         plan_id: the plan that made it.
-        supersedes: release that was newest for the same ds before; None for the first.
+        supersedes: release that readers of the same ds saw before; None for the first.
         table_uri, table_version: Delta table and the version that made the files visible.
         table_files: Parquet files of the snapshot, relative to ``table_uri``.
         dim, buckets, template: table settings.
         bundle, bundle_uri, bundle_file: version and folder of the bundle; its ``bundle.json``, whose
             checksum covers every other file of the folder.
         index_uri, index_files, index_factory, index_nprobe: FAISS index.
+        index_build: when it was last built from scratch.
         k, recall, recall_queries: measured recall@k against exact search.
         items, new, changed, reused, deleted, quarantined: counts; ``reused`` are vectors carried over.
         encoded, tokens: texts and tokens that went through the model.
@@ -37,6 +59,10 @@ class Release(Contract):
     format_version: int = FORMAT_VERSION
     release_id: str
     ds: str
+    turn: int
+    withdrawn: bool = False
+    retired_at: datetime | None = None
+    restores: str | None = None
     created_at: datetime
     plan_id: str
     supersedes: str | None
@@ -53,6 +79,7 @@ class Release(Contract):
     index_files: tuple[PublishedFile, ...]
     index_factory: str
     index_nprobe: int | None
+    index_build: IndexBuild
     k: int
     recall: float
     recall_queries: int
@@ -76,7 +103,7 @@ class Release(Contract):
         """What a scheduler or a script wants to know of a release: the fields of ``marc run --json``."""
         names = (
             "release_id", "ds", "table_version", "bundle", "items", "new", "changed", "reused", "deleted",
-            "quarantined", "tokens", "recall", "seconds", "table_uri", "index_uri",
+            "quarantined", "encoded", "tokens", "recall", "seconds", "table_uri", "index_uri",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -91,11 +118,24 @@ _FILE = pa.struct(
     ]
 )
 
+_BUILD = pa.struct(
+    [
+        ("items", pa.int64()),
+        ("nprobe", pa.int32()),
+        ("mean", pa.list_(pa.float64())),
+        ("changed", pa.int64()),
+    ]
+)
+
 RELEASES = pa.schema(
     [
         ("format_version", pa.int32()),
         ("release_id", pa.string()),
         ("ds", pa.string()),
+        ("turn", pa.int64()),
+        ("withdrawn", pa.bool_()),
+        ("retired_at", pa.timestamp("us", tz="UTC")),
+        ("restores", pa.string()),
         ("created_at", pa.timestamp("us", tz="UTC")),
         ("plan_id", pa.string()),
         ("supersedes", pa.string()),
@@ -112,6 +152,7 @@ RELEASES = pa.schema(
         ("index_files", pa.list_(_FILE)),
         ("index_factory", pa.string()),
         ("index_nprobe", pa.int32()),
+        ("index_build", _BUILD),
         ("k", pa.int32()),
         ("recall", pa.float64()),
         ("recall_queries", pa.int32()),

@@ -33,6 +33,30 @@ def netflix() -> Path:
 
 
 @pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a real S3 server's clients; one server for the whole run, a bucket for each module."""
+    from s3_server import running_s3
+
+    with running_s3(SHARED / "tools" / "ceph-s3", tmp_path_factory.mktemp("s3") / "server") as environment:
+        yield environment
+
+
+@pytest.fixture
+def s3_environment(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """The same, for clients in this process."""
+    from pipeline import storage
+
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    # Clients look for credentials once, when they are made.
+    for made in (storage._boto3_s3, storage._arrow_s3):
+        made.cache_clear()
+    yield s3_server
+    for made in (storage._boto3_s3, storage._arrow_s3):
+        made.cache_clear()
+
+
+@pytest.fixture(scope="session")
 def spark() -> "Iterator[SparkSession]":
     """One Spark session for the whole run: starting one takes seconds."""
     from pipeline.config import SparkSettings

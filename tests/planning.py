@@ -31,7 +31,7 @@ from schemas.feature_table import file_schema
 from schemas.files import PublishedFile
 from schemas.identity import content_hash, row_id
 from schemas.plan import Plan
-from schemas.release import Release
+from schemas.release import IndexBuild, Release
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -196,9 +196,16 @@ class Planned:
         return Counter(row["reason"] for row in self.quarantine)
 
 
-def plan_day(spark: "SparkSession | None", settings: Settings, *, ds: str = DS) -> Planned:
-    """Plan a day. Without a session only a plan that stands already can come back."""
-    identity = identify(settings, ds=ds, storage=STORAGE)
+def plan_day(
+    spark: "SparkSession | None",
+    settings: Settings,
+    *,
+    ds: str = DS,
+    chosen: Sequence[int] = (),
+    recompute: bool = False,
+) -> Planned:
+    """Plan a day, or some buckets. Without a session only a plan that stands already can come back."""
+    identity = identify(settings, ds=ds, storage=STORAGE, chosen=chosen, recompute=recompute)
     plan = make_plan(spark, settings, identity, storage=STORAGE)  # type: ignore[arg-type]
     return read_planned(settings, plan)
 
@@ -208,7 +215,7 @@ def read_planned(settings: Settings, plan: Plan) -> Planned:
     workspace = Workspace(STORAGE, settings.work_uri, plan.plan_id)
     items: dict[str, dict[str, Any]] = {}
     for work in plan.work:
-        path = Path(workspace.items_uri(work.bucket))
+        path = Path(workspace.items_uri(work.bucket, plan.base_release))
         found = pq.read_table(path).to_pylist() if path.exists() else []
         ids = [item["item_id"] for item in found]
         assert ids == sorted(ids)
@@ -265,7 +272,7 @@ def publish(
 ) -> Release:
     """Release texts by item id with random vectors, as encode and release would have left them."""
     release = write_release(settings, items, ds=ds, bundle=bundle, buckets=buckets)
-    assert release_log.append(STORAGE, settings.table_uri, release)
+    assert release_log.append(STORAGE, settings.table_uri, [release])
     return release
 
 
@@ -312,7 +319,9 @@ def _vectors(items: Sequence[tuple[str, str]], bundle: str) -> pa.Table:
 
 def _release(settings: Settings, current: Bundle, files: Sequence[PublishedFile], **given: Any) -> Release:
     now = datetime.now(UTC)
+    log = release_log.read_log(STORAGE, settings.table_uri)
     return Release(
+        turn=log.next_turn(given["ds"]),
         release_id=f"{now:%Y%m%dT%H%M%S%f}",
         created_at=now,
         supersedes=None,
@@ -327,6 +336,7 @@ def _release(settings: Settings, current: Bundle, files: Sequence[PublishedFile]
         index_files=(),
         index_factory="Flat",
         index_nprobe=None,
+        index_build=IndexBuild(items=0, nprobe=None, mean=(0.0,) * DIM),
         k=10,
         recall=1.0,
         recall_queries=1,

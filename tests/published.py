@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline import audit, index, release
-from pipeline.config import AuditSettings, IndexSettings
-from pipeline.feature_table import write_bucket_file
+from pipeline import audit, index, release, release_log, run
+from pipeline.config import AuditSettings, CatalogueSettings, IndexSettings, Settings
+from pipeline.errors import CorruptFile
+from pipeline.feature_table import day_files, read_rows, write_bucket_file
 from pipeline.model.bundle import Bundle, save_bundle
 from pipeline.resources import TaskResources
 from pipeline.storage import Storage
@@ -25,7 +26,7 @@ from schemas.feature_table import file_schema
 from schemas.files import PublishedFile
 from schemas.identity import content_hash, row_id
 from schemas.plan import BucketPlan, Plan
-from schemas.receipt import AuditReport, IndexReceipt, Receipt
+from schemas.receipt import AuditReport, IndexReceipt, Receipt, day_moments
 from schemas.release import Release
 
 Vector = NDArray[np.float32]
@@ -42,6 +43,11 @@ NOON = datetime(2026, 11, 20, 12, tzinfo=UTC)
 faiss.omp_set_num_threads(1)
 
 
+def in_buckets(vectors: Vectors, *numbers: int, buckets: int = BUCKETS) -> dict[str, Vector]:
+    """Those of some buckets."""
+    return {item: vector for item, vector in vectors.items() if row_id(item) % buckets in numbers}
+
+
 def unit_vectors(ids: Sequence[str], *, dim: int = DIM, seed: int = 0) -> dict[str, Vector]:
     """A random vector of unit length per id."""
     drawn = np.random.default_rng(seed).standard_normal((len(ids), dim))
@@ -54,6 +60,11 @@ def items(count: int, *, dim: int = DIM, seed: int = 0, prefix: str = "item-") -
     return unit_vectors([f"{prefix}{number}" for number in range(count)], dim=dim, seed=seed)
 
 
+def text_of(item: str, vector: Vector) -> str:
+    """The text that an item is said to have: another vector is of another text."""
+    return f"text of {item}: {vector.tobytes().hex()}"
+
+
 def bucket_rows(vectors: Vectors, *, bundle: str, dim: int = DIM) -> pa.Table:
     """Rows of the feature table, in the order of a bucket's file."""
     ids = sorted(vectors, key=str.encode)
@@ -63,7 +74,7 @@ def bucket_rows(vectors: Vectors, *, bundle: str, dim: int = DIM) -> pa.Table:
         "item_id": pa.array(ids, pa.string()),
         "row_id": pa.array([row_id(i) for i in ids], pa.int64()),
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float32()), type=schema.field("vector").type),
-        "content_hash": pa.array([content_hash(f"text of {i}") for i in ids], pa.string()),
+        "content_hash": pa.array([content_hash(text_of(i, vectors[i])) for i in ids], pa.string()),
         "bundle": pa.array([bundle] * len(ids), pa.string()),
         "encoded_at": pa.array([NOON] * len(ids), pa.timestamp("us", tz="UTC")),
     }
@@ -116,6 +127,14 @@ class Site:
     def bundles_uri(self) -> str:
         return str(self.root / "bundles")
 
+    @property
+    def settings(self) -> Settings:
+        return Settings(
+            catalogue=CatalogueSettings(uri=str(self.root / "no-catalogue"), template=TEMPLATE),
+            root=str(self.root),
+            buckets=BUCKETS,
+        )
+
     def bundle(self, weights: str = "weights") -> Bundle:
         return tiny_bundle(self.bundles_uri, dim=self.dim, normalised=self.normalised, weights=weights)
 
@@ -130,9 +149,9 @@ class Site:
         plan_id: str = "",
         buckets: int = BUCKETS,
         base: Release | None = None,
-        deleted: int = 0,
         quarantined: Mapping[str, int] | None = None,
         weights: str = "weights",
+        chosen: tuple[int, ...] | None = None,
         alter: Alter = lambda _bucket, rows: rows,
     ) -> "Encoded":
         """What plan and encode leave behind for these items: plan, planned items, files and receipts.
@@ -142,18 +161,25 @@ class Site:
             ds: date of the snapshot.
             plan_id: any name; a date's own by default.
             buckets: of the table.
-            base: release that the plan was compared with.
-            deleted: items of the base that the plan says are gone.
+            base: release that the plan is compared with; the day's own for a plan of some buckets.
             quarantined: rows by reason.
             weights: content of the bundle.
+            chosen: buckets that are replaced in the day's release; items of others are left out. None: the whole day.
             alter: what goes wrong: changes the rows of a bucket before they are written.
         """
         bundle = self.bundle(weights)
         workspace = self.workspace(plan_id or content_hash(f"plan of {ds}"))
-        by_bucket: dict[int, dict[str, Vector]] = {}
+        live = release_log.read_log(self.storage, self.table_uri).live(ds)
+        base = base or (live if chosen else None)
+        numbers = range(buckets) if chosen is None else chosen
+        by_bucket: dict[int, dict[str, Vector]] = {number: {} for number in numbers}
         for item, vector in vectors.items():
-            by_bucket.setdefault(row_id(item) % buckets, {})[item] = vector
-        numbers = sorted(by_bucket)
+            if row_id(item) % buckets in by_bucket:
+                by_bucket[row_id(item) % buckets][item] = vector
+        planned = {
+            number: _planned(self, number, bucket_rows(rows, bundle=bundle.version, dim=self.dim), base, buckets)
+            for number, rows in by_bucket.items()
+        }
         quarantined = dict(quarantined or {})
         plan = Plan(
             plan_id=workspace.plan_id,
@@ -165,18 +191,22 @@ class Site:
             dim=self.dim,
             template=TEMPLATE,
             buckets=buckets,
+            chosen=chosen,
             base_release=base.release_id if base else None,
-            rows_read=len(vectors) + sum(quarantined.values()),
+            live_release=live.release_id if live else None,
+            rows_read=sum(map(len, by_bucket.values())) + sum(quarantined.values()),
             quarantined=quarantined,
-            work=tuple(
-                _work(number, len(by_bucket[number]), deleted if number == numbers[0] else 0) for number in numbers
-            ),
+            work=tuple(work for work, _ in planned.values() if work.items or work.deleted),
             tokens_exact=True,
             tokens_per_second=None,
         )
-        for number in numbers:
+        for work in plan.work:
+            number = work.bucket
+            if not work.items:
+                workspace.write_receipt(receipt_for(plan, number, None))
+                continue
             rows = bucket_rows(by_bucket[number], bundle=bundle.version, dim=self.dim)
-            _write_items(workspace, number, rows)
+            _write_items(workspace, number, plan.base_release, by_bucket[number], planned[number][1])
             file = write_bucket_file(
                 self.storage,
                 self.table_uri,
@@ -187,7 +217,7 @@ class Site:
                 footer={"marc.bundle": bundle.version, "marc.dim": str(self.dim)},
             )
             workspace.write_receipt(receipt_for(plan, number, file))
-        return Encoded(self, workspace, workspace.write_plan(plan))
+        return Encoded(self, workspace, workspace.write_plan(plan, replacing=workspace.read_plan()))
 
     def publish(
         self,
@@ -197,9 +227,11 @@ class Site:
         plan_id: str = "",
         buckets: int = BUCKETS,
         index: IndexSettings | None = None,
+        base: Release | None = None,
+        chosen: tuple[int, ...] | None = None,
     ) -> Release:
         """All stages."""
-        encoded = self.encoded(vectors, ds=ds, plan_id=plan_id, buckets=buckets)
+        encoded = self.encoded(vectors, ds=ds, plan_id=plan_id, buckets=buckets, base=base, chosen=chosen)
         encoded.audit()
         encoded.index(index)
         return encoded.release()
@@ -221,13 +253,19 @@ class Encoded:
     def digest(self) -> str:
         return receipts_digest(self.receipts)
 
-    def audit(self, settings: AuditSettings | None = None, *, base: Release | None = None) -> AuditReport:
+    @property
+    def base(self) -> Release | None:
+        return release_log.read_log(self.site.storage, self.site.table_uri).find(self.plan.base_release)
+
+    def audit(self, settings: AuditSettings | None = None) -> AuditReport:
+        base = self.base
         tasks = audit.audit_tasks(
             self.workspace,
             self.plan,
             self.receipts,
             table_uri=self.site.table_uri,
             normalised=self.site.normalised,
+            base=base,
         )
         found = [audit.audit_bucket(task, TaskResources()) for task in tasks]
         report = audit.judge(self.plan, found, self.receipts, base=base, settings=settings or AuditSettings())
@@ -235,13 +273,19 @@ class Encoded:
         return report
 
     def index(self, settings: IndexSettings | None = None) -> IndexReceipt:
-        built = index.build_index(
-            self.receipts,
+        log = release_log.read_log(self.site.storage, self.site.table_uri)
+        live = log.live(self.plan.ds) if self.plan.chosen else None
+        report = self.workspace.read_audit() or self.audit()
+        built = index.make_index(
+            day_files(self.plan, self.receipts, live),
+            base=live or log.find(self.plan.base_release),
             storage=self.site.storage,
             table_uri=self.site.table_uri,
             index_uri=self.site.index_uri,
             plan_id=self.plan.plan_id,
-            digest=self.digest,
+            bundle=self.plan.bundle,
+            buckets=self.plan.buckets,
+            moments=day_moments(report.gained, report.lost, live),
             dim=self.site.dim,
             settings=settings or IndexSettings(),
         )
@@ -250,6 +294,10 @@ class Encoded:
 
     def release(self) -> Release:
         return release.publish(self.workspace, self.plan, table_uri=self.site.table_uri)
+
+    def release_on_top(self) -> Release:
+        """As a run publishes: where others did so meanwhile, with an index of what is there now."""
+        return run.release_stage(self.site.settings, self.plan.plan_id)
 
 
 def receipt_for(plan: Plan, bucket: int, file: PublishedFile | None) -> Receipt:
@@ -295,32 +343,54 @@ def flip(path: str | Path, offset: int, mask: int = 0xFF) -> None:
         file.write(bytes([byte ^ mask]))
 
 
-def _work(bucket: int, count: int, deleted: int) -> BucketPlan:
-    return BucketPlan(
+def _planned(
+    site: Site, bucket: int, rows: pa.Table, base: Release | None, buckets: int
+) -> tuple[BucketPlan, list[str]]:
+    """The plan of one bucket, and how each of its rows stands against the base."""
+    before: dict[str, tuple[str, str]] = {}
+    for file in base.table_files if base else ():
+        try:
+            held = read_rows(site.storage, site.table_uri, file)
+        except CorruptFile:
+            continue
+        before |= {
+            row["item_id"]: (row["content_hash"], row["bundle"])
+            for row in held.to_pylist()
+            if row["row_id"] % buckets == bucket
+        }
+    today = zip(*(rows[name].to_pylist() for name in ("item_id", "content_hash", "bundle")), strict=True)
+    changes = [
+        Change.NEW if i not in before else Change.UNCHANGED if before[i] == (content, bundle) else Change.CHANGED
+        for i, content, bundle in today
+    ]
+    fresh = rows.num_rows - changes.count(Change.UNCHANGED)
+    work = BucketPlan(
         bucket=bucket,
-        items=count,
-        new=count,
-        changed=0,
-        unchanged=0,
-        deleted=deleted,
-        tokens=3 * count,
-        characters=9 * count,
+        items=rows.num_rows,
+        new=changes.count(Change.NEW),
+        changed=changes.count(Change.CHANGED),
+        unchanged=changes.count(Change.UNCHANGED),
+        deleted=len(before.keys() - set(rows["item_id"].to_pylist())),
+        tokens=3 * fresh,
+        characters=9 * fresh,
     )
+    return work, [change.value for change in changes]
 
 
-def _write_items(workspace: Workspace, bucket: int, rows: pa.Table) -> None:
-    ids = rows["item_id"].to_pylist()
+def _write_items(workspace: Workspace, bucket: int, base: str | None, vectors: Vectors, changes: list[str]) -> None:
+    ids = sorted(vectors, key=str.encode)
+    texts = [text_of(i, vectors[i]) for i in ids]
     planned = pa.table(
         {
-            "item_id": rows["item_id"],
-            "row_id": rows["row_id"],
-            "text": [f"text of {i}" for i in ids],
-            "content_hash": rows["content_hash"],
-            "change": [Change.NEW.value] * len(ids),
+            "item_id": ids,
+            "row_id": [row_id(i) for i in ids],
+            "text": texts,
+            "content_hash": [content_hash(text) for text in texts],
+            "change": changes,
         },
         schema=ITEMS,
     )
-    uri = workspace.items_uri(bucket)
+    uri = workspace.items_uri(bucket, base)
     with workspace.storage.staged(uri) as staged:
         pq.write_table(planned, staged)
         workspace.storage.publish(staged, uri)

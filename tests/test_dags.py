@@ -13,8 +13,10 @@ from tiny_models import save_tiny_backbone
 from pipeline import train
 from pipeline.config import load_settings
 from pipeline.example_data import write_catalogue
-from pipeline.release_log import read_releases
+from pipeline.release_log import read_log, read_releases
 from pipeline.storage import Storage
+from pipeline.verify import verify
+from schemas.feature_table import bucket_number
 
 pytestmark = [pytest.mark.airflow, pytest.mark.spark]
 
@@ -80,7 +82,8 @@ def test_every_dag_loads_without_an_error(airflow: Airflow) -> None:
     done = airflow.call("dags", "list-import-errors", "-o", "json")
     assert "marc_" not in done.stdout, done.stdout
     assert airflow.call("dags", "reserialize").returncode == 0
-    assert {row["dag_id"] for row in airflow.json("dags", "list")} == {"marc_nightly", "marc_train"}
+    wanted = {"marc_nightly", "marc_backfill", "marc_maintenance", "marc_train"}
+    assert {row["dag_id"] for row in airflow.json("dags", "list")} == wanted
 
 
 def test_the_nightly_dag_publishes_and_announces_and_a_second_run_does_nothing(
@@ -97,6 +100,52 @@ def test_the_nightly_dag_publishes_and_announces_and_a_second_run_does_nothing(
     assert [r.release_id for r in read_releases(Storage(), settings.table_uri)] == [release.release_id]
     log = first.stdout + first.stderr
     assert release.release_id in log, "the asset event carries the facts of the release"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_past_dates_in_any_order_a_backfill_of_one_bucket_and_a_vacuum(
+    airflow: Airflow, config: Path, spark: Any
+) -> None:
+    settings = load_settings(config)
+    train.train_bundle(settings, ds=DS)
+    days = ["2026-11-12", "2026-11-10", "2026-11-11"]
+    for day in days:
+        write_catalogue(config.parent / "catalogue", ds=day, items=400)
+        done = airflow.call("dags", "test", "marc_nightly", day, config=config)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    log = read_log(Storage(), settings.table_uri)
+    before = {day: log.live(day) for day in days}
+    assert all(before.values())
+    asked = json.dumps({"first": "2026-11-10", "last": "2026-11-11", "buckets": [1], "recompute": True})
+    done = airflow.call("dags", "test", "marc_backfill", "--conf", asked, config=config)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    log = read_log(Storage(), settings.table_uri)
+    for day in days:
+        old, new = before[day], log.live(day)
+        assert old is not None
+        assert new is not None
+        kept = [file.path for file in old.table_files if bucket_number(file.path) == 0]
+        assert [file.path for file in new.table_files if bucket_number(file.path) == 0] == kept
+        assert (new.release_id == old.release_id) == (day == "2026-11-12")
+        assert verify(Storage(), new, table_uri=settings.table_uri) == []
+        assert new.release_id in done.stdout + done.stderr or day == "2026-11-12", "the event carries the facts"
+    done = airflow.call("dags", "test", "marc_maintenance", config=config)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert read_releases(Storage(), settings.table_uri) == list(log.releases)
+
+
+@pytest.mark.slow
+def test_a_backfill_of_dates_without_a_catalogue_names_them_and_starts_nothing(
+    airflow: Airflow, config: Path, spark: Any
+) -> None:
+    train.train_bundle(load_settings(config), ds=DS)
+    asked = json.dumps({"first": "2030-01-01", "last": "2030-01-02"})
+    done = airflow.call("dags", "test", "marc_backfill", "--conf", asked, config=config)
+    log = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "nothing was started: 2030-01-01: no catalogue" in log
+    assert "2030-01-02: no catalogue" in log
 
 
 def test_what_the_user_must_mend_is_not_retried(airflow: Airflow, config: Path) -> None:

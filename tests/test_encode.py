@@ -86,7 +86,7 @@ class Night:
         """Write the planned items of a bucket."""
         items = sorted(items)
         if items:
-            path = Path(self.workspace.items_uri(bucket))
+            path = Path(self.workspace.items_uri(bucket, None))
             path.parent.mkdir(parents=True, exist_ok=True)
             columns = [
                 [i for i, _, _ in items],
@@ -120,7 +120,9 @@ class Night:
             dim=DIM,
             template="{title}",
             buckets=16,
+            chosen=None,
             base_release=None,
+            live_release=None,
             rows_read=0,
             quarantined={},
             work=work,

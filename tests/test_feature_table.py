@@ -1,11 +1,13 @@
 """The feature table on disk: what a file holds, and commits that replace one date and nothing else."""
 
 import itertools
+import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,10 +15,21 @@ import pytest
 from deltalake import DeltaTable
 from published import BUCKETS, DIM, DS, Encoded, Meeting, Site, Vectors, bucket_rows, flip, items
 
-from pipeline.errors import CorruptFile, PipelineError, Superseded
-from pipeline.feature_table import ROW_GROUP_ROWS, commit_partitions, empty_rows, read_rows, write_bucket_file
+from pipeline.errors import CorruptFile, Superseded
+from pipeline.feature_table import (
+    ROW_GROUP_ROWS,
+    commit_day,
+    committed_files,
+    day_files,
+    empty_rows,
+    plan_id_of,
+    plan_of,
+    read_rows,
+    write_bucket_file,
+)
 from pipeline.integrity import check_file
-from schemas.feature_table import file_schema
+from pipeline.storage import STAGED_PREFIX, Storage
+from schemas.feature_table import bucket_number, file_schema, partition_path
 from schemas.files import PublishedFile
 
 if TYPE_CHECKING:
@@ -35,9 +48,19 @@ def files_of(encoded: Encoded) -> list[PublishedFile]:
     return [receipt.file for receipt in encoded.receipts if receipt.file is not None]
 
 
-def commit(encoded: Encoded, key: str) -> int:
+def commit(encoded: Encoded) -> int:
     site, ds = encoded.site, encoded.plan.ds
-    return commit_partitions(site.storage, site.table_uri, files_of(encoded), dim=DIM, ds=ds, key=key)
+    return commit_day(site.storage, site.table_uri, files_of(encoded), dim=DIM, ds=ds)
+
+
+def actions(site: Site, version: int) -> tuple[set[str], set[str]]:
+    """Paths that one commit added and removed, from the log's own file."""
+    lines = (Path(site.table_uri) / "_delta_log" / f"{version:020d}.json").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return (
+        {unquote(action["add"]["path"]) for action in found if "add" in action},
+        {unquote(action["remove"]["path"]) for action in found if "remove" in action},
+    )
 
 
 def snapshot(site: Site, version: int | None = None) -> dict[tuple[str, str], list[float]]:
@@ -169,16 +192,16 @@ def test_an_empty_bucket_has_the_columns_of_a_file() -> None:
 
 
 def test_written_files_are_invisible_until_they_are_committed(site: Site) -> None:
-    commit(site.encoded(items(10), ds=OTHER_DS), "first")
+    commit(site.encoded(items(10), ds=OTHER_DS))
     encoded = site.encoded(items(20), ds=DS)
     assert snapshot(site) == expected(OTHER_DS, items(10))
-    commit(encoded, "second")
+    commit(encoded)
     assert snapshot(site) == expected(OTHER_DS, items(10)) | expected(DS, items(20))
 
 
 def test_any_delta_reader_reads_the_committed_version(site: Site) -> None:
     vectors = items(40)
-    version = commit(site.encoded(vectors), "first")
+    version = commit(site.encoded(vectors))
     table = DeltaTable(site.table_uri, version=version)
     assert table.metadata().partition_columns == ["ds", "bucket"]
     rows = table.to_pyarrow_table()
@@ -189,56 +212,70 @@ def test_any_delta_reader_reads_the_committed_version(site: Site) -> None:
     assert all(number % BUCKETS == 2 for number in only["row_id"].to_pylist())
 
 
-def test_a_repeated_commit_is_a_no_op_also_after_others_have_committed(site: Site) -> None:
+def test_a_day_that_holds_exactly_these_files_already_is_not_committed_again(site: Site) -> None:
     encoded = site.encoded(items(10))
-    version = commit(encoded, "first")
-    assert commit(encoded, "first") == version
-    later = commit(site.encoded(items(10, seed=1), ds=OTHER_DS), "other")
-    assert commit(encoded, "first") == version
-    assert DeltaTable(site.table_uri).version() == later == version + 1
+    version = commit(encoded)
+    assert commit(encoded) == version == DeltaTable(site.table_uri).version()
+    later = commit(site.encoded(items(10, seed=1), ds=OTHER_DS))
+    assert later == version + 1
+    # What is said is a version that holds them, also where others have committed since.
+    assert commit(encoded) == later == DeltaTable(site.table_uri).version()
+    assert snapshot(site, later) == expected(DS, items(10)) | expected(OTHER_DS, items(10, seed=1))
 
 
 def test_a_commit_replaces_the_files_of_its_date_and_no_others(site: Site) -> None:
-    first = commit(site.encoded(items(30)), "first")
-    commit(site.encoded(items(30, seed=1), ds=OTHER_DS), "other")
-    before = {
-        a["path"] for a in pa.table(DeltaTable(site.table_uri).get_add_actions()).to_pylist() if OTHER_DS in a["path"]
-    }
-    commit(site.encoded(items(25, seed=2), plan_id="again"), "second")
-    after = {
-        a["path"] for a in pa.table(DeltaTable(site.table_uri).get_add_actions()).to_pylist() if OTHER_DS in a["path"]
-    }
-    assert before == after != set()
+    first = commit(site.encoded(items(30)))
+    commit(site.encoded(items(30, seed=1), ds=OTHER_DS))
+    before = committed_files(DeltaTable(site.table_uri), ds=OTHER_DS)
+    commit(site.encoded(items(25, seed=2), plan_id="again"))
+    assert committed_files(DeltaTable(site.table_uri), ds=OTHER_DS) == before != set()
     assert snapshot(site) == expected(OTHER_DS, items(30, seed=1)) | expected(DS, items(25, seed=2))
     assert snapshot(site, first) == expected(DS, items(30))
 
 
+def test_a_commit_adds_and_removes_exactly_the_difference(site: Site) -> None:
+    old, new = files_of(site.encoded(items(30))), files_of(site.encoded(items(30, seed=1), plan_id="again"))
+    storage, uri = site.storage, site.table_uri
+    version = commit_day(storage, uri, old, dim=DIM, ds=DS)
+    assert actions(site, version) == ({file.path for file in old}, set())
+    version = commit_day(storage, uri, [old[0], new[1], *old[2:]], dim=DIM, ds=DS)
+    assert actions(site, version) == ({new[1].path}, {old[1].path})
+    version = commit_day(storage, uri, [old[0], new[1]], dim=DIM, ds=DS)
+    assert actions(site, version) == (set(), {old[2].path, old[3].path})
+    # A file that left comes back as it was: nothing was deleted.
+    version = commit_day(storage, uri, old, dim=DIM, ds=DS)
+    assert actions(site, version) == ({old[1].path, old[2].path, old[3].path}, {new[1].path})
+    assert snapshot(site) == expected(DS, items(30))
+    version = commit_day(storage, uri, (), dim=DIM, ds=DS)
+    assert actions(site, version) == (set(), {file.path for file in old})
+    assert snapshot(site) == {}
+
+
 def test_a_bucket_that_became_empty_leaves_the_table(site: Site) -> None:
-    commit(site.encoded(items(30)), "first")
+    commit(site.encoded(items(30)))
     one = {"item-0": items(30)["item-0"]}
-    commit(site.encoded(one, plan_id="again"), "second")
+    commit(site.encoded(one, plan_id="again"))
     assert snapshot(site) == expected(DS, one)
 
 
 def test_another_bundle_may_bring_vectors_of_another_length(site: Site) -> None:
-    commit(site.encoded(items(10)), "first")
+    commit(site.encoded(items(10)))
     wide = Site(site.root, dim=12)
-    version = commit_partitions(
+    version = commit_day(
         wide.storage,
         wide.table_uri,
         files_of(wide.encoded(items(10, dim=12), ds=OTHER_DS)),
         dim=12,
         ds=OTHER_DS,
-        key="second",
     )
     assert snapshot(site, version) == expected(DS, items(10)) | expected(OTHER_DS, items(10, dim=12))
 
 
 def test_dates_that_are_committed_at_once_all_arrive(site: Site) -> None:
-    commit(site.encoded(items(5), ds="2026-01-01"), "there already")
+    commit(site.encoded(items(5), ds="2026-01-01"))
     days = [f"2026-11-{day}" for day in range(10, 14)]
     encoded = [site.encoded(items(10, seed=n), ds=day) for n, day in enumerate(days)]
-    outcomes = at_once(4, lambda n: commit(encoded[n], f"key-{n}"))
+    outcomes = at_once(4, lambda n: commit(encoded[n]))
     assert [outcome for outcome in outcomes if isinstance(outcome, Exception)] == []
     assert DeltaTable(site.table_uri).version() == 5
     found = snapshot(site)
@@ -250,46 +287,64 @@ def test_dates_that_are_committed_at_once_all_arrive(site: Site) -> None:
 def test_commits_at_one_moment_each_learn_their_own_version(tmp_path: Path) -> None:
     for attempt in range(8):
         site = Site(tmp_path / str(attempt))
-        commit(site.encoded(items(1), ds="2026-01-01"), "there already")
+        commit(site.encoded(items(1), ds="2026-01-01"))
         encoded = [site.encoded(items(2), ds=f"2026-11-1{n}") for n in range(4)]
-        found = at_once(4, lambda n, encoded=encoded: commit(encoded[n], f"key-{n}"))  # type: ignore[misc]
-        assert dict(enumerate(found)) == {n: version_in_the_log(site, f"key-{n}") for n in range(4)}
-
-
-def version_in_the_log(site: Site, key: str) -> int:
-    """Where a commit lies in the log's own files."""
-    files = (Path(site.table_uri) / "_delta_log").glob("*.json")
-    return next(int(path.stem) for path in files if f'"commit":"{key}"' in path.read_text())
+        found = at_once(4, lambda n, encoded=encoded: commit(encoded[n]))  # type: ignore[misc]
+        added = {n: {file.path for file in files_of(one)} for n, one in enumerate(encoded)}
+        assert {n: actions(site, version)[0] for n, version in enumerate(found)} == added  # type: ignore[arg-type]
 
 
 def test_the_same_commit_at_once_is_made_once(site: Site) -> None:
-    commit(site.encoded(items(5), ds="2026-01-01"), "there already")
+    commit(site.encoded(items(5), ds="2026-01-01"))
     encoded = site.encoded(items(10))
-    assert at_once(4, lambda _: commit(encoded, "same")) == [2, 2, 2, 2]
+    assert at_once(4, lambda _: commit(encoded)) == [2, 2, 2, 2]
     assert DeltaTable(site.table_uri).version() == 2
 
 
-def test_of_rivals_for_one_date_any_version_holds_exactly_one_and_the_losers_are_told(tmp_path: Path) -> None:
+def test_of_rivals_for_one_date_every_version_holds_exactly_one_and_each_learns_its_own(tmp_path: Path) -> None:
     for attempt in range(8):
         site = Site(tmp_path / str(attempt))
-        commit(site.encoded(items(1), ds="2026-01-01"), "there already")
+        commit(site.encoded(items(1), ds="2026-01-01"))
         rivals = [items(3 + n, seed=n, prefix=f"rival-{n}-") for n in range(4)]
         encoded = [site.encoded(vectors, plan_id=f"rival-{n}") for n, vectors in enumerate(rivals)]
-        outcomes = at_once(4, lambda n, encoded=encoded: commit(encoded[n], f"key-{n}"))  # type: ignore[misc]
-        lost = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
-        assert all(isinstance(error, Superseded) for error in lost)
-        for version in range(2, DeltaTable(site.table_uri).version() + 1):
-            rows = {item for ds, item in snapshot(site, version) if ds == DS}
-            assert rows in [set(vectors) for vectors in rivals]
+        versions = at_once(4, lambda n, encoded=encoded: commit(encoded[n]))  # type: ignore[misc]
+        assert sorted(versions) == [2, 3, 4, 5]  # type: ignore[type-var]
+        for version, vectors in zip(versions, rivals, strict=True):
+            assert isinstance(version, int)
+            assert snapshot(site, version) == expected("2026-01-01", items(1)) | expected(DS, vectors)
+
+
+def test_rivals_that_replace_the_same_files_retry_and_leave_nothing_behind(tmp_path: Path) -> None:
+    for attempt in range(4):
+        site = Site(tmp_path / str(attempt))
+        commit(site.encoded(items(20)))
+        rivals = [site.encoded(items(20, seed=n), plan_id=f"rival-{n}") for n in range(1, 5)]
+        versions = at_once(4, lambda n, rivals=rivals: commit(rivals[n]))  # type: ignore[misc]
+        assert sorted(versions) == [2, 3, 4, 5]  # type: ignore[type-var]
+        for version, rival in zip(versions, rivals, strict=True):
+            assert isinstance(version, int)
+            held = committed_files(DeltaTable(site.table_uri, version=version))
+            assert held == {file.path for file in files_of(rival)}
+
+
+def test_a_commit_that_the_log_no_longer_holds_is_to_be_made_anew(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = files_of(site.encoded(items(5)))
+    monkeypatch.setattr(Storage, "list", lambda *_, **__: [])
+    with pytest.raises(Superseded, match="is no longer in the log"):
+        commit_day(site.storage, site.table_uri, files, dim=DIM, ds=DS)
 
 
 def test_the_first_commits_of_a_new_table_may_come_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create, rivals = DeltaTable.create, 6
 
     def commit_first(number: int, site: Site) -> int:
-        return commit_partitions(
-            site.storage, site.table_uri, [], dim=DIM, ds=f"2026-11-1{number}", key=f"key-{number}"
+        file = PublishedFile(
+            path=f"{partition_path(f'2026-11-1{number}', 0)}/part-{'0' * 16}-{'0' * 16}.parquet",
+            bytes=1,
+            sha256="0" * 64,
+            blocks="0" * 16,
         )
+        return commit_day(site.storage, site.table_uri, [file], dim=DIM, ds=f"2026-11-1{number}")
 
     for attempt in range(10):
         all_create = Meeting(rivals)
@@ -301,5 +356,48 @@ def test_the_first_commits_of_a_new_table_may_come_at_once(tmp_path: Path, monke
         monkeypatch.setattr(DeltaTable, "create", create_together)
         site = Site(tmp_path / str(attempt))
         outcomes = at_once(rivals, lambda number, site=site: commit_first(number, site))  # type: ignore[misc]
-        strange = [o for o in outcomes if isinstance(o, Exception) and not isinstance(o, PipelineError)]
-        assert strange == []
+        assert [outcome for outcome in outcomes if isinstance(outcome, Exception)] == []
+        assert len(set(outcomes)) == rivals
+        assert len(committed_files(DeltaTable(site.table_uri))) == rivals
+
+
+# --- what the names of files say, and the files of a whole day
+
+
+def test_a_file_says_which_plan_it_was_written_for(site: Site) -> None:
+    rows = bucket_rows(items(5), bundle="b")
+    plan = "0123456789abcdef" * 2
+    footer = {"marc.plan_id": plan}
+    file = write_bucket_file(site.storage, site.table_uri, rows, ds=DS, bucket=1, plan_id=plan, footer=footer)
+    assert plan_of(file.path) == plan_of(f"{site.table_uri}/{file.path}") == plan[:16]
+    assert plan_id_of(site.storage, site.table_uri, file) == plan
+    assert plan_id_of(site.storage, site.table_uri, write(site, rows)) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        (".staged-abc.parquet", ""),
+        ("part-0123456789abcdef-0123456789abcdef.parquet", "0123456789abcdef"),
+        ("part-0123456789abcdef-0123456789abcdef.parquet.crc", None),
+        ("part-0123456789abcdef-0123456789abcde.parquet", None),
+        ("part-00000-0b5c1a1e-c000.snappy.parquet", None),
+        ("notes.txt", None),
+    ],
+)
+def test_only_files_that_a_run_named_belong_to_a_plan(name: str, plan: str | None) -> None:
+    name = name.replace(".staged-", STAGED_PREFIX)
+    assert plan_of(f"/somewhere/ds={DS}/bucket=0/{name}") == plan
+
+
+def test_the_files_of_a_day_are_those_of_the_receipts_beside_what_chosen_buckets_leave_alone(site: Site) -> None:
+    live = site.publish(items(40))
+    others = items(40, seed=1)
+    whole = site.encoded(others, plan_id="whole")
+    made = {bucket_number(file.path): file for file in files_of(whole)}
+    assert day_files(whole.plan, whole.receipts, live) == tuple(made[number] for number in range(BUCKETS))
+    some = site.encoded(others, plan_id="some", chosen=(2, 1))
+    made = {bucket_number(file.path): file for file in files_of(some)}
+    assert day_files(some.plan, some.receipts, live) == (live.table_files[0], made[1], made[2], live.table_files[3])
+    none = site.encoded({}, plan_id="none", chosen=(3,))
+    assert day_files(none.plan, none.receipts, live) == live.table_files[:3]

@@ -4,7 +4,9 @@ import itertools
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import faiss
@@ -19,12 +21,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from published import BUCKETS, DIM, DS, Site, Vector, Vectors, bucket_rows, flip, items
+from published import BUCKETS, DIM, DS, Site, Vector, Vectors, bucket_rows, flip, in_buckets, items
 
+from pipeline import release_log
 from pipeline.config import IndexSettings
-from pipeline.errors import CorruptFile, UserError
+from pipeline.errors import CorruptFile, MissingFile, ReleaseGone, UserError
 from pipeline.integrity import describe_file
 from pipeline.reader import OpenRelease, UnknownItems, open_release
+from pipeline.release import roll_back
 from schemas.feature_table import table_schema
 from schemas.files import BLOCK_BYTES
 from schemas.identity import row_id
@@ -448,6 +452,107 @@ def test_an_open_release_stays_what_it_was_while_others_are_published(site: Site
     assert newest.search(items(30, seed=9)["item-5"], k=1)[0].tolist() == [["new-5"]]
     with pytest.raises(UnknownItems):
         newest.vectors(["item-5"])
+
+
+def assert_holds(opened: OpenRelease, vectors: Vectors) -> None:
+    """Every way to read gives exactly these vectors."""
+    ids = list(vectors)
+    assert len(opened) == opened.dataset().count_rows() == len(ids)
+    np.testing.assert_array_equal(opened.vectors(ids), np.stack(list(vectors.values())))
+    names, _ = opened.search(np.stack(list(vectors.values())), k=1)
+    assert names[:, 0].tolist() == ids
+    assert set(opened.index_row_ids().tolist()) == {row_id(item) for item in ids}
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_an_open_release_stays_what_it_was_while_buckets_are_replaced_and_rolled_back(site: Site, warm: bool) -> None:
+    old = items(200)
+    first = site.publish(old)
+    opened = open_release(site.table_uri)
+    ids = sorted(in_buckets(old, 2))
+    new = {item: old[item] for item in ids[2:]} | dict(zip(ids[2:5], items(3, seed=9).values(), strict=True))
+    if warm:
+        assert_holds(opened, old)
+    second = site.publish(new, plan_id="some", chosen=(2,))
+    between = open_release(site.table_uri)
+    assert_holds(opened, old)
+    assert_holds(between, in_buckets(old, 0, 1, 3) | new)
+    (back,) = roll_back(site.storage, site.table_uri, first.release_id)
+    assert_holds(opened, old)
+    assert_holds(between, in_buckets(old, 0, 1, 3) | new)
+    assert_holds(open_release(site.table_uri), old)
+    assert [one.facts for one in (opened, between, open_release(site.table_uri))] == [first, second, back]
+
+
+def test_an_open_release_stays_what_it_was_when_its_date_is_withdrawn(site: Site) -> None:
+    yesterday = site.publish(items(30), ds="2026-11-19")
+    today = site.publish(items(40, seed=1))
+    opened = open_release(site.table_uri)
+    assert opened.facts == today
+    roll_back(site.storage, site.table_uri, yesterday.release_id)
+    assert_holds(opened, items(40, seed=1))
+    assert open_release(site.table_uri).facts == yesterday
+    with pytest.raises(UserError, match=f"no release of {DS}"):
+        open_release(site.table_uri, ds=DS)
+    assert_holds(open_release(site.table_uri, release_id=today.release_id), items(40, seed=1))
+
+
+def remove_files(release: OpenRelease, *, index: bool = True) -> None:
+    for path in release.files():
+        Path(path).unlink()
+    if index:
+        (Path(release.facts.index_uri) / release.facts.index_files[0].path).unlink()
+
+
+WAYS_TO_READ = {
+    "vectors": lambda release: release.vectors(["item-0"]),
+    "dataset": lambda release: release.dataset(),
+    "search": lambda release: release.search(items(40)["item-0"]),
+}
+
+
+@pytest.mark.parametrize("read", WAYS_TO_READ.values(), ids=WAYS_TO_READ.keys())
+def test_a_release_that_retention_gave_up_is_gone_and_not_damaged(
+    site: Site, read: Callable[[OpenRelease], Any]
+) -> None:
+    site.publish(items(40), plan_id="old")
+    opened = open_release(site.table_uri)
+    newer = site.publish(items(30), plan_id="new")
+    remove_files(opened)
+    # The row first: while the log names it, files that are missing are lost.
+    with pytest.raises(MissingFile, match="is missing"):
+        read(opened)
+    found = release_log.read_log(site.storage, site.table_uri)
+    assert release_log.replace(site.storage, found, [newer])
+    with pytest.raises(ReleaseGone, match=f"release {opened.facts.release_id} of {DS} is gone: retention gave it up"):
+        read(opened)
+    with pytest.raises(UserError, match=f"no release {opened.facts.release_id}"):
+        open_release(site.table_uri, release_id=opened.facts.release_id)
+
+
+def test_a_dataset_is_not_handed_out_again_of_files_that_are_gone(site: Site) -> None:
+    site.publish(items(40), plan_id="old")
+    opened = open_release(site.table_uri)
+    assert opened.dataset().count_rows() == 40
+    newer = site.publish(items(30), plan_id="new")
+    remove_files(opened)
+    with pytest.raises(MissingFile, match="is missing"):
+        opened.dataset()
+    release_log.replace(site.storage, release_log.read_log(site.storage, site.table_uri), [newer])
+    with pytest.raises(ReleaseGone):
+        opened.dataset()
+
+
+def test_a_damaged_file_of_a_release_that_is_gone_is_damaged(site: Site) -> None:
+    site.publish(items(40), plan_id="old")
+    opened = open_release(site.table_uri)
+    newer = site.publish(items(30), plan_id="new")
+    for path in opened.files():
+        flip(path, Path(path).stat().st_size // 2)
+    release_log.replace(site.storage, release_log.read_log(site.storage, site.table_uri), [newer])
+    with pytest.raises(CorruptFile, match="differs from its checksum") as refused:
+        opened.dataset()
+    assert not isinstance(refused.value, MissingFile)
 
 
 def test_releases_open_by_day_by_id_from_a_path_and_from_a_relative_one(

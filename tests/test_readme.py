@@ -13,6 +13,9 @@ from pipeline.config import Settings, load_settings
 COMMANDS = {
     "plan",
     "run",
+    "backfill",
+    "rollback",
+    "vacuum",
     "train",
     "evaluate",
     "promote",

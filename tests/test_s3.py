@@ -2,40 +2,21 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pytest
+from s3_server import client_of
 from tiny_models import save_tiny_backbone
 
 from pipeline.example_data import write_catalogue
 
 pytestmark = [pytest.mark.spark]
 
-BUCKET = "marc-tests"
+BUCKET = "marc-nights"
+SMALL_BYTES = 1 << 20
 FIRST, SECOND = "2026-11-20", "2026-11-21"
-
-
-@pytest.fixture(scope="module")
-def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment that clients of a freshly started server need."""
-    script = repository.parent / "shared" / "tools" / "ceph-s3"
-    if not script.is_file():
-        pytest.skip("shared/tools/ceph-s3 is not beside this checkout")
-    if not shutil.which("radosgw"):
-        pytest.skip("radosgw is not installed (Debian: ceph-mon ceph-osd ceph-mgr radosgw ceph-common)")
-    env = {**os.environ, "CEPH_S3_DIR": str(tmp_path_factory.mktemp("ceph") / "run")}
-    started = subprocess.run([str(script), "up"], capture_output=True, text=True, check=False, env=env)
-    try:
-        assert started.returncode == 0, started.stderr
-        words = started.stdout.replace("export", "").split()
-        yield dict(word.split("=", 1) for word in words)
-    finally:
-        subprocess.run([str(script), "down"], check=False, env=env)
 
 
 # One process, one Spark session: its Python workers inherit the credentials from the environment.
@@ -65,15 +46,9 @@ print(json.dumps({
 
 
 def test_two_nights_with_catalogue_work_area_table_index_and_bundle_on_s3(
-    server: dict[str, str], tmp_path: Path
+    s3_server: dict[str, str], tmp_path: Path
 ) -> None:
-    client = boto3.client(
-        "s3",
-        endpoint_url=server["AWS_ENDPOINT_URL"],
-        aws_access_key_id=server["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=server["AWS_SECRET_ACCESS_KEY"],
-        region_name=server["AWS_REGION"],
-    )
+    client = client_of(s3_server)
     client.create_bucket(Bucket=BUCKET)
     for ds in (FIRST, SECOND):
         client.upload_file(str(write_catalogue(tmp_path, ds=ds, items=400)), BUCKET, f"catalogue/{ds}.csv")
@@ -87,7 +62,7 @@ catalogue:
 buckets: 4
 train: {{backbone: {save_tiny_backbone(tmp_path / "backbone")}, dim: 8, max_tokens: 32}}
 """)
-    env = {**os.environ, **server}
+    env = {**os.environ, **s3_server}
     command = [sys.executable, "-c", NIGHTS, str(config), FIRST, SECOND]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -98,15 +73,16 @@ train: {{backbone: {save_tiny_backbone(tmp_path / "backbone")}, dim: 8, max_toke
     assert (first["items"], first["new"], first["quarantined"]) == (400, 400, 12)
     assert second["reused"] == second["items"] - second["new"] - second["changed"] > 300
     assert (answer["rows"], answer["found"], answer["problems"]) == (second["items"], True, [])
-    assert server["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
-    keys = [
-        item["Key"]
-        for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET)
+    found = [
+        item
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix="site/")
         for item in page["Contents"]
     ]
-    assert {key.split("/")[1] for key in keys if key.startswith("site/")} == {
-        "bundles",
-        "indexes",
-        "item_vectors",
-        "work",
-    }
+    assert {item["Key"].split("/")[1] for item in found} == {"bundles", "indexes", "item_vectors", "work"}
+    # Plans, receipts, cards, Delta logs, small Parquet files: everything that is not mere numbers.
+    small = {item["Key"] for item in found if item["Size"] <= SMALL_BYTES}
+    for part in ("plan.json", "/receipts/", "audit.json", "/_delta_log/", "bundle.json", ".parquet"):
+        assert any(part in key for key in small), part
+    secret = s3_server["AWS_SECRET_ACCESS_KEY"]
+    assert secret not in done.stdout + done.stderr
+    assert [key for key in small if secret.encode() in client.get_object(Bucket=BUCKET, Key=key)["Body"].read()] == []

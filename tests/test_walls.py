@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = {"plan", "encode", "audit", "index", "release", "reader"}
+STAGES = {"plan", "encode", "audit", "index", "release", "reader", "retention"}
 FOUNDATIONS = {
     "errors", "config", "storage", "integrity", "workspace", "feature_table", "release_log", "resources", "catalogue",
-    "interactions", "training_set",
+    "interactions", "training_set", "catalogue_text",
 }  # fmt: skip
 DRIVERS = {"run", "train", "training_run", "promotion", "cli", "session", "entry", "verify"}
 HEAVY = {

@@ -34,6 +34,9 @@ def common(
 
 app.command()(make.plan)
 app.command()(make.run)
+app.command()(make.backfill)
+app.command()(make.rollback)
+app.command()(make.vacuum)
 app.command()(learn.train)
 app.command()(learn.evaluate)
 app.command()(learn.promote)

@@ -1,11 +1,12 @@
-"""Commands that make something: plan, run, example."""
+"""Commands that make or unmake something: plan, run, backfill, rollback, vacuum, example."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import Ds, Json, State, print_json, print_table
+from pipeline.cli.options import Ds, Json, State, print_json, print_lines, print_table
 from pipeline.config import parse_ds
 from pipeline.errors import UserError
 from schemas.plan import Plan
@@ -23,7 +24,7 @@ def plan(
 
     settings = context.ensure_object(State).settings
     identity = stages.identify(settings, ds=parse_ds(ds))
-    with spark_session(settings.spark, name=f"marc plan {ds}") as spark:
+    with spark_session(settings.spark, storage=settings.storage, name=f"marc plan {ds}") as spark:
         made = stages.plan_stage(spark, settings, identity)
     unknown = sorted(set(bucket or []) - set(range(made.buckets)))
     if unknown:
@@ -47,6 +48,83 @@ def run(context: typer.Context, ds: Ds, as_json: Json = False) -> None:
         print_json({**outcome.release.facts(), "fresh": outcome.fresh})
     else:
         print_summary(settings, outcome.release, fresh=outcome.fresh)
+
+
+def backfill(
+    context: typer.Context,
+    ds: Ds,
+    bucket: Annotated[list[int] | None, typer.Option("--bucket", help="Replace only these buckets.")] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute vectors of unchanged texts as well, for all that was chosen.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a date again, or some buckets of it, on a day that may be released or damaged; touches no other file."""
+    from pipeline import run as stages
+    from pipeline.cli.read import print_summary
+
+    settings = context.ensure_object(State).settings
+    outcome = stages.backfill(settings, ds=parse_ds(ds), buckets=bucket or (), recompute=recompute)
+    if as_json:
+        print_json({**outcome.release.facts(), "fresh": outcome.fresh})
+    else:
+        print_summary(settings, outcome.release, fresh=outcome.fresh)
+
+
+def rollback(
+    context: typer.Context,
+    release_id: Annotated[str, typer.Argument(help="The release that readers shall see again; see `marc releases`.")],
+    as_json: Json = False,
+) -> None:
+    """Make a release what readers see again; dates after it are withdrawn. Deletes nothing, and can be undone."""
+    from pipeline import run as stages
+
+    settings = context.ensure_object(State).settings
+    rows = stages.roll_back(settings, release_id)
+    if as_json:
+        done = [
+            {"release_id": r.release_id, "ds": r.ds, "withdrawn": r.withdrawn, "restores": r.restores} for r in rows
+        ]
+        print_json({"rolled_back_to": release_id, "published": done})
+    elif not rows:
+        print_lines([f"release {release_id} is what readers see already: nothing was changed"])
+    else:
+        undo = "undo with `marc rollback"
+        print_lines(
+            [
+                f"{r.ds}: withdrawn; {undo} {r.supersedes}`"
+                if r.withdrawn
+                else f"{r.ds}: readers see the content of release {r.restores} again, as release {r.release_id}"
+                for r in rows
+            ]
+        )
+
+
+def vacuum(
+    context: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Retire releases beyond retention; remove files that no release, reader or run of the grace period needs."""
+    from pipeline import run as stages
+
+    settings = context.ensure_object(State).settings
+    done = stages.vacuum(settings, dry_run=dry_run)
+    if as_json:
+        print_json({**asdict(done), "dry_run": dry_run})
+        return
+    would = "would be " if dry_run else ""
+    kept = settings.retention
+    print_table(
+        None,
+        ["", ""],
+        [
+            ["kept", f"{kept.days} dates, {kept.releases_per_day} releases of each; {kept.grace_hours:g} h of grace"],
+            [f"{would}retired", ", ".join(done.retired) or "none"],
+            [f"{would}forgotten", ", ".join(done.forgotten) or "none"],
+            [f"{would}removed", f"{len(done.files):,} files, {done.bytes / 1e6:,.1f} MB"],
+        ],
+    )
 
 
 def example(

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import typer
 from numpy.typing import NDArray
 
-from pipeline import release_log
+from pipeline import feature_table, release_log
 from pipeline.cli.options import Ds, Json, MaybeDs, State, print_json, print_lines, print_table
 from pipeline.config import Settings, parse_ds
 from pipeline.errors import CorruptFile, UserError
-from pipeline.storage import Storage
-from pipeline.workspace import Workspace
+from pipeline.run import storage_of, workspace_of
+from schemas.feature_table import bucket_number
 from schemas.identity import row_id
 from schemas.release import Release
 
@@ -77,7 +77,6 @@ def lookup(
 
 def verify(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) -> None:
     """Check a release against its files, checksums and index, byte by byte. Exit code 1 when anything is wrong."""
-    from pipeline.run import storage_of
     from pipeline.verify import verify as check
 
     settings = context.ensure_object(State).settings
@@ -96,19 +95,22 @@ def verify(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) ->
 
 
 def releases(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) -> None:
-    """List the releases, newest last."""
-    from pipeline.run import storage_of
-
+    """List the releases, newest last, and what readers of each date see."""
     settings = context.ensure_object(State).settings
     found = release_log.read_releases(storage_of(settings), settings.table_uri)
     if ds is not None:
         found = [release for release in found if release.ds == parse_ds(ds)]
+    states = _states(found)
     if as_json:
-        print_json({"releases": [{**r.facts(), "created_at": r.created_at.isoformat()} for r in found]})
+        listed = [{**r.facts(), "created_at": r.created_at.isoformat(), "state": states[r.release_id]} for r in found]
+        print_json({"releases": listed})
         return
-    columns = ["release", "ds", "items", "new", "changed", "reused", "deleted", "quarantined", "recall", "bundle"]
-    rows = [[r.release_id, r.ds, *(f"{n:,}" for n in _counts(r)), f"{r.recall:.4f}", r.bundle] for r in found]
-    print_table(None, columns, rows, right=tuple(range(2, 9)))
+    counts = ["items", "new", "changed", "reused", "deleted", "quarantined"]
+    rows = [
+        [r.release_id, r.ds, states[r.release_id], *(f"{getattr(r, n):,}" for n in counts), f"{r.recall:.4f}", r.bundle]
+        for r in found
+    ]
+    print_table(None, ["release", "ds", "state", *counts, "recall", "bundle"], rows, right=tuple(range(3, 10)))
 
 
 def summary(
@@ -161,12 +163,18 @@ def _example(settings: Settings, release: Release) -> str:
 
 
 def _texts(settings: Settings, release: "OpenRelease", ids: list[str]) -> dict[str, str]:
-    """Texts of items, as far as the work area of the release's plan still holds them."""
-    storage = _storage(settings)
-    workspace = Workspace(storage, settings.work_uri, release.facts.plan_id)
+    """Texts of items, as far as the work areas of the plans that made the files still hold them."""
+    storage = storage_of(settings)
+    wanted = {row_id(item) % release.facts.buckets for item in ids}
     found: dict[str, str] = {}
-    for bucket in {row_id(item) % release.facts.buckets for item in ids}:
-        filesystem, path = storage.filesystem(workspace.items_uri(bucket))
+    for file in release.facts.table_files:
+        if (bucket := bucket_number(file.path)) not in wanted:
+            continue
+        workspace = workspace_of(settings, feature_table.plan_id_of(storage, settings.table_uri, file))
+        plan = workspace.read_plan()
+        if plan is None:
+            continue
+        filesystem, path = storage.filesystem(workspace.items_uri(bucket, plan.base_release))
         try:
             rows = pq.read_table(
                 path, filesystem=filesystem, columns=["item_id", "text"], filters=[("item_id", "in", ids)]
@@ -181,24 +189,24 @@ def _shortened(text: str) -> str:
     return shorten(text, SHOWN_CHARACTERS, placeholder=" …")
 
 
-def _counts(release: Release) -> list[int]:
-    return [release.items, release.new, release.changed, release.reused, release.deleted, release.quarantined]
+def _states(releases: list[Release]) -> dict[str, str]:
+    """What each release is to readers now."""
+    live = {release.release_id for release in release_log.live_releases(releases).values()}
+    kinds = {r.release_id: "live" if r.release_id in live else "superseded" for r in releases}
+    kinds |= {r.release_id: "withdrawal" for r in releases if r.withdrawn}
+    return kinds | {r.release_id: f"retired {r.retired_at:%Y-%m-%d %H:%M}" for r in releases if r.retired_at}
 
 
 def _open(settings: Settings, ds: str | None) -> "OpenRelease":
     from pipeline.reader import open_release
 
-    return open_release(settings.table_uri, ds=parse_ds(ds) if ds else None, storage=_storage(settings))
+    return open_release(settings.table_uri, ds=parse_ds(ds) if ds else None, storage=storage_of(settings))
 
 
 def _opened(settings: Settings, release: Release) -> "OpenRelease":
     from pipeline.reader import OpenRelease
 
-    return OpenRelease(release, uri=settings.table_uri, storage=_storage(settings))
-
-
-def _storage(settings: Settings) -> Storage:
-    return Storage(endpoint_url=settings.storage.endpoint_url, region=settings.storage.region)
+    return OpenRelease(release, uri=settings.table_uri, storage=storage_of(settings))
 
 
 def _load(path: Path | None) -> NDArray[np.float32]:
@@ -218,5 +226,5 @@ def _encode(settings: Settings, release: Release, text: str) -> NDArray[np.float
 
     if not text.strip():
         raise UserError("--text is empty")
-    encoder = load_encoder(_storage(settings), release.bundle_uri, release.bundle, settings.encode, TaskResources())
+    encoder = load_encoder(storage_of(settings), release.bundle_uri, release.bundle, settings.encode, TaskResources())
     return encoder.encode([text]).vectors

@@ -1,0 +1,158 @@
+"""Retention: which releases are kept; what neither they nor a reader or run of the grace period needs is removed."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from pipeline import feature_table, release_log
+from pipeline.config import RetentionSettings
+from pipeline.delta import open_table
+from pipeline.errors import Superseded
+from pipeline.storage import Storage, StoredObject, join
+from pipeline.workspace import PLANS, plan_key
+from schemas.feature_table import partition_ds
+from schemas.release import Release
+
+TRIES = 5
+# What a reader of the log may be in the middle of, however short the grace period.
+LOG_GRACE_HOURS = 1
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a vacuum did, or would do.
+
+    Attributes:
+        retired: releases that retention gave up just now; their files stay for the grace period.
+        forgotten: releases whose grace period is over: gone from the log.
+        files: uris that were removed: of forgotten releases, and of runs that died.
+        bytes: their size.
+    """
+
+    retired: tuple[str, ...]
+    forgotten: tuple[str, ...]
+    files: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the files are that a vacuum looks at."""
+
+    storage: Storage
+    table_uri: str
+    index_uri: str
+    work_uri: str
+
+
+def vacuum(site: Site, settings: RetentionSettings, *, now: datetime | None = None, dry_run: bool = False) -> Removal:
+    """Retire releases beyond retention, and remove what nobody needs any more.
+
+    A release is retired first and forgotten, with its files, by the first vacuum after the grace period: whoever has it
+    open reads on until then. Files that no release names are those of a run, and are removed when that run has written
+    nothing for the grace period. The log forgets before a file goes: killed at any moment, the next vacuum finishes.
+
+    Args:
+        site: table, indexes and work area.
+        settings: retention and grace.
+        now: the moment that it is judged by.
+        dry_run: only say what would be done.
+
+    Raises:
+        Superseded: other runs keep writing the release log.
+    """
+    now = now or datetime.now(UTC)
+    for _ in range(TRIES):
+        found = release_log.read_log(site.storage, site.table_uri)
+        rows, retired, forgotten = _decide(found.releases, settings, now)
+        if dry_run or rows == list(found.releases) or release_log.replace(site.storage, found, rows):
+            break
+    else:
+        raise Superseded(f"other runs keep writing the release log of {site.table_uri}; run again")
+    doomed = _unneeded(site, rows, before=(now - timedelta(hours=settings.grace_hours)).timestamp())
+    if not dry_run:
+        _let_go(site, rows, doomed)
+        site.storage.remove(stored.uri for stored in doomed)
+        _trim(site, settings, now)
+    return Removal(
+        retired=tuple(release.release_id for release in retired),
+        forgotten=tuple(release.release_id for release in forgotten),
+        files=tuple(stored.uri for stored in doomed),
+        bytes=sum(stored.bytes for stored in doomed),
+    )
+
+
+def _decide(
+    releases: Sequence[Release], settings: RetentionSettings, now: datetime
+) -> tuple[list[Release], list[Release], list[Release]]:
+    """Rows that the log goes on with, those retired now, and those forgotten."""
+    days = sorted({release.ds for release in releases})[-settings.days :]
+    last = sorted(releases, key=lambda release: (release.ds, -release.turn))
+    place: dict[str, int] = {}
+    rows, retired, forgotten = [], [], []
+    for release in last:
+        # A withdrawal holds no files and takes no release's place: it stays as long as its date.
+        place[release.ds] = place.get(release.ds, 0) + (not release.withdrawn)
+        row = release
+        if release.retired_at is None and (release.ds not in days or place[release.ds] > settings.releases_per_day):
+            row = release.model_copy(update={"retired_at": now})
+            retired.append(row)
+        if row.retired_at is not None and row.retired_at + timedelta(hours=settings.grace_hours) <= now:
+            forgotten.append(row)
+        else:
+            rows.append(row)
+    rows.sort(key=lambda release: (release.created_at, release.release_id))
+    return rows, retired, forgotten
+
+
+def _unneeded(site: Site, rows: Sequence[Release], *, before: float) -> list[StoredObject]:
+    """Files of table, indexes and plans that no row names, of runs that wrote nothing since ``before``."""
+    needed = {join(site.table_uri, file.path) for row in rows for file in row.table_files}
+    needed |= {join(row.index_uri, file.path) for row in rows for file in row.index_files}
+    table = [(stored, feature_table.plan_of(stored.uri)) for stored in site.storage.list(site.table_uri, hidden=True)]
+    indexes, work = _by_plan(site.storage, site.index_uri), _by_plan(site.storage, join(site.work_uri, PLANS))
+    active = {plan for stored, plan in work if stored.modified >= before}
+    # A plan's work area says what its release left out, and what its texts were: it stays as long as one of its files.
+    kept = {plan_key(row.plan_id) for row in rows} | {
+        feature_table.plan_of(file.path) for r in rows for file in r.table_files
+    }
+    unnamed = [(stored, plan) for stored, plan in [*table, *indexes] if plan is not None and stored.uri not in needed]
+    unnamed += [(stored, plan) for stored, plan in work if plan not in kept]
+    return [stored for stored, plan in unnamed if stored.modified < before and plan not in active]
+
+
+def _by_plan(storage: Storage, folder: str) -> list[tuple[StoredObject, str]]:
+    found = storage.list(folder, hidden=True)
+    return [(stored, plan_key(stored.uri.removeprefix(folder).strip("/").split("/")[0])) for stored in found]
+
+
+def _let_go(site: Site, rows: Sequence[Release], doomed: Sequence[StoredObject]) -> None:
+    """Take files that are about to be removed out of the Delta table's newest version, where a dead run left them."""
+    table = open_table(site.storage, site.table_uri)
+    if table is None:
+        return
+    gone = {stored.uri for stored in doomed}
+    held = {path for path in feature_table.committed_files(table) if join(site.table_uri, path) in gone}
+    live = release_log.live_releases(rows)
+    for ds in sorted({partition_ds(path) for path in held}):
+        files, dim = (live[ds].table_files, live[ds].dim) if ds in live else ((), 1)
+        feature_table.commit_day(site.storage, site.table_uri, files, dim=dim, ds=ds)
+
+
+def _trim(site: Site, settings: RetentionSettings, now: datetime) -> None:
+    """Shorten the two Delta logs, and end uploads that nobody will end."""
+    releases = join(site.table_uri, release_log.FOLDER)
+    for uri in (site.table_uri, releases):
+        if table := open_table(site.storage, uri):
+            table.create_checkpoint()
+            table.cleanup_metadata()
+    if table := open_table(site.storage, releases):
+        hours = math.ceil(max(settings.grace_hours, LOG_GRACE_HOURS))
+        table.vacuum(retention_hours=hours, dry_run=False, enforce_retention_duration=False)
+    before = (now - timedelta(hours=max(settings.grace_hours, LOG_GRACE_HOURS))).timestamp()
+    for uri in (site.table_uri, site.index_uri, site.work_uri):
+        site.storage.abort_uploads(uri, before=before)

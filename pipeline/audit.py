@@ -123,9 +123,10 @@ def judge(
     rows = gained.rows
     problems = [problem for audit in audits for problem in audit.problems]
     day = day_moments(gained, lost, base if plan.chosen else None)
+    # Of a bad bucket, the rows do not count.
     if rows != plan.items and not problems:
         problems.append(f"the files hold {rows:,} rows, the plan has {plan.items:,} items")
-    if day.rows == 0:
+    if day.rows == 0 and not problems:
         problems.append("the snapshot is empty: no row of the catalogue could be used")
     fraction = sum(plan.quarantined.values()) / max(1, plan.rows_read)
     if fraction > settings.max_quarantined_fraction:

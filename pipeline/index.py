@@ -193,6 +193,8 @@ def _patched(base: Release | None, source: _Source, truth: "_Truth", wanted: _Wa
         if changed > settings.max_changed * base.index_build.items:
             raise _Unfit(f"{changed:,} vectors changed since it was built of {base.index_build.items:,}")
         index = _read(storage, base)
+        if isinstance(index, faiss.IndexIDMap) and _ivf(index):
+            raise _Unfit(f"a map over inverted lists ({base.index_factory}) confuses its ids once vectors leave")
         index.remove_ids(removed)
         index.add_with_ids(vectors, added)
     except CorruptFile as error:

@@ -11,7 +11,7 @@ from pipeline.integrity import check_file
 from pipeline.model.bundle import check_bundle, open_bundle
 from pipeline.release_log import ReleaseLog
 from pipeline.storage import Storage, join
-from pipeline.workspace import Workspace, files_digest, plan_key, receipts_digest
+from pipeline.workspace import Workspace, files_digest, receipts_digest
 from schemas.feature_table import bucket_number
 from schemas.files import PublishedFile
 from schemas.plan import Plan
@@ -31,16 +31,17 @@ def published(
     storage: Storage, table_uri: str, *, ds: str, plan_id: str, chosen: tuple[int, ...] | None = None
 ) -> Release | None:
     """The release of a date, if it holds what this very plan makes: then there is nothing left to do."""
-    live = release_log.read_log(storage, table_uri).live(ds)
-    return live if live is not None and _holds(live, plan_id, chosen) else None
+    found = release_log.read_log(storage, table_uri)
+    live = found.live(ds)
+    return live if live is not None and _holds(found, live, plan_id, chosen) else None
 
 
-def _holds(release: Release, plan_id: str, chosen: tuple[int, ...] | None) -> bool:
-    if release.plan_id == plan_id:
+def _holds(found: ReleaseLog, live: Release, plan_id: str, chosen: tuple[int, ...] | None) -> bool:
+    if live.plan_id == plan_id:
         return True
     # Backfills of other buckets may have been published on top of this one.
-    files = [file for file in release.table_files if chosen and bucket_number(file.path) in chosen]
-    return bool(files) and all(feature_table.plan_of(file.path) == plan_key(plan_id) for file in files)
+    made = [r for r in found.releases if (r.ds, r.plan_id) == (live.ds, plan_id) and not r.withdrawn]
+    return bool(made) and chosen is not None and _contents(live, chosen) == _contents(made[-1], chosen)
 
 
 def is_whole(storage: Storage, release: Release, *, table_uri: str, chosen: Sequence[int] | None = None) -> bool:
@@ -60,10 +61,10 @@ def require_unmoved(found: ReleaseLog, plan: Plan) -> Release | None:
         Superseded: it is not what the plan was made to supersede, or not in the buckets that the plan replaces.
     """
     live = found.live(plan.ds)
-    if (live and live.release_id) == plan.live_release or (live and _holds(live, plan.plan_id, plan.chosen)):
+    if (live and live.release_id) == plan.live_release or (live and _holds(found, live, plan.plan_id, plan.chosen)):
         return live
     before = found.find(plan.live_release)
-    if plan.chosen and live and before and _replaceable(live, plan) == _replaceable(before, plan):
+    if plan.chosen and live and before and _contents(live, plan.chosen) == _contents(before, plan.chosen):
         return live
     raise Superseded(
         f"superseded: {plan.ds} was published by another run since plan {plan.plan_id} was made; "
@@ -71,8 +72,8 @@ def require_unmoved(found: ReleaseLog, plan: Plan) -> Release | None:
     )
 
 
-def _replaceable(release: Release, plan: Plan) -> tuple[object, ...]:
-    chosen = plan.chosen or ()
+def _contents(release: Release, chosen: Sequence[int]) -> tuple[object, ...]:
+    """What some buckets of a release are: the same files, made in the same way."""
     paths = {file.path for file in release.table_files if bucket_number(file.path) in chosen}
     return release.bundle, release.buckets, release.template, paths
 
@@ -92,7 +93,7 @@ def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
     storage = workspace.storage
     found = release_log.read_log(storage, table_uri)
     live = found.live(plan.ds)
-    done = live is not None and _holds(live, plan.plan_id, plan.chosen)
+    done = live is not None and _holds(found, live, plan.plan_id, plan.chosen)
     if live and done and is_whole(storage, live, table_uri=table_uri, chosen=plan.chosen):
         log.info("plan %s is in release %s already", plan.plan_id, live.release_id)
         return live

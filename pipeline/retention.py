@@ -90,7 +90,8 @@ def _decide(
     releases: Sequence[Release], settings: RetentionSettings, now: datetime
 ) -> tuple[list[Release], list[Release], list[Release]]:
     """Rows that the log goes on with, those retired now, and those forgotten."""
-    days = sorted({release.ds for release in releases})[-settings.days :]
+    # Of dates that readers see: one that was withdrawn takes no place, and stays while it is newer than those.
+    oldest = min([*release_log.live_releases(releases)][-settings.days :], default="")
     last = sorted(releases, key=lambda release: (release.ds, -release.turn))
     place: dict[str, int] = {}
     rows, retired, forgotten = [], [], []
@@ -98,7 +99,8 @@ def _decide(
         # A withdrawal holds no files and takes no release's place: it stays as long as its date.
         place[release.ds] = place.get(release.ds, 0) + (not release.withdrawn)
         row = release
-        if release.retired_at is None and (release.ds not in days or place[release.ds] > settings.releases_per_day):
+        beyond = place[release.ds] > settings.releases_per_day or release.ds < oldest
+        if release.retired_at is None and beyond:
             row = release.model_copy(update={"retired_at": now})
             retired.append(row)
         if row.retired_at is not None and row.retired_at + timedelta(hours=settings.grace_hours) <= now:

@@ -522,6 +522,8 @@ def _in_folder(folder: Path, action: Callable[[], R]) -> R:
         with suppress(FileNotFoundError, FileExistsError):
             folder.mkdir(parents=True, exist_ok=True)
             return action()
+        # Out of step with whoever removes it.
+        time.sleep(random.uniform(0, 0.001))  # noqa: S311
     folder.mkdir(parents=True, exist_ok=True)
     return action()
 

@@ -168,7 +168,8 @@ class Site:
             alter: what goes wrong: changes the rows of a bucket before they are written.
         """
         bundle = self.bundle(weights)
-        workspace = self.workspace(plan_id or content_hash(f"plan of {ds}"))
+        # File names say which plan they are of, by the id that a real plan has.
+        workspace = self.workspace(content_hash(f"plan {plan_id or ds}"))
         live = release_log.read_log(self.storage, self.table_uri).live(ds)
         base = base or (live if chosen else None)
         numbers = range(buckets) if chosen is None else chosen

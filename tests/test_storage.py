@@ -317,6 +317,7 @@ def test_writers_bear_that_their_folder_is_removed_whenever_it_is_empty(tmp_path
     def prune() -> None:
         while not done.is_set():
             STORAGE.remove([str(tmp_path / "a" / "b" / "nothing")])
+            time.sleep(0.0002)  # else no other thread of this process ever goes on
 
     def write(number: int) -> None:
         for turn in range(rounds):

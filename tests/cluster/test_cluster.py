@@ -22,7 +22,7 @@ from pipeline.example_data import write_catalogue
 from pipeline.reader import open_release
 from schemas.receipt import Receipt
 
-pytestmark = [pytest.mark.cluster, pytest.mark.spark]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.spark]
 
 DS = "2026-11-20"
 SPARK_HOME = Path(pyspark.__file__).parent

@@ -2,9 +2,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup java nightly test test-slow check format ui clean
+.PHONY: help setup java nightly test test-slow test-faults check format ui clean
 
 DS ?= $(shell date -u +%F)
+TRIALS ?= 200
+SEED ?= 1
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 JAVA := $(if $(JAVA_HOME),$(JAVA_HOME)/bin/java,java)
 VENV := .venv
@@ -21,7 +23,7 @@ AIRFLOW := PATH="$(BIN):$$PATH" $(BIN)/airflow
 NIGHT_LOG = $(AIRFLOW_HOME)/logs/nightly-$(DS).log
 
 help: ## Show this help
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  DS=YYYY-MM-DD chooses the date (default: today, $(DS)); MARC_CONFIG=FILE another configuration."
 
 setup: java $(VENV)/.installed ## Create .venv and install everything into it (once)
@@ -56,6 +58,9 @@ test: setup ## Run the tests
 
 test-slow: setup ## Run the tests that the default suite leaves out
 	@$(BIN)/python -m pytest -m slow
+
+test-faults: setup ## Kill, fill, cut and collide TRIALS times (default 200), and print one table
+	@$(BIN)/python tests/faults/campaign.py --trials $(TRIALS) --seed $(SEED)
 
 check: setup ## Lint, check the format and the types
 	@$(BIN)/ruff check .

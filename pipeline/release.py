@@ -97,6 +97,7 @@ def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
     if live and done and is_whole(storage, live, table_uri=table_uri, chosen=plan.chosen):
         log.info("plan %s is in release %s already", plan.plan_id, live.release_id)
         return live
+    workspace.sign_of_life()
     live = require_unmoved(found, plan)
     receipts = workspace.require_receipts(plan)
     files = feature_table.day_files(plan, receipts, live)
@@ -144,7 +145,9 @@ def roll_back(storage: Storage, table_uri: str, release_id: str) -> list[Release
             )
             for row in rows
         ]
-        if not rows or release_log.append(storage, table_uri, rows):
+        # The target's turn as well, where it needs no row: so that retention does not retire it at the same moment.
+        turns = {target.ds: found.next_turn(target.ds)}
+        if not rows or release_log.append(storage, table_uri, rows, turns=turns):
             return rows
     raise Superseded(f"other runs keep publishing at {table_uri}; run again")
 

@@ -1,7 +1,7 @@
 """The release log: a small Delta table beside the feature table, where every reader starts."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,24 +120,29 @@ def find_release(storage: Storage, table_uri: str, *, ds: str | None = None, rel
     return release
 
 
-def append(storage: Storage, table_uri: str, releases: Sequence[Release]) -> bool:
+def append(
+    storage: Storage, table_uri: str, releases: Sequence[Release], *, turns: Mapping[str, int] | None = None
+) -> bool:
     """Publish releases, one per date, in one atomic commit. Says whether this call made it.
 
     Each takes the turn of its date, as Delta transaction ``(ds, turn)``: of runs that publish the same date at once,
-    one commits; the others find the turn taken, and must look at what is there now.
+    one commits; the others find the turn taken, and must look at what is there now. Retention takes the turn of the
+    dates that it changes, too.
 
     Args:
         storage: access to ``table_uri``.
         table_uri: the feature table.
         releases: the rows.
+        turns: by ds, to take without a row: of dates that must stay as they are until the rows are in.
     """
-    properties = CommitProperties(app_transactions=[Transaction(_day(r.ds), r.turn) for r in releases])
+    turns = {**(turns or {}), **{release.ds: release.turn for release in releases}}
+    properties = _taking(turns)
 
     def commit() -> bool:
         table = open_or_create(storage, join(table_uri, FOLDER), RELEASES, name="releases")
-        if any((table.transaction_version(_day(r.ds)) or 0) >= r.turn for r in releases):
+        if any((table.transaction_version(_day(ds)) or 0) >= turn for ds, turn in turns.items()):
             # A rival's turn; or ours, where the store took our commit and its answer was lost.
-            return _holds(storage, table_uri, releases)
+            return bool(releases) and _holds(storage, table_uri, releases)
         write_deltalake(table, _rows(releases), mode="append", commit_properties=properties)
         return True
 
@@ -145,19 +150,29 @@ def append(storage: Storage, table_uri: str, releases: Sequence[Release]) -> boo
 
 
 def replace(storage: Storage, found: ReleaseLog, kept: Sequence[Release]) -> bool:
-    """Replace the rows of a log that was read by others, in one commit; rows appended meanwhile stay.
+    """Replace the rows of a log that was read by others, in one commit; rows of other dates appended meanwhile stay.
 
     Returns:
-        False where another run replaced rows at the same moment, or the store failed: read again.
+        False where another run changed the same dates at the same moment, or the store failed: read again.
     """
     if found.table is None:
         return True
+    days = {ds for ds in {r.ds for r in found.releases} if _of(found.releases, ds) != _of(kept, ds)}
     try:
-        write_deltalake(found.table, _rows(kept), mode="overwrite")
+        properties = _taking({ds: found.next_turn(ds) for ds in days})
+        write_deltalake(found.table, _rows(kept), mode="overwrite", commit_properties=properties)
     except COMMIT_ERRORS as error:
         log.info("the release log of %s could not be written, or was so at the same moment: %s", found.table_uri, error)
         return False
     return True
+
+
+def _of(releases: Sequence[Release], ds: str) -> list[Release]:
+    return [release for release in releases if release.ds == ds]
+
+
+def _taking(turns: Mapping[str, int]) -> CommitProperties:
+    return CommitProperties(app_transactions=[Transaction(_day(ds), turn) for ds, turn in turns.items()])
 
 
 def _day(ds: str) -> str:

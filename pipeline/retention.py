@@ -2,22 +2,27 @@
 
 import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import PurePosixPath
 
 from pipeline import feature_table, release_log
 from pipeline.config import RetentionSettings
 from pipeline.delta import open_table
 from pipeline.errors import Superseded
 from pipeline.storage import Storage, StoredObject, join
-from pipeline.workspace import PLANS, plan_key
+from pipeline.workspace import PLAN_KEY_CHARS, PLANS, plan_key
 from schemas.feature_table import partition_ds
 from schemas.release import Release
 
 TRIES = 5
 # What a reader of the log may be in the middle of, however short the grace period.
 LOG_GRACE_HOURS = 1
+# Of a table file's path: ds, bucket and name.
+PARTITION_PARTS = 3
+PLAN_ID = re.compile(rf"[0-9a-f]{{{PLAN_KEY_CHARS},}}")
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +71,12 @@ def vacuum(site: Site, settings: RetentionSettings, *, now: datetime | None = No
         Superseded: other runs keep writing the release log.
     """
     now = now or datetime.now(UTC)
+    rows: list[Release] | None = None
     for _ in range(TRIES):
         found = release_log.read_log(site.storage, site.table_uri)
+        if rows == list(found.releases):
+            # The store took them, and its answer was lost.
+            break
         rows, retired, forgotten = _decide(found.releases, settings, now)
         if dry_run or rows == list(found.releases) or release_log.replace(site.storage, found, rows):
             break
@@ -75,7 +84,7 @@ def vacuum(site: Site, settings: RetentionSettings, *, now: datetime | None = No
         raise Superseded(f"other runs keep writing the release log of {site.table_uri}; run again")
     doomed = _unneeded(site, rows, before=(now - timedelta(hours=settings.grace_hours)).timestamp())
     if not dry_run:
-        _let_go(site, rows, doomed)
+        _let_go(site, doomed)
         site.storage.remove(stored.uri for stored in doomed)
         _trim(site, settings, now)
     return Removal(
@@ -113,36 +122,52 @@ def _decide(
 
 def _unneeded(site: Site, rows: Sequence[Release], *, before: float) -> list[StoredObject]:
     """Files of table, indexes and plans that no row names, of runs that wrote nothing since ``before``."""
-    needed = {join(site.table_uri, file.path) for row in rows for file in row.table_files}
-    needed |= {join(row.index_uri, file.path) for row in rows for file in row.index_files}
-    table = [(stored, feature_table.plan_of(stored.uri)) for stored in site.storage.list(site.table_uri, hidden=True)]
-    indexes, work = _by_plan(site.storage, site.index_uri), _by_plan(site.storage, join(site.work_uri, PLANS))
-    active = {plan for stored, plan in work if stored.modified >= before}
+    tables = {file.path for row in rows for file in row.table_files}
+    indexes = {join(PurePosixPath(row.index_uri).name, file.path) for row in rows for file in row.index_files}
     # A plan's work area says what its release left out, and what its texts were: it stays as long as one of its files.
-    kept = {plan_key(row.plan_id) for row in rows} | {
-        feature_table.plan_of(file.path) for r in rows for file in r.table_files
-    }
-    unnamed = [(stored, plan) for stored, plan in [*table, *indexes] if plan is not None and stored.uri not in needed]
-    unnamed += [(stored, plan) for stored, plan in work if plan not in kept]
-    return [stored for stored, plan in unnamed if stored.modified < before and plan not in active]
+    works = {plan_key(row.plan_id) for row in rows} | {feature_table.plan_of(path) for path in tables}
+    found = [
+        (stored, plan, _within(stored, PARTITION_PARTS) in tables)
+        for stored in site.storage.list(site.table_uri, hidden=True)
+        if (plan := feature_table.plan_of(stored.uri)) is not None
+    ]
+    found += [(stored, plan, _within(stored, 2) in indexes) for stored, plan in _by_plan(site.storage, site.index_uri)]
+    found += [(s, plan, plan in works) for s, plan in _by_plan(site.storage, join(site.work_uri, PLANS))]
+    active = {plan for stored, plan, _ in found if stored.modified >= before and plan}
+    return [s for s, plan, needed in found if not needed and s.modified < before and plan not in active]
+
+
+def _within(stored: StoredObject, parts: int) -> str:
+    """The last parts of a uri: what a file is called below the site's folder, in whichever way that is named."""
+    return "/".join(stored.uri.rsplit("/", parts)[1:])
 
 
 def _by_plan(storage: Storage, folder: str) -> list[tuple[StoredObject, str]]:
-    found = storage.list(folder, hidden=True)
-    return [(stored, plan_key(stored.uri.removeprefix(folder).strip("/").split("/")[0])) for stored in found]
+    """Files in folders that are called after plans, with the plan."""
+    depth = len(PurePosixPath(folder).parts)
+    found = []
+    for stored in storage.list(folder, hidden=True):
+        name, *inside = PurePosixPath(stored.uri).parts[depth:]
+        if inside and PLAN_ID.fullmatch(name):
+            found.append((stored, plan_key(name)))
+    return found
 
 
-def _let_go(site: Site, rows: Sequence[Release], doomed: Sequence[StoredObject]) -> None:
+def _let_go(site: Site, doomed: Sequence[StoredObject]) -> None:
     """Take files that are about to be removed out of the Delta table's newest version, where a dead run left them."""
     table = open_table(site.storage, site.table_uri)
-    if table is None:
-        return
-    gone = {stored.uri for stored in doomed}
-    held = {path for path in feature_table.committed_files(table) if join(site.table_uri, path) in gone}
-    live = release_log.live_releases(rows)
-    for ds in sorted({partition_ds(path) for path in held}):
-        files, dim = (live[ds].table_files, live[ds].dim) if ds in live else ((), 1)
-        feature_table.commit_day(site.storage, site.table_uri, files, dim=dim, ds=ds)
+    held = feature_table.committed_files(table) if table else set()
+    for ds in sorted({partition_ds(path) for path in held & {_within(stored, PARTITION_PARTS) for stored in doomed}}):
+        for _ in range(TRIES):
+            found = release_log.read_log(site.storage, site.table_uri)
+            live = found.live(ds)
+            files, dim = (live.table_files, live.dim) if live else ((), 1)
+            feature_table.commit_day(site.storage, site.table_uri, files, dim=dim, ds=ds)
+            # A run that has committed its own files meanwhile, and not released them yet, commits them once more.
+            if release_log.append(site.storage, site.table_uri, [], turns={ds: found.next_turn(ds)}):
+                break
+        else:
+            raise Superseded(f"other runs keep publishing {ds} at {site.table_uri}; run again")
 
 
 def _trim(site: Site, settings: RetentionSettings, now: datetime) -> None:

@@ -322,8 +322,7 @@ def vacuum(settings: Settings, *, dry_run: bool = False) -> "Removal":
 @contextmanager
 def _timed(workspace: Workspace, stage: str) -> Iterator[None]:
     started = time.monotonic()
-    # A sign of life before the work: a vacuum leaves the files of a run alone that wrote something lately.
-    workspace.write_seconds(stage, 0.0)
+    workspace.sign_of_life()
     try:
         yield
     finally:

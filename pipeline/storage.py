@@ -99,8 +99,11 @@ class Storage:
         def get() -> bytes:
             try:
                 answer = client.get_object(Bucket=bucket, Key=key)
-            except client.exceptions.NoSuchKey:
-                raise FileNotFoundError(uri) from None
+            except client.exceptions.ClientError as error:
+                # The status says it, also where the error's own document broke off.
+                if _status(error) == 404 and error.response["Error"]["Code"] != "NoSuchBucket":
+                    raise FileNotFoundError(uri) from None
+                raise
             _require_whole_head(answer)
             return answer["Body"].read()
 
@@ -286,12 +289,15 @@ class Storage:
             on: the errors.
 
         Raises:
-            OSError: it failed so every time.
+            OSError: it failed so every time, or the disk is full.
         """
         for attempt in range(self.attempts):
             try:
-                return action()
+                with _disk_full_names(uri):
+                    return action()
             except on as error:
+                if getattr(error, "errno", None) in DISK_FULL:
+                    raise
                 reason = " ".join(COLOURS.sub("", str(error)).split())
                 if attempt + 1 >= self.attempts:
                     raise OSError(f"{uri}: failed {self.attempts} times, at last: {reason}") from error

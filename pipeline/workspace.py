@@ -114,6 +114,10 @@ class Workspace:
         """Record what the index stage built."""
         self.storage.write(join(self.uri, "index.json"), _json(receipt))
 
+    def sign_of_life(self) -> None:
+        """Say that somebody is at work: a vacuum leaves the files of a run alone that wrote something lately."""
+        self.storage.write(join(self.uri, "alive"), b"")
+
     def write_seconds(self, stage: str, seconds: float) -> None:
         """Record how long an attempt at a stage took; attempts add up."""
         before = self.read_seconds().get(stage, 0.0)

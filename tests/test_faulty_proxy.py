@@ -210,6 +210,8 @@ def test_objects_are_what_was_written(faults: tuple[str, ...], direct: Storage, 
         for turn in range(ROUNDS):
             data, one = random.Random(turn).randbytes(50_000), join(uri, str(turn))  # noqa: S311
             assert storage.stat(one) is None
+            with pytest.raises(FileNotFoundError, match=one):
+                storage.read(one)
             storage.write(one, data)
             assert storage.read(one) == data
             stored = storage.stat(one)

@@ -359,8 +359,33 @@ def test_replaced_rows_leave_and_those_appended_meanwhile_stay(tmp_path: Path, m
     assert read_releases(STORAGE, uri) == [retired, late]
     assert rows_of(uri) == 2
     # A turn outlives its row: what was forgotten is not published again under the same number.
-    assert read_log(STORAGE, uri).next_turn("2026-11-01") == 2
+    assert read_log(STORAGE, uri).next_turn("2026-11-01") == 3
     assert not append(STORAGE, uri, [like(made, "again", ds="2026-11-01", hour=3)])
+
+
+def test_of_a_date_that_is_retired_and_published_at_one_moment_one_must_look_again(
+    tmp_path: Path, made: Release
+) -> None:
+    uri = str(tmp_path)
+    old, other = like(made, "old", ds="2026-11-01"), like(made, "other", ds="2026-11-02", hour=1)
+    append(STORAGE, uri, [old])
+    append(STORAGE, uri, [other])
+    found, retired = read_log(STORAGE, uri), old.model_copy(update={"retired_at": NOON})
+    late = like(made, "late", ds="2026-11-01", hour=2, turn=2)
+    assert append(STORAGE, uri, [late])
+    assert not replace(STORAGE, found, [retired, other])
+    assert read_releases(STORAGE, uri) == [old, other, late]
+    found = read_log(STORAGE, uri)
+    assert replace(STORAGE, found, [retired, other, late])
+    assert not append(STORAGE, uri, [like(made, "later", ds="2026-11-01", hour=3, turn=3)])
+    # Of a date that stays as it was, the turn is free; that of one which must stay is taken without a row.
+    second = like(made, "second", ds="2026-11-02", hour=3, turn=2)
+    assert not append(STORAGE, uri, [second], turns={"2026-11-01": 3})
+    assert append(STORAGE, uri, [second], turns={"2026-11-01": 4})
+    assert not append(STORAGE, uri, [], turns={"2026-11-01": 4})
+    assert append(STORAGE, uri, [], turns={"2026-11-01": 5})
+    assert read_releases(STORAGE, uri) == [retired, other, late, second]
+    assert read_log(STORAGE, uri).next_turn("2026-11-01") == 6
 
 
 def test_of_two_that_replace_rows_at_one_moment_one_must_look_again(tmp_path: Path, made: Release) -> None:

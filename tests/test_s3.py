@@ -1,6 +1,5 @@
 """A site with every uri on S3: a real server (Ceph's RADOS gateway), undisturbed and through a faulty proxy."""
 
-import csv
 import json
 import os
 import subprocess
@@ -9,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from catalogues import corrected
 from faulty_proxy import PASSED, FaultyProxy
 from s3_server import client_of
 from tiny_models import save_tiny_backbone
@@ -72,17 +72,6 @@ print(json.dumps({
     "removed": removed.files,
 }, default=str))
 """
-
-
-def corrected(catalogue: Path) -> Path:
-    """The same with other titles."""
-    path, encoding = catalogue.with_name("corrected.csv"), {"encoding": "utf-8", "errors": "surrogateescape"}
-    with catalogue.open(**encoding, newline="") as old, path.open("w", **encoding, newline="") as new:
-        header, *rows = csv.reader(old)
-        title = header.index("title")
-        changed = [[*row[:title], row[title] and f"{row[title]} (corrected)", *row[title + 1 :]] for row in rows]
-        csv.writer(new).writerows([header, *changed])
-    return path
 
 
 @pytest.mark.parametrize(

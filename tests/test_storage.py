@@ -375,7 +375,14 @@ def test_a_full_disk_is_an_error_that_names_the_uri_and_leaves_the_old_content(f
             path.write_bytes(b"x")
             raise RuntimeError(f"write error: 12 != 34 ({os.strerror(errno.ENOSPC)})")
 
+    tried = []
+
+    def commit() -> None:
+        tried.append(1)
+        raise OSError(f"Generic LocalFileSystem error: {os.strerror(errno.ENOSPC)} (os error {errno.ENOSPC})")
+
     attempts: list[Callable[[], object]] = [
+        lambda: STORAGE.repeated(uri, commit, on=(OSError,)),
         lambda: STORAGE.write(uri, bytes(2 * MIB)),
         lambda: STORAGE.create(uri + "2", bytes(2 * MIB)),
         lambda: STORAGE.fetch(str(tmp_path / "source"), Path(uri)),
@@ -389,6 +396,7 @@ def test_a_full_disk_is_an_error_that_names_the_uri_and_leaves_the_old_content(f
         assert caught.value.filename.startswith(uri)
         assert STORAGE.read(uri) == b"old"
         assert [o.uri for o in STORAGE.list(str(full_disk), hidden=True)] == [uri]
+    assert len(tried) == 1
 
 
 def test_fetching_what_is_not_there_leaves_the_file_that_is(tmp_path: Path) -> None:

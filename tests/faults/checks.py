@@ -1,0 +1,140 @@
+"""What a site holds after a trial, and whether that is what the undisturbed run left there."""
+
+import csv
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import DeltaTable
+
+from pipeline import feature_table, release_log
+from pipeline.reader import OpenRelease
+from pipeline.storage import Storage
+from pipeline.verify import verify
+
+TEXT_COLUMNS = ("title", "brand", "category", "description")
+# Of a bucket: what it holds (ids, texts, bundle), and the same with the bits of the vectors.
+Contents = dict[str, list[str]]
+State = dict[str, Contents]
+
+
+def contents_of(rows: pa.Table) -> Contents:
+    """Two digests per bucket of a release's rows, without the moment of encoding."""
+    found: Contents = {}
+    rows = rows.sort_by([("bucket", "ascending"), ("item_id", "ascending")])
+    for bucket in rows["bucket"].unique().to_pylist():
+        part = rows.filter(pc.equal(rows["bucket"], bucket))
+        digest = hashlib.sha256()
+        for name in ("item_id", "row_id", "content_hash", "bundle", "ds"):
+            digest.update("\0".join(map(str, part[name].to_pylist())).encode())
+        told = digest.hexdigest()[:16]
+        digest.update(part["vector"].combine_chunks().flatten().to_numpy().tobytes())
+        found[str(bucket)] = [told, digest.hexdigest()[:16]]
+    return found
+
+
+def is_known(contents: Contents, known: Sequence[Contents]) -> bool:
+    """Whether what was read is one of the known states, whole.
+
+    Rows are those of one state in every bucket. Where rivals may carry vectors over from one another, a bucket's
+    vectors are those of any state with the same rows in it.
+    """
+    if not any({b: told for b, (told, _) in contents.items()} == {b: t for b, (t, _) in k.items()} for k in known):
+        return False
+    return all(digests in [k.get(bucket) for k in known] for bucket, digests in contents.items())
+
+
+def usable_ids(path: Path) -> set[str]:
+    """Ids of a catalogue's usable rows, by Python's own csv module."""
+    found = set()
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        for row in csv.DictReader(file):
+            texts = [row[name] or "" for name in TEXT_COLUMNS]
+            if row["item_id"] and any(map(str.strip, texts)) and "\ufffd" not in "".join([row["item_id"], *texts]):
+                found.add(row["item_id"])
+    return found
+
+
+@dataclass
+class Findings:
+    """What a site holds, and what is wrong with it."""
+
+    state: State = field(default_factory=dict)
+    rows: int = 0
+    lost: int = 0
+    duplicates: int = 0
+    failed_verifies: int = 0
+    unequal: int = 0
+    doubled: int = 0
+    files: frozenset[str] = frozenset()
+    notes: list[str] = field(default_factory=list)
+
+
+def look_at(storage: Storage, table_uri: str, wanted: Mapping[str, Sequence[set[str]]]) -> Findings:
+    """Every live release, byte by byte, the Delta table beside it, and the items that should be there.
+
+    Args:
+        storage: access to the site.
+        table_uri: its feature table.
+        wanted: usable ids of the catalogue by date; where there are several sets, of one of them.
+    """
+    found = Findings()
+    log = release_log.read_log(storage, table_uri)
+    live = release_log.live_releases(log.releases)
+    turns = sorted((r for r in log.releases if not r.restores and not r.withdrawn), key=lambda r: (r.ds, r.turn))
+    # A plan may come back after another one; never right after itself.
+    twice = [
+        after.plan_id for before, after in pairwise(turns) if (before.ds, before.plan_id) == (after.ds, after.plan_id)
+    ]
+    found.doubled = len(twice)
+    found.notes += [f"plan {plan} was released twice" for plan in twice]
+    for ds, release in live.items():
+        problems = verify(storage, release, table_uri=table_uri)
+        paths = {file.path for file in release.table_files}
+        if committed(storage, table_uri, ds, version=release.table_version) != paths:
+            problems.append(f"version {release.table_version} of the Delta table holds other files")
+        if committed(storage, table_uri, ds) != paths:
+            problems.append("the Delta table's newest version holds other files")
+        found.failed_verifies += bool(problems)
+        found.notes += [f"release {release.release_id} of {ds}: {problem}" for problem in problems]
+        rows = OpenRelease(release, uri=table_uri, storage=storage).dataset().to_table()
+        ids = rows["item_id"].to_pylist()
+        nearest = min(wanted[ds], key=lambda each: len(each.symmetric_difference(ids)))
+        missing, extra = nearest - set(ids), set(ids) - nearest
+        found.lost += len(missing)
+        found.unequal += bool(extra)
+        found.duplicates += len(ids) - len(set(ids))
+        found.rows += len(ids)
+        found.notes += [f"{ds}: {len(missing)} items lost, {len(extra)} too many"] if missing or extra else []
+        found.state[ds] = contents_of(rows)
+    return found
+
+
+def committed(storage: Storage, table_uri: str, ds: str, *, version: int | None = None) -> set[str]:
+    """Paths that the Delta table holds for a date."""
+    table = DeltaTable(table_uri, version=version, storage_options=storage.delta_options())
+    return feature_table.committed_files(table, ds=ds)
+
+
+def files_below(storage: Storage, uris: Sequence[str]) -> frozenset[str]:
+    """Names of data files: of the table, the indexes and the work area, not of the two Delta logs."""
+    stored = [item.uri for uri in uris for item in storage.list(uri, hidden=True)]
+    return frozenset(uri for uri in stored if "/_delta_log/" not in uri and "/_releases/" not in uri)
+
+
+def judge(found: Findings, known: Sequence[State]) -> None:
+    """Compare with the ways that an undisturbed run can end; what differs is counted and noted."""
+    for ds in sorted({ds for state in known for ds in state} | found.state.keys()):
+        contents = found.state.get(ds)
+        candidates = [state[ds] for state in known if ds in state]
+        if contents is None:
+            if all(ds in state for state in known):
+                found.unequal += 1
+                found.notes.append(f"{ds} has no release")
+        elif not is_known(contents, candidates):
+            found.unequal += 1
+            found.notes.append(f"{ds}: the table is not what the undisturbed run left: {contents} of {candidates}")

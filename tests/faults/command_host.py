@@ -1,0 +1,106 @@
+"""A child of the campaign that goes through ``marc`` commands, one JSON line each: ``spark`` in one session, ``fork``.
+
+``spark`` keeps a session (and its Python workers) open, so that a command costs what it does and not what a start does.
+``fork`` has everything imported that needs no Spark, and goes through each command in a child of its own.
+"""
+
+import io
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any
+
+from pipeline import run
+from pipeline.cli import main as marc
+from pipeline.config import load_settings
+from pipeline.entry import configure_logging, reported_errors
+
+# Commands of our own, beside those of ``marc``: CONFIG DS [BUCKET …], and CONFIG PLAN_ID.
+PREPARE, RELEASE = "@prepare", "@release"
+ANSWERS = os.fdopen(os.dup(1), "w", buffering=1)
+
+
+def answer(**facts: Any) -> None:
+    ANSWERS.write(json.dumps(facts) + "\n")
+
+
+def perform(arguments: Sequence[str]) -> int:
+    """Exit code of a command; what it has to say goes to standard error."""
+    try:
+        if arguments[0] in {PREPARE, RELEASE}:
+            configure_logging()
+            with reported_errors():
+                (prepare if arguments[0] == PREPARE else release)(*arguments[1:])
+        else:
+            sys.argv = ["marc", *arguments]
+            marc()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def prepare(config: str, ds: str, *buckets: str) -> None:
+    """The stages before the index."""
+    from pipeline.session import spark_session
+
+    settings = load_settings(config)
+    identity = run.identify(settings, ds=ds, buckets=[int(bucket) for bucket in buckets])
+    with spark_session(settings.spark, name="prepare") as spark:
+        run.plan_stage(spark, settings, identity)
+        run.encode_stage(spark, settings, identity.plan_id)
+        run.audit_stage(spark, settings, identity.plan_id)
+
+
+def release(config: str, plan_id: str) -> None:
+    """Index and release, as the last two tasks of a night."""
+    settings = load_settings(config)
+    run.index_stage(settings, plan_id)
+    run.release_stage(settings, plan_id)
+
+
+def serve_spark(config: str) -> None:
+    from pipeline.session import spark_session
+
+    with spark_session(load_settings(config).spark, name="faults"):
+        answer(ready=True)
+        for line in sys.stdin:
+            said = io.StringIO()
+            with redirect_stdout(io.StringIO()), redirect_stderr(said):
+                code = perform(json.loads(line)["arguments"])
+            answer(code=code, said=said.getvalue())
+
+
+def serve_forks() -> None:
+    # Imported only: whatever starts threads of its own is used in the children alone.
+    from pipeline import audit, index, plan, release, retention, verify  # noqa: F401
+
+    answer(ready=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            output = os.open(command["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            code = perform(command["arguments"])
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        answer(pid=child)
+        _, status = os.waitpid(child, 0)
+        answer(code=os.waitstatus_to_exitcode(status))
+
+
+if __name__ == "__main__":
+    os.dup2(2, 1)
+    if sys.argv[1] == "spark":
+        serve_spark(sys.argv[2])
+    else:
+        serve_forks()

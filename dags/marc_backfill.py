@@ -6,7 +6,7 @@ from typing import Any
 
 from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOperator
 from airflow.sdk import Metadata, Param, dag, get_current_context, task
-from marc_stages import CONFIG, DEFAULT_ARGS, ITEM_VECTORS, submission
+from marc_stages import CONFIG, DEFAULT_ARGS, ITEM_VECTORS, RetryFromTheStart, submission
 
 
 def arguments(day: dict[str, Any]) -> list[str]:
@@ -24,7 +24,7 @@ def date_param(title: str) -> Param:
 @dag(
     schedule=None,
     start_date=datetime(2026, 11, 1),
-    default_args=DEFAULT_ARGS,
+    default_args={**DEFAULT_ARGS, "retry_policy": RetryFromTheStart()},
     params={
         "first": date_param("First date"),
         "last": Param(

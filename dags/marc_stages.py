@@ -46,10 +46,13 @@ def requested_ds() -> str:
 
 # Exit codes of the jobs that say why: running the same thing again would fail the same way.
 PERMANENT = {2: "the catalogue, the bundle or the configuration must be mended first", 3: "a quality gate refused"}
+SUPERSEDED = {4: "another run came in between, and this stage alone cannot build on it; start the DAG run again"}
 
 
 class RetryWhatMayHeal(RetryPolicy):
     """Fail at once what a retry cannot cure; retry what a machine, a network or a store may have caused."""
+
+    permanent = PERMANENT | SUPERSEDED
 
     def evaluate(
         self, exception: BaseException, try_number: int, max_tries: int, context: "Context | None" = None
@@ -57,8 +60,8 @@ class RetryWhatMayHeal(RetryPolicy):
         """Read the exit code of a job from spark-submit's failure, or of one of our own errors."""
         submitted = re.search(r"Error code is: (\d+)", str(exception))
         code = int(submitted[1]) if submitted else getattr(exception, "exit_code", None)
-        if code in PERMANENT:
-            return RetryDecision.fail(reason=f"not retried: {PERMANENT[code]}")
+        if code in self.permanent:
+            return RetryDecision.fail(reason=f"not retried: {self.permanent[code]}")
         # Receipts make a retry cheap: it does what is missing and nothing twice.
         delay = timedelta(minutes=min(2**try_number, 30))
         return RetryDecision.retry(delay=delay, reason=f"a fault that may pass; again in {delay}")
@@ -71,6 +74,12 @@ class RetryWhatMayHeal(RetryPolicy):
     def deserialize(cls, data: dict[str, Any]) -> "RetryWhatMayHeal":
         """There is nothing to set."""
         return cls()
+
+
+class RetryFromTheStart(RetryWhatMayHeal):
+    """The same for a job that goes through all stages: it builds on what came in between."""
+
+    permanent = PERMANENT
 
 
 DEFAULT_ARGS: dict[str, Any] = {

@@ -90,8 +90,11 @@ def require_unchanged(source: CatalogueSource, *, storage: Storage) -> None:
     """Refuse a catalogue whose files are no longer those that were found: to be asked after they were read.
 
     Raises:
-        UserError: a file has other content than before, or is gone.
+        UserError: a file has other content than before, is gone, or came in between.
     """
+    known = {file.uri for file in source.files}
+    if late := [stored.uri for stored in matching_files(source.uri, storage) if stored.uri not in known]:
+        raise UserError(f"{late[0]} came while the catalogue was read; run again when the catalogue is complete")
     for file in source.files:
         stored = storage.stat(file.uri)
         with suppress(FileNotFoundError):

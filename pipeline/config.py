@@ -20,6 +20,8 @@ from schemas.bundle import Pooling
 
 DEFAULT_CONFIG = "marc.yaml"
 PREFIX = "MARC_"
+# Sections whose values an error never repeats: they may hold what is secret.
+SECRETIVE = ("spark", "storage")
 
 
 class Section(BaseModel):
@@ -314,7 +316,8 @@ def describe(error: ValidationError) -> str:
         elif item["type"] == "missing":
             lines.append(f"{key} is missing")
         else:
-            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})")
+            got = "" if key.startswith(SECRETIVE) else f" (got {item['input']!r})"
+            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{got}")
     return "; ".join(lines)
 
 

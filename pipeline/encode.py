@@ -39,56 +39,70 @@ class EncodeTask:
     bundle: str
     bundle_uri: str
     base: str | None
+    planned_at: datetime
     work: BucketPlan
+
+    def counts(self, receipt: Receipt) -> bool:
+        """Whether a receipt stands for this task: of the same plan and bundle, its file there with the right checksum.
+
+        A plan that was made anew carries over what another release holds now: what was carried over for it before is
+        not that.
+        """
+        if (receipt.plan_id, receipt.bundle) != (self.workspace.plan_id, self.bundle):
+            return False
+        if receipt.finished_at < self.planned_at and self.work.unchanged:
+            return False
+        problem = receipt.file and check_file(self.workspace.storage, self.table_uri, receipt.file)
+        if problem:
+            log.warning("bucket %d is encoded again: %s", self.work.bucket, problem)
+        return not problem
 
 
 def pending_tasks(workspace: Workspace, plan: Plan, *, table_uri: str, settings: EncodeSettings) -> list[EncodeTask]:
-    """The buckets that no trustworthy receipt covers yet.
-
-    A receipt counts when plan and bundle match and its file is there with the right checksum.
-    """
+    """The buckets that no trustworthy receipt covers yet."""
     receipts = workspace.read_receipts(plan)
-    tasks = []
-    for work in plan.work:
-        receipt = receipts.get(work.bucket)
-        if receipt is not None:
-            problem = receipt.file and check_file(workspace.storage, table_uri, receipt.file)
-            if not problem:
-                continue
-            log.warning("bucket %d is encoded again: %s", work.bucket, problem)
-        tasks.append(
-            EncodeTask(
-                workspace=workspace,
-                table_uri=table_uri,
-                settings=settings,
-                ds=plan.ds,
-                bundle=plan.bundle,
-                bundle_uri=plan.bundle_uri,
-                base=plan.base_release,
-                work=work,
-            )
+    tasks = [
+        EncodeTask(
+            workspace=workspace,
+            table_uri=table_uri,
+            settings=settings,
+            ds=plan.ds,
+            bundle=plan.bundle,
+            bundle_uri=plan.bundle_uri,
+            base=plan.base_release,
+            planned_at=plan.created_at,
+            work=work,
         )
-    return tasks
+        for work in plan.work
+    ]
+    return [task for task in tasks if not ((receipt := receipts.get(task.work.bucket)) and task.counts(receipt))]
 
 
 def encode_bucket(task: EncodeTask, resources: TaskResources) -> Receipt:
     """Encode new and changed texts, carry unchanged vectors over, write the file, then the receipt.
 
+    Where the vectors to carry over are damaged or gone, the whole bucket is encoded.
+
     Raises:
-        CorruptFile: a carried file or the bundle differs from its checksum.
+        CorruptFile: the bundle differs from its checksum.
     """
     started = time.monotonic()
     storage = task.workspace.storage
     card = local_bundle(storage, task.bundle_uri, task.bundle)[1].card
     items = _read_items(task)
-    fresh = pc.not_equal(items["change"], Change.UNCHANGED.value).to_numpy()
+    fresh = pc.not_equal(items["change"], Change.UNCHANGED.value).to_numpy(zero_copy_only=False)
+    try:
+        carried = _carried(task, card, items.filter(pa.array(~fresh)))
+    except CorruptFile as error:
+        log.warning("bucket %d is encoded whole: %s", task.work.bucket, error)
+        fresh, carried = np.ones(items.num_rows, bool), _carried(task, card, items.slice(0, 0))
     run = _encode(task, items.filter(pa.array(fresh)), resources, dim=card.dim)
     file = None
     if items.num_rows:
         file = feature_table.write_bucket_file(
             storage,
             task.table_uri,
-            _rows(task, card, items, fresh, run.vectors),
+            _rows(task, card, items, fresh, run.vectors, carried),
             ds=task.ds,
             bucket=task.work.bucket,
             plan_id=task.workspace.plan_id,
@@ -110,8 +124,7 @@ def encode_bucket(task: EncodeTask, resources: TaskResources) -> Receipt:
         gpu=resources.gpu,
         finished_at=datetime.now(UTC),
     )
-    task.workspace.write_receipt(receipt)
-    return receipt
+    return task.workspace.write_receipt(receipt, stands=task.counts)
 
 
 @dataclass(frozen=True)
@@ -161,13 +174,13 @@ def _rows(
     items: pa.Table,
     fresh: NDArray[np.bool_],
     vectors: NDArray[np.float32],
+    carried: tuple[NDArray[np.float32], NDArray[np.datetime64]],
 ) -> pa.Table:
     """The bucket's table: fresh vectors and carried ones, in the order of the items."""
     out = np.empty((items.num_rows, card.dim), np.float32)
     encoded_at = np.full(items.num_rows, np.datetime64(datetime.now(UTC).replace(tzinfo=None), "us"))
     out[fresh] = vectors
-    if not fresh.all():
-        out[~fresh], encoded_at[~fresh] = _carried(task, card, items.filter(pa.array(~fresh)))
+    out[~fresh], encoded_at[~fresh] = carried
     schema = file_schema(card.dim)
     return pa.table(
         {
@@ -183,6 +196,13 @@ def _rows(
 
 
 def _carried(task: EncodeTask, card: BundleCard, items: pa.Table) -> tuple[NDArray[np.float32], NDArray[np.datetime64]]:
+    """Vectors [n, d] of unchanged items, and when they were encoded.
+
+    Raises:
+        CorruptFile: the base's files are damaged or gone, or do not hold them.
+    """
+    if not items.num_rows:
+        return np.empty((0, card.dim), np.float32), np.empty(0, "datetime64[us]")
     columns = ["item_id", "vector", "content_hash", "bundle", "encoded_at"]
     tables = [
         feature_table.read_rows(task.workspace.storage, task.table_uri, file, columns=columns)

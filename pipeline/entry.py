@@ -40,7 +40,11 @@ def reported_errors() -> Iterator[None]:
     except PipelineError as error:
         log.error("%s", error)  # noqa: TRY400 - raised on purpose: the message says it all
         sys.exit(error.exit_code)
-    except (OSError, ModuleNotFoundError, DeltaError) as error:
+    except Exception as error:
+        # boto3's errors have no base that Python knows, and boto3 is only there where it is used.
+        stores = type(error).__module__.startswith(("botocore.", "boto3."))
+        if not stores and not isinstance(error, (OSError, ModuleNotFoundError, DeltaError)):
+            raise
         log.error("%s: %s", type(error).__name__, error, exc_info=log.isEnabledFor(logging.DEBUG))  # noqa: TRY400
         sys.exit(1)
 

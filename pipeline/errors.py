@@ -32,4 +32,10 @@ class ReleaseGone(UserError):
 
 
 class Superseded(PipelineError):
-    """Another run published the same day at the same moment; a retry publishes on top of it."""
+    """Another run published, withdrew or removed what this one builds on; a run from the start begins with that."""
+
+    exit_code = 4
+
+
+class DiskFull(PipelineError, OSError):
+    """A disk, or a quota, has no room left; a retry goes on from there once it has."""

@@ -132,7 +132,8 @@ def identify(
     Raises:
         UserError: no catalogue for the date, no bundle, or buckets that the day's release cannot take.
     """
-    live = release_log.read_log(storage, settings.table_uri).live(ds) if chosen else None
+    seen = release_log.read_log(storage, settings.table_uri).live(ds) if chosen or recompute else None
+    live = seen if chosen else None
     if chosen and live is None:
         log.warning("%s has no release: the whole day is planned, not buckets %s alone", ds, list(chosen))
     if live is not None:
@@ -145,12 +146,18 @@ def identify(
     wanted = settings.catalogue
     parts = [
         FORMAT_VERSION, ds, files, source.format, wanted.id_column, wanted.updated_at_column, wanted.template,
-        bundle.version, buckets, some, recompute,
+        bundle.version, buckets, some, _recomputed(seen, some) if recompute else None,
     ]  # fmt: skip
     plan_id = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     return PlanIdentity(
         plan_id=plan_id, ds=ds, source=source, bundle=bundle, buckets=buckets, chosen=some, recompute=recompute
     )
+
+
+def _recomputed(live: Release | None, chosen: tuple[int, ...] | None) -> list[str]:
+    """What is computed anew: doing so once more is another plan."""
+    files = live.table_files if live else ()
+    return [file.path for file in files if chosen is None or bucket_number(file.path) in chosen]
 
 
 def _require_replaceable(settings: Settings, live: Release, chosen: Sequence[int]) -> None:
@@ -168,7 +175,7 @@ def make_plan(spark: "SparkSession", settings: Settings, identity: PlanIdentity,
     """Plan a date: quarantine, latest row per id, changes against the base release, tokens. Publishes nothing.
 
     A plan that was made before is returned as it stands, unless another release came in between: then it is made anew
-    on top of that one. What was encoded for it still counts.
+    on top of that one. What was encoded for it still counts where nothing is carried over.
 
     Raises:
         UserError: missing columns, no rows at all, or the catalogue changed while it was read.
@@ -176,12 +183,13 @@ def make_plan(spark: "SparkSession", settings: Settings, identity: PlanIdentity,
     """
     workspace = Workspace(storage, settings.work_uri, identity.plan_id)
     found = release_log.read_log(storage, settings.table_uri)
-    live = found.live(identity.ds)
+    live, last = found.live(identity.ds), found.last(identity.ds)
     base = base_release(found.releases, ds=identity.ds)
-    if identity.chosen and (live is None or (live.bundle, live.buckets) != (identity.bundle.version, identity.buckets)):
+    wanted = (identity.bundle.version, identity.buckets, settings.catalogue.template)
+    if identity.chosen and (live is None or (live.bundle, live.buckets, live.template) != wanted):
         raise Superseded(f"the release of {identity.ds} was replaced a moment ago; run again to start from the new one")
     earlier = workspace.read_plan()
-    names = (base and base.release_id, live and live.release_id)
+    names = (base and base.release_id, last and last.release_id)
     if earlier and (earlier.base_release, earlier.live_release) == names:
         log.info("plan %s stands already", identity.plan_id)
         return earlier
@@ -204,7 +212,7 @@ def make_plan(spark: "SparkSession", settings: Settings, identity: PlanIdentity,
     rows = catalogue.read_rows(spark, identity.source, settings.catalogue, storage=storage)
     summaries = _plan_buckets(spark, rows, context, chosen=identity.chosen)
     catalogue.require_unchanged(identity.source, storage=storage)
-    plan = _assemble(settings, identity, context, summaries, found, live)
+    plan = _assemble(settings, identity, context, summaries, found)
     if plan.rows_read == 0 and not identity.chosen:
         raise UserError(f"the catalogue at {identity.source.uri} is empty: it has no rows")
     return workspace.write_plan(plan, replacing=earlier)
@@ -299,13 +307,17 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
         return BucketSummary(bucket=bucket, work=None, quarantined=dict(reasons), exact=True)
     items = rows.filter(pc.is_null(rows["reason"]))
     files = previous_files(context, bucket)
+    lost: tuple[PublishedFile, ...] = ()
     try:
         previous = _previous_rows(context, bucket, files)
     except CorruptFile as error:
         # Last night's damage must not stop tonight: without something to carry over, the bucket is encoded whole.
         log.warning("bucket %d is encoded whole: %s", bucket, error)
-        files, previous = (), _previous_rows(context, bucket, ())
+        lost, files, previous = files, (), _previous_rows(context, bucket, ())
     change, deleted = compare(items, previous, bundle=None if context.recompute else context.bundle)
+    if context.base and context.base.buckets == context.buckets:
+        # Of files that cannot be read the log still says how many items they held: a gate must not be blind to that.
+        deleted += max(0, sum(file.rows for file in lost) - items.num_rows)
     items = items.append_column("change", change)
     if items.num_rows:
         base = context.base.release_id if context.base else None
@@ -403,8 +415,8 @@ def _assemble(
     context: BucketContext,
     summaries: Sequence[BucketSummary],
     found: ReleaseLog,
-    live: Release | None,
 ) -> Plan:
+    last = found.last(identity.ds)
     quarantined: Counter[str] = Counter()
     for summary in summaries:
         quarantined.update(summary.quarantined)
@@ -423,7 +435,7 @@ def _assemble(
         buckets=context.buckets,
         chosen=identity.chosen,
         base_release=context.base.release_id if context.base else None,
-        live_release=live.release_id if live else None,
+        live_release=last.release_id if last else None,
         rows_read=sum(b.items for b in work) + quarantined.total(),
         quarantined=dict(sorted(quarantined.items())),
         work=tuple(b for b in work if b.items or b.deleted),

@@ -207,7 +207,8 @@ class OpenRelease:
 
     def index_row_ids(self) -> NDArray[np.int64]:
         """Row ids in the index, in no particular order."""
-        return np.concatenate([_shard_ids(self._read_shard(file)) for file in self.facts.index_files])
+        with self._unless_gone():
+            return np.concatenate([_shard_ids(self._read_shard(file)) for file in self.facts.index_files])
 
     def _with_ties(self, queries: Matrix, k: int) -> tuple[Matrix, NDArray[np.int64]]:
         """At least k neighbours, and as many more as tie with the k-th: which of them count is not FAISS's to say."""

@@ -40,8 +40,14 @@ def _holds(found: ReleaseLog, live: Release, plan_id: str, chosen: tuple[int, ..
     if live.plan_id == plan_id:
         return True
     # Backfills of other buckets may have been published on top of this one.
-    made = [r for r in found.releases if (r.ds, r.plan_id) == (live.ds, plan_id) and not r.withdrawn]
-    return bool(made) and chosen is not None and _contents(live, chosen) == _contents(made[-1], chosen)
+    made = made_by(found, live.ds, plan_id)
+    return made is not None and chosen is not None and _contents(live, chosen) == _contents(made, chosen)
+
+
+def made_by(found: ReleaseLog, ds: str, plan_id: str) -> Release | None:
+    """The last release that a plan made."""
+    made = [r for r in found.releases if (r.ds, r.plan_id) == (ds, plan_id) and not (r.withdrawn or r.restores)]
+    return max(made, key=lambda release: release.turn, default=None)
 
 
 def is_whole(storage: Storage, release: Release, *, table_uri: str, chosen: Sequence[int] | None = None) -> bool:
@@ -58,10 +64,17 @@ def require_unmoved(found: ReleaseLog, plan: Plan) -> Release | None:
     """What readers of the plan's date see now; the plan may take its place, or has done so.
 
     Raises:
-        Superseded: it is not what the plan was made to supersede, or not in the buckets that the plan replaces.
+        Superseded: it is not what the plan was made to supersede, or not in the buckets that the plan replaces; or what
+            the plan carries over was rolled back since.
     """
-    live = found.live(plan.ds)
-    if (live and live.release_id) == plan.live_release or (live and _holds(found, live, plan.plan_id, plan.chosen)):
+    live, last = found.live(plan.ds), found.last(plan.ds)
+    if live and _holds(found, live, plan.plan_id, plan.chosen):
+        return live
+    base = found.find(plan.base_release)
+    newest = found.last(base.ds) if base and base.ds != plan.ds else None
+    if base and newest and newest.turn > base.turn and (newest.withdrawn or newest.restores):
+        raise Superseded(f"superseded: {base.ds} was rolled back since plan {plan.plan_id} was made on it; run again")
+    if (last and last.release_id) == plan.live_release:
         return live
     before = found.find(plan.live_release)
     if plan.chosen and live and before and _contents(live, plan.chosen) == _contents(before, plan.chosen):
@@ -91,13 +104,11 @@ def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
         Superseded: another run published the same buckets of the date since the plan was made.
     """
     storage = workspace.storage
-    found = release_log.read_log(storage, table_uri)
-    live = found.live(plan.ds)
-    done = live is not None and _holds(found, live, plan.plan_id, plan.chosen)
-    if live and done and is_whole(storage, live, table_uri=table_uri, chosen=plan.chosen):
-        log.info("plan %s is in release %s already", plan.plan_id, live.release_id)
-        return live
     workspace.sign_of_life()
+    found = release_log.read_log(storage, table_uri)
+    if made := _done(found, storage, plan, table_uri=table_uri):
+        log.info("plan %s is in release %s already", plan.plan_id, made.release_id)
+        return made
     live = require_unmoved(found, plan)
     receipts = workspace.require_receipts(plan)
     files = feature_table.day_files(plan, receipts, live)
@@ -105,9 +116,21 @@ def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
     _require_files(storage, plan, receipts, index, table_uri=table_uri)
     version = feature_table.commit_day(storage, table_uri, files, dim=plan.dim, ds=plan.ds)
     release = _describe(workspace, plan, receipts, audit, index, table_uri, version, files, live, found)
+    # A vacuum that takes this run for dead takes its plan first, then looks for life, then takes the files.
+    workspace.require_plan()
     if not release_log.append(storage, table_uri, [release]):
         raise DayMoved(f"another run published {plan.ds} at the same moment; run again to publish on top of it")
+    log.info("release %s of %s: table version %d", release.release_id, release.ds, release.table_version)
     return release
+
+
+def _done(found: ReleaseLog, storage: Storage, plan: Plan, *, table_uri: str) -> Release | None:
+    """What a plan was published as since it was made; readers may see something newer by now."""
+    live, before = found.live(plan.ds), found.find(plan.live_release)
+    if live and _holds(found, live, plan.plan_id, plan.chosen):
+        return live if is_whole(storage, live, table_uri=table_uri, chosen=plan.chosen) else None
+    made = made_by(found, plan.ds, plan.plan_id)
+    return made if made and made.turn > (before.turn if before else 0) and made.created_at > plan.created_at else None
 
 
 def roll_back(storage: Storage, table_uri: str, release_id: str) -> list[Release]:
@@ -238,7 +261,9 @@ def _describe(
     found: ReleaseLog,
 ) -> Release:
     now = datetime.now(UTC)
-    encoded, tokens = sum(r.encoded for r in receipts), sum(r.tokens for r in receipts)
+    # What an earlier making of the plan computed is in the bill of its own release.
+    fresh = [receipt for receipt in receipts if receipt.finished_at >= plan.created_at]
+    encoded, tokens = sum(r.encoded for r in fresh), sum(r.tokens for r in fresh)
     seconds = workspace.read_seconds()
     moments = day_moments(audit.gained, audit.lost, live if plan.chosen else None)
     items = sum(file.rows for file in files)

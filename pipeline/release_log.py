@@ -9,13 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 
+from pipeline import feature_table
 from pipeline.delta import COMMIT_ERRORS, open_or_create, open_table
-from pipeline.errors import UserError
-from pipeline.storage import Storage, join
+from pipeline.errors import DiskFull, Superseded, UserError
+from pipeline.storage import Storage, disk_full_names, join
 from schemas.release import FORMAT_VERSION, RELEASES, Release
 
 # An underscore keeps the log out of what Delta and Spark take for data of the feature table.
 FOLDER = "_releases"
+TRIES = 5
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,10 @@ class ReleaseLog:
     def live(self, ds: str) -> Release | None:
         """What readers of a date see; None where nothing was published, or the last one was withdrawn."""
         return newest(self.releases, ds=ds)
+
+    def last(self, ds: str) -> Release | None:
+        """The last turn of a date, also where it says that the date was withdrawn."""
+        return max((release for release in self.releases if release.ds == ds), key=lambda r: r.turn, default=None)
 
     def find(self, release_id: str | None) -> Release | None:
         """A release by id."""
@@ -149,6 +155,26 @@ def append(
     return storage.repeated(join(table_uri, FOLDER), commit, on=COMMIT_ERRORS)
 
 
+def settle(storage: Storage, table_uri: str, ds: str) -> None:
+    """Let the Delta table's newest version hold what the date's release does, where a run left other files in it.
+
+    Raises:
+        Superseded: other runs kept publishing.
+    """
+    for _ in range(TRIES):
+        found = read_log(storage, table_uri)
+        live = found.live(ds)
+        files, dim = (live.table_files, live.dim) if live else ((), 1)
+        table = open_table(storage, table_uri)
+        if table is None or feature_table.committed_files(table, ds=ds) == {file.path for file in files}:
+            return
+        feature_table.commit_day(storage, table_uri, files, dim=dim, ds=ds)
+        # A run that has committed its own files meanwhile, and not released them yet, commits them once more.
+        if append(storage, table_uri, [], turns={ds: found.next_turn(ds)}):
+            return
+    raise Superseded(f"other runs keep publishing {ds} at {table_uri}; run again")
+
+
 def replace(storage: Storage, found: ReleaseLog, kept: Sequence[Release]) -> bool:
     """Replace the rows of a log that was read by others, in one commit; rows of other dates appended meanwhile stay.
 
@@ -160,7 +186,10 @@ def replace(storage: Storage, found: ReleaseLog, kept: Sequence[Release]) -> boo
     days = {ds for ds in {r.ds for r in found.releases} if _of(found.releases, ds) != _of(kept, ds)}
     try:
         properties = _taking({ds: found.next_turn(ds) for ds in days})
-        write_deltalake(found.table, _rows(kept), mode="overwrite", commit_properties=properties)
+        with disk_full_names(found.table_uri):
+            write_deltalake(found.table, _rows(kept), mode="overwrite", commit_properties=properties)
+    except DiskFull:
+        raise
     except COMMIT_ERRORS as error:
         log.info("the release log of %s could not be written, or was so at the same moment: %s", found.table_uri, error)
         return False

@@ -6,14 +6,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import PurePosixPath
 
 from pipeline import feature_table, release_log
 from pipeline.config import RetentionSettings
-from pipeline.delta import open_table
+from pipeline.delta import COMMIT_ERRORS, open_table
 from pipeline.errors import Superseded
 from pipeline.storage import Storage, StoredObject, join
-from pipeline.workspace import PLAN_KEY_CHARS, PLANS, plan_key
+from pipeline.workspace import PLAN_FILE, PLAN_KEY_CHARS, PLANS, plan_key
 from schemas.feature_table import partition_ds
 from schemas.release import Release
 
@@ -82,9 +83,15 @@ def vacuum(site: Site, settings: RetentionSettings, *, now: datetime | None = No
             break
     else:
         raise Superseded(f"other runs keep writing the release log of {site.table_uri}; run again")
-    doomed = _unneeded(site, rows, before=(now - timedelta(hours=settings.grace_hours)).timestamp())
+    before = (now - timedelta(hours=settings.grace_hours)).timestamp()
+    doomed = _unneeded(site, rows, before=before)
     if not dry_run:
         _let_go(site, doomed)
+        # First the plans, without which nothing is published; then those are spared that came back to life before.
+        plans = [stored for stored in doomed if stored.uri.endswith(f"/{PLAN_FILE}")]
+        site.storage.remove(stored.uri for stored in plans)
+        still = {stored.uri for stored in _unneeded(site, rows, before=before)}
+        doomed = [stored for stored in doomed if stored in plans or stored.uri in still]
         site.storage.remove(stored.uri for stored in doomed)
         _trim(site, settings, now)
     return Removal(
@@ -158,28 +165,24 @@ def _let_go(site: Site, doomed: Sequence[StoredObject]) -> None:
     table = open_table(site.storage, site.table_uri)
     held = feature_table.committed_files(table) if table else set()
     for ds in sorted({partition_ds(path) for path in held & {_within(stored, PARTITION_PARTS) for stored in doomed}}):
-        for _ in range(TRIES):
-            found = release_log.read_log(site.storage, site.table_uri)
-            live = found.live(ds)
-            files, dim = (live.table_files, live.dim) if live else ((), 1)
-            feature_table.commit_day(site.storage, site.table_uri, files, dim=dim, ds=ds)
-            # A run that has committed its own files meanwhile, and not released them yet, commits them once more.
-            if release_log.append(site.storage, site.table_uri, [], turns={ds: found.next_turn(ds)}):
-                break
-        else:
-            raise Superseded(f"other runs keep publishing {ds} at {site.table_uri}; run again")
+        release_log.settle(site.storage, site.table_uri, ds)
 
 
 def _trim(site: Site, settings: RetentionSettings, now: datetime) -> None:
     """Shorten the two Delta logs, and end uploads that nobody will end."""
     releases = join(site.table_uri, release_log.FOLDER)
-    for uri in (site.table_uri, releases):
+    hours = math.ceil(max(settings.grace_hours, LOG_GRACE_HOURS))
+
+    def shorten(uri: str) -> None:
         if table := open_table(site.storage, uri):
             table.create_checkpoint()
             table.cleanup_metadata()
-    if table := open_table(site.storage, releases):
-        hours = math.ceil(max(settings.grace_hours, LOG_GRACE_HOURS))
-        table.vacuum(retention_hours=hours, dry_run=False, enforce_retention_duration=False)
+            # Files of the feature table are ours to remove; those of the log, which it has replaced, are Delta's.
+            if uri == releases:
+                table.vacuum(retention_hours=hours, dry_run=False, enforce_retention_duration=False)
+
+    for uri in (site.table_uri, releases):
+        site.storage.repeated(uri, partial(shorten, uri), on=COMMIT_ERRORS)
     before = (now - timedelta(hours=max(settings.grace_hours, LOG_GRACE_HOURS))).timestamp()
     for uri in (site.table_uri, site.index_uri, site.work_uri):
         site.storage.abort_uploads(uri, before=before)

@@ -14,7 +14,7 @@ from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Settings, default_config, load_settings, parse_ds
-from pipeline.errors import UserError
+from pipeline.errors import Superseded, UserError
 from pipeline.storage import Storage
 from pipeline.workspace import Workspace, files_digest
 from schemas.plan import Plan
@@ -136,7 +136,7 @@ def encode_stage(spark: "SparkSession", settings: Settings, plan_id: str) -> lis
     receipts = workspace.require_receipts(plan)
     log.info(
         "encode: %s texts, %s tokens; %s vectors carried over",
-        *(f"{sum(n):,}" for n in zip(*((r.encoded, r.tokens, r.reused) for r in receipts), strict=True)),
+        *(f"{sum(getattr(r, name) for r in receipts):,}" for name in ("encoded", "tokens", "reused")),
     )
     return receipts
 
@@ -146,6 +146,7 @@ def audit_stage(spark: "SparkSession", settings: Settings, plan_id: str) -> Audi
 
     Raises:
         GateRefused: a gate says no; the report is kept in the work area.
+        Superseded: the release that it was compared with is gone.
     """
     from pipeline import audit, release_log
     from pipeline.model.bundle import open_bundle
@@ -157,6 +158,11 @@ def audit_stage(spark: "SparkSession", settings: Settings, plan_id: str) -> Audi
         receipts = workspace.require_receipts(plan)
         card = open_bundle(workspace.storage, plan.bundle_uri).card
         base = release_log.read_log(workspace.storage, settings.table_uri).find(plan.base_release)
+        if plan.base_release and base is None:
+            raise Superseded(
+                f"superseded: release {plan.base_release}, which plan {plan_id} was compared with, was given up by "
+                "retention since; run again"
+            )
         tasks = audit.audit_tasks(
             workspace, plan, receipts, table_uri=settings.table_uri, normalised=card.normalised, base=base
         )
@@ -230,24 +236,24 @@ def release_stage(settings: Settings, plan_id: str) -> Release:
         GateRefused, CorruptFile, UserError: see :func:`pipeline.release.publish`.
         Superseded: another run published the same buckets of the date since the plan was made.
     """
-    from pipeline import release
+    from pipeline import release, release_log
 
     workspace = workspace_of(settings, plan_id)
     plan = workspace.require_plan()
-    for remaining in reversed(range(PUBLISH_TRIES)):
-        try:
-            made = release.publish(workspace, plan, table_uri=settings.table_uri)
-        except release.DayMoved as moved:
-            if not remaining:
-                raise
-            log.info("%s: once more, on top of what is there now", moved)
-            # Rivals that met once should not meet again.
-            time.sleep(random.uniform(0, PUBLISH_PAUSE_SECONDS))  # noqa: S311 - not for secrets
-            index_stage(settings, plan_id)
-        else:
-            log.info("release %s of %s: table version %d", made.release_id, made.ds, made.table_version)
-            return made
-    raise AssertionError("the last try returns or raises")
+    try:
+        for _ in range(PUBLISH_TRIES - 1):
+            try:
+                return release.publish(workspace, plan, table_uri=settings.table_uri)
+            except release.DayMoved as moved:
+                log.info("%s: once more, on top of what is there now", moved)
+                # Rivals that met once should not meet again.
+                time.sleep(random.uniform(0, PUBLISH_PAUSE_SECONDS))  # noqa: S311 - not for secrets
+                index_stage(settings, plan_id)
+        return release.publish(workspace, plan, table_uri=settings.table_uri)
+    except Superseded:
+        # What was committed to the Delta table, and will not be released, must not stay its newest version.
+        release_log.settle(workspace.storage, settings.table_uri, plan.ds)
+        raise
 
 
 def run_all(settings: Settings, *, ds: str) -> Outcome:
@@ -283,7 +289,13 @@ def backfill(
         UserError, GateRefused: see :func:`run_all`.
         Superseded: another run published the same buckets since this one began.
     """
+    from pipeline import release, release_log
+
+    found = release_log.read_log(storage_of(settings), settings.table_uri)
     identity = identify(settings, ds=ds, buckets=buckets, recompute=recompute)
+    if expected and expected != identity.plan_id and (made := release.made_by(found, ds, expected)):
+        # An earlier attempt published it: what is there now is no longer what was to be computed anew.
+        return Outcome(release=made, fresh=False)
     require_expected(identity, expected)
     return _go_through(settings, identity, published(settings, identity, whole=True))
 
@@ -374,7 +386,8 @@ def identify_backfills(
             problems.append(f"{day}: {error}")
             continue
         facts = {"ds": day, "config": os.path.abspath(path), "plan_id": identity.plan_id}  # noqa: PTH100 - see above
-        found.append({**facts, "buckets": list(buckets), "recompute": recompute})
+        # Of a date without a release the whole day, also when the job is tried again and there is one.
+        found.append({**facts, "buckets": list(identity.chosen or ()), "recompute": recompute})
     if problems:
         raise UserError(f"nothing was started: {'; '.join(problems)}")
     return found

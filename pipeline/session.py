@@ -1,5 +1,7 @@
 """The Spark session, and running one function per bucket on it: the only room of the library that imports pyspark."""
 
+import builtins
+import errno
 import logging
 import os
 import re
@@ -40,6 +42,8 @@ DEFAULTS = {
     # One bucket is one task; what a retry repeats is small.
     "spark.task.maxFailures": "4",
 }
+# The last line of a Python worker's traceback.
+WORKER_ERROR = re.compile(r"^(pipeline\.errors\.|boto\w+\.exceptions\.)?(\w+): (.+)$", re.MULTILINE)
 
 log = logging.getLogger(__name__)
 
@@ -111,15 +115,20 @@ def _start(conf: SparkConf) -> SparkSession:
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Raise what a Python worker raised on purpose as itself, not as the Java exception that carried it here."""
+    """Raise what a Python worker raised on purpose, or met, as itself, not as what carried it here through Java."""
     try:
         yield
     except (Py4JJavaError, PySparkException) as error:
-        found = re.search(r"pipeline\.errors\.(\w+): (.+)", str(error))
-        kind = getattr(errors, found[1], None) if found else None
-        if found is None or kind is None:
-            raise
-        raise kind(found[2].strip()) from None
+        said = str(error)
+        for module, name, message in reversed(WORKER_ERROR.findall(said)):
+            if module.startswith("boto"):
+                raise OSError(f"{name}: {message.strip()}") from None
+            kind = getattr(errors if module else builtins, name, None)
+            if isinstance(kind, type) and issubclass(kind, (errors.PipelineError, OSError)):
+                raise kind(message.strip()) from None
+        if (full := os.strerror(errno.ENOSPC)) in said:
+            raise errors.DiskFull(f"{full}, says Spark: in spark.local.dir, or where it reads and writes") from None
+        raise
 
 
 def run_buckets(

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import pyarrow.fs as pafs
 
-from pipeline.errors import UserError
+from pipeline.errors import DiskFull, UserError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -146,12 +146,12 @@ class Storage:
         """A local file to write before :meth:`publish`; removed afterwards whatever happens.
 
         Raises:
-            OSError: the disk is full; the error names ``uri``, whose content is what it was.
+            DiskFull: the error names ``uri``, whose content is what it was.
         """
         folder = Path(tempfile.gettempdir()) if is_s3(uri) else Path(uri).parent
         path = folder / f"{STAGED_PREFIX}{uuid.uuid4().hex}"
         try:
-            with _disk_full_names(uri):
+            with disk_full_names(uri):
                 # It exists from here on, so that nobody removes the folder as empty.
                 _in_folder(folder, path.touch)
                 yield path
@@ -289,15 +289,16 @@ class Storage:
             on: the errors.
 
         Raises:
-            OSError: it failed so every time, or the disk is full.
+            OSError: it failed so every time.
+            DiskFull: at once.
         """
         for attempt in range(self.attempts):
             try:
-                with _disk_full_names(uri):
+                with disk_full_names(uri):
                     return action()
+            except DiskFull:
+                raise
             except on as error:
-                if getattr(error, "errno", None) in DISK_FULL:
-                    raise
                 reason = " ".join(COLOURS.sub("", str(error)).split())
                 if attempt + 1 >= self.attempts:
                     raise OSError(f"{uri}: failed {self.attempts} times, at last: {reason}") from error
@@ -331,8 +332,10 @@ class Storage:
         return options
 
     def _client(self) -> "S3Client":
-        refuse_credentials(ENDPOINT_VARIABLE, os.environ.get(ENDPOINT_VARIABLE))
-        return _boto3_s3(os.getpid(), self.endpoint_url, *self._how())
+        client = _boto3_s3(os.getpid(), self.endpoint_url, *self._how())
+        # Wherever it came from: AWS has variables and profiles for it.
+        refuse_credentials("the endpoint of S3", client.meta.endpoint_url)
+        return client
 
     def _how(self) -> tuple[str | None, float, float, int]:
         return self.region, self.connect_timeout_s, self.read_timeout_s, self.attempts
@@ -535,7 +538,7 @@ def _in_folder(folder: Path, action: Callable[[], R]) -> R:
 
 
 @contextmanager
-def _disk_full_names(uri: str) -> Iterator[None]:
+def disk_full_names(uri: str) -> Iterator[None]:
     """Say what could not be written when the disk is full, whichever library found out and however it says so."""
     try:
         yield
@@ -545,7 +548,7 @@ def _disk_full_names(uri: str) -> Iterator[None]:
             if os.strerror(errno.ENOSPC) not in str(error):
                 raise
             full = errno.ENOSPC
-        raise OSError(full, os.strerror(full), uri) from error
+        raise DiskFull(full, os.strerror(full), uri) from error
 
 
 def _bucket_and_key(uri: str) -> tuple[str, str]:

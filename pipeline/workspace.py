@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from schemas.plan import Plan
 from schemas.receipt import AuditReport, IndexReceipt, Receipt
 
 PLANS = "plans"
+PLAN_FILE = "plan.json"
 # What names a plan in the name of a table file; 64 bits.
 PLAN_KEY_CHARS = 16
 
@@ -45,7 +47,7 @@ class Workspace:
 
     def read_plan(self) -> Plan | None:
         """The plan, once it is made."""
-        return self._read(Plan, "plan.json")
+        return self._read(Plan, PLAN_FILE)
 
     def require_plan(self) -> Plan:
         """The plan.
@@ -65,7 +67,7 @@ class Workspace:
             plan: the plan.
             replacing: the one found before that it is made instead of.
         """
-        uri = join(self.uri, "plan.json")
+        uri = join(self.uri, PLAN_FILE)
         if not self.storage.create(uri, _json(plan)):
             earlier = self.read_plan()
             if earlier is not None and earlier != replacing:
@@ -94,9 +96,23 @@ class Workspace:
             raise UserError(f"plan {plan.plan_id}: no receipt for buckets {missing[:10]}; run the encode stage first")
         return [found[work.bucket] for work in plan.work]
 
-    def write_receipt(self, receipt: Receipt) -> None:
-        """Record what a bucket's worker did, after its file is in place."""
-        self.storage.write(join(self.uri, "receipts", f"{receipt.bucket:05d}.json"), _json(receipt))
+    def write_receipt(self, receipt: Receipt, *, stands: Callable[[Receipt], bool] = lambda _: False) -> Receipt:
+        """Record what a bucket's worker did, after its file is in place; of two at once, the first one's stands.
+
+        Args:
+            receipt: of this worker.
+            stands: whether the receipt that is there already is one that counts.
+
+        Returns:
+            The receipt that is there now.
+        """
+        uri = join(self.uri, "receipts", f"{receipt.bucket:05d}.json")
+        if not self.storage.create(uri, _json(receipt)):
+            earlier = read_contract(self.storage, uri, Receipt)
+            if earlier is not None and stands(earlier):
+                return earlier
+            self.storage.write(uri, _json(receipt))
+        return receipt
 
     def read_audit(self) -> AuditReport | None:
         """The audit's verdict."""
@@ -129,7 +145,9 @@ class Workspace:
         found = {}
         for stored in self.storage.list(join(self.uri, "seconds")):
             stage = stored.uri.rsplit("/", 1)[1].removesuffix(".json")
-            found[stage] = float(json.loads(self.storage.read(stored.uri))["seconds"])
+            # A mere figure: one that cannot be read is not missed.
+            with suppress(ValueError, KeyError, TypeError, FileNotFoundError):
+                found[stage] = float(json.loads(self.storage.read(stored.uri))["seconds"])
         return found
 
     def _read(self, model: type[C], name: str) -> C | None:

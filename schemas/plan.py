@@ -38,17 +38,13 @@ class BucketPlan(Contract):
     characters: int
     previous: tuple[PublishedFile, ...] = ()
 
-    @property
-    def to_encode(self) -> int:
-        """Items whose vector must be computed."""
-        return self.new + self.changed
-
 
 class Plan(Contract):
     """What a run will do; everything written before the release is keyed by its ``plan_id``.
 
     Attributes:
-        plan_id: hash of ds, catalogue, bundle, template and table settings.
+        plan_id: hash of ds, catalogue, bundle, template, table settings, chosen buckets, and of the release that is to
+            be computed anew.
         ds: date of the snapshot, ``YYYY-MM-DD``.
         created_at: when the plan was made.
         catalogue: files that were read, with digests.
@@ -59,7 +55,8 @@ class Plan(Contract):
         buckets: number of buckets of the table.
         chosen: buckets of a backfill, which leaves all others as they are; None for the whole day.
         base_release: release that the catalogue was compared with; None on the first night.
-        live_release: what readers of this ds saw when the plan was made: what it will supersede.
+        live_release: the last release of this ds when the plan was made, also one that withdrew it: what it will
+            supersede.
         rows_read: rows in the catalogue, good or not.
         quarantined: rows in the quarantine, by reason.
         work: one entry per bucket that holds or held items.
@@ -88,7 +85,7 @@ class Plan(Contract):
 
     @property
     def items(self) -> int:
-        """Items that the release will hold."""
+        """Items that the planned buckets will hold."""
         return sum(b.items for b in self.work)
 
     @property

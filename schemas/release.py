@@ -48,10 +48,12 @@ class Release(Contract):
         index_uri, index_files, index_factory, index_nprobe: FAISS index.
         index_build: when it was last built from scratch.
         k, recall, recall_queries: measured recall@k against exact search.
-        items, new, changed, reused, deleted, quarantined: counts; ``reused`` are vectors carried over.
+        items, new, changed, reused, deleted: counts of the day; ``reused`` are vectors that were there before.
+        quarantined: rows of the plan: after a backfill of some buckets, those of these buckets.
         encoded, tokens: texts and tokens that went through the model.
         quarantine_uri: folder of the quarantine's Parquet files; None when it is empty.
-        mean, variance, drift, quarantined_fraction: audit figures.
+        mean, variance, drift: of the day's vectors, by the audit.
+        quarantined_fraction: of the rows of the plan.
         seconds: wall time by stage.
         tokens_per_second: throughput of the encode stage; None when nothing was encoded.
     """

@@ -170,7 +170,8 @@ class Site:
         bundle = self.bundle(weights)
         # File names say which plan they are of, by the id that a real plan has.
         workspace = self.workspace(content_hash(f"plan {plan_id or ds}"))
-        live = release_log.read_log(self.storage, self.table_uri).live(ds)
+        log = release_log.read_log(self.storage, self.table_uri)
+        live, last = log.live(ds), log.last(ds)
         base = base or (live if chosen else None)
         numbers = range(buckets) if chosen is None else chosen
         by_bucket: dict[int, dict[str, Vector]] = {number: {} for number in numbers}
@@ -194,7 +195,7 @@ class Site:
             buckets=buckets,
             chosen=chosen,
             base_release=base.release_id if base else None,
-            live_release=live.release_id if live else None,
+            live_release=last.release_id if last else None,
             rows_read=sum(map(len, by_bucket.values())) + sum(quarantined.values()),
             quarantined=quarantined,
             work=tuple(work for work, _ in planned.values() if work.items or work.deleted),

@@ -810,6 +810,16 @@ def test_a_catalogue_that_changes_while_it_is_read_is_the_users_error(tmp_path: 
         (tmp_path / "b.csv").unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize("uri", ["", "/*.csv"])
+def test_a_part_that_comes_while_the_catalogue_is_read_is_the_users_error(tmp_path: Path, uri: str) -> None:
+    write_bytes(tmp_path / "a.csv", b"item_id,title\n1,a\n")
+    wanted = planning.catalogue_settings(f"{tmp_path}{uri}")
+    source = catalogue.find_source(wanted, wanted.uri, ds=planning.DS, storage=planning.STORAGE)
+    write_bytes(tmp_path / "b.csv", b"item_id,title\n2,b\n")
+    with pytest.raises(UserError, match=r"b\.csv came while the catalogue was read"):
+        catalogue.require_unchanged(source, storage=planning.STORAGE)
+
+
 def test_a_file_that_goes_before_it_is_read_is_the_users_error(spark: "SparkSession", tmp_path: Path) -> None:
     path = write_bytes(tmp_path / "c.csv", b"item_id,title\n1,a\n")
     wanted = planning.catalogue_settings(path)

@@ -225,7 +225,7 @@ def _logging() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(UserError, 2), (GateRefused, 3), (CorruptFile, 1), (Superseded, 1), (PipelineError, 1)]
+    ("error", "code"), [(UserError, 2), (GateRefused, 3), (CorruptFile, 1), (Superseded, 4), (PipelineError, 1)]
 )
 def test_an_error_on_purpose_becomes_one_line_and_its_exit_code(
     caplog: pytest.LogCaptureFixture, error: type[PipelineError], code: int
@@ -236,6 +236,25 @@ def test_an_error_on_purpose_becomes_one_line_and_its_exit_code(
     assert [(record.levelname, record.message, record.exc_info) for record in caplog.records] == [
         ("ERROR", "what is wrong", None)
     ]
+
+
+def test_an_error_of_the_store_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    from botocore.exceptions import NoCredentialsError
+
+    with pytest.raises(SystemExit) as left, entry.reported_errors():
+        raise NoCredentialsError
+    assert left.value.code == 1
+    assert caplog.messages == ["NoCredentialsError: Unable to locate credentials"]
+
+
+@pytest.mark.parametrize(
+    "text", ["spark: {conf: ['spark.hadoop.fs.s3a.secret.key=hunter2']}", "storage: {endpoint_url: [hunter2]}"]
+)
+def test_what_may_be_secret_is_not_repeated(config: Path, text: str) -> None:
+    config.write_text(GOOD + text)
+    with pytest.raises(UserError, match=r"(spark.conf|storage.endpoint_url): ") as error:
+        load_settings(config)
+    assert "hunter2" not in str(error.value)
 
 
 def test_any_other_error_keeps_its_traceback() -> None:

@@ -160,22 +160,26 @@ EVALUATE = """
 import json, sys
 sys.path.insert(0, "dags")
 from marc_stages import RetryWhatMayHeal
-from pipeline.errors import CorruptFile, GateRefused, UserError
-policy = RetryWhatMayHeal()
+from marc_stages import RetryFromTheStart
+from pipeline.errors import CorruptFile, GateRefused, Superseded, UserError
+policy = RetryFromTheStart() if "from the start" in sys.argv else RetryWhatMayHeal()
 errors = {
     "exit 1": RuntimeError("Cannot execute: spark-submit. Error code is: 1."),
     "exit 2": RuntimeError("Cannot execute: spark-submit. Error code is: 2."),
     "exit 3": RuntimeError("Cannot execute: spark-submit. Error code is: 3."),
     "killed": RuntimeError("Cannot execute: spark-submit. Error code is: 137."),
     "user": UserError("x"), "gate": GateRefused("x"), "corrupt": CorruptFile("x"), "os": OSError("disk"),
+    "exit 4": RuntimeError("Cannot execute: spark-submit. Error code is: 4."), "superseded": Superseded("x"),
 }
 print(json.dumps({name: policy.evaluate(error, 1, 3).action.value for name, error in errors.items()}))
 """
 
 
-def test_a_retry_is_decided_by_the_exit_code(repository: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", EVALUATE], capture_output=True, text=True, check=True, cwd=repository)
-    fail = {"exit 2", "exit 3", "user", "gate"}
+@pytest.mark.parametrize("job", ["a stage", "from the start"])
+def test_a_retry_is_decided_by_the_exit_code(repository: Path, job: str) -> None:
+    command = [sys.executable, "-c", EVALUATE, job]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=repository)
+    fail = {"exit 2", "exit 3", "user", "gate"} | ({"exit 4", "superseded"} if job == "a stage" else set())
     decided = json.loads(done.stdout.splitlines()[-1])
     assert {name for name, action in decided.items() if action == "fail"} == fail
     assert {name for name, action in decided.items() if action == "retry"} == decided.keys() - fail

@@ -1,9 +1,11 @@
 """The encode stage of one bucket: what is computed, what is carried over, and what a retry does."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -113,7 +115,7 @@ class Night:
         return Plan(
             plan_id=self.plan_id,
             ds=DS,
-            created_at=datetime.now(UTC),
+            created_at=datetime(2026, 11, 20, tzinfo=UTC),
             catalogue=(),
             bundle=self.bundle.version,
             bundle_uri=self.bundle.uri,
@@ -217,10 +219,10 @@ def test_the_files_footer_says_which_model_made_it(night: Night) -> None:
 def test_the_file_lies_in_place_before_the_receipt_is_written(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
 
-    def look_first(self: Workspace, receipt: Receipt) -> None:
+    def look_first(self: Workspace, receipt: Receipt, **named: Any) -> Receipt:
         assert receipt.file is not None
         found.append(check_file(STORAGE, str(night.table), receipt.file))
-        write(self, receipt)
+        return write(self, receipt, **named)
 
     write = Workspace.write_receipt
     monkeypatch.setattr(Workspace, "write_receipt", look_first)
@@ -381,34 +383,70 @@ def test_a_receipt_of_another_plan_or_bundle_does_not_count(night: Night) -> Non
     assert night.pending(work) == []
 
 
-def test_a_damaged_base_file_is_refused_before_anything_is_written(night: Night) -> None:
-    base = night.base_file({"old": TEXTS[0]})
-    work = night.work([("old", TEXTS[0], Change.UNCHANGED), *new(TEXTS[1:2])], previous=[base])
-    flip_a_byte(night.table / base.path)
-    with pytest.raises(CorruptFile, match="part-base"):
-        night.run(work)
-    assert len(night.pending(work)) == 1
-    assert not (night.table / f"ds={DS}").exists()
-
-
-def test_a_missing_base_file_is_refused(night: Night) -> None:
-    base = night.base_file({"old": TEXTS[0]})
-    work = night.work([("old", TEXTS[0], Change.UNCHANGED), *new(TEXTS[1:2])], previous=[base])
-    (night.table / base.path).unlink()
-    with pytest.raises(CorruptFile, match="is missing"):
-        night.run(work)
-
-
-@pytest.mark.parametrize("wrong", ["text", "bundle", "item"])
-def test_a_base_that_does_not_hold_what_the_plan_carries_over_is_refused(night: Night, wrong: str) -> None:
+def wrong_base(night: Night, wrong: str) -> PublishedFile:
+    """A file of the base release that cannot give the vector of the item "old" with the first text."""
     base = night.base_file(
         {"someone else" if wrong == "item" else "old": "another text" if wrong == "text" else TEXTS[0]},
         bundle="f" * 16 if wrong == "bundle" else None,
     )
-    work = night.work([("old", TEXTS[0], Change.UNCHANGED), *new(TEXTS[1:2])], previous=[base])
-    with pytest.raises(CorruptFile, match="bucket 3: the base release does not hold"):
-        night.run(work)
-    assert len(night.pending(work)) == 1
+    if wrong == "damaged":
+        flip_a_byte(night.table / base.path)
+    if wrong == "missing":
+        (night.table / base.path).unlink()
+    return base
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("damaged", "part-base"),
+        ("missing", "is missing"),
+        ("text", "does not hold the vectors"),
+        ("bundle", "does not hold the vectors"),
+        ("item", "does not hold the vectors"),
+    ],
+)
+def test_what_the_base_no_longer_gives_is_encoded(
+    night: Night, wrong: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    previous = [wrong_base(night, wrong)]
+    work = night.work([("old", TEXTS[0], Change.UNCHANGED), *new(TEXTS[1:2])], previous=previous)
+    receipt = night.run(work)
+    assert (receipt.encoded, receipt.reused) == (2, 0)
+    assert f"bucket {work.bucket} is encoded whole: " in caplog.text
+    assert said in caplog.text
+    assert night.pending(work) == []
+    shutil.rmtree(Path(night.workspace.uri) / "receipts")
+    plain = night.run(night.work([("old", TEXTS[0], Change.NEW), *new(TEXTS[1:2])]))
+    assert receipt.file is not None
+    assert plain.file is not None
+    found, expected = (night.read(file).select(["item_id", "vector"]) for file in (receipt.file, plain.file))
+    assert found.equals(expected)
+
+
+@pytest.mark.parametrize("change", [Change.NEW, Change.UNCHANGED])
+def test_a_receipt_of_an_earlier_making_of_the_plan_counts_where_nothing_is_carried_over(
+    night: Night, change: Change
+) -> None:
+    base = night.base_file({"old": TEXTS[0]})
+    work = night.work([("old", TEXTS[0], change), *new(TEXTS[1:2])], previous=[base])
+    receipt = night.run(work)
+    assert night.pending(work) == []
+    earlier = night.plan(work).created_at - timedelta(seconds=1)
+    night.workspace.write_receipt(receipt.model_copy(update={"finished_at": earlier}))
+    assert [task.work for task in night.pending(work)] == ([] if change == Change.NEW else [work])
+
+
+def test_of_two_workers_of_one_bucket_the_first_ones_receipt_stands(night: Night) -> None:
+    work = night.work(new(TEXTS[:2]))
+    (task,) = night.pending(work)
+    first = encode_bucket(task, ONE_CORE)
+    assert encode_bucket(task, ONE_CORE) == first == night.workspace.read_receipts(night.plan(work))[work.bucket]
+    assert first.file is not None
+    flip_a_byte(night.table / first.file.path)
+    second = encode_bucket(task, ONE_CORE)
+    assert second != first
+    assert night.workspace.read_receipts(night.plan(work))[work.bucket] == second
 
 
 def test_a_damaged_bundle_encodes_nothing(night: Night, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import planning
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from planning import BLANK, DS, STORAGE, CatalogueRow, naive_plan, plan_day, settings_at, write_csv, write_jsonl
@@ -35,6 +36,7 @@ from pipeline.plan import (
     make_plan,
     plan_bucket,
 )
+from pipeline.run import identify_backfills
 from pipeline.workspace import Workspace
 from schemas.catalogue import ITEMS, QUARANTINE, Change, Reason
 from schemas.feature_table import bucket_number
@@ -391,7 +393,7 @@ def test_every_previous_item_is_found_whatever_the_number_of_buckets(
         expected = Counter(changes[i] for i in mine)
         assert (summary.work.new, summary.work.changed, summary.work.unchanged) == tuple(expected[c] for c in Change)
         assert summary.work.deleted == sum(row_id(i) % counts[1] == bucket for i in gone)
-        assert summary.work.to_encode == expected[Change.NEW] + expected[Change.CHANGED]
+        assert summary.work.new + summary.work.changed == expected[Change.NEW] + expected[Change.CHANGED]
         holding = {i for i in before if row_id(i) % counts[1] == bucket}
         carried = {i for file in summary.work.previous for i in _ids_in(wanted, file.path)}
         assert holding <= carried
@@ -555,6 +557,7 @@ def test_a_damaged_file_of_last_night_makes_its_bucket_new_and_stops_nothing(
     bucket = bucket_number(damaged.path)
     (work,) = (work for work in plan.work if work.bucket == bucket)
     assert (work.new, work.previous) == (work.items, ())
+    assert work.deleted == max(0, damaged.rows - work.items)
     assert sum(other.unchanged for other in plan.work if other.bucket != bucket) > 0
 
 
@@ -575,7 +578,7 @@ def test_a_plan_is_made_anew_when_the_day_is_published_withdrawn_or_rolled_back(
     assert [(plan.base_release, plan.live_release) for plan in found] == [
         (old.release_id, None),
         (live.release_id, live.release_id),
-        (old.release_id, None),
+        (old.release_id, "gone"),
     ]
     assert [plan.unchanged for plan in found] == [34, 60, 34]
     assert len({plan.plan_id for plan in found}) == 1
@@ -601,11 +604,13 @@ def test_what_was_encoded_counts_for_a_plan_that_is_made_anew(spark: "SparkSessi
     first = plan_day(spark, wanted)
     workspace = Workspace(STORAGE, wanted.work_uri, first.plan.plan_id)
     write_receipts(wanted, first.plan, TODAY)
-    release = planning.publish(wanted, BEFORE)
+    # With other texts: nothing of it can be carried over.
+    other = {item: f"{text}, other" for item, text in BEFORE.items()}
+    release = planning.publish(wanted, other)
     again = plan_day(spark, wanted)
     assert (again.plan.plan_id, again.plan.base_release) == (first.plan.plan_id, release.release_id)
     assert set(first.changes.values()) == {"new"}
-    assert again.changes == naive_changes(BEFORE, TODAY)[0]
+    assert again.changes == naive_changes(other, TODAY)[0]
     assert pending_tasks(workspace, again.plan, table_uri=wanted.table_uri, settings=EncodeSettings()) == []
     # A worker of the plan before still finds the items that it was sent to encode.
     assert planning.read_planned(wanted, first.plan).items == first.items
@@ -765,6 +770,31 @@ def test_a_plan_id_changes_with_the_chosen_buckets_and_with_a_recomputation(tmp_
     assert len(set(found)) == 2 * len(every)
     # Buckets are a set.
     assert identify(wanted, ds=DS, storage=STORAGE, chosen=(1, 0, 1)).plan_id == found[2 * every.index((0, 1))]
+
+
+@pytest.mark.parametrize("chosen", [(), (1,)])
+def test_what_was_computed_anew_can_be_so_once_more(tmp_path: Path, chosen: tuple[int, ...]) -> None:
+    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
+    planning.publish(wanted, BEFORE)
+    found = [identify(wanted, ds=DS, storage=STORAGE, chosen=chosen, recompute=True).plan_id for _ in range(2)]
+    planning.publish(wanted, {**BEFORE, **{f"more {n}": "text" for n in range(9)}})
+    found.append(identify(wanted, ds=DS, storage=STORAGE, chosen=chosen, recompute=True).plan_id)
+    assert found[0] == found[1] != found[2]
+
+
+def test_backfills_of_dates_with_and_without_a_release_are_named_once_for_all_tries(tmp_path: Path) -> None:
+    config = tmp_path / "marc.yaml"
+    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
+    config.write_text(yaml.safe_dump(wanted.model_dump(mode="json")))
+    asked = {"first": DS, "last": DS, "buckets": [1], "config": str(config)}
+    (whole,) = identify_backfills(**asked, recompute=False)
+    assert whole["buckets"] == []
+    planning.publish(wanted, BEFORE)
+    again = identify(wanted, ds=DS, storage=STORAGE, chosen=whole["buckets"])
+    assert again.plan_id == whole["plan_id"]
+    (some,) = identify_backfills(**asked, recompute=False)
+    assert some["buckets"] == [1]
+    assert some["plan_id"] == identify(wanted, ds=DS, storage=STORAGE, chosen=[1]).plan_id != whole["plan_id"]
 
 
 @pytest.mark.parametrize("chosen", [(), (2,)])

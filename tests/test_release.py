@@ -16,6 +16,7 @@ from published import BUCKETS, DIM, DS, NOON, TEMPLATE, Encoded, Meeting, Site, 
 from pipeline import release, release_log, run
 from pipeline.config import AuditSettings, IndexSettings
 from pipeline.errors import CorruptFile, GateRefused, Superseded, UserError
+from pipeline.feature_table import committed_files
 from pipeline.reader import open_release
 from pipeline.release import DayMoved, is_whole, published, roll_back
 from pipeline.release_log import newest, read_log, read_releases
@@ -605,8 +606,8 @@ def test_a_plan_of_some_buckets_stays_published_while_others_are_put_on_top(site
     # Another plan of the same bucket ends it.
     last = site.publish(stir(DAY, 1, seed=3), plan_id="third", chosen=(1,))
     assert published(**known, chosen=(1,)) is None
-    with pytest.raises(Superseded, match=r"^superseded: "):
-        first.release()
+    # A retry of the first has nothing to do: it was published in its turn.
+    assert first.release() == made
     assert log_of(site)[-1] == last
 
 
@@ -622,6 +623,64 @@ def test_a_plan_of_some_buckets_is_not_published_any_more_once_one_of_them_was_e
     assert published(site.storage, site.table_uri, ds=DS, plan_id=made.plan_id, chosen=(1, 3)) is None
     site.publish(mine, plan_id="two", chosen=(1, 3))
     assert held(site) == plain(in_buckets(DAY, 0, 2) | mine)
+
+
+def test_what_a_run_committed_and_could_not_release_does_not_stay_in_the_delta_table(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    winner, loser = (prepared(site, items(30, seed=n), plan_id=f"plan {n}") for n in range(2))
+    append, waiting, won = release_log.append, [], []
+
+    def in_turn(*arguments: Any, **named: Any) -> bool:
+        waiting.append(arguments)
+        if len(waiting) == 1:
+            # Both have committed their files to the Delta table, the loser last; then the winner releases.
+            with pytest.raises(Superseded, match=r"^superseded: "):
+                loser.release_on_top()
+            return won[0]
+        if len(waiting) == 2:
+            won.append(append(*waiting[0]))
+            assert held(site) == plain(items(30, seed=1))
+        return append(*arguments, **named)
+
+    monkeypatch.setattr(release_log, "append", in_turn)
+    made = winner.release()
+    assert won == [True]
+    assert log_of(site) == [made]
+    assert held(site) == plain(items(30, seed=0))
+    assert committed_files(DeltaTable(site.table_uri)) == {file.path for file in made.table_files}
+
+
+def test_a_retry_of_a_release_that_was_rolled_back_since_does_not_bring_it_back(site: Site) -> None:
+    before = site.publish(VECTORS, ds=YESTERDAY)
+    encoded = prepared(site, DAY, plan_id="day")
+    made = encoded.release()
+    roll_back(site.storage, site.table_uri, before.release_id)
+    assert encoded.release_on_top() == made
+    assert newest(log_of(site)) == before
+
+
+def test_a_plan_that_was_made_before_its_date_was_withdrawn_is_superseded(site: Site) -> None:
+    before = site.publish(VECTORS, ds=YESTERDAY)
+    slow = prepared(site, DAY, plan_id="slow")
+    site.publish(items(30), plan_id="fast")
+    roll_back(site.storage, site.table_uri, before.release_id)
+    with pytest.raises(Superseded, match=r"^superseded: "):
+        slow.release_on_top()
+    assert newest(log_of(site)) == before
+
+
+@pytest.mark.parametrize("how", ["withdrawn", "an earlier one"])
+def test_a_plan_that_carries_over_what_was_rolled_back_since_is_superseded(site: Site, how: str) -> None:
+    good = site.publish(VECTORS, ds="2026-11-13" if how == "withdrawn" else YESTERDAY, plan_id="good")
+    bad = site.publish(DAY, ds=YESTERDAY, plan_id="bad")
+    night = site.encoded(DAY, base=bad, plan_id="night")
+    night.audit()
+    night.index()
+    roll_back(site.storage, site.table_uri, good.release_id)
+    with pytest.raises(Superseded, match=f"^superseded: {YESTERDAY} was rolled back since plan"):
+        night.release_on_top()
+    assert held(site) == {}
 
 
 def by_another_bundle(site: Site) -> None:

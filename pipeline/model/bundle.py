@@ -155,7 +155,12 @@ def local_bundle(storage: Storage, uri: str, version: str) -> tuple[Path, Bundle
         raise CorruptFile(f"{join(uri, CARD)} is version {bundle.version}, not {version}: the bundle was altered")
     folder = Path(bundle.uri)
     if is_s3(uri):
-        folder = storage.local_copy(bundle.uri, (CARD, *bundle.card.files), key=f"bundles/{bundle.version}")
+        names, key = (CARD, *bundle.card.files), f"bundles/{bundle.version}"
+        folder = storage.local_copy(bundle.uri, names, key=key)
+        if check_bundle(storage, replace(bundle, uri=str(folder))):
+            # Temporary folders are tidied by others, file by file.
+            shutil.rmtree(folder, ignore_errors=True)
+            folder = storage.local_copy(bundle.uri, names, key=key)
     # What will be loaded is what is checked.
     problems = check_bundle(storage, replace(bundle, uri=str(folder)))
     if problems:

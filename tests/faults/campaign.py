@@ -36,6 +36,8 @@ from hosts import Attempt, Ended, Host, Overdue, end_session, executors, python_
 from lanes import ROOM, S3, Lane, Local, Operation, Undisturbed
 from s3_server import running_s3
 
+from pipeline.errors import Superseded
+
 S3_SCRIPT = REPOSITORY.parent / "shared" / "tools" / "ceph-s3"
 RETRIES = 6
 KILLED = -9
@@ -280,7 +282,7 @@ class Attack:
         self.trial.notes.append(f"failed {RETRIES + 1} times, at last (code {ended.code}): {tail(ended.said)}")
 
     def gave_way(self, ended: Ended) -> bool:
-        return ended.code == 1 and SUPERSEDED in ended.said
+        return ended.code == Superseded.exit_code and SUPERSEDED in ended.said
 
     def note_failure(self, ended: Ended) -> None:
         """A failure must be told in one line; a killed process says nothing."""

@@ -16,7 +16,6 @@ from pipeline.config import EncodeSettings
 from pipeline.errors import CorruptFile
 from pipeline.integrity import check_file
 from pipeline.model.bundle import local_bundle
-from pipeline.model.encoder import load_encoder
 from pipeline.resources import TaskResources
 from pipeline.workspace import Workspace
 from schemas.bundle import BundleCard
@@ -150,6 +149,9 @@ def _read_items(task: EncodeTask) -> pa.Table:
 def _encode(task: EncodeTask, items: pa.Table, resources: TaskResources, *, dim: int) -> _Run:
     if not items.num_rows:
         return _Run(np.empty((0, dim), np.float32))
+    # Torch takes seconds to load, in every worker: a night without changes needs none.
+    from pipeline.model.encoder import load_encoder  # noqa: PLC0415
+
     hashes = items["content_hash"].to_pylist()
     first = {content: row for row, content in reversed(list(enumerate(hashes)))}
     rows = sorted(first.values())

@@ -14,10 +14,11 @@ import pytest
 from numpy.typing import NDArray
 from tiny_models import CPU_FLOAT32, ONE_CORE, TEXTS, cosines, tiny_tokenizer, train_tiny_bundle
 
-from pipeline import encode, feature_table
+from pipeline import feature_table
 from pipeline.encode import EncodeTask, encode_bucket, pending_tasks
 from pipeline.errors import CorruptFile
 from pipeline.integrity import check_file
+from pipeline.model import encoder
 from pipeline.model.bundle import Bundle, save_bundle
 from pipeline.model.encoder import load_encoder
 from pipeline.resources import TaskResources
@@ -278,7 +279,7 @@ def test_a_bucket_without_any_change_is_carried_over_whole_and_loads_no_model(
 ) -> None:
     texts = {f"old-{number}": TEXTS[number] for number in range(10)}
     base = night.base_file(texts)
-    monkeypatch.setattr(encode, "load_encoder", None)
+    monkeypatch.setattr(encoder, "load_encoder", None)
     receipt = night.run(night.work([(i, text, Change.UNCHANGED) for i, text in texts.items()], previous=[base]))
     assert night.read(receipt.file).equals(night.read(base))
     assert (receipt.encoded, receipt.reused, receipt.tokens, receipt.padded_tokens) == (0, 10, 0, 0)

@@ -101,7 +101,7 @@ def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
         GateRefused: the audit refused, or it saw other files than the receipts name.
         CorruptFile: a file of the index or bundle differs from its checksum, a table file is gone or cut short.
         DayMoved: the index was made for other files of the day than there are now.
-        Superseded: another run published the same buckets of the date since the plan was made.
+        Superseded: another run published the same buckets of the date since the plan was made, or removed its files.
     """
     storage = workspace.storage
     workspace.sign_of_life()
@@ -117,7 +117,8 @@ def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
     version = feature_table.commit_day(storage, table_uri, files, dim=plan.dim, ds=plan.ds)
     release = _describe(workspace, plan, receipts, audit, index, table_uri, version, files, live, found)
     # A vacuum that takes this run for dead takes its plan first, then looks for life, then takes the files.
-    workspace.require_plan()
+    if workspace.read_plan() is None:
+        raise Superseded(f"superseded: a vacuum took plan {plan.plan_id} for that of a dead run; run again")
     if not release_log.append(storage, table_uri, [release]):
         raise DayMoved(f"another run published {plan.ds} at the same moment; run again to publish on top of it")
     log.info("release %s of %s: table version %d", release.release_id, release.ds, release.table_version)

@@ -332,8 +332,9 @@ class Storage:
         return options
 
     def _client(self) -> "S3Client":
+        _refuse_credentials_in_environment()
         client = _boto3_s3(os.getpid(), self.endpoint_url, *self._how())
-        # Wherever it came from: AWS has variables and profiles for it.
+        # It may also come from a profile.
         refuse_credentials("the endpoint of S3", client.meta.endpoint_url)
         return client
 
@@ -486,7 +487,12 @@ def require_bare(uri: str) -> None:
     """
     if is_s3(uri):
         _bucket_and_key(uri)
-        refuse_credentials(ENDPOINT_VARIABLE, os.environ.get(ENDPOINT_VARIABLE))
+        _refuse_credentials_in_environment()
+
+
+def _refuse_credentials_in_environment() -> None:
+    for name in (ENDPOINT_VARIABLE, f"{ENDPOINT_VARIABLE}_S3"):
+        refuse_credentials(name, os.environ.get(name))
 
 
 def _list_local(root: Path, *, hidden: bool) -> Iterator[StoredObject]:

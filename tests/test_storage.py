@@ -245,14 +245,15 @@ def test_settings_and_storage_agree_on_how_patient_they_are() -> None:
     "url",
     [f"http://user:{SECRET}@store:7480", f"https://store/?key={SECRET}", f"user:{SECRET}@store", f"http://x/#{SECRET}"],
 )
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
 def test_an_endpoint_with_credentials_is_refused_and_not_repeated(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tmp_path / "marc.yaml"
     config.write_text(f'catalogue: {{uri: x.csv, template: "{{title}}"}}\nstorage: {{endpoint_url: "{url}"}}\n')
     uri = "s3://bucket/key"
     with monkeypatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", url)
+        patch.setenv(variable, url)
         attempts: list[Callable[[], object]] = [
             lambda: STORAGE.read(uri),
             lambda: STORAGE.filesystem(uri),

@@ -22,7 +22,7 @@ from schemas.feature_table import bucket_number, file_schema
 from schemas.files import PublishedFile
 from schemas.identity import row_id
 from schemas.plan import BucketPlan, Plan
-from schemas.receipt import AuditReport, BucketAudit, Moments, Receipt, day_moments
+from schemas.receipt import AuditReport, BucketAudit, Moments, Receipt, day_moments, quarantined_rows
 from schemas.release import Release
 
 UNIT_TOLERANCE = 1e-3
@@ -88,8 +88,8 @@ def audit_bucket(task: AuditTask, _resources: TaskResources) -> BucketAudit:
             rows = feature_table.read_rows(task.workspace.storage, task.table_uri, task.receipt.file, columns=COLUMNS)
         except CorruptFile as error:
             problems.append(str(error))
-    elif task.work.items:
-        problems.append(f"{task.work.items} items and no file")
+    elif missing := task.work.items - len(task.receipt.quarantined):
+        problems.append(f"{missing} items and no file")
     if rows.num_rows:
         problems += [*_identity_problems(task, rows), *_vector_problems(task, rows)]
     moments = _moments(rows, task.dim) if not problems else _moments(rows.slice(0, 0), task.dim)
@@ -124,13 +124,15 @@ def judge(
     problems = [problem for audit in audits for problem in audit.problems]
     day = day_moments(gained, lost, base if plan.chosen else None)
     # Of a bad bucket, the rows do not count.
-    if rows != plan.items and not problems:
-        problems.append(f"the files hold {rows:,} rows, the plan has {plan.items:,} items")
+    expected = plan.items - sum(len(receipt.quarantined) for receipt in receipts)
+    if rows != expected and not problems:
+        problems.append(f"the files hold {rows:,} rows, the plan has {expected:,} items")
     if day.rows == 0 and not problems:
         problems.append("the snapshot is empty: no row of the catalogue could be used")
-    fraction = sum(plan.quarantined.values()) / max(1, plan.rows_read)
+    quarantined = quarantined_rows(plan.quarantined, receipts)
+    fraction = sum(quarantined.values()) / max(1, plan.rows_read)
     if fraction > settings.max_quarantined_fraction:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in plan.quarantined.items())
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in quarantined.items())
         problems.append(
             f"{fraction:.1%} of {plan.rows_read:,} rows are quarantined ({reasons}), "
             f"audit.max_quarantined_fraction allows {settings.max_quarantined_fraction:.1%}"
@@ -176,6 +178,9 @@ def require_passed(report: AuditReport) -> None:
 def _identity_problems(task: AuditTask, rows: pa.Table) -> list[str]:
     filesystem, path = task.workspace.storage.filesystem(task.workspace.items_uri(task.work.bucket, task.base))
     planned = pq.read_table(path, filesystem=filesystem, columns=["item_id", "content_hash"], schema=ITEMS)
+    if task.receipt.quarantined:
+        gone = pa.array(list(task.receipt.quarantined), pa.string())
+        planned = planned.filter(pc.invert(pc.is_in(planned["item_id"], value_set=gone)))
     problems = []
     ids = rows["item_id"]
     unique = pc.count_distinct(ids).as_py()

@@ -84,8 +84,9 @@ class EncodeSettings(Section):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU that Spark assigned, else CPU.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bf16 where hardware has it.")
-    token_budget: int = Field(8192, ge=1, description="Padded tokens per batch.")
+    token_budget: int = Field(0, ge=0, description="Tokens per batch; 0: what suits the device, measured on a GPU.")
     threads: int = Field(0, ge=0, description="Torch threads per task; 0: cores / parallel tasks.")
+    stuck_after_s: float = Field(600.0, gt=0, description="A batch that takes longer ends its task, for a retry.")
 
 
 class AuditSettings(Section):

@@ -1,9 +1,13 @@
 """The encode stage: one bucket in, one Parquet file and a receipt out."""
 
+import json
 import logging
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -14,15 +18,27 @@ from numpy.typing import NDArray
 from pipeline import feature_table
 from pipeline.config import EncodeSettings
 from pipeline.errors import CorruptFile
-from pipeline.integrity import check_file
+from pipeline.integrity import check_file, open_verified
 from pipeline.model.bundle import local_bundle
 from pipeline.resources import TaskResources
+from pipeline.storage import join
 from pipeline.workspace import Workspace
 from schemas.bundle import BundleCard
-from schemas.catalogue import ITEMS, Change
+from schemas.catalogue import ITEMS, QUARANTINE, Change, Reason
 from schemas.feature_table import file_schema
+from schemas.files import PublishedFile
 from schemas.plan import BucketPlan, Plan
 from schemas.receipt import Receipt
+
+if TYPE_CHECKING:
+    from pipeline.model.encoder import Encoded
+
+# A window ends with so many texts to encode, items, or bytes of them, whichever comes first.
+WINDOW_TEXTS = 8192
+WINDOW_ROWS = 65_536
+WINDOW_BYTES = 64 * 1024 * 1024
+PROGRESS_SECONDS = 10.0
+CARRIED = ["item_id", "vector", "content_hash", "bundle", "encoded_at"]
 
 log = logging.getLogger(__name__)
 
@@ -80,44 +96,39 @@ def pending_tasks(workspace: Workspace, plan: Plan, *, table_uri: str, settings:
 def encode_bucket(task: EncodeTask, resources: TaskResources) -> Receipt:
     """Encode new and changed texts, carry unchanged vectors over, write the file, then the receipt.
 
-    Where the vectors to carry over are damaged or gone, the whole bucket is encoded.
+    Window by window, so that memory does not grow with the bucket. Where the vectors to carry over are damaged or
+    gone, the whole bucket is encoded. A text that cannot be encoded even alone goes to the quarantine.
 
     Raises:
         CorruptFile: the bundle differs from its checksum.
     """
     started = time.monotonic()
-    storage = task.workspace.storage
-    card = local_bundle(storage, task.bundle_uri, task.bundle)[1].card
-    items = _read_items(task)
-    fresh = pc.not_equal(items["change"], Change.UNCHANGED.value).to_numpy(zero_copy_only=False)
+    card = local_bundle(task.workspace.storage, task.bundle_uri, task.bundle)[1].card
+    run = _Run(task, card, resources)
     try:
-        carried = _carried(task, card, items.filter(pa.array(~fresh)))
+        file = _write(run)
     except CorruptFile as error:
+        if run.whole or not task.work.unchanged:
+            raise
         log.warning("bucket %d is encoded whole: %s", task.work.bucket, error)
-        fresh, carried = np.ones(items.num_rows, bool), _carried(task, card, items.slice(0, 0))
-    run = _encode(task, items.filter(pa.array(fresh)), resources, dim=card.dim)
-    file = None
-    if items.num_rows:
-        file = feature_table.write_bucket_file(
-            storage,
-            task.table_uri,
-            _rows(task, card, items, fresh, run.vectors, carried),
-            ds=task.ds,
-            bucket=task.work.bucket,
-            plan_id=task.workspace.plan_id,
-            footer=_footer(task, card),
-        )
+        run = _Run(task, card, resources, whole=True)
+        file = _write(run)
+    if run.quarantined:
+        _write_quarantine(task, run.quarantined)
     receipt = Receipt(
         plan_id=task.workspace.plan_id,
         bucket=task.work.bucket,
         bundle=task.bundle,
         file=file,
         encoded=run.texts,
-        reused=items.num_rows - run.texts,
+        reused=(file.rows if file else 0) - run.texts,
+        quarantined={row["item_id"]: row["change"] for row in run.quarantined},
         tokens=run.tokens,
         padded_tokens=run.padded_tokens,
         seconds=time.monotonic() - started,
+        load_seconds=run.load_seconds,
         model_seconds=run.model_seconds,
+        waited_seconds=run.waited_seconds,
         device=run.device,
         dtype=run.dtype,
         gpu=resources.gpu,
@@ -127,98 +138,262 @@ def encode_bucket(task: EncodeTask, resources: TaskResources) -> Receipt:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """Vectors [n, d] of the fresh items, and what the model did for them."""
+class _Window:
+    """Some of a bucket's items, in order.
 
-    vectors: NDArray[np.float32]
-    texts: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    model_seconds: float = 0.0
-    device: str = "none"
-    dtype: str = "none"
-
-
-def _read_items(task: EncodeTask) -> pa.Table:
-    if not task.work.items:
-        return ITEMS.empty_table()
-    filesystem, path = task.workspace.storage.filesystem(task.workspace.items_uri(task.work.bucket, task.base))
-    return pq.read_table(path, filesystem=filesystem, schema=ITEMS)
-
-
-def _encode(task: EncodeTask, items: pa.Table, resources: TaskResources, *, dim: int) -> _Run:
-    if not items.num_rows:
-        return _Run(np.empty((0, dim), np.float32))
-    # Torch takes seconds to load, in every worker: a night without changes needs none.
-    from pipeline.model.encoder import load_encoder  # noqa: PLC0415
-
-    hashes = items["content_hash"].to_pylist()
-    first = {content: row for row, content in reversed(list(enumerate(hashes)))}
-    rows = sorted(first.values())
-    encoder = load_encoder(task.workspace.storage, task.bundle_uri, task.bundle, task.settings, resources)
-    encoded = encoder.encode(items["text"].take(rows).to_pylist())
-    # Items that share a text share its vector.
-    place = {hashes[row]: number for number, row in enumerate(rows)}
-    return _Run(
-        vectors=encoded.vectors[[place[content] for content in hashes]],
-        texts=len(rows),
-        tokens=encoded.tokens,
-        padded_tokens=encoded.padded_tokens,
-        model_seconds=encoded.model_seconds,
-        device=str(encoder.device),
-        dtype=str(encoder.dtype).removeprefix("torch."),
-    )
-
-
-def _rows(
-    task: EncodeTask,
-    card: BundleCard,
-    items: pa.Table,
-    fresh: NDArray[np.bool_],
-    vectors: NDArray[np.float32],
-    carried: tuple[NDArray[np.float32], NDArray[np.datetime64]],
-) -> pa.Table:
-    """The bucket's table: fresh vectors and carried ones, in the order of the items."""
-    out = np.empty((items.num_rows, card.dim), np.float32)
-    encoded_at = np.full(items.num_rows, np.datetime64(datetime.now(UTC).replace(tzinfo=None), "us"))
-    out[fresh] = vectors
-    out[~fresh], encoded_at[~fresh] = carried
-    schema = file_schema(card.dim)
-    return pa.table(
-        {
-            "item_id": items["item_id"],
-            "row_id": items["row_id"],
-            "vector": pa.FixedSizeListArray.from_arrays(pa.array(out.reshape(-1)), type=schema.field("vector").type),
-            "content_hash": items["content_hash"],
-            "bundle": pa.repeat(task.bundle, items.num_rows),
-            "encoded_at": pa.array(encoded_at, pa.timestamp("us", tz="UTC")),
-        },
-        schema=schema,
-    )
-
-
-def _carried(task: EncodeTask, card: BundleCard, items: pa.Table) -> tuple[NDArray[np.float32], NDArray[np.datetime64]]:
-    """Vectors [n, d] of unchanged items, and when they were encoded.
-
-    Raises:
-        CorruptFile: the base's files are damaged or gone, or do not hold them.
+    Attributes:
+        items: rows of :data:`schemas.catalogue.ITEMS`.
+        fresh: which of them need a vector that is computed here.
+        rows: those whose texts go through the model: of items that share a text the first.
+        twins: rows whose text comes more than once in the bucket.
     """
-    if not items.num_rows:
-        return np.empty((0, card.dim), np.float32), np.empty(0, "datetime64[us]")
-    columns = ["item_id", "vector", "content_hash", "bundle", "encoded_at"]
-    tables = [
-        feature_table.read_rows(task.workspace.storage, task.table_uri, file, columns=columns)
-        for file in task.work.previous
-    ]
-    previous = pa.concat_tables([table.replace_schema_metadata() for table in tables]).combine_chunks()
-    previous = previous.take(pc.index_in(items["item_id"], value_set=previous["item_id"].combine_chunks()))
-    same = pc.and_(pc.equal(previous["content_hash"], items["content_hash"]), pc.equal(previous["bundle"], task.bundle))
-    if not pc.all(pc.fill_null(same, fill_value=False)).as_py():
-        raise CorruptFile(
-            f"bucket {task.work.bucket}: the base release does not hold the vectors that the plan carries over"
+
+    items: pa.Table
+    fresh: NDArray[np.bool_]
+    rows: NDArray[np.int64]
+    twins: NDArray[np.int64]
+
+
+class _Run:
+    """One pass over a bucket: tables to write, and what the model did for them.
+
+    Args:
+        task: the bucket.
+        card: of the bundle.
+        resources: of the task.
+        whole: encode every text, also those whose vectors could be carried over.
+    """
+
+    def __init__(self, task: EncodeTask, card: BundleCard, resources: TaskResources, *, whole: bool = False) -> None:
+        self.task, self.card, self.resources, self.whole = task, card, resources, whole
+        self.texts = self.tokens = self.padded_tokens = 0
+        self.model_seconds = self.waited_seconds = self.load_seconds = 0.0
+        self.device = self.dtype = "none"
+        self.quarantined: list[dict[str, str]] = []
+        self._shared: dict[str, NDArray[np.float32] | str] = {}
+        self._reported = time.monotonic()
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Rows of the bucket's file, in the order of the items.
+
+        Raises:
+            CorruptFile: what is carried over is damaged or gone; or the bundle is.
+        """
+        carried = _Carried(self.task, self.card)
+        for window, encoded in self._encoded():
+            yield self._rows(window, encoded, carried)
+
+    def _encoded(self) -> Iterator[tuple[_Window, "Encoded | None"]]:
+        windows = self._windows()
+        first = next(windows, None)
+        while first is not None and not len(first.rows):
+            yield first, None
+            first = next(windows, None)
+        if first is None:
+            return
+        # Torch takes seconds to load, in every worker: a night without changes needs none.
+        from pipeline.model.encoder import load_encoder  # noqa: PLC0415
+
+        task, started = self.task, time.monotonic()
+        encoder = load_encoder(task.workspace.storage, task.bundle_uri, task.bundle, task.settings, self.resources)
+        self.load_seconds = time.monotonic() - started
+        self.device, self.dtype = str(encoder.device), str(encoder.dtype).removeprefix("torch.")
+        texts = ((window, window.items["text"].take(window.rows).to_pylist()) for window in chain([first], windows))
+        for window, encoded in encoder.stream(texts):
+            self.texts += len(window.rows) - len(encoded.failed)
+            self.tokens += encoded.tokens
+            self.padded_tokens += encoded.padded_tokens
+            self.model_seconds += encoded.model_seconds
+            self.waited_seconds += encoded.waited_seconds
+            if time.monotonic() - self._reported > PROGRESS_SECONDS:
+                self._reported = time.monotonic()
+                task.workspace.write_progress(task.work.bucket, self.tokens)
+            yield window, encoded
+
+    def _windows(self) -> Iterator[_Window]:
+        if not self.task.work.items:
+            return
+        repeated, seen = self._repeated(), set[str]()
+        for items in _pieces(_batches(self.task), whole=self.whole):
+            fresh = _fresh(items, whole=self.whole)
+            rows = np.flatnonzero(fresh)
+            twins = rows[np.isin(_keys(items["content_hash"].take(rows)), repeated)]
+            later = []
+            for row, content in zip(twins.tolist(), items["content_hash"].take(twins).to_pylist(), strict=True):
+                if content in seen:
+                    later.append(row)
+                seen.add(content)
+            yield _Window(items, fresh, np.setdiff1d(rows, later), twins)
+
+    def _repeated(self) -> NDArray[np.uint64]:
+        """Keys of the texts that more than one item to encode has."""
+        keys = [
+            _keys(batch["content_hash"].filter(pa.array(_fresh(batch, whole=self.whole))))
+            for batch in _batches(self.task, columns=["content_hash", "change"])
+        ]
+        ordered = np.sort(np.concatenate(keys)) if keys else np.empty(0, np.uint64)
+        return np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+
+    def _rows(self, window: _Window, encoded: "Encoded | None", carried: "_Carried") -> pa.Table:
+        items, kept = window.items, np.ones(window.items.num_rows, bool)
+        vectors = np.zeros((items.num_rows, self.card.dim), np.float32)
+        encoded_at = np.full(items.num_rows, np.datetime64(datetime.now(UTC).replace(tzinfo=None), "us"))
+        failed: dict[int, str] = {}
+        if encoded is not None and len(window.rows):
+            vectors[window.rows] = encoded.vectors
+            failed = {int(window.rows[place]): reason for place, reason in encoded.failed.items()}
+        for row, content in zip(
+            window.twins.tolist(), items["content_hash"].take(window.twins).to_pylist(), strict=True
+        ):
+            known = self._shared.setdefault(content, failed.get(row, vectors[row].copy()))
+            if isinstance(known, str):
+                failed[row] = known
+            else:
+                vectors[row] = known
+        unchanged = ~window.fresh
+        if unchanged.any():
+            vectors[unchanged], encoded_at[unchanged] = carried.of(items.filter(pa.array(unchanged)))
+        for row, reason in failed.items():
+            kept[row] = False
+            item = items.slice(row, 1).to_pylist()[0]
+            self.quarantined.append({**item, "error": reason})
+        schema = file_schema(self.card.dim)
+        rows = pa.table(
+            {
+                "item_id": items["item_id"],
+                "row_id": items["row_id"],
+                "vector": pa.FixedSizeListArray.from_arrays(
+                    pa.array(vectors.reshape(-1)), type=schema.field("vector").type
+                ),
+                "content_hash": items["content_hash"],
+                "bundle": pa.repeat(self.task.bundle, items.num_rows),
+                "encoded_at": pa.array(encoded_at, pa.timestamp("us", tz="UTC")),
+            },
+            schema=schema,
         )
-    vectors = previous["vector"].combine_chunks().flatten().to_numpy().reshape(-1, card.dim)
-    return vectors, previous["encoded_at"].to_numpy()
+        return rows if kept.all() else rows.filter(pa.array(kept))
+
+
+def _write(run: _Run) -> PublishedFile | None:
+    """The bucket's file; None where no item is left."""
+    task = run.task
+    if not task.work.items:
+        return None
+    return feature_table.write_bucket_file(
+        task.workspace.storage,
+        task.table_uri,
+        run.tables(),
+        dim=run.card.dim,
+        ds=task.ds,
+        bucket=task.work.bucket,
+        plan_id=task.workspace.plan_id,
+        footer=_footer(task, run.card),
+    )
+
+
+def _write_quarantine(task: EncodeTask, rows: Sequence[dict[str, str]]) -> None:
+    storage = task.workspace.storage
+    items_uri = task.workspace.items_uri(task.work.bucket, task.base)
+    table = pa.table(
+        {
+            "item_id": [row["item_id"] for row in rows],
+            "reason": [Reason.UNENCODABLE.value] * len(rows),
+            "row": [json.dumps({name: row[name] for name in ("item_id", "text", "error")}) for row in rows],
+            "source": [items_uri] * len(rows),
+        },
+        schema=QUARANTINE,
+    )
+    uri = join(task.workspace.quarantine_uri, f"encode-{task.work.bucket:05d}.parquet")
+    with storage.staged(uri) as staged:
+        pq.write_table(table, staged, compression="zstd")
+        storage.publish(staged, uri)
+    log.warning(
+        "bucket %d: %d texts cannot be encoded, the first says %s", task.work.bucket, len(rows), rows[0]["error"]
+    )
+
+
+def _batches(task: EncodeTask, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The bucket's planned items, some at a time."""
+    filesystem, path = task.workspace.storage.filesystem(task.workspace.items_uri(task.work.bucket, task.base))
+    with pq.ParquetFile(path, filesystem=filesystem) as file:
+        for batch in file.iter_batches(feature_table.ROW_GROUP_ROWS, columns=list(columns or ITEMS.names)):
+            yield pa.Table.from_batches([batch])
+
+
+def _pieces(batches: Iterable[pa.Table], *, whole: bool) -> Iterator[pa.Table]:
+    """Batches put together until there is enough to encode, or enough to hold."""
+    held: list[pa.Table] = []
+    fresh = rows = size = 0
+    for batch in batches:
+        held.append(batch)
+        fresh += int(_fresh(batch, whole=whole).sum())
+        rows += batch.num_rows
+        size += batch.nbytes
+        if fresh >= WINDOW_TEXTS or rows >= WINDOW_ROWS or size >= WINDOW_BYTES:
+            yield pa.concat_tables(held).combine_chunks()
+            held, fresh, rows, size = [], 0, 0, 0
+    if held:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+def _fresh(items: pa.Table, *, whole: bool) -> NDArray[np.bool_]:
+    if whole:
+        return np.ones(items.num_rows, bool)
+    fresh: NDArray[np.bool_] = pc.not_equal(items["change"], Change.UNCHANGED.value).to_numpy()
+    return fresh
+
+
+def _keys(hashes: pa.ChunkedArray) -> NDArray[np.uint64]:
+    """64 bits of each content hash: enough to tell which may be there twice, in a quarter of the room."""
+    digits = np.array([content[:16] for content in hashes.to_pylist()], "S16").reshape(-1)
+    return np.array([int(part, 16) for part in digits.tolist()], np.uint64)
+
+
+class _Carried:
+    """Vectors of the base release, read row group by row group as they are needed.
+
+    Items and files are sorted by item_id: what a window needs lies in few row groups.
+    """
+
+    def __init__(self, task: EncodeTask, card: BundleCard) -> None:
+        self._task, self._dim = task, card.dim
+        self._files: list[pq.ParquetFile] | None = None
+
+    def of(self, items: pa.Table) -> tuple[NDArray[np.float32], NDArray[np.datetime64]]:
+        """Vectors [n, d] of unchanged items, sorted by item_id, and when they were encoded.
+
+        Raises:
+            CorruptFile: the base's files are damaged or gone, or do not hold them.
+        """
+        ids = items["item_id"]
+        previous = self._between(ids[0].as_py(), ids[-1].as_py())
+        previous = previous.take(pc.index_in(ids, value_set=previous["item_id"].combine_chunks()))
+        same = pc.and_(
+            pc.equal(previous["content_hash"], items["content_hash"]), pc.equal(previous["bundle"], self._task.bundle)
+        )
+        if not pc.all(pc.fill_null(same, fill_value=False)).as_py():
+            raise CorruptFile(
+                f"bucket {self._task.work.bucket}: the base release does not hold the vectors that the plan "
+                "carries over"
+            )
+        vectors = previous["vector"].combine_chunks().flatten().to_numpy().reshape(-1, self._dim)
+        return vectors, previous["encoded_at"].to_numpy()
+
+    def _between(self, first: str, last: str) -> pa.Table:
+        if self._files is None:
+            storage, table_uri = self._task.workspace.storage, self._task.table_uri
+            self._files = [pq.ParquetFile(open_verified(storage, table_uri, file)) for file in self._task.work.previous]
+        tables = [feature_table.empty_rows(self._dim).select(CARRIED).replace_schema_metadata()]
+        for file in self._files:
+            groups = [n for n in range(file.num_row_groups) if _overlaps(file.metadata.row_group(n), first, last)]
+            tables.append(file.read_row_groups(groups, columns=CARRIED).replace_schema_metadata())
+        return pa.concat_tables(tables).combine_chunks()
+
+
+def _overlaps(group: pq.RowGroupMetaData, first: str, last: str) -> bool:
+    """Whether a row group may hold ids from first to last; Python orders text as UTF-8 does."""
+    known = group.column(0).statistics
+    return known is None or not known.has_min_max or (known.min <= last and known.max >= first)
 
 
 def _footer(task: EncodeTask, card: BundleCard) -> dict[str, str]:

@@ -5,7 +5,8 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -38,14 +39,15 @@ log = logging.getLogger(__name__)
 def write_bucket_file(
     storage: Storage,
     table_uri: str,
-    rows: pa.Table,
+    tables: Iterable[pa.Table],
     *,
+    dim: int,
     ds: str,
     bucket: int,
     plan_id: str,
     footer: dict[str, str],
-) -> PublishedFile:
-    """Write one partition's file, not yet visible to anybody.
+) -> PublishedFile | None:
+    """Write one partition's file, not yet visible to anybody. A table is written while the next one is made.
 
     The name carries the content's hash: a retry that computes other bytes never replaces a file that a
     receipt or a release already trusts.
@@ -53,25 +55,41 @@ def write_bucket_file(
     Args:
         storage: access to ``table_uri``.
         table_uri: root of the feature table.
-        rows: columns of :func:`schemas.feature_table.file_schema`, sorted by item_id.
+        tables: rows with the columns of :func:`schemas.feature_table.file_schema`, sorted by item_id across all.
+        dim: length of the vectors.
         ds: date of the partition.
         bucket: number of the partition.
         plan_id: the plan that the rows belong to.
         footer: facts for the file's metadata (bundle, layer, dim, normalised, template).
+
+    Returns:
+        What was written; None for no rows, which need no file.
     """
     folder = partition_path(ds, bucket)
     with storage.staged(join(table_uri, folder, "part")) as staged:
-        pq.write_table(
-            rows.replace_schema_metadata(footer),
-            staged,
-            row_group_size=ROW_GROUP_ROWS,
-            compression="zstd",
-            use_dictionary=False,
-            # Plain floats: Spark's default Parquet reader refuses BYTE_STREAM_SPLIT, which would save 5 %.
-            write_page_checksum=True,
-            store_schema=True,
-        )
-        described = describe_file(staged, path="", rows=rows.num_rows)
+        with (
+            pq.ParquetWriter(
+                staged,
+                file_schema(dim).with_metadata(footer),
+                compression="zstd",
+                use_dictionary=False,
+                # Plain floats: Spark's default Parquet reader refuses BYTE_STREAM_SPLIT, which would save 5 %.
+                write_page_checksum=True,
+                store_schema=True,
+            ) as writer,
+            ThreadPoolExecutor(1, thread_name_prefix="write") as pool,
+        ):
+            rows, written = 0, None
+            for table in tables:
+                if written is not None:
+                    written.result()
+                rows += table.num_rows
+                written = pool.submit(writer.write_table, table, ROW_GROUP_ROWS)
+            if written is not None:
+                written.result()
+        if not rows:
+            return None
+        described = describe_file(staged, path="", rows=rows)
         path = f"{folder}/part-{plan_key(plan_id)}-{described.sha256[:16]}.parquet"
         storage.publish(staged, join(table_uri, path))
     return described.model_copy(update={"path": path})

@@ -2,6 +2,7 @@
 
 import logging
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -12,10 +13,11 @@ from pipeline.model.bundle import check_bundle, open_bundle
 from pipeline.release_log import ReleaseLog
 from pipeline.storage import Storage, join
 from pipeline.workspace import Workspace, files_digest, receipts_digest
+from schemas.catalogue import Change
 from schemas.feature_table import bucket_number
 from schemas.files import PublishedFile
 from schemas.plan import Plan
-from schemas.receipt import AuditReport, IndexReceipt, Receipt, day_moments
+from schemas.receipt import AuditReport, IndexReceipt, Receipt, day_moments, quarantined_rows
 from schemas.release import Release
 
 ROLL_BACK_TRIES = 5
@@ -268,6 +270,9 @@ def _describe(
     seconds = workspace.read_seconds()
     moments = day_moments(audit.gained, audit.lost, live if plan.chosen else None)
     items = sum(file.rows for file in files)
+    quarantined = quarantined_rows(plan.quarantined, receipts)
+    lost = Counter(change for receipt in receipts for change in receipt.quarantined.values())
+    new, changed = plan.new - lost[Change.NEW], plan.changed - lost[Change.CHANGED]
     return Release(
         release_id=_release_id(now),
         ds=plan.ds,
@@ -293,14 +298,14 @@ def _describe(
         recall=index.recall,
         recall_queries=index.queries,
         items=items,
-        new=plan.new,
-        changed=plan.changed,
-        reused=items - plan.new - plan.changed,
+        new=new,
+        changed=changed,
+        reused=items - new - changed,
         deleted=plan.deleted,
-        quarantined=sum(plan.quarantined.values()),
+        quarantined=sum(quarantined.values()),
         encoded=encoded,
         tokens=tokens,
-        quarantine_uri=workspace.quarantine_uri if plan.quarantined else None,
+        quarantine_uri=workspace.quarantine_uri if quarantined else None,
         mean=moments.mean,
         variance=moments.variance,
         drift=audit.drift,

@@ -114,6 +114,18 @@ class Workspace:
             self.storage.write(uri, _json(receipt))
         return receipt
 
+    def write_progress(self, bucket: int, tokens: int) -> None:
+        """Say how many tokens of a bucket are encoded, while it is under way."""
+        self.storage.write(join(self.uri, "progress", f"{bucket:05d}"), str(tokens).encode())
+
+    def read_progress(self) -> dict[int, int]:
+        """Tokens encoded so far of the buckets that said so, also of those that are done by now."""
+        found = {}
+        for stored in self.storage.list(join(self.uri, "progress")):
+            with suppress(ValueError, FileNotFoundError):
+                found[int(stored.uri.rsplit("/", 1)[1])] = int(self.storage.read(stored.uri))
+        return found
+
     def read_audit(self) -> AuditReport | None:
         """The audit's verdict."""
         return self._read(AuditReport, "audit.json")

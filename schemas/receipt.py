@@ -1,10 +1,11 @@
 """Receipts: what a worker did, written last, so that a receipt proves its file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from pydantic import Field
 
+from schemas.catalogue import Change, Reason
 from schemas.files import Contract, PublishedFile
 from schemas.release import IndexBuild, Release
 
@@ -17,8 +18,12 @@ class Receipt(Contract):
         file: the Parquet file, relative to the table; None for a bucket that became empty.
         encoded: texts that went through the model (identical texts count once).
         reused: vectors carried over from the base release, or shared with an identical text.
+        quarantined: items whose texts cannot be encoded, each with its change; they are not in the file.
         tokens: tokens encoded; padded_tokens: those plus padding.
-        seconds: wall time of the bucket; model_seconds: of the model alone.
+        seconds: wall time of the bucket.
+        load_seconds: what loading the model took of it; next to nothing where an earlier bucket had loaded it.
+        model_seconds: the model's own time on its device.
+        waited_seconds: how long the model waited for tokens.
         device, dtype: where and how the model ran.
         gpu: address that Spark's resource scheduling handed to the task.
         finished_at: when the receipt was written.
@@ -30,10 +35,13 @@ class Receipt(Contract):
     file: PublishedFile | None
     encoded: int
     reused: int
+    quarantined: dict[str, Change] = Field(default_factory=dict)
     tokens: int
     padded_tokens: int
     seconds: float
+    load_seconds: float = 0.0
     model_seconds: float
+    waited_seconds: float = 0.0
     device: str
     dtype: str
     gpu: str | None
@@ -89,6 +97,12 @@ class Moments(Contract):
 def day_moments(gained: Moments, lost: Moments, live: Release | None) -> Moments:
     """Moments of the day's vectors: the plan's own, or, for a plan of some buckets, those of the release it changes."""
     return gained if live is None else Moments.of(live.items, live.mean, live.variance) - lost + gained
+
+
+def quarantined_rows(planned: Mapping[str, int], receipts: Sequence[Receipt]) -> dict[str, int]:
+    """Rows in the quarantine by reason: those that the plan put there, and those that could not be encoded."""
+    unencodable = sum(len(receipt.quarantined) for receipt in receipts)
+    return {**planned, **({Reason.UNENCODABLE.value: unencodable} if unencodable else {})}
 
 
 class BucketAudit(Contract):

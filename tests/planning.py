@@ -290,7 +290,8 @@ def write_release(
         feature_table.write_bucket_file(
             STORAGE,
             settings.table_uri,
-            _vectors([(item_id, items[item_id]) for item_id in ids], version),
+            [_vectors([(item_id, items[item_id]) for item_id in ids], version)],
+            dim=DIM,
             ds=ds,
             bucket=bucket,
             plan_id=plan_id,
@@ -298,7 +299,8 @@ def write_release(
         )
         for bucket, ids in by_bucket.items()
     ]
-    return _release(settings, current, files, ds=ds, plan_id=plan_id, bundle=version, buckets=count)
+    written = [file for file in files if file is not None]
+    return _release(settings, current, written, ds=ds, plan_id=plan_id, bundle=version, buckets=count)
 
 
 def _vectors(items: Sequence[tuple[str, str]], bundle: str) -> pa.Table:

@@ -207,12 +207,13 @@ class Site:
             if not work.items:
                 workspace.write_receipt(receipt_for(plan, number, None))
                 continue
-            rows = bucket_rows(by_bucket[number], bundle=bundle.version, dim=self.dim)
+            rows = alter(number, bucket_rows(by_bucket[number], bundle=bundle.version, dim=self.dim))
             _write_items(workspace, number, plan.base_release, by_bucket[number], planned[number][1])
             file = write_bucket_file(
                 self.storage,
                 self.table_uri,
-                alter(number, rows),
+                [rows],
+                dim=rows.schema.field("vector").type.list_size,
                 ds=ds,
                 bucket=number,
                 plan_id=plan.plan_id,

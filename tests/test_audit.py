@@ -15,6 +15,7 @@ from published import DIM, DS, TEMPLATE, Encoded, Site, Vector, Vectors, flip, i
 from pipeline.audit import judge, require_passed
 from pipeline.config import AuditSettings
 from pipeline.errors import GateRefused
+from schemas.feature_table import file_schema
 from schemas.identity import row_id
 from schemas.receipt import AuditReport, BucketAudit, Moments, day_moments
 from schemas.release import Release
@@ -57,8 +58,8 @@ def with_value(number: float) -> Callable[[Vector], Vector]:
 
 def wider(rows: pa.Table) -> pa.Table:
     place = rows.schema.get_field_index("vector")
-    flat = pa.array(np.zeros(rows.num_rows * (DIM + 1), np.float32))
-    return rows.set_column(place, "vector", pa.FixedSizeListArray.from_arrays(flat, DIM + 1))
+    flat, field = pa.array(np.zeros(rows.num_rows * (DIM + 1), np.float32)), file_schema(DIM + 1).field("vector")
+    return rows.set_column(place, field, pa.FixedSizeListArray.from_arrays(flat, type=field.type))
 
 
 def appended(rows: pa.Table) -> pa.Table:

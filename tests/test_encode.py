@@ -79,9 +79,11 @@ class Night:
             "encoded_at": [LONG_AGO + timedelta(microseconds=number) for number in range(len(ids))],
         }
         rows = pa.table(columns, schema=schema)
-        return feature_table.write_bucket_file(
-            STORAGE, str(self.table), rows, ds=BASE_DS, bucket=bucket, plan_id="base" * 8, footer={}
+        written = feature_table.write_bucket_file(
+            STORAGE, str(self.table), [rows], dim=DIM, ds=BASE_DS, bucket=bucket, plan_id="base" * 8, footer={}
         )
+        assert written is not None
+        return written
 
     def work(
         self, items: Sequence[Item], *, bucket: int = BUCKET, previous: Sequence[PublishedFile] = ()

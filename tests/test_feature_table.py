@@ -92,15 +92,18 @@ def at_once(count: int, call: Callable[[int], T]) -> list[T | Exception]:
 
 
 def write(site: Site, rows: pa.Table, *, plan_id: str = "plan-0123456789abcdef") -> PublishedFile:
-    return write_bucket_file(
+    written = write_bucket_file(
         site.storage,
         site.table_uri,
-        rows,
+        [rows],
+        dim=DIM,
         ds=DS,
         bucket=3,
         plan_id=plan_id,
         footer={"marc.bundle": "b", "marc.dim": "8"},
     )
+    assert written is not None
+    return written
 
 
 def test_a_written_file_reads_back_row_for_row(site: Site) -> None:
@@ -396,7 +399,8 @@ def test_a_file_says_which_plan_it_was_written_for(site: Site) -> None:
     rows = bucket_rows(items(5), bundle="b")
     plan = "0123456789abcdef" * 2
     footer = {"marc.plan_id": plan}
-    file = write_bucket_file(site.storage, site.table_uri, rows, ds=DS, bucket=1, plan_id=plan, footer=footer)
+    file = write_bucket_file(site.storage, site.table_uri, [rows], dim=8, ds=DS, bucket=1, plan_id=plan, footer=footer)
+    assert file is not None
     assert plan_of(file.path) == plan_of(f"{site.table_uri}/{file.path}") == plan[:16]
     assert plan_id_of(site.storage, site.table_uri, file) == plan
     assert plan_id_of(site.storage, site.table_uri, write(site, rows)) == ""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.model.batches import TokenBatch
 from schemas.bundle import Pooling
 
 if TYPE_CHECKING:
@@ -135,9 +136,9 @@ class HiddenStates(nn.Module):
     def _keep(self, _module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         self._state = output[0] if isinstance(output, tuple) else output
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states [n, t, D] of token ids [n, t] with mask [n, t], 1 for tokens and 0 for padding."""
-        last: Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Hidden states of a batch of token ids, in its own layout."""
+        last = batch.run(self.model)
         if self._whole:
             return last
         state, self._state = self._state, None
@@ -160,7 +161,7 @@ class PooledLayers(nn.Module):
         super().__init__()
         self.model = model
         self.pooling: Pooling = pooling
-        self._mask: Tensor | None = None
+        self._batch: TokenBatch | None = None
         self._pooled: list[Tensor] = []
         stack = blocks(model)[2]
         stack[0].register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -174,19 +175,19 @@ class PooledLayers(nn.Module):
         self._keep(output[0] if isinstance(output, tuple) else output)
 
     def _keep(self, states: Tensor) -> None:
-        if self._mask is None:
+        if self._batch is None:
             raise RuntimeError("a block was run outside of PooledLayers")
         # Pooled at once: token states of one layer at a time.
-        self._pooled.append(pool(states, self._mask, self.pooling))
+        self._pooled.append(self._batch.pool(states, self.pooling))
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Pooled states [n, L + 1, D], float32, of token ids [n, t] with mask [n, t]."""
-        self._mask, self._pooled = mask, []
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Pooled states [b, L + 1, D], float32, of a batch of token ids."""
+        self._batch, self._pooled = batch, []
         try:
-            last = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-            return torch.stack([*self._pooled, pool(last, mask, self.pooling)], dim=1)
+            last = batch.run(self.model)
+            return torch.stack([*self._pooled, batch.pool(last, self.pooling)], dim=1)
         finally:
-            self._mask, self._pooled = None, []
+            self._batch, self._pooled = None, []
 
 
 class PooledStates(nn.Module):
@@ -202,18 +203,11 @@ class PooledStates(nn.Module):
         self.states = states
         self.pooling: Pooling = pooling
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Pooled states [n, D], float32, of token ids [n, t] with mask [n, t]."""
-        return pool(self.states(ids, mask), mask, self.pooling)
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The truncated backbone."""
+        return self.states.model
 
-
-def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """One float32 vector per text: [n, t, D], mask [n, t] to [n, D]. Padding is on the right."""
-    states = states.float()
-    if pooling == "cls":
-        return states[:, 0]
-    if pooling == "last":
-        last = (mask.sum(dim=1) - 1).clamp(min=0)
-        return states[torch.arange(len(states), device=states.device), last]
-    weights = mask.unsqueeze(-1).to(states.dtype)
-    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Pooled states [b, D], float32, of a batch of token ids."""
+        return batch.pool(self.states(batch), self.pooling)

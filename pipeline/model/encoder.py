@@ -1,9 +1,17 @@
-"""The encoder: texts in, vectors out, in length-sorted batches of a bounded number of padded tokens."""
+"""The encoder: texts in, vectors out, with tokenising beside the model's work and no padding where the model allows."""
 
+import faulthandler
+import gc
+import logging
+import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,35 +23,73 @@ from torch.nn import functional
 from pipeline.config import EncodeSettings
 from pipeline.errors import UserError
 from pipeline.model.backbone import HiddenStates, PooledLayers, PooledStates, load_backbone
+from pipeline.model.batches import PackedTokens, PaddedTokens, TokenBatch
+from pipeline.model.budget import CPU_TOKENS, budget_of
 from pipeline.model.bundle import local_bundle
 from pipeline.model.compressor import load_compressor
-from pipeline.model.tokens import load_tokenizer
+from pipeline.model.onednn import can_prepack, prepack
+from pipeline.model.packed import use_packed
+from pipeline.model.tokens import load_tokenizer, token_ids
 from pipeline.resources import TaskResources
 from pipeline.storage import Storage
 
-TOKENISE_TEXTS = 4096
+# Enough that sorting by length leaves many neighbours of one length, little enough to wait for and to hold.
+WINDOW_TEXTS = 8192
+# So many texts failed, each alone, and none went well: it is not the texts.
+HOPELESS = 32
+
+log = logging.getLogger(__name__)
+
+W = TypeVar("W")
+
+
+class OutOfMemory(RuntimeError):
+    """The device lacks memory for a single text: a matter of the device, not of the text."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Vectors float32 [n, d] in the order of the texts, and what they cost."""
+    """Vectors float32 [n, d] in the order of the texts, and what they cost.
+
+    Attributes:
+        vectors: zeros where a text failed.
+        tokens: of all texts; ``padded_tokens``: with padding.
+        model_seconds: the model's own time, on its device.
+        waited_seconds: how long the model waited for tokens.
+        failed: reasons, by row, of texts that cannot be encoded even alone.
+    """
 
     vectors: NDArray[np.float32]
     tokens: int
     padded_tokens: int
     model_seconds: float
+    waited_seconds: float = 0.0
+    failed: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Tokenised:
+    """Token ids of a window's texts; none where a text failed."""
+
+    ids: list[NDArray[np.int32]]
+    failed: dict[int, str]
 
 
 class Encoder:
     """A backbone with pooling, and a head, on one device.
 
+    The backbone is altered: where it can, it runs packed texts, and on a CPU its weights are laid out for bf16.
+
     Args:
-        pooled: from token ids and mask to pooled states.
+        pooled: from a batch of token ids to pooled states.
         tokenizer: truncates, does not pad.
         head: from pooled states [b, D] to vectors [b, d]; runs on the device, so that nothing wider leaves it.
         device: where to run.
         dtype: of the backbone; pooling and head are float32.
-        token_budget: padded tokens per batch; a single longer text still makes a batch.
+        token_budget: tokens per batch, padding included; a single longer text still makes a batch. 0: what suits
+            the device.
+        stuck_after_s: when a batch takes longer, the process ends with a trace of every thread, for a retry; None:
+            never.
     """
 
     def __init__(
@@ -55,47 +101,209 @@ class Encoder:
         device: torch.device,
         dtype: torch.dtype,
         token_budget: int,
+        stuck_after_s: float | None = None,
     ) -> None:
         self._pooled = pooled.to(device=device, dtype=dtype)
         self._head = head.to(device=device)
         self._tokenizer = tokenizer
-        self._token_budget = token_budget
+        self._stuck_after_s = stuck_after_s
         self.device = device
         self.dtype = dtype
+        longest = (tokenizer.truncation or {}).get("max_length", CPU_TOKENS)
+        self._first_position = use_packed(self._pooled, pooled.model, longest=longest)
+        if device.type == "cpu" and dtype == torch.bfloat16 and can_prepack():
+            prepack(pooled.model)
+        self._token_budget = token_budget or budget_of(device, self._name(), _TimedPass(self, longest))
 
-    @torch.inference_mode()
+    @property
+    def packed(self) -> bool:
+        """Whether the model runs texts end to end, without padding."""
+        return self._first_position is not None
+
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Vectors of texts, in their order. The result does not depend on which texts come together.
 
         Args:
-            texts: any number, of any length; what exceeds the bundle's tokens is cut off.
+            texts: any number, of any length; what exceeds the tokenizer's limit is cut off.
+
+        Raises:
+            RuntimeError: a text cannot be encoded.
         """
-        tokens: list[NDArray[np.int32]] = []
-        for start in range(0, len(texts), TOKENISE_TEXTS):
-            # In pieces: the tokenizer's own records take a hundred times the room of the ids.
-            encodings = self._tokenizer.encode_batch(list(texts[start : start + TOKENISE_TEXTS]))
-            tokens += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-        lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
-        parts, padded, model_seconds = [], 0, 0.0
-        order = np.argsort(-lengths, kind="stable")
-        for rows in token_batches(lengths[order], self._token_budget):
-            chosen = order[rows]
-            ids, mask = pad_tokens([tokens[i] for i in chosen.tolist()])
-            padded += ids.numel()
-            started = time.perf_counter()
-            parts.append(self._forward(ids, mask).cpu())
-            model_seconds += time.perf_counter() - started
+        windows = [texts[start : start + WINDOW_TEXTS] for start in range(0, len(texts), WINDOW_TEXTS)]
+        parts = [encoded for _, encoded in self.stream((window, window) for window in windows)]
+        for number, part in enumerate(parts):
+            if part.failed:
+                row = min(part.failed)
+                raise RuntimeError(f"text {number * WINDOW_TEXTS + row} cannot be encoded: {part.failed[row]}")
         if not parts:
             return Encoded(np.empty((0, 0), np.float32), 0, 0, 0.0)
-        sorted_vectors = torch.cat(parts).numpy()
-        vectors = np.empty_like(sorted_vectors)
-        vectors[order] = sorted_vectors
-        return Encoded(vectors, int(lengths.sum()), padded, model_seconds)
+        return Encoded(
+            np.concatenate([part.vectors for part in parts]),
+            tokens=sum(part.tokens for part in parts),
+            padded_tokens=sum(part.padded_tokens for part in parts),
+            model_seconds=sum(part.model_seconds for part in parts),
+            waited_seconds=sum(part.waited_seconds for part in parts),
+        )
 
-    def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        vectors: Tensor = self._head(self._pooled(ids, mask))
+    def stream(self, windows: Iterable[tuple[W, Sequence[str]]]) -> Iterator[tuple[W, Encoded]]:
+        """Encode window by window; the next one is read and tokenised while the model works on this one.
+
+        Args:
+            windows: anything, with the texts that belong to it; drawn from another thread. Texts are sorted by length
+                within a window.
+
+        Yields:
+            What came in, and its vectors. A text that fails alone is told of; its neighbours are encoded.
+
+        Raises:
+            OutOfMemory: the device cannot hold a single text.
+            RuntimeError: the device fails, or every text does.
+        """
+        source = iter(windows)
+        with ThreadPoolExecutor(1, thread_name_prefix="tokenise") as pool:
+            upcoming = pool.submit(self._tokenised, source)
+            while True:
+                started = time.perf_counter()
+                ready = upcoming.result()
+                if ready is None:
+                    return
+                waited = time.perf_counter() - started
+                upcoming = pool.submit(self._tokenised, source)
+                window, tokenised = ready
+                yield window, self._encode(tokenised, waited)
+
+    def _tokenised(self, source: Iterator[tuple[W, Sequence[str]]]) -> tuple[W, _Tokenised] | None:
+        for window, texts in source:
+            failed: dict[int, str] = {}
+            return window, _Tokenised(_token_ids(self._tokenizer, list(texts), failed), failed)
+        return None
+
+    @torch.inference_mode()
+    def _encode(self, window: _Tokenised, waited: float) -> Encoded:
+        lengths = np.array([len(ids) for ids in window.ids], dtype=np.int64)
+        failed = dict(window.failed)
+        order = np.argsort(-lengths, kind="stable")
+        order = order[~np.isin(order, list(failed))]
+        clock = _Clock(self.device)
+        parts: list[tuple[NDArray[np.int64], Tensor]] = []
+        padded = start = 0
+        while start < len(order):
+            # The budget may have shrunk since the last batch.
+            rows = order[start : start + next_batch(lengths[order[start:]], self._token_budget, packed=self.packed)]
+            start += len(rows)
+            padded += int(lengths[rows].sum()) if self.packed else len(rows) * max(1, int(lengths[rows[0]]))
+            parts += self._vectors(rows, window.ids, failed, clock)
+            if not parts and len(failed) >= HOPELESS:
+                raise RuntimeError(f"every text fails, for example with {next(iter(failed.values()))}")
+        with self._watched():
+            found = [(rows, vectors.cpu().numpy()) for rows, vectors in parts]
+        vectors = np.zeros((len(lengths), *(found[0][1].shape[1:] if found else (0,))), np.float32)
+        for rows, part in found:
+            vectors[rows] = part
+            _refuse_odd(rows, part, vectors, failed)
+        return Encoded(vectors, int(lengths.sum()), padded, clock.seconds(), waited, failed)
+
+    def _vectors(
+        self, rows: NDArray[np.int64], ids: list[NDArray[np.int32]], failed: dict[int, str], clock: "_Clock"
+    ) -> list[tuple[NDArray[np.int64], Tensor]]:
+        """Vectors on the device, with their rows; a batch that fails is halved until what fails is alone."""
+        try:
+            with clock.running(), self._watched():
+                return [(rows, self._forward([ids[row] for row in rows.tolist()]))]
+        except (RuntimeError, IndexError, ValueError, MemoryError) as error:
+            if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason, memory = _reason(error), is_out_of_memory(error)
+        # Outside of the handler: the error's frames no longer hold on to what filled the memory.
+        if memory:
+            self._shrink(int(sum(len(ids[row]) for row in rows.tolist())))
+            if len(rows) == 1:
+                raise OutOfMemory(f"{self.device} lacks memory for a single text: {reason}")
+        elif len(rows) == 1:
+            failed[int(rows[0])] = reason
+            return []
+        half = len(rows) // 2
+        return [*self._vectors(rows[:half], ids, failed, clock), *self._vectors(rows[half:], ids, failed, clock)]
+
+    def _shrink(self, tokens: int) -> None:
+        """No batch gets more than half of the tokens that were too many."""
+        if tokens // 2 < self._token_budget:
+            self._token_budget = max(1, tokens // 2)
+            log.warning("%s is out of memory: batches of %d tokens from now on", self.device, self._token_budget)
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _forward(self, texts: Sequence[NDArray[np.int32]]) -> Tensor:
+        batch: TokenBatch
+        if self._first_position is None:
+            batch = PaddedTokens.of(texts)
+        else:
+            batch = PackedTokens.of(texts, first_position=self._first_position)
+        vectors: Tensor = self._head(self._pooled(batch.to(self.device)))
         return vectors
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """End the process when this takes too long: no exception gets a thread out of a device that hangs."""
+        if self._stuck_after_s is None or sys.__stderr__ is None:
+            yield
+            return
+        faulthandler.dump_traceback_later(self._stuck_after_s, exit=True, file=sys.__stderr__)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _name(self) -> str:
+        """What the speed of a batch depends on besides the device."""
+        config = self._pooled.model.config
+        return f"{config.num_hidden_layers} layers of {config.hidden_size} in {self.dtype}"
+
+
+@dataclass(frozen=True)
+class _TimedPass:
+    """Seconds that a batch of so many tokens takes, in texts of a common length."""
+
+    encoder: Encoder
+    longest: int
+
+    @torch.inference_mode()
+    def __call__(self, tokens: int) -> float:
+        length = min(64, self.longest)
+        texts = [np.zeros(length, np.int32)] * max(1, tokens // length)
+        started = time.perf_counter()
+        self.encoder._forward(texts).cpu()
+        return time.perf_counter() - started
+
+
+class _Clock:
+    """The model's own seconds: on CUDA those between events, for a call returns before the work is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds = 0.0
+        self._events: list[tuple[torch.Event, torch.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what happens inside of this block."""
+        if self._device.type == "cuda":
+            begin, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end))
+            return
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds += time.perf_counter() - started
+
+    def seconds(self) -> float:
+        """Seconds so far; results must have arrived."""
+        return self._seconds + sum(float(begin.elapsed_time(end)) for begin, end in self._events) / 1000
 
 
 class Normalised(nn.Module):
@@ -110,13 +318,67 @@ class Normalised(nn.Module):
         return functional.normalize(self.compressor(hidden), dim=-1)
 
 
+def next_batch(lengths: NDArray[np.int64], budget: int, *, packed: bool) -> int:
+    """How many of the texts, longest first, stay within ``budget`` tokens together; one at least.
+
+    Args:
+        lengths: tokens of each text that is left.
+        budget: tokens, with padding to the longest unless ``packed``.
+        packed: whether there is no padding.
+    """
+    if not packed:
+        return min(len(lengths), max(1, budget // max(1, int(lengths[0]))))
+    # More texts than tokens cannot fit: no need to add up the rest.
+    return max(1, int(np.searchsorted(lengths[: budget + 1].cumsum(), budget, side="right")))
+
+
 def token_batches(lengths: NDArray[np.int64], budget: int) -> Iterator[slice]:
     """Cut lengths, longest first, into runs whose rows × longest stay within ``budget`` (one row at least)."""
     start = 0
     while start < len(lengths):
-        rows = max(1, budget // max(1, int(lengths[start])))
-        yield slice(start, min(start + rows, len(lengths)))
+        rows = next_batch(lengths[start:], budget, packed=False)
+        yield slice(start, start + rows)
         start += rows
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is short, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _token_ids(
+    tokenizer: Tokenizer, texts: list[str], failed: dict[int, str], first: int = 0
+) -> list[NDArray[np.int32]]:
+    """Token ids of each text; texts that the tokenizer fails on alone are told of, by row, and have none."""
+    try:
+        return token_ids(tokenizer, texts)
+    except BaseException as error:
+        # What panics in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if len(texts) == 1:
+            failed[first] = f"tokenizer: {_reason(error)}"
+            return [np.empty(0, np.int32)]
+    half = len(texts) // 2
+    return [
+        *_token_ids(tokenizer, texts[:half], failed, first),
+        *_token_ids(tokenizer, texts[half:], failed, first + half),
+    ]
+
+
+def _refuse_odd(
+    rows: NDArray[np.int64], part: NDArray[np.float32], vectors: NDArray[np.float32], failed: dict[int, str]
+) -> None:
+    flat = part.reshape(len(part), -1)
+    # A sum is finite only where every number is.
+    broken = ~np.isfinite(flat.sum(axis=1, dtype=np.float64))
+    for row in rows[broken].tolist():
+        failed[row] = "its vector holds NaN or infinity"
+        vectors[row] = 0
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
 def choose_device(settings: EncodeSettings, resources: TaskResources) -> torch.device:
@@ -160,6 +422,9 @@ def load_encoder(
     dtype = choose_dtype(settings, device)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads or resources.cpus)
+    elif resources.cpus > 1:
+        # The model is elsewhere: the task's cores may tokenise.
+        os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(resources.cpus))
     backbone = load_backbone(str(folder / "backbone"), dtype=dtype)
     compressor = load_compressor(folder, card.compressor)
     return Encoder(
@@ -169,15 +434,5 @@ def load_encoder(
         device=device,
         dtype=dtype,
         token_budget=settings.token_budget,
+        stuck_after_s=settings.stuck_after_s,
     )
-
-
-def pad_tokens(ids: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask [n, t], padded on the right with 0, which the mask hides."""
-    width = max(1, *map(len, ids))
-    out = np.zeros((len(ids), width), dtype=np.int64)
-    mask = np.zeros((len(ids), width), dtype=np.int64)
-    for row, tokens in enumerate(ids):
-        out[row, : len(tokens)] = tokens
-        mask[row, : len(tokens)] = 1
-    return torch.from_numpy(out), torch.from_numpy(mask)

@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from pipeline.storage import Storage, join
 
 TOKENIZER = "backbone/tokenizer.json"
+TOKENISE_TEXTS = 1024
 
 
 @lru_cache(maxsize=4)
@@ -17,6 +20,16 @@ def load_tokenizer(storage: Storage, bundle_uri: str, max_tokens: int) -> Tokeni
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length=max_tokens)
     return tokenizer
+
+
+def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+    """Token ids of each text."""
+    found: list[NDArray[np.int32]] = []
+    for start in range(0, len(texts), TOKENISE_TEXTS):
+        # In pieces: the tokenizer's own records take a hundred times the room of the ids.
+        encodings = tokenizer.encode_batch(list(texts[start : start + TOKENISE_TEXTS]))
+        found += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+    return found
 
 
 def count_tokens(tokenizer: Tokenizer, texts: Sequence[str], *, sample: int) -> tuple[int, bool]:

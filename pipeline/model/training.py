@@ -16,6 +16,7 @@ from pipeline.config import EncodeSettings, TrainSettings
 from pipeline.errors import UserError
 from pipeline.model import matching, tuned
 from pipeline.model.backbone import HiddenStates, PooledStates, blocks, load_backbone, load_tokenizer, truncate
+from pipeline.model.budget import CPU_TOKENS
 from pipeline.model.bundle import Bundle, save_bundle
 from pipeline.model.compressor import fit_pca, save_compressor
 from pipeline.model.encoder import Encoder, choose_device, choose_dtype
@@ -272,7 +273,7 @@ def _tuned(
         whole=layers == training_set.card.layers,
         pooling=train.pooling,
         dtype=choose_dtype(encode, device),
-        token_budget=encode.token_budget,
+        token_budget=encode.token_budget or CPU_TOKENS,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(train.seed)

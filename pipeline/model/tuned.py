@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.model.backbone import HiddenStates, PooledStates
-from pipeline.model.encoder import pad_tokens, token_batches
+from pipeline.model.batches import PaddedTokens
+from pipeline.model.encoder import token_batches
 from pipeline.model.objective import Source
 from schemas.bundle import Pooling
 
@@ -82,9 +83,9 @@ class TunedStates(Source):
         order = np.argsort(-lengths, kind="stable")
         parts = []
         for rows in token_batches(lengths[order], self.token_budget):
-            ids, mask = pad_tokens([self.tokens[chosen[place]] for place in order[rows]])
+            batch = PaddedTokens.of([self.tokens[chosen[place]] for place in order[rows]]).to(items.device)
             with torch.autocast(items.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                parts.append(self.pooled(ids.to(items.device), mask.to(items.device)).float())
+                parts.append(self.pooled(batch).float())
         found = torch.cat(parts)
         return torch.empty_like(found).index_copy(0, torch.from_numpy(order).to(items.device), found)
 

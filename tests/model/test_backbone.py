@@ -24,7 +24,8 @@ from transformers import AlbertConfig, AutoModel, PreTrainedModel
 
 from pipeline.config import TrainSettings
 from pipeline.errors import UserError
-from pipeline.model.backbone import HiddenStates, blocks, load_backbone, load_tokenizer, locate, pool, truncate
+from pipeline.model.backbone import HiddenStates, blocks, load_backbone, load_tokenizer, locate, truncate
+from pipeline.model.batches import PaddedTokens, pool
 from schemas.bundle import Pooling
 
 VOCABULARY = 64
@@ -56,7 +57,7 @@ def whole_states(model: PreTrainedModel, batch: tuple[Tensor, Tensor]) -> tuple[
 
 def kept_states(model: PreTrainedModel, batch: tuple[Tensor, Tensor], *, whole: bool) -> Tensor:
     with torch.inference_mode():
-        states: Tensor = HiddenStates(model, whole=whole)(*batch)
+        states: Tensor = HiddenStates(model, whole=whole)(PaddedTokens(*batch))
     return states
 
 

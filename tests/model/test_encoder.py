@@ -1,6 +1,11 @@
 """The encoder: a vector depends on its text alone, comes back in the text's place, and equals a second library's."""
 
+import math
 import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +25,7 @@ from tiny_models import (
     tiny_tokenizer,
     train_tiny_bundle,
 )
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -27,7 +33,16 @@ from pipeline.config import EncodeSettings, TrainSettings
 from pipeline.errors import CorruptFile, UserError
 from pipeline.model.backbone import HiddenStates, PooledStates, load_backbone, load_tokenizer, locate
 from pipeline.model.bundle import Bundle, save_bundle
-from pipeline.model.encoder import Encoder, choose_device, choose_dtype, load_encoder, token_batches
+from pipeline.model.encoder import (
+    Encoder,
+    OutOfMemory,
+    choose_device,
+    choose_dtype,
+    load_encoder,
+    next_batch,
+    token_batches,
+)
+from pipeline.model.tokens import token_ids
 from pipeline.resources import TaskResources
 from pipeline.storage import Storage
 from schemas.bundle import BundleCard, Pooling
@@ -143,13 +158,191 @@ def test_no_text_makes_no_row(bert: PreTrainedModel) -> None:
     assert len(encoded.vectors) == encoded.tokens == encoded.padded_tokens == 0
 
 
-def test_tokens_are_counted_with_and_without_padding(bert: PreTrainedModel) -> None:
-    texts = ["seven", "seven river moon", LONG]
-    lengths = [3, 5, MAX_TOKENS]
-    for token_budget, padded in ((1, sum(lengths)), (3 * MAX_TOKENS, 3 * MAX_TOKENS), (10, MAX_TOKENS + 2 * 5)):
-        encoded = tiny_encoder("bert", bert, token_budget=token_budget).encode(texts)
+@pytest.mark.parametrize("token_budget", [1, 10, 3 * MAX_TOKENS])
+def test_a_model_that_runs_packed_texts_computes_nothing_for_padding(bert: PreTrainedModel, token_budget: int) -> None:
+    encoder = tiny_encoder("bert", bert, token_budget=token_budget)
+    assert encoder.packed
+    encoded = encoder.encode(["seven", "seven river moon", LONG])
+    assert encoded.tokens == encoded.padded_tokens == 3 + 5 + MAX_TOKENS
+    assert encoded.model_seconds > 0
+
+
+def test_a_model_that_cannot_is_given_padded_texts_and_says_what_they_cost() -> None:
+    model = whole_model("mamba")
+    texts = [TEXTS[0], " ".join(TEXTS[:3]), " ".join(TEXTS)]
+    lengths = [min(MAX_TOKENS, len(tiny_tokenizer("mamba").encode(text).ids)) for text in texts]
+    assert lengths[0] < lengths[1] <= lengths[2] == MAX_TOKENS
+    budgets = {1: sum(lengths), 3 * MAX_TOKENS: 3 * MAX_TOKENS}
+    for token_budget, padded in budgets.items():
+        encoder = tiny_encoder("mamba", model, token_budget=token_budget)
+        assert not encoder.packed
+        encoded = encoder.encode(texts)
         assert (encoded.tokens, encoded.padded_tokens) == (sum(lengths), padded)
-        assert encoded.model_seconds > 0
+
+
+@settings(max_examples=300)
+@given(lengths=st.lists(st.integers(0, 300), min_size=1, max_size=60), budget=st.integers(1, 2000))
+def test_a_packed_batch_takes_as_many_texts_as_stay_within_the_budget(lengths: list[int], budget: int) -> None:
+    lengths = sorted(lengths, reverse=True)
+    taken = next_batch(np.array(lengths, dtype=np.int64), budget, packed=True)
+    assert 1 <= taken <= len(lengths)
+    assert taken == 1 or sum(lengths[:taken]) <= budget
+    # More texts than tokens are never added up.
+    assert taken in (len(lengths), budget + 1) or sum(lengths[: taken + 1]) > budget
+
+
+class Blocked(nn.Module):
+    """A head that fails as told on what its batch holds."""
+
+    def __init__(self, fail: Callable[[torch.Tensor], None]) -> None:
+        super().__init__()
+        self.fail = fail
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.fail(hidden)
+        return hidden
+
+
+def with_head(encoder: Encoder, fail: Callable[[torch.Tensor], None]) -> Encoder:
+    encoder._head = Blocked(fail)
+    return encoder
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+@pytest.mark.parametrize("room", [1, 2, 7])
+def test_out_of_memory_halves_the_batches_and_goes_on(
+    bert: PreTrainedModel, error: type[Exception], room: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(hidden: torch.Tensor) -> None:
+        if len(hidden) > room:
+            raise error(f"no room for {len(hidden)} texts")
+
+    encoder = tiny_encoder("bert", bert, token_budget=5000)
+    expected = encoder.encode(TEXTS).vectors
+    found = with_head(encoder, full).encode(TEXTS)
+    assert cosines(found.vectors, expected).min() >= 0.9999
+    assert found.failed == {}
+    assert "is out of memory: batches of" in caplog.text
+    said = len(caplog.records)
+    encoder.encode(TEXTS[:room])
+    assert len(caplog.records) == said, "the smaller budget is remembered"
+    shortest = min(len(tiny_tokenizer("bert").encode(text).ids) for text in TEXTS)
+    assert (room + 1) * shortest // 2 <= encoder._token_budget < 5000, "and no smaller than it must be"
+
+
+def test_a_device_without_room_for_a_single_text_fails_the_task_and_quarantines_nothing(bert: PreTrainedModel) -> None:
+    def full(_: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("no room at all")
+
+    with pytest.raises(OutOfMemory, match="for a single text"):
+        list(with_head(tiny_encoder("bert", bert), full).stream([("all", TEXTS)]))
+
+
+@pytest.mark.parametrize("architecture", ["bert", "mamba"])
+@settings(max_examples=12, deadline=None)
+@given(poisoned=st.sets(st.integers(0, 11), max_size=5), token_budget=st.sampled_from([1, 100, 5000]))
+def test_a_text_that_fails_alone_is_told_of_and_its_neighbours_are_encoded(
+    architecture: str, poisoned: set[int], token_budget: int
+) -> None:
+    model = whole_model(architecture)
+    encoder = tiny_encoder(architecture, model, token_budget=token_budget)
+    texts = TEXTS[:12]
+    clean = encoder.encode(texts).vectors
+
+    def poison(hidden: torch.Tensor) -> None:
+        for row in poisoned:
+            if np.isclose(hidden.numpy(), clean[row], atol=1e-4).all(axis=1).any():
+                raise RuntimeError("this text is poison\nand more")
+
+    ((_, encoded),) = with_head(encoder, poison).stream([(None, texts)])
+    assert encoded.failed == dict.fromkeys(poisoned, "RuntimeError: this text is poison")
+    good = sorted(set(range(12)) - poisoned)
+    np.testing.assert_allclose(encoded.vectors[good], clean[good], atol=1e-4)
+    assert not encoded.vectors[sorted(poisoned)].any()
+    if poisoned:
+        with pytest.raises(RuntimeError, match=f"text {min(poisoned)} cannot be encoded"):
+            encoder.encode(texts)
+
+
+def test_a_vector_that_is_no_number_is_told_of_and_its_neighbours_are_kept(bert: PreTrainedModel) -> None:
+    encoder = tiny_encoder("bert", bert)
+    clean = encoder.encode(TEXTS[:3]).vectors
+
+    def spoil(hidden: torch.Tensor) -> None:
+        hidden[torch.isclose(hidden, torch.from_numpy(clean[1]), atol=1e-4).all(dim=1)] = math.nan
+
+    ((_, encoded),) = with_head(encoder, spoil).stream([(None, TEXTS[:3])])
+    assert encoded.failed == {1: "its vector holds NaN or infinity"}
+    np.testing.assert_allclose(encoded.vectors[[0, 2]], clean[[0, 2]], atol=1e-4)
+
+
+def test_where_every_text_fails_it_is_not_the_texts(bert: PreTrainedModel) -> None:
+    def broken(_: torch.Tensor) -> None:
+        raise RuntimeError("size mismatch")
+
+    with pytest.raises(RuntimeError, match="every text fails, for example with RuntimeError: size mismatch"):
+        list(with_head(tiny_encoder("bert", bert), broken).stream([(None, TEXTS)]))
+
+
+def test_a_text_that_the_tokenizer_fails_on_is_told_of(bert: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        pass
+
+    def panics(tokenizer: Tokenizer, texts: list[str]) -> list[NDArray[np.int32]]:
+        if "poison" in texts:
+            raise PanicException("index out of bounds")
+        return token_ids(tokenizer, texts)
+
+    encoder = tiny_encoder("bert", bert)
+    expected = encoder.encode(TEXTS[:4]).vectors
+    monkeypatch.setattr("pipeline.model.encoder.token_ids", panics)
+    ((_, encoded),) = encoder.stream([(None, [*TEXTS[:2], "poison", *TEXTS[2:4]])])
+    assert encoded.failed == {2: "tokenizer: PanicException: index out of bounds"}
+    np.testing.assert_allclose(encoded.vectors[[0, 1, 3, 4]], expected, atol=1e-5)
+
+
+def test_windows_come_back_in_order_each_with_what_it_came_with(bert: PreTrainedModel) -> None:
+    encoder = tiny_encoder("bert", bert)
+    windows = [("one", TEXTS[:5]), ("none", []), ("two", TEXTS[5:6])]
+    found = list(encoder.stream(iter(windows)))
+    assert [window for window, _ in found] == ["one", "none", "two"]
+    for (_, texts), (_, encoded) in zip(windows, found, strict=True):
+        assert len(encoded.vectors) == len(texts)
+    together = np.concatenate([encoded.vectors for _, encoded in found if len(encoded.vectors)])
+    np.testing.assert_allclose(together, encoder.encode(TEXTS[:6]).vectors, atol=1e-5)
+
+
+def test_what_reading_a_window_raises_is_raised_here(bert: PreTrainedModel) -> None:
+    def windows() -> Iterator[tuple[None, list[str]]]:
+        yield None, TEXTS[:2]
+        raise OSError("the disk is gone")
+
+    stream = tiny_encoder("bert", bert).stream(windows())
+    next(stream)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(stream)
+
+
+STUCK = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from model.test_encoder import *
+encoder = tiny_encoder("bert", whole_model("bert"))
+encoder._stuck_after_s = {limit}
+with_head(encoder, lambda _: time.sleep({sleep}))
+print(len(encoder.encode(TEXTS[:3]).vectors))
+"""
+
+
+@pytest.mark.parametrize(("limit", "ends"), [(0.3, 1), (60, 0)])
+def test_a_device_that_hangs_ends_the_process_with_a_trace(limit: float, ends: int) -> None:
+    script = STUCK.format(tests=str(Path(__file__).parents[1]), limit=limit, sleep=30 if ends else 0)
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == ends, done.stderr
+    assert ("Timeout" in done.stderr and "_forward" in done.stderr) == bool(ends)
+    assert done.stdout == ("" if ends else "3\n")
+    assert time.monotonic() - started < 100
 
 
 lengths_longest_first = st.lists(st.integers(0, 300), max_size=60).map(lambda found: sorted(found, reverse=True))

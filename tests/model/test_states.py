@@ -26,7 +26,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from pipeline.config import EncodeSettings, TrainSettings
 from pipeline.errors import UserError
 from pipeline.model import states
-from pipeline.model.backbone import HiddenStates, PooledLayers, PooledStates, blocks, pool, truncate
+from pipeline.model.backbone import HiddenStates, PooledLayers, PooledStates, blocks, truncate
+from pipeline.model.batches import PaddedTokens, pool
 from pipeline.model.states import write_states
 from pipeline.training_set import StatesFacts
 from schemas.bundle import Pooling
@@ -60,7 +61,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def every_layer(model: PreTrainedModel, batch: tuple[Tensor, Tensor], pooling: Pooling) -> Tensor:
     with torch.inference_mode():
-        found: Tensor = PooledLayers(copy.deepcopy(model), pooling)(*batch)
+        found: Tensor = PooledLayers(copy.deepcopy(model), pooling)(PaddedTokens(*batch))
     return found
 
 
@@ -74,7 +75,7 @@ def test_every_entry_is_bit_for_bit_that_of_the_model_truncated_there(
     for kept in range(1, LAYERS + 1):
         truncated = truncate(copy.deepcopy(models[architecture]), kept)
         with torch.inference_mode():
-            expected = PooledStates(HiddenStates(truncated, whole=kept == LAYERS), pooling)(*batch)
+            expected = PooledStates(HiddenStates(truncated, whole=kept == LAYERS), pooling)(PaddedTokens(*batch))
         assert torch.equal(found[:, kept], expected), kept
 
 
@@ -118,11 +119,13 @@ def test_a_pass_leaves_nothing_behind_for_the_next(
     pooled = PooledLayers(copy.deepcopy(models[architecture]), "mean")
     ids, mask = batch
     with torch.inference_mode():
-        first = pooled(ids, mask)
+        first = pooled(PaddedTokens(ids, mask))
         with pytest.raises(IndexError):
-            pooled(ids + VOCABULARY, mask)
-        assert torch.equal(pooled(ids, mask), first)
-        assert torch.equal(pooled(ids[:1], mask[:1]), every_layer(models[architecture], (ids[:1], mask[:1]), "mean"))
+            pooled(PaddedTokens(ids + VOCABULARY, mask))
+        assert torch.equal(pooled(PaddedTokens(ids, mask)), first)
+        assert torch.equal(
+            pooled(PaddedTokens(ids[:1], mask[:1])), every_layer(models[architecture], (ids[:1], mask[:1]), "mean")
+        )
         with pytest.raises(RuntimeError, match="outside of PooledLayers"):
             pooled.model(input_ids=ids, attention_mask=mask)
 

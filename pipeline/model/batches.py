@@ -1,0 +1,158 @@
+"""Batches of token ids, packed or padded, and how each becomes one vector per text."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from schemas.bundle import Pooling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What stands for a text without any token; a decoder's tokenizer adds none of its own.
+NO_TOKEN = 0
+
+
+class TokenBatch(Protocol):
+    """Token ids of b texts on one device."""
+
+    def run(self, model: "PreTrainedModel") -> Tensor:
+        """The model's token states, in the batch's own layout."""
+
+    def pool(self, states: Tensor, pooling: Pooling) -> Tensor:
+        """One float32 vector per text [b, D] of token states in the batch's own layout."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on another device."""
+
+
+@dataclass(frozen=True)
+class PaddedTokens:
+    """One text per row.
+
+    Attributes:
+        ids: [b, t], padded on the right.
+        mask: [b, t], 1 for tokens and 0 for padding.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, texts: Sequence[NDArray[np.int32]]) -> Self:
+        """Token ids of texts, padded on the right with 0, which the mask hides."""
+        width = max(1, *map(len, texts))
+        ids, mask = np.zeros((2, len(texts), width), dtype=np.int64)
+        for row, tokens in enumerate(texts):
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1
+        return cls(torch.from_numpy(ids), torch.from_numpy(mask))
+
+    def run(self, model: "PreTrainedModel") -> Tensor:
+        """The model's last states [b, t, D]."""
+        states: Tensor = model(input_ids=self.ids, attention_mask=self.mask).last_hidden_state
+        return states
+
+    def pool(self, states: Tensor, pooling: Pooling) -> Tensor:
+        """One float32 vector per text: [b, t, D] to [b, D]."""
+        return pool(states, self.mask, pooling)
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on another device."""
+        return type(self)(self.ids.to(device), self.mask.to(device))
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Texts end to end in one row, so that nothing is computed for padding.
+
+    Attributes:
+        ids: [1, T], T the tokens of all texts.
+        positions: [1, T], of every token in its text.
+        bounds: int32 [b + 1], where the texts begin, and T.
+        runs: (texts, tokens of each) of neighbours of one length, in order.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    bounds: Tensor
+    runs: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, texts: Sequence[NDArray[np.int32]], *, first_position: int = 0) -> Self:
+        """Token ids of texts, best sorted by length: neighbours of one length are attended to together.
+
+        Args:
+            texts: ids of each; one without any gets a single 0.
+            first_position: what the model calls the first token's position.
+        """
+        filled = [tokens if len(tokens) else np.full(1, NO_TOKEN, np.int32) for tokens in texts]
+        lengths = np.array([len(tokens) for tokens in filled], np.int32)
+        bounds = np.concatenate([np.zeros(1, np.int32), lengths.cumsum(dtype=np.int32)])
+        ids = np.concatenate(filled).astype(np.int64)
+        positions = np.arange(len(ids)) - np.repeat(bounds[:-1], lengths) + first_position
+        runs = tuple((len(list(same)), length) for length, same in groupby(lengths.tolist()))
+        return cls(torch.from_numpy(ids[None]), torch.from_numpy(positions[None]), torch.from_numpy(bounds), runs)
+
+    def run(self, model: "PreTrainedModel") -> Tensor:
+        """The model's last states [1, T, D]; its attention must be that of :mod:`pipeline.model.packed`."""
+        with self.attended():
+            states: Tensor = model(input_ids=self.ids, position_ids=self.positions).last_hidden_state
+        return states
+
+    def pool(self, states: Tensor, pooling: Pooling) -> Tensor:
+        """One float32 vector per text: [1, T, D] to [b, D]."""
+        rows = states[0]
+        if pooling == "cls":
+            return rows[self.bounds[:-1]].float()
+        if pooling == "last":
+            return rows[self.bounds[1:] - 1].float()
+        tokens = torch.arange(len(rows), device=rows.device)
+        return functional.embedding_bag(tokens, rows.float(), self.bounds[:-1].long(), mode="mean")
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on another device; from pinned memory, without waiting for it."""
+        if device.type != "cuda":
+            return self
+        ids, positions, bounds = (
+            tensor.pin_memory().to(device, non_blocking=True) for tensor in (self.ids, self.positions, self.bounds)
+        )
+        return type(self)(ids, positions, bounds, self.runs)
+
+    @contextmanager
+    def attended(self) -> Iterator[None]:
+        """Attention inside of this block is to these texts, each to itself alone."""
+        token = _CURRENT.set(self)
+        try:
+            yield
+        finally:
+            _CURRENT.reset(token)
+
+
+_CURRENT: ContextVar[PackedTokens | None] = ContextVar("packed_tokens", default=None)
+
+
+def current_batch() -> PackedTokens | None:
+    """The packed batch whose pass is under way here."""
+    return _CURRENT.get()
+
+
+def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """One float32 vector per text: [n, t, D], mask [n, t] to [n, D]. Padding is on the right."""
+    states = states.float()
+    if pooling == "cls":
+        return states[:, 0]
+    if pooling == "last":
+        last = (mask.sum(dim=1) - 1).clamp(min=0)
+        return states[torch.arange(len(states), device=states.device), last]
+    weights = mask.unsqueeze(-1).to(states.dtype)
+    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)

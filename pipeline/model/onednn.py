@@ -1,0 +1,56 @@
+"""Linear maps as oneDNN wants them on a CPU: weights laid out once for bf16 products, GELU done in the same pass."""
+
+import torch
+from torch import Tensor, nn
+
+# Rows that a product usually has; the layout of the weights depends on it a little.
+ROWS = 2048
+
+
+class PrepackedLinear(nn.Module):
+    """A bf16 linear map whose weights lie as the product reads them; :class:`torch.nn.Linear` lays them out per call.
+
+    The operators are those that torch's own compiler emits for a frozen model.
+
+    Args:
+        linear: the map; its weights are copied.
+        gelu: whether GELU follows.
+    """
+
+    def __init__(self, linear: nn.Linear, *, gelu: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        # No parameter: nothing can read the layout but the operator.
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
+        self._bias = None if linear.bias is None else linear.bias.detach()
+        self._gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The map of [..., in] to [..., out]."""
+        after, algorithm = ("gelu", "none") if self._gelu else ("none", "")
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, after, [], algorithm)
+        return found
+
+
+def can_prepack() -> bool:
+    """Whether this build of torch has the operators."""
+    operators = ("_reorder_linear_weight", "_linear_pointwise")
+    built = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(built) and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+
+
+def prepack(model: nn.Module) -> None:
+    """Replace every bf16 linear map of a model on the CPU, in place; where BERT's GELU follows one, it joins it."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16 and not child.weight.is_cuda:
+                gelu = name == "dense" and _is_gelu(getattr(module, "intermediate_act_fn", None))
+                setattr(module, name, PrepackedLinear(child, gelu=gelu))
+                if gelu:
+                    module.intermediate_act_fn = nn.Identity()
+
+
+def _is_gelu(activation: object) -> bool:
+    return type(activation).__name__ == "GELUActivation" or (
+        isinstance(activation, nn.GELU) and activation.approximate == "none"
+    )

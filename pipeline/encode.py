@@ -115,6 +115,8 @@ def encode_bucket(task: EncodeTask, resources: TaskResources) -> Receipt:
         file = _write(run)
     if run.quarantined:
         _write_quarantine(task, run.quarantined)
+    if run.told:
+        task.workspace.clear_progress(task.work.bucket)
     receipt = Receipt(
         plan_id=task.workspace.plan_id,
         bucket=task.work.bucket,
@@ -172,6 +174,7 @@ class _Run:
         self.quarantined: list[dict[str, str]] = []
         self._shared: dict[str, NDArray[np.float32] | str] = {}
         self._reported = time.monotonic()
+        self.told = False
 
     def tables(self) -> Iterator[pa.Table]:
         """Rows of the bucket's file, in the order of the items.
@@ -206,7 +209,7 @@ class _Run:
             self.model_seconds += encoded.model_seconds
             self.waited_seconds += encoded.waited_seconds
             if time.monotonic() - self._reported > PROGRESS_SECONDS:
-                self._reported = time.monotonic()
+                self._reported, self.told = time.monotonic(), True
                 task.workspace.write_progress(task.work.bucket, self.tokens)
             yield window, encoded
 
@@ -239,8 +242,9 @@ class _Run:
         vectors = np.zeros((items.num_rows, self.card.dim), np.float32)
         encoded_at = np.full(items.num_rows, np.datetime64(datetime.now(UTC).replace(tzinfo=None), "us"))
         failed: dict[int, str] = {}
-        if encoded is not None and len(window.rows):
-            vectors[window.rows] = encoded.vectors
+        if encoded is not None:
+            if good := [place for place in range(len(window.rows)) if place not in encoded.failed]:
+                vectors[window.rows[good]] = encoded.vectors[good]
             failed = {int(window.rows[place]): reason for place, reason in encoded.failed.items()}
         for row, content in zip(
             window.twins.tolist(), items["content_hash"].take(window.twins).to_pylist(), strict=True

@@ -39,3 +39,7 @@ class Superseded(PipelineError):
 
 class DiskFull(PipelineError, OSError):
     """A disk, or a quota, has no room left; a retry goes on from there once it has."""
+
+
+class WorkerDied(PipelineError):
+    """A worker process ended without a word on every try; a retry may find its device or its memory free."""

@@ -311,5 +311,27 @@ def _describe(
         drift=audit.drift,
         quarantined_fraction=audit.quarantined_fraction,
         seconds=seconds,
-        tokens_per_second=tokens / seconds["encode"] if tokens and seconds.get("encode") else None,
+        tokens_per_second=throughput(fresh, seconds.get("encode", 0.0)),
     )
+
+
+def throughput(receipts: Sequence[Receipt], seconds: float) -> float | None:
+    """Tokens per second of an encode stage, start-up apart: Spark's, and loading the model in every worker.
+
+    What start-up took is the rest of the stage's time; a plan's estimate adds it again.
+
+    Args:
+        receipts: of the stage's buckets.
+        seconds: that the stage took.
+
+    Returns:
+        None where nothing was encoded.
+    """
+    tokens = sum(receipt.tokens for receipt in receipts)
+    if not tokens or seconds <= 0:
+        return None
+    began = min(receipt.finished_at.timestamp() - receipt.seconds for receipt in receipts)
+    # Between two attempts at the stage nobody worked.
+    span = min(max(receipt.finished_at.timestamp() for receipt in receipts) - began, seconds)
+    loading = sum(receipt.load_seconds for receipt in receipts) / max(sum(r.seconds for r in receipts), 1e-9)
+    return tokens / max(span * (1 - loading), 1e-9)

@@ -131,7 +131,13 @@ def encode_stage(spark: "SparkSession", settings: Settings, plan_id: str) -> lis
         tasks = encode.pending_tasks(workspace, plan, table_uri=settings.table_uri, settings=settings.encode)
         log.info("encode: %d of %d buckets to do", len(tasks), len(plan.work))
         run_buckets(
-            spark, encode.encode_bucket, tasks, label="encode", weight=lambda task: task.work.tokens, unit="tokens"
+            spark,
+            encode.encode_bucket,
+            tasks,
+            label="encode",
+            weight=lambda task: task.work.tokens,
+            unit="tokens",
+            under_way=lambda: sum(workspace.read_progress().values()),
         )
     receipts = workspace.require_receipts(plan)
     log.info(

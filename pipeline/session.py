@@ -25,7 +25,9 @@ from pipeline.resources import TaskResources, machine
 T = TypeVar("T")
 R = TypeVar("R")
 
-PROGRESS_SECONDS = 10.0
+# Progress is told at first after so many seconds, and then whenever a run is longer by this share.
+PROGRESS_SECONDS, PROGRESS_SHARE = 10.0, 0.1
+MOST_PROGRESS_SECONDS = 300.0
 SHARED_GPU = "0.01"
 # Texts can be long: a batch of Spark's default 10,000 rows may be gigabytes.
 DEFAULTS = {
@@ -126,6 +128,11 @@ def worker_errors() -> Iterator[None]:
             kind = getattr(errors if module else builtins, name, None)
             if isinstance(kind, type) and issubclass(kind, (errors.PipelineError, OSError)):
                 raise kind(message.strip()) from None
+        if "Python worker exited unexpectedly" in said:
+            raise errors.WorkerDied(
+                "a Python worker died on every try: killed for its memory, or by encode.stuck_after_s because its "
+                "device did not answer; the executor's log says which"
+            ) from error
         if (full := os.strerror(errno.ENOSPC)) in said:
             raise errors.DiskFull(f"{full}, says Spark: in spark.local.dir, or where it reads and writes") from None
         raise
@@ -140,6 +147,7 @@ def run_buckets(
     weight: Callable[[T], int],
     unit: str,
     each: str = "buckets",
+    under_way: Callable[[], int] = lambda: 0,
 ) -> list[R]:
     """Run one Spark task per bucket, heaviest first, logging progress by weight; results in no particular order.
 
@@ -151,6 +159,7 @@ def run_buckets(
         weight: size of a task in ``unit`` (tokens, rows): progress counts these, because items lie.
         unit: name of what ``weight`` counts.
         each: name of what a task is for.
+        under_way: what is done of tasks that have not ended, in ``unit``.
     """
     if not tasks:
         return []
@@ -170,9 +179,10 @@ def run_buckets(
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(mapped.collect)
         try:
-            while not _finished(future):
+            while not _finished(future, _pause(time.monotonic() - started)):
+                so_far = min(done.value + under_way(), total)
                 _log_progress(
-                    label, (unit, done.value, total), (each, finished.value, len(ordered)), time.monotonic() - started
+                    label, (unit, so_far, total), (each, finished.value, len(ordered)), time.monotonic() - started
                 )
         except BaseException:
             context.cancelAllJobs()
@@ -214,9 +224,14 @@ def task_resources() -> TaskResources:
     return TaskResources(cpus=task.cpus(), gpu=gpu.addresses[0] if gpu and gpu.addresses else None)
 
 
-def _finished(future: Future[list[R]]) -> bool:
+def _pause(seconds: float) -> float:
+    """Seconds until progress is told again, ``seconds`` into a run: a night's log stays short."""
+    return min(max(PROGRESS_SECONDS, PROGRESS_SHARE * seconds), MOST_PROGRESS_SECONDS)
+
+
+def _finished(future: Future[list[R]], seconds: float) -> bool:
     try:
-        future.exception(timeout=PROGRESS_SECONDS)
+        future.exception(timeout=seconds)
     except TimeoutError:
         return False
     return True

@@ -118,8 +118,12 @@ class Workspace:
         """Say how many tokens of a bucket are encoded, while it is under way."""
         self.storage.write(join(self.uri, "progress", f"{bucket:05d}"), str(tokens).encode())
 
+    def clear_progress(self, bucket: int) -> None:
+        """A bucket is done: its receipt tells the rest."""
+        self.storage.remove([join(self.uri, "progress", f"{bucket:05d}")])
+
     def read_progress(self) -> dict[int, int]:
-        """Tokens encoded so far of the buckets that said so, also of those that are done by now."""
+        """Tokens encoded so far of the buckets that are under way, where they said so."""
         found = {}
         for stored in self.storage.list(join(self.uri, "progress")):
             with suppress(ValueError, FileNotFoundError):

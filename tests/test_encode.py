@@ -1,6 +1,9 @@
 """The encode stage of one bucket: what is computed, what is carried over, and what a retry does."""
 
+import json
+import random
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -9,10 +12,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tiny_models import CPU_FLOAT32, ONE_CORE, TEXTS, cosines, tiny_tokenizer, train_tiny_bundle
+from tokenizers import Tokenizer
 
 from pipeline import feature_table
 from pipeline.encode import EncodeTask, encode_bucket, pending_tasks
@@ -21,11 +28,12 @@ from pipeline.integrity import check_file
 from pipeline.model import encoder
 from pipeline.model.bundle import Bundle, save_bundle
 from pipeline.model.encoder import load_encoder
+from pipeline.model.tokens import token_ids
 from pipeline.resources import TaskResources
 from pipeline.storage import Storage
 from pipeline.workspace import Workspace
 from schemas.bundle import BundleCard
-from schemas.catalogue import ITEMS, Change
+from schemas.catalogue import ITEMS, QUARANTINE, Change
 from schemas.feature_table import file_schema
 from schemas.files import PublishedFile
 from schemas.identity import content_hash, row_id
@@ -470,3 +478,119 @@ def test_a_damaged_bundle_encodes_nothing(night: Night, tmp_path: Path) -> None:
 def test_the_receipt_names_the_gpu_that_the_scheduler_assigned(night: Night) -> None:
     (task,) = night.pending(night.work(new(TEXTS[:2])))
     assert encode_bucket(task, TaskResources(cpus=1, gpu="5")).gpu == "5"
+
+
+@pytest.fixture(params=[(1, 8), (3, 5), (100, 7), (8192, 65_536)], ids=str)
+def windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Texts and items after which a window ends; row groups are as small."""
+    texts, rows = request.param
+    monkeypatch.setattr("pipeline.encode.WINDOW_TEXTS", texts)
+    monkeypatch.setattr("pipeline.encode.WINDOW_ROWS", rows)
+    monkeypatch.setattr(feature_table, "ROW_GROUP_ROWS", 2)
+    return texts, rows
+
+
+@pytest.mark.usefixtures("windows")
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**16), count=st.integers(1, 40))
+def test_a_bucket_is_the_same_however_it_is_cut_into_windows(bundle: Bundle, seed: int, count: int) -> None:
+    draw = random.Random(seed)  # noqa: S311 - no secret
+    with tempfile.TemporaryDirectory() as folder:
+        night = Night(Path(folder), bundle)
+        # Few texts for many items: the same one comes again in other windows.
+        texts = {f"item-{number:03d}": draw.choice(TEXTS[:9]) for number in range(count)}
+        old = {item: text for item, text in texts.items() if draw.random() < 0.5}
+        # Names between those of the day, which the day no longer has.
+        gone = {f"item-{number:03d}x": TEXTS[10] for number in range(0, count, 3)}
+        base = night.base_file(old | gone, seed=seed)
+        items = [(i, text, Change.UNCHANGED if i in old else Change.NEW) for i, text in texts.items()]
+        receipt = night.run(night.work(items, previous=[base]))
+        rows = night.read(receipt.file)
+        assert rows["item_id"].to_pylist() == sorted(texts)
+        assert receipt.encoded == len({text for i, text in texts.items() if i not in old})
+        assert receipt.reused == count - receipt.encoded
+        before = {row["item_id"]: row for row in night.read(base).to_pylist()}
+        for row in rows.to_pylist():
+            if row["item_id"] in old:
+                assert row == before[row["item_id"]]
+        fresh = [i for i in sorted(texts) if i not in old]
+        if fresh:
+            found = vectors(rows.filter(pc.is_in(rows["item_id"], pa.array(fresh))))
+            assert cosines(found, night.direct([texts[i] for i in fresh])).min() >= 0.9999
+
+
+@pytest.mark.usefixtures("windows")
+def test_a_text_that_cannot_be_encoded_is_quarantined_wherever_it_comes(
+    night: Night, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        if "poison 🎬" in texts:
+            raise ValueError("no token for this")
+        return token_ids(tokenizer, texts)
+
+    monkeypatch.setattr(encoder, "token_ids", fails)
+    items = new([*TEXTS[:5], "poison 🎬", *TEXTS[5:9], "poison 🎬", TEXTS[0]])
+    items[5] = (items[5][0], items[5][1], Change.CHANGED)
+    receipt = night.run(night.work(items))
+    assert receipt.quarantined == {"item-005": Change.CHANGED, "item-010": Change.NEW}
+    assert (receipt.encoded, receipt.reused) == (9, 1)
+    rows = night.read(receipt.file)
+    assert rows["item_id"].to_pylist() == [i for i, _, _ in items if i not in receipt.quarantined]
+    texts = [text for i, text, _ in items if i not in receipt.quarantined]
+    assert cosines(vectors(rows), night.direct(texts)).min() >= 0.9999
+    (path,) = Path(night.workspace.quarantine_uri).iterdir()
+    quarantined = pq.ParquetFile(path).read()
+    assert quarantined.schema == QUARANTINE
+    assert [row["item_id"] for row in quarantined.to_pylist()] == list(receipt.quarantined)
+    for row in quarantined.to_pylist():
+        assert row["reason"] == "unencodable"
+        kept = json.loads(row["row"])
+        assert kept["text"] == "poison 🎬"
+        assert "ValueError: no token for this" in kept["error"]
+        assert row["source"]
+    assert "2 texts cannot be encoded" in caplog.text
+
+
+def test_a_bucket_of_which_nothing_can_be_encoded_has_no_file(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> list[NDArray[np.int32]]:
+        raise ValueError("no token for this")
+
+    monkeypatch.setattr(encoder, "token_ids", fails)
+    receipt = night.run(night.work(new(TEXTS[:3])))
+    assert receipt.file is None
+    assert len(receipt.quarantined) == 3
+    assert [path for path in night.table.rglob("*") if path.is_file()] == []
+    assert night.pending(night.work(new(TEXTS[:3]))) == []
+
+
+@pytest.mark.usefixtures("windows")
+def test_damage_that_shows_late_is_encoded_too_and_leaves_no_half_file(night: Night) -> None:
+    old = {f"item-{number:03d}": TEXTS[number] for number in range(40)}
+    base = night.base_file(old)
+    path = night.table / base.path
+    data = bytearray(path.read_bytes())
+    last = pq.ParquetFile(path).metadata.row_group(pq.ParquetFile(path).num_row_groups - 1)
+    data[last.column(2).data_page_offset + last.column(2).total_compressed_size // 2] ^= 1
+    path.write_bytes(data)
+    items = [(i, text, Change.UNCHANGED) for i, text in old.items()]
+    receipt = night.run(night.work([*items, *new(TEXTS[40:42], prefix="new")], previous=[base]))
+    assert (receipt.encoded, receipt.reused) == (42, 0)
+    rows = night.read(receipt.file)
+    texts = {**old, **{i: text for i, text, _ in new(TEXTS[40:42], prefix="new")}}
+    assert cosines(vectors(rows), night.direct([texts[i] for i in sorted(texts)])).min() >= 0.9999
+    files = [file.name for file in night.table.rglob("*") if file.is_file()]
+    assert len(files) == 2, "the base's file and the bucket's"
+
+
+def test_progress_is_told_while_a_bucket_is_under_way(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.encode.PROGRESS_SECONDS", 0)
+    monkeypatch.setattr("pipeline.encode.WINDOW_TEXTS", 4)
+    monkeypatch.setattr(feature_table, "ROW_GROUP_ROWS", 4)
+    told: list[int] = []
+    write = Workspace.write_progress
+    monkeypatch.setattr(Workspace, "write_progress", lambda *given: (told.append(given[2]), write(*given)))
+    receipt = night.run(night.work(new(TEXTS[:12])))
+    assert len(told) == 3
+    assert told == sorted(set(told))
+    assert told[-1] == receipt.tokens
+    assert night.workspace.read_progress() == {BUCKET: receipt.tokens}

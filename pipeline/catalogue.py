@@ -38,9 +38,13 @@ ENDINGS: Mapping[str, Format] = {
 }
 UPDATED_AT_TYPES = ("TIMESTAMP", "NANOSECONDS", "NUMBER", "STRING")
 TASKS_PER_CORE = 8
-BLANK = r"' \t\n\r'"
+BLANKS = (" ", r"\t", r"\n", r"\r")
+BLANK = f"'{''.join(BLANKS)}'"
 NEWEST_FIRST = "updated_at DESC NULLS LAST, content_hash DESC, source"
 """Which of several rows of one id counts."""
+# Cut as bytes: of a string Spark counts the characters.
+CONTENT_HASH = f"CAST(substr(CAST(sha2(text, 256) AS BINARY), 1, {CONTENT_HASH_CHARS}) AS STRING)"
+"""SQL of :func:`schemas.identity.content_hash` of the column ``text``."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -222,7 +226,9 @@ def _read_group(
     if group.text is None:
         frame = spark.read.parquet(*_spark_paths(spark, [file.uri for file in group.files], storage))
         # Spark percent-encodes the name.
-        source = f"url_decode(replace(_metadata.file_name, '+', '%2B')) AS {SOURCE}"
+        name = "_metadata.file_name"
+        decoded = f"CASE WHEN contains({name}, '%') THEN url_decode(replace({name}, '+', '%2B')) ELSE {name} END"
+        source = f"{decoded} AS {SOURCE}"
         frame = frame.selectExpr("*", f"false AS {MALFORMED}", f"CAST(NULL AS STRING) AS {RECORD}", source)
         return _normalise(frame, group.columns, catalogue)
     text = group.text
@@ -247,29 +253,33 @@ def _normalise(frame: "DataFrame", columns: Mapping[str, str], catalogue: Catalo
     texts = {name: _as_text(name, columns) for name in catalogue.text_columns}
     checked = [item_id, *texts.values()]
     undecodable = " OR ".join(f"NOT is_valid_utf8({x}) OR contains({x}, '{REPLACEMENT}')" for x in checked)
-    has_text = " OR ".join(f"btrim({x}, {BLANK}) != ''" for x in texts.values())
+    has_text = " OR ".join(map(_has_text, texts.values()))
     reason = f"""CASE WHEN {MALFORMED} AND NOT is_valid_utf8({RECORD}) THEN '{Reason.UNDECODABLE}'
         WHEN {MALFORMED} THEN '{Reason.MALFORMED}'
         WHEN coalesce({undecodable}, false) THEN '{Reason.UNDECODABLE}'
-        WHEN coalesce(btrim({item_id}, {BLANK}), '') = '' THEN '{Reason.NULL_ID}'
+        WHEN NOT coalesce({_has_text(item_id)}, false) THEN '{Reason.NULL_ID}'
         WHEN NOT coalesce({has_text}, false) THEN '{Reason.EMPTY_TEXT}' END"""
     as_json = f"to_json(struct({', '.join(_quoted(name) for name in columns)}))"
-    return frame.selectExpr(
-        f"{item_id} AS item_id",
-        f"{_rendered(catalogue.template, texts)} AS text",
-        f"{_updated_at(catalogue.updated_at_column, columns)} AS updated_at",
-        f"{reason} AS reason",
-        f"coalesce({RECORD}, {as_json}) AS raw",
-        f"{SOURCE} AS source",
-    ).selectExpr(
-        "CASE WHEN is_valid_utf8(item_id) THEN item_id END AS item_id",
-        f"xxhash64(item_id) & {ROW_ID_MASK}L AS row_id",
-        "CASE WHEN reason IS NULL THEN text ELSE '' END AS text",
-        f"substr(sha2(text, 256), 1, {CONTENT_HASH_CHARS}) AS content_hash",
-        "updated_at",
-        "reason",
-        "CASE WHEN reason IS NOT NULL THEN make_valid_utf8(raw) END AS row",
-        "source",
+    return (
+        frame.selectExpr(
+            f"{item_id} AS item_id",
+            f"{_rendered(catalogue.template, texts)} AS text",
+            f"{_updated_at(catalogue.updated_at_column, columns)} AS updated_at",
+            f"{reason} AS reason",
+            f"coalesce({RECORD}, {as_json}) AS raw",
+            f"{SOURCE} AS source",
+        )
+        .selectExpr("item_id", f"{_trimmed('text')} AS text", "updated_at", "reason", "raw", "source")
+        .selectExpr(
+            "CASE WHEN reason IS NULL OR is_valid_utf8(item_id) THEN item_id END AS item_id",
+            f"xxhash64(item_id) & {ROW_ID_MASK}L AS row_id",
+            "CASE WHEN reason IS NULL THEN text ELSE '' END AS text",
+            f"{CONTENT_HASH} AS content_hash",
+            "updated_at",
+            "reason",
+            "CASE WHEN reason IS NOT NULL THEN make_valid_utf8(raw) END AS row",
+            "source",
+        )
     )
 
 
@@ -294,7 +304,18 @@ def _rendered(template: str, texts: Mapping[str, str]) -> str:
             pieces.append(_literal(literal))
         if name is not None:
             pieces.append(f"coalesce({texts[name]}, '')")
-    return f"btrim(concat({', '.join(pieces)}), {BLANK})"
+    return f"concat({', '.join(pieces)})"
+
+
+def _has_text(text: str) -> str:
+    """Whether a text is more than blanks; most begin with a character that sorts behind all of them."""
+    return f"({text} > '!' OR trim(LEADING {BLANK} FROM {text}) != '')"
+
+
+def _trimmed(column: str) -> str:
+    """A text without blanks around it; few have any, and looking for them from the right takes Spark long."""
+    blank_end = " OR ".join(f"endswith({column}, '{blank}')" for blank in BLANKS)
+    return f"CASE WHEN {column} > '!' AND NOT ({blank_end}) THEN {column} ELSE btrim({column}, {BLANK}) END"
 
 
 def _updated_at(name: str | None, columns: Mapping[str, str]) -> str:

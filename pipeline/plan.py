@@ -15,13 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline import catalogue, feature_table, release_log
 from pipeline.catalogue import CatalogueSource
 from pipeline.config import Settings
 from pipeline.errors import CorruptFile, Superseded, UserError
 from pipeline.model.bundle import Bundle, open_bundle
-from pipeline.model.tokens import count_tokens, load_tokenizer
+from pipeline.model.tokens import TokenCount, count_tokens, load_tokenizer, sample_of
 from pipeline.release_log import ReleaseLog
 from pipeline.storage import Storage, join
 from pipeline.workspace import Workspace
@@ -34,18 +35,34 @@ from schemas.release import Release
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-TOKEN_SAMPLE = 1000
+TOKEN_SAMPLE = 10_000
+"""Texts of the whole catalogue that are tokenized where counting all would take long."""
+BUCKET_SAMPLE = 25
+"""At least so many of a bucket: its variance is asked from them."""
 PARTITIONS_PER_CORE = 4
+# As Spark sorts it a catalogue is several times larger than its files: a partition of so much fits into a small heap.
+PARTITION_BYTES = 16 * 1024 * 1024
+PIECE_BYTES = 64 * 1024 * 1024
 PLANNED_ROWS = pa.schema(
     [
-        ("bucket", pa.int32()),
         *((f.name, f.type) for f in ITEMS if f.name != "change"),
+        ("updated_at", pa.int64()),  # microseconds since 1970
         ("source", pa.string()),
-        ("reason", pa.string()),
-        ("row", pa.string()),
     ]
 )
-"""Rows as they arrive at the planner of a bucket."""
+"""Rows as they arrive at the planner of a bucket.
+
+A row that cannot be used has its negative bucket for a ``row_id``, its reason for a ``content_hash`` and its record for
+a ``text``: every column more costs Spark time with every row.
+"""
+NEWEST_FIRST = [
+    ("item_id", "ascending"), ("updated_at", "descending"), ("content_hash", "descending"), ("source", "ascending")
+]  # fmt: skip
+"""Of several rows of an id the first one counts: the order of :data:`pipeline.catalogue.NEWEST_FIRST`."""
+# As Spark's to_json writes texts: what Python escapes in lower case it escapes in upper case.
+JSON_ESCAPES = {code: f"\\u{code:04X}" for code in range(32)} | {
+    ord(raw): f"\\{letter}" for raw, letter in ('""', "\\\\", "\bb", "\ff", "\nn", "\rr", "\tt")
+}
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +227,8 @@ def make_plan(spark: "SparkSession", settings: Settings, identity: PlanIdentity,
         recompute=identity.recompute,
     )
     rows = catalogue.read_rows(spark, identity.source, settings.catalogue, storage=storage)
-    summaries = _plan_buckets(spark, rows, context, chosen=identity.chosen)
+    source_bytes = sum(file.bytes for file in identity.source.files)
+    summaries = _plan_buckets(spark, rows, context, chosen=identity.chosen, source_bytes=source_bytes)
     catalogue.require_unchanged(identity.source, storage=storage)
     plan = _assemble(settings, identity, context, summaries, found)
     if plan.rows_read == 0 and not identity.chosen:
@@ -226,39 +244,49 @@ def base_release(releases: Sequence[Release], *, ds: str) -> Release | None:
 
 
 def _plan_buckets(
-    spark: "SparkSession", rows: "DataFrame", context: BucketContext, *, chosen: tuple[int, ...] | None
+    spark: "SparkSession",
+    rows: "DataFrame",
+    context: BucketContext,
+    *,
+    chosen: tuple[int, ...] | None,
+    source_bytes: int,
 ) -> list[BucketSummary]:
     buckets = context.buckets
     numbers = chosen or tuple(range(buckets))
-    partitions = min(len(numbers), PARTITIONS_PER_CORE * spark.sparkContext.defaultParallelism)
+    # In proportion to the rows, so that none of them is too large to be sorted in memory.
+    wanted = max(PARTITIONS_PER_CORE * spark.sparkContext.defaultParallelism, source_bytes // PARTITION_BYTES)
+    partitions = min(len(numbers), wanted)
     if chosen:
         # Rows without an id belong to no bucket: they are in the quarantine of the whole day.
         rows = rows.where(f"item_id IS NOT NULL AND row_id % {buckets} IN ({', '.join(map(str, chosen))})")
     # Rows that cannot be used go to negative buckets, so that one pass over the catalogue writes everything.
-    bucket = f"CASE WHEN reason IS NULL THEN row_id % {buckets} ELSE -1 - pmod(xxhash64(row), {buckets}) END"
-    latest = f"PARTITION BY bucket, item_id ORDER BY {catalogue.NEWEST_FIRST}"
+    rejected = f"-1 - pmod(xxhash64(row), {buckets})"
+    # Only by bucket: a number costs Spark next to nothing to sort by, and ids are sorted faster where they are planned.
     ordered = (
-        rows.selectExpr("*", f"CAST({bucket} AS INT) AS bucket")
-        .repartition(partitions, "bucket")
-        .selectExpr(
-            "*",
-            f"reason IS NULL AND row_number() OVER ({latest}) > 1 AS older",
+        rows.selectExpr(
+            "item_id",
+            f"CASE WHEN reason IS NULL THEN row_id ELSE {rejected} END AS row_id",
+            "coalesce(row, text) AS text",
+            "unix_micros(updated_at) AS updated_at",
+            "source",
+            "reason",
         )
+        .selectExpr("*", f"CAST(IF(row_id < 0, row_id, row_id % {buckets}) AS INT) AS bucket")
+        .repartitionById(partitions, "bucket")
+        .sortWithinPartitions("bucket")
+        # Hashed after the shuffle: a hash is a quarter as long as a text, and does not compress.
         .selectExpr(
-            "bucket",
             "item_id",
             "row_id",
             "text",
-            "content_hash",
+            f"coalesce(reason, {catalogue.CONTENT_HASH}) AS content_hash",
+            "updated_at",
             "source",
-            f"CASE WHEN older THEN '{Reason.OLDER_DUPLICATE}' ELSE reason END AS reason",
-            "CASE WHEN older THEN to_json(struct(item_id, text, updated_at)) ELSE row END AS row",
         )
-        .sortWithinPartitions("bucket", "item_id")
     )
 
     def plan_partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for number, table in by_bucket(batches):
+        for number, table in by_bucket(batches, buckets):
             yield plan_bucket(context, number, table).to_arrow()
 
     found = ordered.mapInArrow(plan_partition, BucketSummary.SPARK_SCHEMA).collect()
@@ -270,12 +298,13 @@ def _plan_buckets(
     return done
 
 
-def by_bucket(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.Table]]:
-    """Cut a stream of batches that is sorted by ``bucket`` into one table per bucket."""
+def by_bucket(batches: Iterator[pa.RecordBatch], buckets: int) -> Iterator[tuple[int, pa.Table]]:
+    """Cut a stream of batches of :data:`PLANNED_ROWS` that is sorted by bucket into one table per bucket."""
     current: int | None = None
     pieces: list[pa.RecordBatch] = []
     for batch in batches:
-        numbers = batch.column("bucket").to_numpy(zero_copy_only=False)
+        ids = batch.column("row_id").to_numpy(zero_copy_only=False)
+        numbers = np.where(ids < 0, ids, ids % buckets)
         edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
         for start, end in pairwise(edges):
             if start == end:
@@ -295,17 +324,27 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
     Args:
         context: the plan's settings and base release.
         bucket: its number; negative for rows that belong to no bucket because they cannot be used.
-        rows: columns of :data:`PLANNED_ROWS`, sorted by item_id.
+        rows: columns of :data:`PLANNED_ROWS`, in any order.
     """
-    rows = _mark_collisions(rows)
-    rejected = rows.filter(pc.is_valid(rows["reason"]))
-    reasons = Counter(rejected["reason"].to_pylist())
-    if rejected.num_rows:
-        name = f"bucket-{bucket:05d}.parquet" if bucket >= 0 else f"rejected-{-1 - bucket:05d}.parquet"
-        _write(context.workspace.storage, join(context.workspace.quarantine_uri, name), rejected, QUARANTINE)
+    # One chunk with long offsets: rows are picked out of it one piece at a time, also where texts exceed 2 GiB.
+    wide = [f.with_type(pa.large_string()) if f.type == pa.string() else f for f in PLANNED_ROWS]
+    rows = rows.select(PLANNED_ROWS.names).cast(pa.schema(wide)).combine_chunks()
+    quarantine_uri = context.workspace.quarantine_uri
     if bucket < 0:
-        return BucketSummary(bucket=bucket, work=None, quarantined=dict(reasons), exact=True)
-    items = rows.filter(pc.is_null(rows["reason"]))
+        # Rows without an id come first.
+        by_id = np.roll(pc.sort_indices(rows["item_id"]).to_numpy(), rows["item_id"].null_count)
+        uri = join(quarantine_uri, f"rejected-{-1 - bucket:05d}.parquet")
+        named = rows.rename_columns({"content_hash": "reason", "text": "row"})
+        pieces = (piece for _, piece in _pieces(named, by_id))
+        _write(context.workspace.storage, uri, pieces, QUARANTINE)
+        return BucketSummary(bucket=bucket, work=None, quarantined=_counts(named["reason"]), exact=True)
+    order, reasons = _in_order(rows)
+    if (rejected := reasons != "").any():
+        bad = reasons[rejected]
+        pieces = (_with_reasons(piece, bad[where]) for where, piece in _pieces(rows, order[rejected]))
+        _write(context.workspace.storage, join(quarantine_uri, f"bucket-{bucket:05d}.parquet"), pieces, QUARANTINE)
+    kept = order[~rejected]
+    items = rows.select(["item_id", "content_hash"]).take(kept)
     files = previous_files(context, bucket)
     lost: tuple[PublishedFile, ...] = ()
     try:
@@ -318,12 +357,13 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
     if context.base and context.base.buckets == context.buckets:
         # Of files that cannot be read the log still says how many items they held: a gate must not be blind to that.
         deleted += max(0, sum(file.rows for file in lost) - items.num_rows)
-    items = items.append_column("change", change)
     if items.num_rows:
-        base = context.base.release_id if context.base else None
-        _write(context.workspace.storage, context.workspace.items_uri(bucket, base), items, ITEMS)
-    tokens, characters, exact = _cost(context, items)
-    counts = Counter(change.to_pylist())
+        uri = context.workspace.items_uri(bucket, context.base.release_id if context.base else None)
+        pieces = (piece.append_column("change", change[where]) for where, piece in _pieces(rows, kept))
+        _write(context.workspace.storage, uri, pieces, ITEMS)
+    fresh = pc.not_equal(change, Change.UNCHANGED.value).to_numpy(zero_copy_only=False)
+    tokens, characters = _cost(context, rows, kept[fresh])
+    counts = _counts(change)
     work = BucketPlan(
         bucket=bucket,
         items=items.num_rows,
@@ -331,11 +371,12 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
         changed=counts[Change.CHANGED],
         unchanged=counts[Change.UNCHANGED],
         deleted=deleted,
-        tokens=tokens,
+        tokens=tokens.tokens,
+        tokens_error=tokens.error,
         characters=characters,
         previous=files,
     )
-    return BucketSummary(bucket=bucket, work=work, quarantined=dict(reasons), exact=exact)
+    return BucketSummary(bucket=bucket, work=work, quarantined=Counter(reasons[rejected].tolist()), exact=tokens.exact)
 
 
 def compare(items: pa.Table, previous: pa.Table, *, bundle: str | None) -> tuple[pa.Array, int]:
@@ -346,8 +387,10 @@ def compare(items: pa.Table, previous: pa.Table, *, bundle: str | None) -> tuple
         previous: ``item_id``, ``content_hash`` and ``bundle`` of the base release, ids unique.
         bundle: version that encodes today; a vector of another bundle is never carried over. None: no vector is.
     """
-    where = pc.index_in(items["item_id"], value_set=previous["item_id"].combine_chunks())
-    same_text = pc.equal(items["content_hash"], previous["content_hash"].take(where))
+    hashes = items["content_hash"]
+    previous_ids = previous["item_id"].cast(items["item_id"].type).combine_chunks()
+    where = pc.index_in(items["item_id"], value_set=previous_ids)
+    same_text = pc.equal(hashes, previous["content_hash"].cast(hashes.type).take(where))
     same_bundle = pc.equal(previous["bundle"].take(where), pa.scalar(bundle, pa.string()))
     kept = pc.fill_null(pc.and_(same_text, same_bundle), fill_value=False)
     change = pc.if_else(
@@ -376,36 +419,87 @@ def _previous_rows(context: BucketContext, bucket: int, files: Sequence[Publishe
     return rows.filter(pa.array(rows["row_id"].to_numpy() % context.buckets == bucket))
 
 
-def _mark_collisions(rows: pa.Table) -> pa.Table:
-    good = pc.is_null(rows["reason"]).to_numpy(zero_copy_only=False)
-    ids = rows["row_id"].to_numpy()
-    taken, first = np.unique(ids[good], return_index=True)
-    if len(taken) == good.sum():
-        return rows
-    collided = np.flatnonzero(good)
-    collided = np.delete(collided, first)
-    reasons, records = rows["reason"].to_pylist(), rows["row"].to_pylist()
-    for row in collided.tolist():
-        reasons[row] = Reason.ROW_ID_COLLISION.value
-        records[row] = json.dumps({name: rows[name][row].as_py() for name in ("item_id", "row_id", "text")})
-    rows = rows.set_column(rows.schema.get_field_index("reason"), "reason", pa.array(reasons, pa.string()))
-    return rows.set_column(rows.schema.get_field_index("row"), "row", pa.array(records, pa.string()))
+def _in_order(rows: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.str_]]:
+    """The rows of a bucket by id, the latest of an id first, and why each cannot be used: "" where it can."""
+    order = pc.sort_indices(rows["item_id"]).to_numpy().astype(np.int64)
+    names = rows["item_id"].take(order)
+    again = pc.equal(names[1:], names[:-1]).to_numpy()
+    if again.any():
+        # Few rows need the long comparison.
+        shared = np.r_[again, False] | np.r_[False, again]
+        several = order[shared]
+        found = rows.select([name for name, _ in NEWEST_FIRST]).take(several)
+        # Nulls are last.
+        order[shared] = several[pc.sort_indices(found, NEWEST_FIRST).to_numpy()]
+    older = np.r_[np.zeros(min(1, len(order)), bool), again]
+    reasons = np.where(older, Reason.OLDER_DUPLICATE.value, "").astype("U20")
+    _, first = np.unique(rows["row_id"].to_numpy()[order[~older]], return_index=True)
+    collided = np.flatnonzero(~older)
+    reasons[np.delete(collided, first)] = Reason.ROW_ID_COLLISION.value
+    return order, reasons
 
 
-def _cost(context: BucketContext, items: pa.Table) -> tuple[int, int, bool]:
-    """Tokens and characters of the distinct texts that must be encoded, and whether the tokens are exact."""
-    wanted = items.filter(pc.not_equal(items["change"], Change.UNCHANGED.value))
-    texts = list(dict.fromkeys(wanted["text"].to_pylist()))
-    if not texts:
-        return 0, 0, True
+def _pieces(rows: pa.Table, order: NDArray[np.int64]) -> Iterator[tuple[slice, pa.Table]]:
+    """Rows in an order, in pieces of bounded size, and which part of the order each is."""
+    texts = [field.name for field in rows.schema if field.type == pa.large_string()]
+    sizes = sum(pc.fill_null(pc.binary_length(rows[name]), 0).to_numpy() for name in texts)
+    ends = np.cumsum(sizes[order])
+    start = 0
+    while start < len(order):
+        before = ends[start - 1] if start else 0
+        end = max(start + 1, int(np.searchsorted(ends, before + PIECE_BYTES, side="right")))
+        yield slice(start, end), rows.take(order[start:end])
+        start = end
+
+
+def _with_reasons(rows: pa.Table, reasons: NDArray[np.str_]) -> pa.Table:
+    """Rows that were good until they were seen beside others, with reason and record."""
+    named = zip(*(rows[name].to_pylist() for name in ("item_id", "row_id", "text", "updated_at")), strict=True)
+    records = [
+        _older_record(item_id, text, updated_at)
+        if reason == Reason.OLDER_DUPLICATE
+        else json.dumps({"item_id": item_id, "row_id": row_id, "text": text})
+        for reason, (item_id, row_id, text, updated_at) in zip(reasons.tolist(), named, strict=True)
+    ]
+    found = rows.append_column("reason", pa.array(reasons.tolist(), pa.string()))
+    return found.append_column("row", pa.array(records, pa.large_string()))
+
+
+def _older_record(item_id: str, text: str, updated_at: int | None) -> str:
+    """A row as JSON, in the form that all other rows of the quarantine have: that of Spark's ``to_json``."""
+    values = {"item_id": item_id, "text": text}
+    if updated_at is not None:
+        moment = str(np.datetime64(updated_at // 1000, "ms"))
+        # Only years beyond 9999 have a sign.
+        values["updated_at"] = f"{moment if len(moment) == 23 or moment[0] == '-' else '+' + moment}Z"
+    members = (f'"{name}":"{value.translate(JSON_ESCAPES)}"' for name, value in values.items())
+    return f"{{{','.join(members)}}}"
+
+
+def _counts(values: pa.ChunkedArray) -> Counter[str]:
+    return Counter({found["values"]: found["counts"] for found in pc.value_counts(values).to_pylist()})
+
+
+def _cost(context: BucketContext, rows: pa.Table, fresh: NDArray[np.int64]) -> tuple[TokenCount, int]:
+    """Tokens and characters of the distinct texts among the rows that must be encoded."""
+    hashes = rows["content_hash"].take(fresh).combine_chunks().dictionary_encode()
+    _, first = np.unique(hashes.indices.to_numpy(), return_index=True)
+    if not len(first):
+        return TokenCount(0), 0
+    distinct = fresh[first]
+    chosen = sample_of(len(distinct), max(BUCKET_SAMPLE, -(-TOKEN_SAMPLE // context.buckets)))
     tokenizer = load_tokenizer(context.workspace.storage, context.bundle_uri, context.max_tokens)
-    tokens, exact = count_tokens(tokenizer, texts, sample=TOKEN_SAMPLE)
-    return tokens, sum(map(len, texts)), exact
+    tokens = count_tokens(tokenizer, rows["text"].take(distinct[chosen]).to_pylist(), of=len(distinct))
+    return tokens, int(pc.utf8_length(rows["text"]).to_numpy()[distinct].sum())
 
 
-def _write(storage: Storage, uri: str, rows: pa.Table, schema: pa.Schema) -> None:
+def _write(storage: Storage, uri: str, pieces: Iterator[pa.Table], schema: pa.Schema) -> None:
+    repeated = [name for name in ("change", "reason", "source") if name in schema.names]
     with storage.staged(uri) as staged:
-        pq.write_table(rows.select(schema.names).cast(schema), staged, compression="zstd")
+        # Ids, hashes and texts hardly repeat: looking each up in a dictionary takes longer than writing it.
+        with pq.ParquetWriter(staged, schema, compression="zstd", use_dictionary=repeated) as writer:
+            for piece in pieces:
+                writer.write_table(piece.select(schema.names).cast(schema))
         storage.publish(staged, uri)
 
 

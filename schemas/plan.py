@@ -1,5 +1,6 @@
 """A plan: what one run will do, bucket by bucket."""
 
+import math
 from datetime import datetime
 
 from schemas.files import Contract, PublishedFile
@@ -24,6 +25,7 @@ class BucketPlan(Contract):
         new, changed, unchanged, deleted: against the base release.
         tokens: tokens that the new and changed texts cost, special tokens included, truncated at the
             bundle's maximum; estimated from a sample in large buckets.
+        tokens_error: half-width of the estimate's 95 % interval, in tokens; 0 where ``tokens`` is exact.
         characters: characters of the same texts.
         previous: files of the base release that unchanged vectors are carried over from.
     """
@@ -35,6 +37,7 @@ class BucketPlan(Contract):
     unchanged: int
     deleted: int
     tokens: int
+    tokens_error: float = 0.0
     characters: int
     previous: tuple[PublishedFile, ...] = ()
 
@@ -112,6 +115,11 @@ class Plan(Contract):
     def tokens(self) -> int:
         """Tokens that will be encoded."""
         return sum(b.tokens for b in self.work)
+
+    @property
+    def tokens_error(self) -> float:
+        """Half-width of the 95 % interval of ``tokens``; buckets are sampled independently: their variances add up."""
+        return math.hypot(*(b.tokens_error for b in self.work))
 
     @property
     def seconds(self) -> float | None:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import os
 import shutil
 from collections import Counter
@@ -22,13 +21,15 @@ from planning import BLANK, DS, STORAGE, CatalogueRow, naive_plan, plan_day, set
 from tokenizers import Tokenizer
 
 from pipeline import release_log
+from pipeline.cli.make import _print_plan, describe_plan
 from pipeline.config import EncodeSettings, Settings
 from pipeline.encode import pending_tasks
 from pipeline.errors import Superseded, UserError
-from pipeline.model.tokens import count_tokens, load_tokenizer
+from pipeline.model.tokens import TokenCount, count_tokens, load_tokenizer
 from pipeline.plan import (
     PLANNED_ROWS,
     TOKEN_SAMPLE,
+    _older_record,
     base_release,
     by_bucket,
     compare,
@@ -355,7 +356,6 @@ def planned_rows(items: dict[str, str], *, ids: dict[str, int] | None = None) ->
     """Good rows as they reach the planner of a bucket."""
     rows = [
         {
-            "bucket": 0,
             "item_id": item_id,
             "row_id": ids[item_id] if ids else row_id(item_id),
             "text": text,
@@ -844,7 +844,9 @@ def test_buckets_of_a_release_that_was_replaced_meanwhile_are_not_planned(
 )
 def test_rows_are_cut_by_bucket_at_any_batch_boundaries(runs: list[tuple[int, int]], cuts: list[int]) -> None:
     numbers = [bucket for bucket, length in sorted(runs) for _ in range(length)]
-    table = pa.table({"bucket": pa.array(numbers, pa.int32()), "row": pa.array(range(len(numbers)))})
+    # Ids of a bucket differ, those of rows that have none are its number.
+    ids = [n if n < 0 else n + 10 * place for place, n in enumerate(numbers)]
+    table = pa.table({"row_id": pa.array(ids, pa.int64()), "row": pa.array(range(len(numbers)))})
     edges = sorted({0, len(numbers), *(cut for cut in cuts if cut < len(numbers))})
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -853,7 +855,7 @@ def test_rows_are_cut_by_bucket_at_any_batch_boundaries(runs: list[tuple[int, in
             yield from table.slice(start, 0).combine_chunks().to_batches() or [_empty(table.schema)]
             yield table.slice(start, end - start).combine_chunks().to_batches()[0]
 
-    found = [(bucket, rows["row"].to_pylist()) for bucket, rows in by_bucket(batches())]
+    found = [(bucket, rows["row"].to_pylist()) for bucket, rows in by_bucket(batches(), 10)]
     grouped = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1])
     assert found == [(bucket, [row for row, _ in pairs]) for bucket, pairs in grouped]
 
@@ -894,19 +896,56 @@ def test_token_counts_equal_the_tokenizers_own(
 ) -> None:
     bundle = planning.bundle_at(str(tmp_path_factory.mktemp("bundle")), max_tokens=max_tokens)
     tokenizer = load_tokenizer(STORAGE, bundle.uri, max_tokens)
-    assert count_tokens(tokenizer, texts, sample=12) == (naive_tokens(texts, max_tokens), True)
+    assert count_tokens(tokenizer, texts, of=len(texts)) == TokenCount(naive_tokens(texts, max_tokens))
 
 
 def test_tokens_of_a_large_bucket_are_estimated_and_said_to_be(tmp_path: Path) -> None:
-    wanted = settings_at(tmp_path, tmp_path, buckets=1)
+    wanted = settings_at(tmp_path, tmp_path, buckets=4)
     context = planning.bucket_context(wanted, None)
-    today = {f"item {n:05d}": " ".join(["word"] * (n % 20)) + f" {n}" for n in range(TOKEN_SAMPLE * 2 + 500)}
+    size = TOKEN_SAMPLE // 4
+    today = {f"item {n:05d}": " ".join(["word"] * (n % 20)) + f" {n}" for n in range(size * 3)}
     summary = plan_bucket(context, 0, planned_rows(today))
     assert summary.work is not None
     assert not summary.exact
-    assert math.isclose(summary.work.tokens, naive_tokens(list(today.values()), planning.MAX_TOKENS), rel_tol=0.05)
-    exact = plan_bucket(context, 0, planned_rows(dict(list(today.items())[:TOKEN_SAMPLE])))
+    true = naive_tokens(list(today.values()), planning.MAX_TOKENS)
+    assert 0 < abs(summary.work.tokens - true) < 2 * summary.work.tokens_error < 0.05 * true
+    exact = plan_bucket(context, 0, planned_rows(dict(list(today.items())[:size])))
+    assert exact.work is not None
     assert exact.exact
+    assert exact.work.tokens_error == 0
+
+
+def test_a_plan_says_how_far_off_its_tokens_may_be(
+    spark: "SparkSession", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {f"item {n}": "word " * (n % 25) + str(n) for n in range(2000)}
+    wanted = settings_at(tmp_path, write_day(tmp_path, texts), buckets=6)
+    whole = plan_day(spark, wanted).plan
+    assert (whole.tokens_exact, whole.tokens_error) == (True, 0)
+    assert {work.tokens_error for work in whole.work} == {0}
+    again = settings_at(tmp_path, write_day(tmp_path, texts, "other"), buckets=40)
+    true = naive_tokens(list(texts.values()), planning.MAX_TOKENS)
+    assert whole.tokens == true
+    monkeypatch.setattr("pipeline.plan.TOKEN_SAMPLE", 0)
+    context = planning.bucket_context(again, None)
+    parts = [{i: t for i, t in texts.items() if row_id(i) % 40 == n} for n in range(40)]
+    works = [plan_bucket(context, n, planned_rows(part)).work for n, part in enumerate(parts)]
+    found = tuple(work for work in works if work is not None)
+    plan = whole.model_copy(update={"work": found, "tokens_exact": False})
+    # Independent errors add up as squares: far less than one by one.
+    assert plan.tokens_error == pytest.approx(sum(work.tokens_error**2 for work in found) ** 0.5)
+    assert abs(plan.tokens - true) < 1.5 * plan.tokens_error < 0.06 * true
+    shown = describe_plan(plan)
+    assert shown["tokens_error"] == plan.tokens_error
+    _print_plan(plan)
+    share = 100 * plan.tokens_error / plan.tokens
+    assert f"{plan.tokens:,} ± {share:.1f} % (from a sample)" in capsys.readouterr().out
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+    # A plan of before the error was written down is read.
+    older = json.loads(whole.model_dump_json())
+    for work in older["work"]:
+        del work["tokens_error"]
+    assert Plan.model_validate(older) == whole
 
 
 # --- row ids that collide
@@ -941,8 +980,85 @@ def test_a_collided_row_keeps_its_text(tmp_path: Path) -> None:
 def test_a_collision_with_an_older_duplicate_is_none(tmp_path: Path) -> None:
     context = planning.bucket_context(settings_at(tmp_path, tmp_path, buckets=1), None)
     rows = planned_rows({"a": "text of a"}).to_pylist()
-    rows.insert(0, {**rows[0], "reason": Reason.OLDER_DUPLICATE.value, "row": "{}"})
+    rows.insert(0, {**rows[0], "text": "older", "updated_at": -1})
+    rows[1]["updated_at"] = 0
     summary = plan_bucket(context, 0, pa.Table.from_pylist(rows, schema=PLANNED_ROWS))
     assert summary.quarantined == {Reason.OLDER_DUPLICATE: 1}
     assert summary.work is not None
     assert summary.work.items == 1
+    assert pq.read_table(context.workspace.items_uri(0, None))["text"].to_pylist() == ["text of a"]
+
+
+# --- duplicates in a bucket
+
+
+VERSIONS = st.tuples(
+    st.sampled_from(["a", "b", "é", "😀"]),
+    st.sampled_from([None, -1, 0, 5]),
+    TEXTS,
+    st.sampled_from(["x.csv", "y.csv"]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(versions=st.lists(VERSIONS, max_size=20))
+def test_of_several_rows_of_an_id_the_one_counts_that_sql_would_choose(
+    tmp_path_factory: pytest.TempPathFactory, versions: list[tuple[str, int | None, str, str]]
+) -> None:
+    root = tmp_path_factory.mktemp("versions")
+    context = planning.bucket_context(settings_at(root, root, buckets=1), None)
+    rows = [
+        {"item_id": i, "row_id": row_id(i), "text": t, "content_hash": content_hash(t), "updated_at": at, "source": s}
+        for i, at, t, s in versions
+    ]
+    summary = plan_bucket(context, 0, pa.Table.from_pylist(rows, schema=PLANNED_ROWS))
+
+    # Row by row as pipeline.catalogue.NEWEST_FIRST says it.
+    by_source = sorted(versions, key=lambda v: v[3])
+    newest_first = sorted(by_source, key=lambda v: (v[1] is not None, v[1] or 0, content_hash(v[2])), reverse=True)
+    newest: dict[str, tuple[str, int | None, str, str]] = {}
+    older = Counter[tuple[str, str, str, str]]()
+    for version in newest_first:
+        best = newest.setdefault(version[0], version)
+        if best is not version:
+            older[version[0], version[2], version[3], str(version[1])] += 1
+    stamps = {None: "None", "1969-12-31T23:59:59.999Z": "-1"} | dict.fromkeys(["1970-01-01T00:00:00.000Z"], "0 or 5")
+    found = Counter[tuple[str, str, str, str]]()
+    if older:
+        for row in pq.read_table(Path(context.workspace.quarantine_uri, "bucket-00000.parquet")).to_pylist():
+            record = json.loads(row["row"])
+            found[record["item_id"], record["text"], row["source"], stamps[record.get("updated_at")]] += 1
+    coarse = Counter[tuple[str, str, str, str]]()
+    for (item_id, text, source, stamp), count in older.items():
+        coarse[item_id, text, source, "0 or 5" if stamp in {"0", "5"} else stamp] += count
+    items = pq.read_table(context.workspace.items_uri(0, None)).to_pylist() if newest else []
+    assert {item["item_id"]: item["text"] for item in items} == {i: version[2] for i, version in newest.items()}
+    assert [item["item_id"] for item in items] == sorted(newest)
+    # Of rows that are equal but for the file, the file decides.
+    assert found == coarse
+    assert summary.quarantined == ({Reason.OLDER_DUPLICATE: older.total()} if older else {})
+
+
+def test_the_record_of_an_older_duplicate_is_what_spark_would_write(spark: "SparkSession", tmp_path: Path) -> None:
+    texts = ["".join(map(chr, range(1, 300))), '\x00 \\ \\u001b " / 😀 \u2028', "é" * 9]
+    moments = [None, 0, -1, -1001, 999, 1_700_000_000_123_456, 253_402_300_800_000_000, 10**18, -(10**17), -(10**18)]
+    rows = [(f"{text} {n}", text, at) for text in texts for n, at in enumerate(moments)]
+    frame = spark.createDataFrame(rows, "item_id STRING, text STRING, at BIGINT")
+    wanted = frame.selectExpr("to_json(struct(item_id, text, timestamp_micros(at) AS updated_at)) AS row").collect()
+    assert [_older_record(*row) for row in rows] == [row.row for row in wanted]
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 200, 10**9])
+def test_a_bucket_is_the_same_in_however_many_pieces_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    monkeypatch.setattr("pipeline.plan.PIECE_BYTES", piece_bytes)
+    context = planning.bucket_context(settings_at(tmp_path, tmp_path, buckets=1), None)
+    texts = {f"item {n:02d}": "word " * (n % 7) + str(n) for n in range(50)}
+    rows = planned_rows(texts)
+    summary = plan_bucket(context, 0, pa.concat_tables([rows, rows.slice(10, 20)]))
+    assert summary.quarantined == {Reason.OLDER_DUPLICATE: 20}
+    found = pq.read_table(context.workspace.items_uri(0, None))
+    assert dict(zip(found["item_id"].to_pylist(), found["text"].to_pylist(), strict=True)) == texts
+    rejected = pq.read_table(Path(context.workspace.quarantine_uri, "bucket-00000.parquet"))
+    assert rejected["item_id"].to_pylist() == sorted(texts)[10:30]

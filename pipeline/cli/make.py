@@ -146,7 +146,7 @@ def example(
 
 def describe_plan(made: Plan) -> dict[str, object]:
     """A plan as ``marc plan --json`` prints it."""
-    totals = ("items", "new", "changed", "unchanged", "deleted", "tokens", "seconds")
+    totals = ("items", "new", "changed", "unchanged", "deleted", "tokens", "tokens_error", "seconds")
     return {
         **{name: getattr(made, name) for name in totals},
         **made.model_dump(mode="json", exclude={"work"}),
@@ -166,7 +166,14 @@ def _print_plan(made: Plan) -> None:
         ["compared with", made.base_release or "nothing: this is the first release"],
         ["rows read", f"{made.rows_read:,}"],
         ["quarantined", quarantined],
-        ["tokens", f"{made.tokens:,} ({'exact' if made.tokens_exact else 'estimated from a sample'})"],
+        ["tokens", _tokens(made)],
         ["encode time", seconds],
     ]
     print_table(None, ["", ""], facts)
+
+
+def _tokens(made: Plan) -> str:
+    if made.tokens_exact:
+        return f"{made.tokens:,} (exact)"
+    share = made.tokens_error / made.tokens if made.tokens else 0.0
+    return f"{made.tokens:,} ± {100 * share:.1f} % (from a sample)"

@@ -58,6 +58,7 @@ from pipeline.session import spark_session
 from pipeline.storage import Storage
 
 WARM_UP = 64
+PART = 1024
 COMPRESSED = 64
 DEFAULT, BEST = "sentence-transformers, its default", "sentence-transformers, best batch"
 BATCHES = (8, 16, 32, 64, 128, 256)
@@ -178,9 +179,7 @@ def pool(folder: str, setting: Setting) -> Iterator[Encode]:
         workers = model.start_multi_process_pool(["cpu"] * CORES)
 
     def encode(texts: list[str]) -> Answer:
-        # Large chunks pad less; two for each process, so that one that is done early takes over.
-        chunk = max(8, -(-len(texts) // (2 * CORES)))
-        return Answer(model.encode(texts, batch_size=setting.batch, pool=workers, chunk_size=chunk))
+        return Answer(model.encode(texts, batch_size=setting.batch, pool=workers, chunk_size=parts(len(texts))))
 
     try:
         # Processes that are not up yet leave all work to the first one: enough of it that everybody comes to some.
@@ -206,7 +205,7 @@ def spark(folder: str, setting: Setting) -> Iterator[Encode]:
         environment(TOKENIZERS_PARALLELISM="false"),
         spark_session(SparkSettings(master=f"local[{CORES}]", conf=conf), name="encode benchmark") as session,
     ):
-        embed = predict_batch_udf(make, return_type=ArrayType(FloatType()), batch_size=1024)
+        embed = predict_batch_udf(make, return_type=ArrayType(FloatType()), batch_size=PART)
 
         def encode(texts: list[str]) -> Answer:
             frame = pd.DataFrame({"place": range(len(texts)), "text": texts})
@@ -304,8 +303,8 @@ def daft_udf(folder: str, setting: Setting) -> Iterator[Encode]:
 
 
 def parts(count: int) -> int:
-    """Rows that a worker gets at once: sorted by length among themselves, and four such parts for each core."""
-    return max(8, min(1024, -(-count // (4 * CORES))))
+    """Rows that a worker gets at once: large parts pad less, and of two for each core nobody waits long."""
+    return max(8, min(PART, -(-count // (2 * CORES))))
 
 
 def systems(bundle: Bundle, best: dict[str, Setting], fastest: Setting) -> list[System]:

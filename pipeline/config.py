@@ -86,7 +86,15 @@ class EncodeSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bf16 where hardware has it.")
     token_budget: int = Field(0, ge=0, description="Tokens per batch; 0: what suits the device, measured on a GPU.")
     threads: int = Field(0, ge=0, description="Torch threads per task; 0: cores / parallel tasks.")
+    price_per_device_hour: float | None = Field(None, ge=0, description="For the cost that a plan tells.")
+    devices: int = Field(1, ge=1, description="That encode at a time and are paid for.")
     stuck_after_s: float = Field(600.0, gt=0, description="A batch that takes longer ends its task, for a retry.")
+
+    def cost(self, seconds: float | None) -> float | None:
+        """Price of so many seconds on all devices; None where price or seconds are not known."""
+        if self.price_per_device_hour is None or seconds is None:
+            return None
+        return seconds / 3600 * self.devices * self.price_per_device_hour
 
 
 class AuditSettings(Section):

@@ -535,4 +535,11 @@ def _assemble(
         work=tuple(b for b in work if b.items or b.deleted),
         tokens_exact=all(summary.exact for summary in summaries),
         tokens_per_second=measured.tokens_per_second if measured else None,
+        start_seconds=_start_seconds(measured) if measured else 0.0,
     )
+
+
+def _start_seconds(measured: Release) -> float:
+    """What an encode stage took beyond its tokens."""
+    speed = measured.tokens_per_second
+    return max(0.0, measured.seconds.get("encode", 0.0) - measured.tokens / speed) if speed else 0.0

@@ -127,6 +127,7 @@ def encode_stage(spark: "SparkSession", settings: Settings, plan_id: str) -> lis
 
     workspace = workspace_of(settings, plan_id)
     plan = workspace.require_plan()
+    started = time.monotonic()
     with _timed(workspace, "encode"):
         tasks = encode.pending_tasks(workspace, plan, table_uri=settings.table_uri, settings=settings.encode)
         log.info("encode: %d of %d buckets to do", len(tasks), len(plan.work))
@@ -144,7 +145,26 @@ def encode_stage(spark: "SparkSession", settings: Settings, plan_id: str) -> lis
         "encode: %s texts, %s tokens; %s vectors carried over",
         *(f"{sum(getattr(r, name) for r in receipts):,}" for name in ("encoded", "tokens", "reused")),
     )
+    done = {task.work.bucket for task in tasks}
+    made = [receipt for receipt in receipts if receipt.bucket in done]
+    if tokens := sum(receipt.tokens for receipt in made):
+        todo = plan.model_copy(update={"work": tuple(task.work for task in tasks)})
+        log.info("encode: %s", planned_and_actual(todo, tokens=tokens, seconds=time.monotonic() - started))
+        worked = sum(receipt.seconds - receipt.load_seconds for receipt in made)
+        log.info(
+            "encode: the model was busy for %.0f %% of the workers' time, %.1f %% of its tokens were padding",
+            100 * sum(receipt.model_seconds for receipt in made) / max(worked, 1e-9),
+            100 * (1 - tokens / max(1, sum(receipt.padded_tokens for receipt in made))),
+        )
     return receipts
+
+
+def planned_and_actual(plan: Plan, *, tokens: int, seconds: float) -> str:
+    """What an encode stage was planned to take, and what it took."""
+    planned = f"planned {plan.tokens:,} tokens"
+    if plan.seconds is not None:
+        planned += f" in {plan.seconds:,.1f} s"
+    return f"{planned}; it took {tokens:,} tokens and {seconds:,.1f} s"
 
 
 def audit_stage(spark: "SparkSession", settings: Settings, plan_id: str) -> AuditReport:

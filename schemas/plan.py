@@ -65,6 +65,7 @@ class Plan(Contract):
         work: one entry per bucket that holds or held items.
         tokens_exact: False where ``tokens`` is estimated from a sample.
         tokens_per_second: measured by the largest run that encoded with this bundle; None before the first.
+        start_seconds: what starting the encode stage took in that run, loading the model in its workers included.
     """
 
     format_version: int = FORMAT_VERSION
@@ -85,6 +86,7 @@ class Plan(Contract):
     work: tuple[BucketPlan, ...]
     tokens_exact: bool
     tokens_per_second: float | None
+    start_seconds: float = 0.0
 
     @property
     def items(self) -> int:
@@ -123,5 +125,7 @@ class Plan(Contract):
 
     @property
     def seconds(self) -> float | None:
-        """Estimated encode time from measured throughput; None before the first measurement."""
-        return None if not self.tokens_per_second else self.tokens / self.tokens_per_second
+        """Estimated time of the encode stage from measured throughput; None before the first measurement."""
+        if not self.tokens_per_second:
+            return None
+        return self.start_seconds + self.tokens / self.tokens_per_second if self.tokens else 0.0

@@ -425,7 +425,13 @@ def test_a_plan_compares_with_the_previous_release(
     assert day.plan.base_release == base.release_id
     for work in day.plan.work:
         assert work.deleted == sum(row_id(i) % buckets == work.bucket for i in gone)
-    assert (day.plan.tokens_per_second, day.plan.seconds) == (100.0, day.plan.tokens / 100)
+    assert day.plan.tokens_per_second == base.tokens_per_second == 100.0
+    start = base.seconds["encode"] - base.tokens / 100
+    assert (day.plan.start_seconds, day.plan.seconds) == (
+        pytest.approx(start),
+        pytest.approx(start + day.plan.tokens / 100),
+    )
+    assert start > 0
 
 
 def test_without_a_release_everything_is_new_and_with_another_bundle_changed(
@@ -935,9 +941,19 @@ def test_a_plan_says_how_far_off_its_tokens_may_be(
     # Independent errors add up as squares: far less than one by one.
     assert plan.tokens_error == pytest.approx(sum(work.tokens_error**2 for work in found) ** 0.5)
     assert abs(plan.tokens - true) < 1.5 * plan.tokens_error < 0.06 * true
-    shown = describe_plan(plan)
+    shown = describe_plan(plan, EncodeSettings())
     assert shown["tokens_error"] == plan.tokens_error
-    _print_plan(plan)
+    _print_plan(plan, EncodeSettings())
+    assert "cost" not in capsys.readouterr().out
+    paid = EncodeSettings(price_per_device_hour=3.5, devices=4)
+    hour = plan.model_copy(update={"tokens_per_second": plan.tokens / 3590, "start_seconds": 10.0})
+    assert describe_plan(hour, paid)["cost"] == pytest.approx(14.0)
+    assert describe_plan(plan, paid)["cost"] is None
+    _print_plan(hour, paid)
+    shown_cost = capsys.readouterr().out
+    assert "about 14.00" in shown_cost
+    assert "about 3,600 s" in shown_cost
+    _print_plan(plan, EncodeSettings())
     share = 100 * plan.tokens_error / plan.tokens
     assert f"{plan.tokens:,} ± {share:.1f} % (from a sample)" in capsys.readouterr().out
     assert Plan.model_validate_json(plan.model_dump_json()) == plan

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, tzinfo
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from pipeline.config import AuditSettings, IndexSettings
 from pipeline.errors import CorruptFile, GateRefused, Superseded, UserError
 from pipeline.feature_table import committed_files
 from pipeline.reader import open_release
-from pipeline.release import DayMoved, is_whole, published, roll_back
+from pipeline.release import DayMoved, is_whole, published, roll_back, throughput
 from pipeline.release_log import newest, read_log, read_releases
 from pipeline.verify import verify
 from schemas.feature_table import bucket_number
+from schemas.receipt import Receipt
 from schemas.release import Release
 
 VECTORS = items(40)
@@ -69,7 +70,7 @@ def test_a_release_says_what_plan_receipts_audit_and_index_said(site: Site) -> N
     assert (made.ds, made.plan_id, made.supersedes) == (DS, encoded.plan.plan_id, None)
     assert (made.items, made.new, made.changed, made.reused, made.deleted, made.quarantined) == (40, 40, 0, 0, 0, 2)
     assert (made.dim, made.buckets, made.template) == (DIM, BUCKETS, TEMPLATE)
-    assert (made.encoded, made.tokens, made.tokens_per_second, made.seconds) == (40, 120, 48.0, {"encode": 2.5})
+    assert (made.encoded, made.tokens, made.tokens_per_second, made.seconds) == (40, 120, 240.0, {"encode": 2.5})
     assert (made.index_uri, made.index_files, made.index_nprobe) == (index.uri, index.files, index.nprobe)
     assert (made.k, made.recall, made.recall_queries, made.index_factory) == (3, index.recall, 40, "IVF4,Flat")
     assert (made.mean, made.variance, made.drift) == (report.gained.mean, report.gained.variance, None)
@@ -985,3 +986,30 @@ def test_a_commit_of_the_log_whose_answer_was_lost_is_no_second_release(
     monkeypatch.setattr(release_log, "write_deltalake", answer_is_lost)
     made = ready.release()
     assert log_of(ready.site) == [made]
+
+
+def at_work(bucket: int, *, start: float, seconds: float, load: float = 0.0, tokens: int = 100) -> Receipt:
+    """The receipt of a worker that began ``start`` seconds after noon."""
+    return Receipt(
+        plan_id="p", bucket=bucket, bundle="b", file=None, encoded=1, reused=0, tokens=tokens, padded_tokens=tokens,
+        seconds=seconds, load_seconds=load, model_seconds=seconds, device="cpu", dtype="float32", gpu=None,
+        finished_at=NOON + timedelta(seconds=start + seconds),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("receipts", "seconds", "expected"),
+    [
+        ([], 10.0, None),
+        ([at_work(0, start=5, seconds=1, tokens=0)], 10.0, None),
+        # One worker after another: 5 s of start-up before them, 2 s of loading in the first.
+        ([at_work(0, start=5, seconds=6, load=2), at_work(1, start=11, seconds=4)], 15.0, 200 / 8),
+        # Two side by side, each loads.
+        ([at_work(0, start=5, seconds=6, load=2), at_work(1, start=5, seconds=6, load=2)], 11.0, 200 / 4),
+        # A second attempt a day later: the stage took 20 s in all.
+        ([at_work(0, start=0, seconds=10), at_work(1, start=86_400, seconds=10)], 20.0, 200 / 20),
+    ],
+    ids=["nothing", "carried over", "in a row", "side by side", "two attempts"],
+)
+def test_throughput_leaves_start_up_out(receipts: list[Receipt], seconds: float, expected: float | None) -> None:
+    assert throughput(receipts, seconds) == (None if expected is None else pytest.approx(expected))

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.options import Ds, Json, State, print_json, print_lines, print_table
-from pipeline.config import parse_ds
+from pipeline.config import EncodeSettings, parse_ds
 from pipeline.errors import UserError
 from schemas.plan import Plan
 
@@ -32,9 +32,9 @@ def plan(
     if bucket:
         made = made.model_copy(update={"work": tuple(work for work in made.work if work.bucket in bucket)})
     if as_json:
-        print_json(describe_plan(made))
+        print_json(describe_plan(made, settings.encode))
     else:
-        _print_plan(made)
+        _print_plan(made, settings.encode)
 
 
 def run(context: typer.Context, ds: Ds, as_json: Json = False) -> None:
@@ -144,23 +144,25 @@ def example(
         print_table("Example data", ["", ""], [["catalogue", str(catalogue)], ["interactions", str(interactions)]])
 
 
-def describe_plan(made: Plan) -> dict[str, object]:
+def describe_plan(made: Plan, encode: EncodeSettings) -> dict[str, object]:
     """A plan as ``marc plan --json`` prints it."""
     totals = ("items", "new", "changed", "unchanged", "deleted", "tokens", "tokens_error", "seconds")
     return {
         **{name: getattr(made, name) for name in totals},
+        "cost": encode.cost(made.seconds),
         **made.model_dump(mode="json", exclude={"work"}),
         "work": [work.model_dump(mode="json", exclude={"previous"}) for work in made.work],
     }
 
 
-def _print_plan(made: Plan) -> None:
+def _print_plan(made: Plan, encode: EncodeSettings) -> None:
     names = ("items", "new", "changed", "unchanged", "deleted", "tokens")
     rows = [[str(work.bucket), *(f"{getattr(work, name):,}" for name in names)] for work in made.work]
     rows.append(["all", *(f"{getattr(made, name):,}" for name in names)])
     print_table(f"Plan {made.plan_id} of {made.ds}", ["bucket", *names], rows, right=tuple(range(7)))
     seconds = "not known before a run was measured" if made.seconds is None else f"about {made.seconds:,.0f} s"
     quarantined = ", ".join(f"{count:,} {reason}" for reason, count in made.quarantined.items()) or "none"
+    cost = encode.cost(made.seconds)
     facts = [
         ["bundle", made.bundle],
         ["compared with", made.base_release or "nothing: this is the first release"],
@@ -168,6 +170,7 @@ def _print_plan(made: Plan) -> None:
         ["quarantined", quarantined],
         ["tokens", _tokens(made)],
         ["encode time", seconds],
+        *([] if cost is None else [["cost", f"about {cost:,.2f}"]]),
     ]
     print_table(None, ["", ""], facts)
 

@@ -13,7 +13,7 @@ from pipeline import feature_table, release_log
 from pipeline.cli.options import Ds, Json, MaybeDs, State, print_json, print_lines, print_table
 from pipeline.config import Settings, parse_ds
 from pipeline.errors import CorruptFile, UserError
-from pipeline.run import storage_of, workspace_of
+from pipeline.run import planned_and_actual, storage_of, workspace_of
 from schemas.feature_table import bucket_number
 from schemas.identity import row_id
 from schemas.release import Release
@@ -149,9 +149,17 @@ def print_summary(settings: Settings, release: Release, *, fresh: bool) -> None:
         ["index", f"{release.index_uri} ({release.index_factory}, recall@{release.k} {release.recall:.4f})"],
         *([["quarantine", release.quarantine_uri]] if release.quarantine_uri else []),
         *([["time", seconds]] if fresh else []),
+        *([["encode", _planned(settings, release)]] if fresh and release.tokens else []),
         ["look-up", _example(settings, release)],
     ]
     print_table(f"Release {release.release_id} of {release.ds}", ["", ""], facts)
+
+
+def _planned(settings: Settings, release: Release) -> str:
+    plan, seconds = workspace_of(settings, release.plan_id).read_plan(), release.seconds.get("encode", 0.0)
+    if plan is None:
+        return f"{release.tokens:,} tokens, {seconds:,.1f} s"
+    return planned_and_actual(plan, tokens=release.tokens, seconds=seconds)
 
 
 def _example(settings: Settings, release: Release) -> str:

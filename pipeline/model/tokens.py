@@ -82,8 +82,9 @@ def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.int
 
 
 def _token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-    limit = (tokenizer.truncation or {})["max_length"]
-    characters = CHARACTERS_PER_TOKEN * limit if _ends_words_at_spaces(tokenizer) else max(map(len, texts), default=0)
+    limit: int = (tokenizer.truncation or {}).get("max_length", 0)
+    cuts = limit > 0 and _ends_words_at_spaces(tokenizer)
+    characters = CHARACTERS_PER_TOKEN * limit if cuts else max(map(len, texts), default=0)
     heads = [_head(text, characters) for text in texts]
     ids = [np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch(heads)]
     while open_ends := [
@@ -109,8 +110,10 @@ def _ends_words_at_spaces(tokenizer: Tokenizer) -> bool:
 
     So it is where each word is normalised and cut into tokens on its own, and no token reaches over a space.
     """
+    words = tokenizer.pre_tokenizer
     return (
-        isinstance(tokenizer.pre_tokenizer, BY_WORD)
+        # GPT-2's pattern takes a space together with the word behind it, never with the one before.
+        (isinstance(words, BY_WORD) or (isinstance(words, pre_tokenizers.ByteLevel) and words.use_regex))
         and (tokenizer.normalizer is None or isinstance(tokenizer.normalizer, BY_CHARACTER))
         and (tokenizer.truncation or {})["direction"] == "right"
         and not any(" " in token.content for token in tokenizer.get_added_tokens_decoder().values())

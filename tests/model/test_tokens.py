@@ -11,7 +11,7 @@ from tiny_models import MAX_TOKENS, TEXTS, save_tiny_backbone, tiny_tokenizer
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from pipeline.model.tokens import TokenCount, count_tokens, load_tokenizer, sample_of
+from pipeline.model.tokens import TokenCount, count_tokens, load_tokenizer, sample_of, token_ids
 from pipeline.storage import Storage
 
 LONG = "river " * 500
@@ -151,11 +151,19 @@ HEADS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+@pytest.mark.parametrize("between", [" ", "", "\n", "  "])
+@settings(max_examples=100, deadline=None)
 @given(pieces=st.lists(st.tuples(HEADS, st.sampled_from([1, 1, 2, 50, 400])), max_size=12))
-def test_a_text_that_is_cut_costs_what_it_costs_whole(tokenizer: Tokenizer, pieces: list[tuple[str, int]]) -> None:
-    text = " ".join(f"{piece} " * times for piece, times in pieces)
-    assert count_tokens(tokenizer, [text], of=1).tokens == len(tokenizer.encode(text).ids)
+def test_a_text_that_is_cut_has_the_tokens_that_it_has_whole(
+    architecture: str, between: str, pieces: list[tuple[str, int]]
+) -> None:
+    tokenizer = tiny_tokenizer(architecture)
+    tokenizer.enable_truncation(max_length=MAX_TOKENS)
+    text = between.join(f"{piece}{between} " * times for piece, times in pieces)
+    (found,) = token_ids(tokenizer, [text])
+    assert found.tolist() == tokenizer.encode(text).ids
+    assert count_tokens(tokenizer, [text], of=1).tokens == len(found)
 
 
 @pytest.mark.parametrize("kind", ["added token with a space", "other words", "other normalizer", "left"])

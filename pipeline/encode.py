@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
@@ -182,9 +183,9 @@ class _Run:
         Raises:
             CorruptFile: what is carried over is damaged or gone; or the bundle is.
         """
-        carried = _Carried(self.task, self.card)
-        for window, encoded in self._encoded():
-            yield self._rows(window, encoded, carried)
+        with closing(_Carried(self.task, self.card)) as carried:
+            for window, encoded in self._encoded():
+                yield self._rows(window, encoded, carried)
 
     def _encoded(self) -> Iterator[tuple[_Window, "Encoded | None"]]:
         windows = self._windows()
@@ -382,6 +383,11 @@ class _Carried:
             )
         vectors = previous["vector"].combine_chunks().flatten().to_numpy().reshape(-1, self._dim)
         return vectors, previous["encoded_at"].to_numpy()
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files or ():
+            file.close(force=True)
 
     def _between(self, first: str, last: str) -> pa.Table:
         if self._files is None:

@@ -36,10 +36,9 @@ from material import BACKBONE, CORES, add_data, cpu, netflix, quiet, sample, sho
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import feature_table
 from pipeline.config import EncodeSettings, SparkSettings, TrainSettings
 from pipeline.encode import EncodeTask, encode_bucket
-from pipeline.model import backbone, compressor, encoder
+from pipeline.model import batches, compressor, encoder
 from pipeline.model.bundle import Bundle
 from pipeline.model.training import train_pca
 from pipeline.resources import TaskResources
@@ -140,23 +139,18 @@ class Stopwatch:
             yield
 
 
-class TimedTokenizer:
-    """A tokenizer whose batches are timed: its class is compiled, and cannot be given another method."""
-
-    def __init__(self, tokenizer: Any, watch: Stopwatch) -> None:
-        self._tokenizer, self._watch = tokenizer, watch
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._tokenizer, name)
-        return self._watch.timed("tokenise", found) if name.startswith("encode_batch") else found
-
-
 @dataclass(frozen=True)
 class Split:
-    """One bucket's seconds by what it was busy with; ``idle`` is the share of the cores that nothing used."""
+    """One bucket's seconds by what it was busy with; ``idle`` is the share of the cores that nothing used.
+
+    Tokenising and writing happen beside the model: the parts are more than the whole. ``waited`` is what the model
+    waited for tokens, ``alone`` what happened while it did not run.
+    """
 
     seconds: float
     parts: dict[str, float]
+    waited: float
+    alone: float
     idle: float
     texts: int
     tokens: int
@@ -167,13 +161,12 @@ class Split:
 def take_apart(task: EncodeTask) -> Split:
     """Encode a bucket with the worker's functions timed; the encoder is loaded by an earlier call."""
     watch = Stopwatch()
-    load = encoder.load_tokenizer
     encoder.load_encoder.cache_clear()
     with (
-        mock.patch.object(encoder, "load_tokenizer", lambda *names: TimedTokenizer(load(*names), watch)),
-        watch.on("pool, compress", backbone, "pool"),
+        watch.on("tokenise", encoder, "token_ids"),
+        watch.on("pool, compress", batches.PackedTokens, "pool"),
         watch.on("pool, compress", compressor.WhitenedPCA, "forward"),
-        watch.on("write", feature_table, "write_bucket_file"),
+        watch.on("write", pq.ParquetWriter, "write_table"),
     ):
         resources = TaskResources(cpus=CORES)
         encoder.load_encoder(task.workspace.storage, task.bundle_uri, task.bundle, task.settings, resources).encode(
@@ -187,10 +180,11 @@ def take_apart(task: EncodeTask) -> Split:
     encoder.load_encoder.cache_clear()
     parts = {name: watch.seconds.get(name, 0.0) for name in ("tokenise", "pool, compress", "write")}
     parts["model"] = receipt.model_seconds - parts["pool, compress"]
-    parts["the rest: read, sort, pad, rows, receipt"] = seconds - sum(parts.values())
     return Split(
         seconds=seconds,
         parts=parts,
+        waited=receipt.waited_seconds,
+        alone=seconds - receipt.model_seconds,
         idle=1 - used / seconds / CORES,
         texts=receipt.encoded,
         tokens=receipt.tokens,
@@ -353,9 +347,17 @@ def show_split(splits: Sequence[Split], layers: int, console: Console) -> None:
     )
     for column in ("busy with", "seconds", "of the bucket", "µs per text"):
         table.add_column(column, justify="left" if column == "busy with" else "right")
-    for name in ("tokenise", "model", "pool, compress", "write", *list(one.parts)[4:]):
-        taken = statistics.median(split.parts[name] for split in splits)
+
+    def row(name: str, taken: float) -> None:
         table.add_row(name, f"{taken:.2f}", f"{taken / seconds:.1%}", f"{taken / one.texts * 1e6:,.0f}")
+
+    for name in ("model", "pool, compress"):
+        row(name, statistics.median(split.parts[name] for split in splits))
+    row("neither: the model waits", statistics.median(split.alone for split in splits))
+    row("  of this, for tokens", statistics.median(split.waited for split in splits))
+    table.add_section()
+    for name in ("tokenise", "write"):
+        row(f"{name}, beside the model", statistics.median(split.parts[name] for split in splits))
     table.add_section()
     table.add_row("the bucket", f"{seconds:.2f}", "100.0%", f"{seconds / one.texts * 1e6:,.0f}")
     idle = statistics.median(split.idle for split in splits)

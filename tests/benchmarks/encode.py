@@ -60,6 +60,8 @@ from pipeline.storage import Storage
 WARM_UP = 64
 PART = 1024
 COMPRESSED = 64
+# Of the best rate of matrix products: below it, something else ran on the cores.
+DISTURBED = 0.9
 DEFAULT, BEST = "sentence-transformers, its default", "sentence-transformers, best batch"
 BATCHES = (8, 16, 32, 64, 128, 256)
 
@@ -354,18 +356,22 @@ def sweep(bundle: Bundle, texts: list[str], batches: Sequence[int]) -> dict[Sett
     return rates
 
 
-def measure(chosen: Sequence[System], texts: list[str], reference: NDArray[np.float32], runs: int) -> list[Measured]:
-    """Every system in turn, so many times."""
+def measure(
+    chosen: Sequence[System], texts: list[str], reference: NDArray[np.float32], runs: int
+) -> tuple[list[Measured], list[float]]:
+    """Every system in turn, so many times; and the rate of float32 products before each, which others' work lowers."""
     results = {
         system.name: Measured(system.name, missing="" if system.installed else "not installed") for system in chosen
     }
     compressor = fit_pca(reference, dim=COMPRESSED)[0] if len(reference) > 2 * COMPRESSED else None
+    before: list[float] = []
     for _ in range(runs):
         for system in chosen:
             result = results[system.name]
             if not result.missing:
+                before.append(matrix_rate(torch.float32, tries=2))
                 one_round(system, texts, result, reference, compressor)
-    return list(results.values())
+    return list(results.values()), before
 
 
 def one_round(
@@ -435,6 +441,7 @@ class Report:
     rates: dict[str, float]
     batches: dict[str, float]
     systems: list[Measured]
+    before: list[float]
 
     def rate(self, *starts: str) -> float | None:
         """Texts per second of the fastest system whose name begins so."""
@@ -484,6 +491,10 @@ def show(report: Report, console: Console) -> None:
             + "; ".join(f"{setting}: {rate:,.0f}" for setting, rate in report.batches.items())
         )
     console.print(limit(report))
+    most = report.rates["float32"]
+    if min(report.before) < DISTURBED * most:
+        least, middle = (f"{found / most:.0%}" for found in (min(report.before), statistics.median(report.before)))
+        console.print(f"others used the cores too: before a system began, they gave {least} to {middle} of that rate")
 
 
 def title(report: Report) -> str:
@@ -564,6 +575,7 @@ def compare(bundle: Bundle, name: str, arguments: argparse.Namespace, rates: dic
     best = {setting.dtype: setting for setting in sorted(found, key=found.__getitem__)}
     everyone = systems(bundle, best, max(found, key=found.__getitem__))
     chosen = [system for system in everyone if any(word.lower() in system.name.lower() for word in arguments.only)]
+    measured, before = measure(chosen, texts, alone(bundle, texts), arguments.runs)
     return Report(
         texts=name,
         layers=bundle.card.layers_kept,
@@ -572,7 +584,8 @@ def compare(bundle: Bundle, name: str, arguments: argparse.Namespace, rates: dic
         flop=arithmetic(bundle, lengths),
         rates=rates,
         batches={str(setting): rate for setting, rate in found.items() if rate},
-        systems=measure(chosen, texts, alone(bundle, texts), arguments.runs),
+        systems=measured,
+        before=before,
     )
 
 

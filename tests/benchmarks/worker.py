@@ -141,7 +141,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Split:
-    """One bucket's seconds by what it was busy with; ``idle`` is the share of the cores that nothing used.
+    """One bucket's seconds by what it was busy with; of the cores' time, what nobody used, and what others did.
 
     Tokenising and writing happen beside the model: the parts are more than the whole. ``waited`` is what the model
     waited for tokens, ``alone`` what happened while it did not run.
@@ -152,6 +152,7 @@ class Split:
     waited: float
     alone: float
     idle: float
+    others: float
     texts: int
     tokens: int
     padded_tokens: int
@@ -173,10 +174,10 @@ def take_apart(task: EncodeTask) -> Split:
             [""]
         )
         watch.seconds.clear()
-        before, started = cpu_seconds(), time.monotonic()
+        before, nobody_before, started = cpu_seconds(), idle_seconds(), time.monotonic()
         receipt = encode_bucket(task, resources)
         seconds = time.monotonic() - started
-        used = cpu_seconds() - before
+        used, nobody = cpu_seconds() - before, idle_seconds() - nobody_before
     encoder.load_encoder.cache_clear()
     parts = {name: watch.seconds.get(name, 0.0) for name in ("tokenise", "pool, compress", "write")}
     parts["model"] = receipt.model_seconds - parts["pool, compress"]
@@ -185,7 +186,8 @@ def take_apart(task: EncodeTask) -> Split:
         parts=parts,
         waited=receipt.waited_seconds,
         alone=seconds - receipt.model_seconds,
-        idle=1 - used / seconds / CORES,
+        idle=nobody / seconds / CORES,
+        others=max(0.0, 1 - (used + nobody) / seconds / CORES),
         texts=receipt.encoded,
         tokens=receipt.tokens,
         padded_tokens=receipt.padded_tokens,
@@ -197,6 +199,12 @@ def cpu_seconds() -> float:
     """What all threads of this process have used."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
+
+
+def idle_seconds() -> float:
+    """Time of all cores in which they had nothing to do."""
+    ticks = Path("/proc/stat").read_text().split(maxsplit=6)
+    return (int(ticks[4]) + int(ticks[5])) / os.sysconf("SC_CLK_TCK")
 
 
 # Spark, and the same in bare processes.
@@ -360,8 +368,10 @@ def show_split(splits: Sequence[Split], layers: int, console: Console) -> None:
         row(f"{name}, beside the model", statistics.median(split.parts[name] for split in splits))
     table.add_section()
     table.add_row("the bucket", f"{seconds:.2f}", "100.0%", f"{seconds / one.texts * 1e6:,.0f}")
-    idle = statistics.median(split.idle for split in splits)
-    table.add_row("cores idle", f"{idle * seconds:.2f}", f"{idle:.1%}", "")
+    for name in ("idle", "others"):
+        share = statistics.median(getattr(split, name) for split in splits)
+        shown = {"idle": "cores idle", "others": "cores used by others"}[name]
+        table.add_row(shown, f"{share * seconds:.2f}", f"{share:.1%}", "")
     console.print(table)
 
 

@@ -16,11 +16,12 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -365,12 +366,14 @@ def measure(
     }
     compressor = fit_pca(reference, dim=COMPRESSED)[0] if len(reference) > 2 * COMPRESSED else None
     before: list[float] = []
-    for _ in range(runs):
-        for system in chosen:
-            result = results[system.name]
-            if not result.missing:
-                before.append(matrix_rate(torch.float32, tries=2))
-                one_round(system, texts, result, reference, compressor)
+    # Who interrupts it gets the table of what was measured until then.
+    with suppress(KeyboardInterrupt):
+        for _ in range(runs):
+            for system in chosen:
+                result = results[system.name]
+                if not result.missing:
+                    before.append(matrix_rate(torch.float32, tries=2))
+                    one_round(system, texts, result, reference, compressor)
     return list(results.values()), before
 
 
@@ -526,6 +529,8 @@ def number(value: float | None, form: str) -> str:
 
 def main() -> None:
     arguments = parse()
+    # Where a shell starts it in the background, it would not hear of Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if importlib.util.find_spec("sentence_transformers") is None:
         raise SystemExit("the reference is sentence-transformers: pip install sentence-transformers")
     console = Console(width=190)

@@ -483,7 +483,7 @@ def show(report: Report, console: Console) -> None:
             number(best and rate / best, ".2f"),
             number(system.padded and 1 - report.tokens / system.padded, ".1%"),
             number(system.cosine, ".6f"),
-            number(system.compressed, ".4f"),
+            number(system.compressed, ".6f"),
             f"{(max(system.seconds) - min(system.seconds)) / system.median:.0%}",
             f"{statistics.median(system.start):.1f}",
         )

@@ -42,7 +42,7 @@ BUCKET_SAMPLE = 25
 PARTITIONS_PER_CORE = 4
 # As Spark sorts it a catalogue is several times larger than its files: a partition of so much fits into a small heap.
 PARTITION_BYTES = 16 * 1024 * 1024
-PIECE_BYTES = 64 * 1024 * 1024
+PIECE_BYTES = 16 * 1024 * 1024
 PLANNED_ROWS = pa.schema(
     [
         *((f.name, f.type) for f in ITEMS if f.name != "change"),
@@ -338,10 +338,11 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
         pieces = (piece for _, piece in _pieces(named, by_id))
         _write(context.workspace.storage, uri, pieces, QUARANTINE)
         return BucketSummary(bucket=bucket, work=None, quarantined=_counts(named["reason"]), exact=True)
-    order, reasons = _in_order(rows)
-    if (rejected := reasons != "").any():
-        bad = reasons[rejected]
-        pieces = (_with_reasons(piece, bad[where]) for where, piece in _pieces(rows, order[rejected]))
+    order, older, collided = _in_order(rows)
+    rejected = older | collided
+    if rejected.any():
+        is_older = older[rejected]
+        pieces = (_with_reasons(piece, is_older[where]) for where, piece in _pieces(rows, order[rejected]))
         _write(context.workspace.storage, join(quarantine_uri, f"bucket-{bucket:05d}.parquet"), pieces, QUARANTINE)
     kept = order[~rejected]
     items = rows.select(["item_id", "content_hash"]).take(kept)
@@ -376,7 +377,9 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
         characters=characters,
         previous=files,
     )
-    return BucketSummary(bucket=bucket, work=work, quarantined=Counter(reasons[rejected].tolist()), exact=tokens.exact)
+    unusable = {Reason.OLDER_DUPLICATE.value: int(older.sum()), Reason.ROW_ID_COLLISION.value: int(collided.sum())}
+    quarantined = {reason: count for reason, count in unusable.items() if count}
+    return BucketSummary(bucket=bucket, work=work, quarantined=quarantined, exact=tokens.exact)
 
 
 def compare(items: pa.Table, previous: pa.Table, *, bundle: str | None) -> tuple[pa.Array, int]:
@@ -419,8 +422,8 @@ def _previous_rows(context: BucketContext, bucket: int, files: Sequence[Publishe
     return rows.filter(pa.array(rows["row_id"].to_numpy() % context.buckets == bucket))
 
 
-def _in_order(rows: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.str_]]:
-    """The rows of a bucket by id, the latest of an id first, and why each cannot be used: "" where it can."""
+def _in_order(rows: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """The rows of a bucket by id, the latest of an id first; which are older duplicates, and which collide."""
     order = pc.sort_indices(rows["item_id"]).to_numpy().astype(np.int64)
     names = rows["item_id"].take(order)
     again = pc.equal(names[1:], names[:-1]).to_numpy()
@@ -432,11 +435,11 @@ def _in_order(rows: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.str_]]:
         # Nulls are last.
         order[shared] = several[pc.sort_indices(found, NEWEST_FIRST).to_numpy()]
     older = np.r_[np.zeros(min(1, len(order)), bool), again]
-    reasons = np.where(older, Reason.OLDER_DUPLICATE.value, "").astype("U20")
-    _, first = np.unique(rows["row_id"].to_numpy()[order[~older]], return_index=True)
-    collided = np.flatnonzero(~older)
-    reasons[np.delete(collided, first)] = Reason.ROW_ID_COLLISION.value
-    return order, reasons
+    latest = np.flatnonzero(~older)
+    _, first = np.unique(rows["row_id"].to_numpy()[order[latest]], return_index=True)
+    collided = ~older
+    collided[latest[first]] = False
+    return order, older, collided
 
 
 def _pieces(rows: pa.Table, order: NDArray[np.int64]) -> Iterator[tuple[slice, pa.Table]]:
@@ -452,16 +455,16 @@ def _pieces(rows: pa.Table, order: NDArray[np.int64]) -> Iterator[tuple[slice, p
         start = end
 
 
-def _with_reasons(rows: pa.Table, reasons: NDArray[np.str_]) -> pa.Table:
+def _with_reasons(rows: pa.Table, is_older: NDArray[np.bool_]) -> pa.Table:
     """Rows that were good until they were seen beside others, with reason and record."""
-    named = zip(*(rows[name].to_pylist() for name in ("item_id", "row_id", "text", "updated_at")), strict=True)
     records = [
-        _older_record(item_id, text, updated_at)
-        if reason == Reason.OLDER_DUPLICATE
-        else json.dumps({"item_id": item_id, "row_id": row_id, "text": text})
-        for reason, (item_id, row_id, text, updated_at) in zip(reasons.tolist(), named, strict=True)
+        _older_record(row["item_id"], row["text"], row["updated_at"])
+        if older
+        else json.dumps({name: row[name] for name in ("item_id", "row_id", "text")})
+        for older, row in zip(is_older.tolist(), rows.to_pylist(), strict=True)
     ]
-    found = rows.append_column("reason", pa.array(reasons.tolist(), pa.string()))
+    reasons = np.where(is_older, Reason.OLDER_DUPLICATE.value, Reason.ROW_ID_COLLISION.value)
+    found = rows.append_column("reason", pa.array(reasons, pa.string()))
     return found.append_column("row", pa.array(records, pa.large_string()))
 
 
@@ -477,6 +480,7 @@ def _older_record(item_id: str, text: str, updated_at: int | None) -> str:
 
 
 def _counts(values: pa.ChunkedArray) -> Counter[str]:
+    """How often each value is there."""
     return Counter({found["values"]: found["counts"] for found in pc.value_counts(values).to_pylist()})
 
 

@@ -642,6 +642,13 @@ def test_paths_may_hold_spaces_percents_and_letters(spark: "SparkSession", tmp_p
     assert rows[0]["source"] == path.name
 
 
+def test_names_of_parquet_files_are_given_as_they_are(spark: "SparkSession", tmp_path: Path) -> None:
+    names = ["plain.parquet", "a+b.parquet", "100%25.parquet", "50% ü.parquet", "c d+e%20f.parquet"]
+    for name in names:
+        write_parquet(tmp_path / name, {"item_id": [name], "title": ["t"]})
+    assert {row["item_id"]: row["source"] for row in read(spark, tmp_path)} == {name: name for name in names}
+
+
 def test_a_first_json_line_of_more_than_a_mebibyte_is_read(spark: "SparkSession", tmp_path: Path) -> None:
     rows = [{"item_id": "long", "title": "x" * (1 << 20)}, {"item_id": "short", "title": "y"}]
     found = texts(read(spark, write_jsonl(tmp_path / "c.jsonl", rows)))
@@ -808,6 +815,25 @@ def test_a_catalogue_that_changes_while_it_is_read_is_the_users_error(tmp_path: 
         assert f"{tmp_path / 'b.csv'} was" in str(error.value)
         assert "\n" not in str(error.value)
         (tmp_path / "b.csv").unlink(missing_ok=True)
+
+
+def test_blanks_around_texts_go_and_nothing_else(spark: "SparkSession", tmp_path: Path) -> None:
+    edges = ["", " ", "\t", "\n", "\r", " \n", "\x01", "\x1f ", " \x1f", "\u00a0", "!", "\u200b\t", "é", "\x0b"]
+    written = [f"{start}{middle}{end}" for start in edges for middle in ("", "a b", "\n") for end in edges]
+    ids = [f"{text}{n}" for n, text in enumerate(written)]
+    columns = {"item_id": pa.array(ids), "title": pa.array(written)}
+    rows = {row["item_id"]: row for row in read(spark, write_parquet(tmp_path / "c.parquet", columns))}
+    for item_id, title in zip(ids, written, strict=True):
+        text = title.strip(planning.BLANK)
+        row = rows[item_id]
+        assert (row["text"], row["reason"]) == (text, None if text else Reason.EMPTY_TEXT)
+        assert row["content_hash"] == content_hash(text)
+        assert row["row_id"] == row_id(item_id)
+    without = {"item_id": pa.array(written), "title": pa.array(["text"] * len(written))}
+    found = read(spark, write_parquet(tmp_path / "ids" / "c.parquet", without))
+    assert Counter(row["item_id"] for row in found if row["reason"] == Reason.NULL_ID) == Counter(
+        text for text in written if not text.strip(planning.BLANK)
+    )
 
 
 @pytest.mark.parametrize("uri", ["", "/*.csv"])

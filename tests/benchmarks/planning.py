@@ -221,7 +221,7 @@ def watch(root: int, peaks: dict[str, int], spent: dict[int, float], done: threa
 def resident(root: int, spent: dict[int, float]) -> dict[str, int]:
     """Bytes of the JVM below a process, and of the JVM's own descendants."""
     children: dict[int, list[int]] = {}
-    sizes, seconds, java = {}, {}, set()
+    sizes, seconds, names = {}, {}, {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -234,18 +234,19 @@ def resident(root: int, spent: dict[int, float]) -> dict[str, int]:
         children.setdefault(int(fields[1]), []).append(process)
         sizes[process] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
         seconds[process] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        if name.endswith("(java"):
-            java.add(process)
+        names[process] = name.rpartition("(")[2]
     found = {"jvm": 0, "workers": 0}
     open_ends = [(root, False)]
     while open_ends:
         process, below = open_ends.pop()
         spent[process] = seconds.get(process, 0.0)
-        if process in java:
+        name = names.get(process, "")
+        # What the JVM forks to change a file's mode is for a moment as large as itself.
+        if name == "java" and not below:
             found["jvm"] += sizes[process]
-        elif below:
-            found["workers"] += sizes.get(process, 0)
-        open_ends += [(child, below or process in java) for child in children.get(process, [])]
+        elif below and name.startswith("python"):
+            found["workers"] += sizes[process]
+        open_ends += [(child, below or name == "java") for child in children.get(process, [])]
     return found
 
 

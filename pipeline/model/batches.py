@@ -76,10 +76,11 @@ class PackedTokens:
     """Texts end to end in one row, so that nothing is computed for padding.
 
     Attributes:
-        ids: [1, T], T the tokens of all texts.
+        ids: [1, T], T the tokens of all texts, and of what fills the row.
         positions: [1, T], of every token in its text.
-        bounds: int32 [b + 1], where the texts begin, and T.
-        runs: (texts, tokens of each) of neighbours of one length, in order.
+        bounds: int32 [b + 1], where the texts begin, and where the last one ends.
+        runs: (texts, tokens of each) of neighbours of one length, in order; what fills the row comes last, as texts of
+            one token.
     """
 
     ids: Tensor
@@ -88,19 +89,22 @@ class PackedTokens:
     runs: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, texts: Sequence[NDArray[np.int32]], *, first_position: int = 0) -> Self:
+    def of(cls, texts: Sequence[NDArray[np.int32]], *, first_position: int = 0, tokens: int = 0) -> Self:
         """Token ids of texts, best sorted by length: neighbours of one length are attended to together.
 
         Args:
             texts: ids of each; one without any gets a single 0.
             first_position: what the model calls the first token's position.
+            tokens: fill the row up to so many.
         """
         filled = [tokens if len(tokens) else np.full(1, NO_TOKEN, np.int32) for tokens in texts]
         lengths = np.array([len(tokens) for tokens in filled], np.int32)
         bounds = np.concatenate([np.zeros(1, np.int32), lengths.cumsum(dtype=np.int32)])
-        ids = np.concatenate(filled).astype(np.int64)
-        positions = np.arange(len(ids)) - np.repeat(bounds[:-1], lengths) + first_position
-        runs = tuple((len(list(same)), length) for length, same in groupby(lengths.tolist()))
+        rest = max(0, tokens - int(bounds[-1]))
+        ids = np.concatenate([*filled, np.full(rest, NO_TOKEN)]).astype(np.int64)
+        positions = np.full(len(ids), first_position)
+        positions[: bounds[-1]] += np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+        runs = tuple((len(list(same)), length) for length, same in groupby([*lengths.tolist(), *[1] * rest]))
         return cls(torch.from_numpy(ids[None]), torch.from_numpy(positions[None]), torch.from_numpy(bounds), runs)
 
     def run(self, model: "PreTrainedModel") -> Tensor:
@@ -116,8 +120,8 @@ class PackedTokens:
             return rows[self.bounds[:-1]].float()
         if pooling == "last":
             return rows[self.bounds[1:] - 1].float()
-        tokens = torch.arange(len(rows), device=rows.device)
-        return functional.embedding_bag(tokens, rows.float(), self.bounds[:-1].long(), mode="mean")
+        tokens = torch.arange(int(self.bounds[-1]), device=rows.device)
+        return functional.embedding_bag(tokens, rows.float(), self.bounds.long(), mode="mean", include_last_offset=True)
 
     def to(self, device: torch.device) -> Self:
         """The same batch on another device; from pinned memory, without waiting for it."""

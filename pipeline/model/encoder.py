@@ -35,6 +35,11 @@ from pipeline.storage import Storage
 
 # Enough that sorting by length leaves many neighbours of one length, little enough to wait for and to hold.
 WINDOW_TEXTS = 8192
+# Sizes that a batch can have, between one power of two and the next.
+FILL_STEPS = 64
+# How many of those programs oneDNN, and torch's layer above it, keep; read when the first one is made. At their own
+# 1,024 they come to half a gigabyte.
+PROGRAM_CACHES, PROGRAMS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), 128
 # So many texts failed, each alone, and none went well: it is not the texts.
 HOPELESS = 32
 
@@ -191,7 +196,7 @@ class Encoder:
             # The budget may have shrunk since the last batch.
             rows = order[start : start + next_batch(lengths[order[start:]], self._token_budget, packed=self.packed)]
             start += len(rows)
-            padded += int(lengths[rows].sum()) if self.packed else len(rows) * max(1, int(lengths[rows[0]]))
+            padded += self._computed(lengths[rows])
             parts += self._vectors(rows, window.ids, failed, clock)
             if not parts and len(failed) >= HOPELESS:
                 raise RuntimeError(f"every text fails, for example with {next(iter(failed.values()))}")
@@ -239,9 +244,23 @@ class Encoder:
         if self._first_position is None:
             batch = PaddedTokens.of(texts)
         else:
-            batch = PackedTokens.of(texts, first_position=self._first_position)
+            tokens = self._filled(sum(max(1, len(ids)) for ids in texts))
+            batch = PackedTokens.of(texts, first_position=self._first_position, tokens=tokens)
         vectors: Tensor = self._head(self._pooled(batch.to(self.device)))
         return vectors
+
+    def _computed(self, lengths: NDArray[np.int64]) -> int:
+        """Tokens that a batch of texts, longest first, is to the model."""
+        if not self.packed:
+            return len(lengths) * max(1, int(lengths[0]))
+        return self._filled(int(np.maximum(lengths, 1).sum()))
+
+    def _filled(self, tokens: int) -> int:
+        """Up to where a packed batch is filled: oneDNN keeps a program for every number of tokens that it met."""
+        if self.device.type == "cuda":
+            return tokens
+        step = max(1, (1 << tokens.bit_length()) // 2 // FILL_STEPS)
+        return -(-tokens // step) * step
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -422,6 +441,8 @@ def load_encoder(
     dtype = choose_dtype(settings, device)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads or resources.cpus)
+        for name in PROGRAM_CACHES:
+            os.environ.setdefault(name, str(PROGRAMS))
     elif resources.cpus > 1:
         # The model is elsewhere: the task's cores may tokenise.
         os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(resources.cpus))

@@ -23,6 +23,9 @@ NAME = "marc_packed"
 # Two batched products, with the scores in memory between them, are twice as fast as torch's fused attention for short
 # texts on a CPU, and slower for long ones.
 PRODUCTS_BELOW = 160
+# oneDNN keeps a program for every shape that it met: texts of one length are multiplied in groups of one size, of about
+# so many tokens; those that are left over are fused.
+GROUP_TOKENS = 2048
 # What attention may be asked for besides; anything else (soft caps, sinks, biases) is not done here.
 HARMLESS = {"output_attentions", "output_hidden_states", "use_cache", "position_ids", "cache_position", "is_causal"}
 PROBE_LENGTHS = (9, 5, 5, 2)
@@ -146,23 +149,32 @@ def _attend_by_length(
 ) -> Tensor:
     """Attention [T, H, d] of queries [T, H, d], keys and values [T, H', d]."""
     found = torch.empty_like(query, memory_format=torch.contiguous_format)
+    products = query.dtype == torch.bfloat16 and not query.is_cuda and not causal and query.shape[1] == key.shape[1]
     start = 0
     for texts, length in batch.runs:
         end = start + texts * length
-        q, k, v = (x[start:end].view(texts, length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
-        products = texts > 1 and length < PRODUCTS_BELOW and not causal and q.dtype == torch.bfloat16 and not q.is_cuda
-        if products and q.shape[1] == k.shape[1]:
-            attended = _attend_by_products(q, k, v, scaling)
-        else:
-            attended = functional.scaled_dot_product_attention(
-                q, k, v, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        parts = [x[start:end].view(texts, length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value)]
+        size = GROUP_TOKENS // length if products and 1 < length < PRODUCTS_BELOW else texts + 1
+        by_products = texts // size * size
+        out = found[start:end].view(texts, length, *query.shape[1:]).transpose(1, 2)
+        for first in range(0, by_products, size):
+            group = slice(first, first + size)
+            out[group] = _attend_by_products(*(part[group] for part in parts), scaling=scaling)
+        if by_products < texts:
+            q, k, v = (part[by_products:] for part in parts)
+            # A token that is alone attends to itself.
+            out[by_products:] = (
+                v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+                if length == 1
+                else functional.scaled_dot_product_attention(
+                    q, k, v, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+                )
             )
-        found[start:end] = attended.transpose(1, 2).flatten(0, 1)
         start = end
     return found
 
 
-def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None) -> Tensor:
     """Attention [n, H, t, d] as two batched products."""
     shape = query.shape
     scale = shape[-1] ** -0.5 if scaling is None else scaling

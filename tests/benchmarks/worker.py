@@ -54,6 +54,8 @@ DS = "2026-11-20"
 DIM = 64
 BUCKETS = 16
 MEMORY_ROWS = (100, 100_000, 1_000_000)
+# About 16 MB, as the planner writes them.
+GROUP_ROWS = 65_536
 
 
 # Set-up.
@@ -84,7 +86,7 @@ def plan(folder: Path, bundle: Bundle, texts: Sequence[str], buckets: int) -> li
         path = Path(workspace.items_uri(bucket, None))
         path.parent.mkdir(parents=True, exist_ok=True)
         columns = [list(column) for column in zip(*items, strict=True)] or [[] for _ in ITEMS]
-        pq.write_table(pa.table(columns, schema=ITEMS), path)
+        pq.write_table(pa.table(columns, schema=ITEMS), path, row_group_size=GROUP_ROWS, compression="zstd")
         characters = sum(len(text) for _, _, text, _, _ in items)
         counts = {"items": len(items), "new": len(items), "changed": 0, "unchanged": 0, "deleted": 0}
         tasks.append(

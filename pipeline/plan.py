@@ -188,11 +188,20 @@ def _require_replaceable(settings: Settings, live: Release, chosen: Sequence[int
         )
 
 
-def make_plan(spark: "SparkSession", settings: Settings, identity: PlanIdentity, *, storage: Storage) -> Plan:
+def make_plan(
+    spark: "SparkSession", settings: Settings, identity: PlanIdentity, *, storage: Storage, parallel: int = 1
+) -> Plan:
     """Plan a date: quarantine, latest row per id, changes against the base release, tokens. Publishes nothing.
 
     A plan that was made before is returned as it stands, unless another release came in between: then it is made anew
     on top of that one. What was encoded for it still counts where nothing is carried over.
+
+    Args:
+        spark: the session.
+        settings: the configuration.
+        identity: from :func:`identify`.
+        storage: access to every uri.
+        parallel: buckets that will be encoded at a time.
 
     Raises:
         UserError: missing columns, no rows at all, or the catalogue changed while it was read.
@@ -230,7 +239,7 @@ def make_plan(spark: "SparkSession", settings: Settings, identity: PlanIdentity,
     source_bytes = sum(file.bytes for file in identity.source.files)
     summaries = _plan_buckets(spark, rows, context, chosen=identity.chosen, source_bytes=source_bytes)
     catalogue.require_unchanged(identity.source, storage=storage)
-    plan = _assemble(settings, identity, context, summaries, found)
+    plan = _assemble(settings, identity, context, summaries, found, parallel=parallel)
     if plan.rows_read == 0 and not identity.chosen:
         raise UserError(f"the catalogue at {identity.source.uri} is empty: it has no rows")
     return workspace.write_plan(plan, replacing=earlier)
@@ -513,6 +522,8 @@ def _assemble(
     context: BucketContext,
     summaries: Sequence[BucketSummary],
     found: ReleaseLog,
+    *,
+    parallel: int,
 ) -> Plan:
     last = found.last(identity.ds)
     quarantined: Counter[str] = Counter()
@@ -540,6 +551,7 @@ def _assemble(
         tokens_exact=all(summary.exact for summary in summaries),
         tokens_per_second=measured.tokens_per_second if measured else None,
         start_seconds=_start_seconds(measured) if measured else 0.0,
+        parallel=parallel,
     )
 
 

@@ -96,10 +96,11 @@ def plan_stage(
         UserError: the catalogue cannot be used, or catalogue, bundle or settings changed since the id was announced.
     """
     from pipeline import plan
+    from pipeline.session import parallel_tasks
 
     require_expected(identity, expected)
     with _timed(workspace_of(settings, identity.plan_id), "plan"):
-        made = plan.make_plan(spark, settings, identity, storage=storage_of(settings))
+        made = plan.make_plan(spark, settings, identity, storage=storage_of(settings), parallel=parallel_tasks(spark))
     counts = ", ".join(f"{getattr(made, name):,} {name}" for name in ("new", "changed", "unchanged", "deleted"))
     quarantined = sum(made.quarantined.values())
     log.info("plan %s of %s: %s items (%s)", made.plan_id, made.ds, f"{made.items:,}", counts)

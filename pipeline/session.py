@@ -215,6 +215,13 @@ def _member(function: Callable[..., R], *arguments: object) -> R | errors.Pipeli
         return error
 
 
+def parallel_tasks(spark: SparkSession) -> int:
+    """How many tasks run at a time, as far as Spark knows; 1 where GPUs are handed out, which it does not count."""
+    if spark.sparkContext.getConf().contains("spark.executor.resource.gpu.amount"):
+        return 1
+    return max(1, spark.sparkContext.defaultParallelism // int(spark.conf.get("spark.task.cpus", "1") or 1))
+
+
 def task_resources() -> TaskResources:
     """The resources of the task that this Python worker is running."""
     task = TaskContext.get()

@@ -66,6 +66,7 @@ class Plan(Contract):
         tokens_exact: False where ``tokens`` is estimated from a sample.
         tokens_per_second: measured by the largest run that encoded with this bundle; None before the first.
         start_seconds: what starting the encode stage took in that run, loading the model in its workers included.
+        parallel: buckets that are encoded at a time.
     """
 
     format_version: int = FORMAT_VERSION
@@ -87,6 +88,7 @@ class Plan(Contract):
     tokens_exact: bool
     tokens_per_second: float | None
     start_seconds: float = 0.0
+    parallel: int = 1
 
     @property
     def items(self) -> int:
@@ -128,4 +130,6 @@ class Plan(Contract):
         """Estimated time of the encode stage from measured throughput; None before the first measurement."""
         if not self.tokens_per_second:
             return None
-        return self.start_seconds + self.tokens / self.tokens_per_second if self.tokens else 0.0
+        # The largest bucket takes its time, also where nothing else is left to do.
+        tokens = max(self.tokens, self.parallel * max((b.tokens for b in self.work), default=0))
+        return self.start_seconds + tokens / self.tokens_per_second if tokens else 0.0

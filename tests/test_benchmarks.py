@@ -53,6 +53,9 @@ def test_the_worker(repository: Path, tmp_path: Path) -> None:
     found = figures(command, tmp_path, *options)
     (bucket,) = found["bucket"]
     assert bucket["texts"] == 200
-    assert sum(bucket["parts"].values()) == pytest.approx(bucket["seconds"])
+    model = bucket["parts"]["model"] + bucket["parts"]["pool, compress"]
+    assert model + bucket["alone"] == pytest.approx(bucket["seconds"])
+    assert bucket["parts"]["tokenise"] > 0
+    assert bucket["parts"]["write"] > 0
     assert all(seconds > 0 for way in found["buckets"] for seconds in way["seconds"])
     assert all(megabytes > 0 for megabytes in found["memory_mb"].values())

@@ -42,7 +42,7 @@ from pipeline.workspace import Workspace
 from schemas.catalogue import ITEMS, QUARANTINE, Change, Reason
 from schemas.feature_table import bucket_number
 from schemas.identity import content_hash, row_id
-from schemas.plan import Plan
+from schemas.plan import BucketPlan, Plan
 from schemas.receipt import Receipt
 from schemas.release import Release
 
@@ -1078,3 +1078,12 @@ def test_a_bucket_is_the_same_in_however_many_pieces_it_is_written(
     assert dict(zip(found["item_id"].to_pylist(), found["text"].to_pylist(), strict=True)) == texts
     rejected = pq.read_table(Path(context.workspace.quarantine_uri, "bucket-00000.parquet"))
     assert rejected["item_id"].to_pylist() == sorted(texts)[10:30]
+
+
+@pytest.mark.parametrize(("parallel", "seconds"), [(1, 105.0), (2, 125.0), (4, 245.0)])
+def test_the_largest_bucket_takes_its_time_however_many_run_beside_it(parallel: int, seconds: float) -> None:
+    work = tuple(BucketPlan.model_construct(tokens=tokens) for tokens in (600, 300, 100))
+    plan = Plan.model_construct(work=work, tokens_per_second=10.0, start_seconds=5.0, parallel=parallel)
+    assert plan.seconds == pytest.approx(seconds)
+    assert plan.model_copy(update={"work": ()}).seconds == 0
+    assert plan.model_copy(update={"tokens_per_second": None}).seconds is None

@@ -22,10 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.example_data import write_catalogue, write_interactions
+from schemas.plan import Plan
 
 DAYS = [f"2026-11-{day}" for day in range(20, 25)]
 FULL, CHANGED, NOTHING, ONE_BUCKET, FEW = DAYS
 STAGES = ("plan", "encode", "audit", "index")
+PLANNED = "encode, as planned"
 CONFIG = """
 root: {folder}/data
 catalogue:
@@ -51,6 +53,7 @@ def main() -> None:
             ("full: every text is new", *timed(folder, "run", "--ds", FULL)),
             ("1 % of the texts changed", *timed(folder, "run", "--ds", CHANGED)),
             ("nothing changed", *timed(folder, "run", "--ds", NOTHING)),
+            ("every text once more", *timed(folder, "backfill", "--ds", CHANGED, "--recompute")),
             (
                 "one bucket of 64, computed anew",
                 *timed(folder, "backfill", "--ds", FULL, "--bucket", "7", "--recompute"),
@@ -90,19 +93,23 @@ def marc(folder: Path, *arguments: str, elsewhere: str = "data") -> dict[str, An
 def timed(folder: Path, *arguments: str, elsewhere: str = "data") -> tuple[float, dict[str, Any]]:
     started = time.monotonic()
     answer = marc(folder, *arguments, elsewhere=elsewhere)
-    return time.monotonic() - started, answer
+    seconds = time.monotonic() - started
+    plans = (folder / elsewhere / "work" / "plans").glob("*/plan.json")
+    newest = max(plans, key=lambda path: path.stat().st_mtime)
+    return seconds, {**answer, PLANNED: Plan.model_validate_json(newest.read_text()).seconds}
 
 
 def show(measured: list[tuple[str, float, dict[str, Any]]], items: int) -> None:
     full = measured[1][1]
     table = Table(title=f"{items:,} items, 64 buckets, {os.cpu_count()} cores")
-    for column in ("", "texts", "seconds", "of full", *STAGES, "the rest"):
+    for column in ("", "texts", "seconds", "of full", *STAGES, "the rest", PLANNED):
         table.add_column(column, justify="left" if not column else "right")
     for name, seconds, answer in measured:
         stages = [answer["seconds"].get(stage, 0.0) for stage in STAGES]
         shown = [f"{value:.1f}" for value in (*stages, seconds - sum(stages))]
-        table.add_row(name, f"{answer['encoded']:,}", f"{seconds:.1f}", f"{seconds / full:.1%}", *shown)
-    console = Console(width=150)
+        planned = "unknown" if answer[PLANNED] is None else f"{answer[PLANNED]:.1f}"
+        table.add_row(name, f"{answer['encoded']:,}", f"{seconds:.1f}", f"{seconds / full:.1%}", *shown, planned)
+    console = Console(width=170)
     console.print(table)
     start, bucket = measured[0][1], measured[-1][1]
     console.print(f"one bucket: {bucket:.1f} s; 2/64 of full plus start-up: {full / 32 + start:.1f} s")

@@ -527,6 +527,15 @@ def test_bfloat16_on_the_cpu_agrees_with_float32(minilm_float32: NDArray[np.floa
     assert cosines(found, minilm_float32).min() >= 0.999
 
 
+def test_in_bfloat16_too_a_vector_hardly_depends_on_the_texts_around_it() -> None:
+    encoder = minilm(EncodeSettings(device="cpu", dtype="bfloat16"))
+    texts = [*TITLES, *(f"{title}. And once more: {title}" for title in TEXTS), *TITLES * 40]
+    together = encoder.encode(texts).vectors
+    alone = np.concatenate([encoder.encode([text]).vectors for text in texts[: len(TITLES) + len(TEXTS)]])
+    assert cosines(together[: len(alone)], alone).min() >= 0.9999
+    assert cosines(together[-len(TITLES) :], alone[: len(TITLES)]).min() >= 0.9999
+
+
 @pytest.mark.gpu
 def test_bfloat16_on_a_gpu_agrees_with_float32_on_the_cpu(minilm_float32: NDArray[np.float32]) -> None:
     if not torch.cuda.is_available():

@@ -17,7 +17,7 @@ from pipeline.errors import CorruptFile, GateRefused
 from pipeline.integrity import require_blocks
 from pipeline.resources import TaskResources
 from pipeline.workspace import Workspace, receipts_digest
-from schemas.catalogue import ITEMS
+from schemas.catalogue import ITEMS, Reason
 from schemas.feature_table import bucket_number, file_schema
 from schemas.files import PublishedFile
 from schemas.identity import row_id
@@ -26,6 +26,8 @@ from schemas.receipt import AuditReport, BucketAudit, Moments, Receipt, day_mome
 from schemas.release import Release
 
 UNIT_TOLERANCE = 1e-3
+# So many texts may fail whatever share they are: a quiet night has few to encode.
+FEW = 10
 COLUMNS = ["item_id", "row_id", "vector", "content_hash", "bundle"]
 
 Matrix = NDArray[np.float32]
@@ -136,6 +138,13 @@ def judge(
         problems.append(
             f"{fraction:.1%} of {plan.rows_read:,} rows are quarantined ({reasons}), "
             f"audit.max_quarantined_fraction allows {settings.max_quarantined_fraction:.1%}"
+        )
+    unencodable = quarantined.get(Reason.UNENCODABLE, 0)
+    tried = unencodable + sum(receipt.encoded for receipt in receipts)
+    if unencodable > max(FEW, settings.max_quarantined_fraction * tried):
+        problems.append(
+            f"{unencodable:,} of {tried:,} texts cannot be encoded, audit.max_quarantined_fraction allows "
+            f"{settings.max_quarantined_fraction:.1%} of them, and {FEW} in any case"
         )
     before = lost.rows if plan.chosen else base.items if base else 0
     if before and plan.deleted / before > settings.max_deleted_fraction:

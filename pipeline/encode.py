@@ -4,11 +4,11 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline import feature_table
 from pipeline.config import EncodeSettings
 from pipeline.errors import CorruptFile
-from pipeline.integrity import check_file, open_verified
+from pipeline.integrity import check_file, describe_file, open_verified
 from pipeline.model.bundle import local_bundle
 from pipeline.resources import TaskResources
 from pipeline.storage import join
@@ -39,6 +39,7 @@ WINDOW_TEXTS = 8192
 WINDOW_ROWS = 65_536
 WINDOW_BYTES = 64 * 1024 * 1024
 PROGRESS_SECONDS = 10.0
+ENCODE_PREFIX = "encode-"
 CARRIED = ["item_id", "vector", "content_hash", "bundle", "encoded_at"]
 
 log = logging.getLogger(__name__)
@@ -97,8 +98,9 @@ def pending_tasks(workspace: Workspace, plan: Plan, *, table_uri: str, settings:
 def encode_bucket(task: EncodeTask, resources: TaskResources) -> Receipt:
     """Encode new and changed texts, carry unchanged vectors over, write the file, then the receipt.
 
-    Window by window, so that memory does not grow with the bucket. Where the vectors to carry over are damaged or
-    gone, the whole bucket is encoded. A text that cannot be encoded even alone goes to the quarantine.
+    Window by window, so that memory grows with the bucket only by texts that come more than once in it. Where the
+    vectors to carry over are damaged or gone, the whole bucket is encoded. A text that cannot be encoded even alone
+    goes to the quarantine.
 
     Raises:
         CorruptFile: the bundle differs from its checksum.
@@ -114,10 +116,9 @@ def encode_bucket(task: EncodeTask, resources: TaskResources) -> Receipt:
         log.warning("bucket %d is encoded whole: %s", task.work.bucket, error)
         run = _Run(task, card, resources, whole=True)
         file = _write(run)
-    if run.quarantined:
-        _write_quarantine(task, run.quarantined)
-    if run.told:
-        task.workspace.clear_progress(task.work.bucket)
+    quarantine = _write_quarantine(task, run.quarantined) if run.quarantined else None
+    with suppress(OSError):
+        task.workspace.clear_progress([task.work.bucket])
     receipt = Receipt(
         plan_id=task.workspace.plan_id,
         bucket=task.work.bucket,
@@ -126,6 +127,7 @@ def encode_bucket(task: EncodeTask, resources: TaskResources) -> Receipt:
         encoded=run.texts,
         reused=(file.rows if file else 0) - run.texts,
         quarantined={row["item_id"]: row["change"] for row in run.quarantined},
+        quarantine=quarantine,
         tokens=run.tokens,
         padded_tokens=run.padded_tokens,
         seconds=time.monotonic() - started,
@@ -172,10 +174,9 @@ class _Run:
         self.texts = self.tokens = self.padded_tokens = 0
         self.model_seconds = self.waited_seconds = self.load_seconds = 0.0
         self.device = self.dtype = "none"
-        self.quarantined: list[dict[str, str]] = []
+        self.quarantined: list[dict[str, Any]] = []
         self._shared: dict[str, NDArray[np.float32] | str] = {}
         self._reported = time.monotonic()
-        self.told = False
 
     def tables(self) -> Iterator[pa.Table]:
         """Rows of the bucket's file, in the order of the items.
@@ -203,15 +204,17 @@ class _Run:
         self.load_seconds = time.monotonic() - started
         self.device, self.dtype = str(encoder.device), str(encoder.dtype).removeprefix("torch.")
         texts = ((window, window.items["text"].take(window.rows).to_pylist()) for window in chain([first], windows))
-        for window, encoded in encoder.stream(texts):
+        for window, encoded in encoder.stream(texts, stuck_after_s=task.settings.stuck_after_s):
             self.texts += len(window.rows) - len(encoded.failed)
             self.tokens += encoded.tokens
             self.padded_tokens += encoded.padded_tokens
             self.model_seconds += encoded.model_seconds
             self.waited_seconds += encoded.waited_seconds
             if time.monotonic() - self._reported > PROGRESS_SECONDS:
-                self._reported, self.told = time.monotonic(), True
-                task.workspace.write_progress(task.work.bucket, self.tokens)
+                self._reported = time.monotonic()
+                # A line in a log is not worth a bucket.
+                with suppress(OSError):
+                    task.workspace.write_progress(task.work.bucket, self.tokens)
             yield window, encoded
 
     def _windows(self) -> Iterator[_Window]:
@@ -296,7 +299,8 @@ def _write(run: _Run) -> PublishedFile | None:
     )
 
 
-def _write_quarantine(task: EncodeTask, rows: Sequence[dict[str, str]]) -> None:
+def _write_quarantine(task: EncodeTask, rows: Sequence[dict[str, Any]]) -> str:
+    """Write what cannot be encoded; the file's name tells its content, so that no other attempt replaces it."""
     storage = task.workspace.storage
     items_uri = task.workspace.items_uri(task.work.bucket, task.base)
     table = pa.table(
@@ -308,13 +312,23 @@ def _write_quarantine(task: EncodeTask, rows: Sequence[dict[str, str]]) -> None:
         },
         schema=QUARANTINE,
     )
-    uri = join(task.workspace.quarantine_uri, f"encode-{task.work.bucket:05d}.parquet")
-    with storage.staged(uri) as staged:
+    folder = task.workspace.quarantine_uri
+    with storage.staged(join(folder, "part")) as staged:
         pq.write_table(table, staged, compression="zstd")
-        storage.publish(staged, uri)
+        name = f"{ENCODE_PREFIX}{task.work.bucket:05d}-{describe_file(staged, path='').sha256[:16]}.parquet"
+        storage.publish(staged, join(folder, name))
     log.warning(
         "bucket %d: %d texts cannot be encoded, the first says %s", task.work.bucket, len(rows), rows[0]["error"]
     )
+    return name
+
+
+def tidy_quarantine(workspace: Workspace, receipts: Sequence[Receipt]) -> None:
+    """Remove what attempts put into the quarantine whose receipts do not stand: their items may have been encoded."""
+    named = {receipt.quarantine for receipt in receipts}
+    found = [stored.uri for stored in workspace.storage.list(workspace.quarantine_uri)]
+    names = {uri.rsplit("/", 1)[1]: uri for uri in found}
+    workspace.storage.remove(uri for name, uri in names.items() if name.startswith(ENCODE_PREFIX) and name not in named)
 
 
 def _batches(task: EncodeTask, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:

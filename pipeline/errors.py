@@ -41,5 +41,9 @@ class DiskFull(PipelineError, OSError):
     """A disk, or a quota, has no room left; a retry goes on from there once it has."""
 
 
+class Unencodable(PipelineError):
+    """A text that the tokenizer or the model fails on, also alone."""
+
+
 class WorkerDied(PipelineError):
     """A worker process ended without a word on every try; a retry may find its device or its memory free."""

@@ -132,6 +132,7 @@ def encode_stage(spark: "SparkSession", settings: Settings, plan_id: str) -> lis
     with _timed(workspace, "encode"):
         tasks = encode.pending_tasks(workspace, plan, table_uri=settings.table_uri, settings=settings.encode)
         log.info("encode: %d of %d buckets to do", len(tasks), len(plan.work))
+        workspace.clear_progress(workspace.read_progress())
         run_buckets(
             spark,
             encode.encode_bucket,
@@ -175,7 +176,7 @@ def audit_stage(spark: "SparkSession", settings: Settings, plan_id: str) -> Audi
         GateRefused: a gate says no; the report is kept in the work area.
         Superseded: the release that it was compared with is gone.
     """
-    from pipeline import audit, release_log
+    from pipeline import audit, encode, release_log
     from pipeline.model.bundle import open_bundle
     from pipeline.session import run_buckets
 
@@ -183,6 +184,7 @@ def audit_stage(spark: "SparkSession", settings: Settings, plan_id: str) -> Audi
     plan = workspace.require_plan()
     with _timed(workspace, "audit"):
         receipts = workspace.require_receipts(plan)
+        encode.tidy_quarantine(workspace, receipts)
         card = open_bundle(workspace.storage, plan.bundle_uri).card
         base = release_log.read_log(workspace.storage, settings.table_uri).find(plan.base_release)
         if plan.base_release and base is None:

@@ -180,7 +180,11 @@ def run_buckets(
         future = pool.submit(mapped.collect)
         try:
             while not _finished(future, _pause(time.monotonic() - started)):
-                so_far = min(done.value + under_way(), total)
+                try:
+                    so_far = min(done.value + under_way(), total)
+                except OSError:
+                    # A line in a log is not worth the stage.
+                    so_far = done.value
                 _log_progress(
                     label, (unit, so_far, total), (each, finished.value, len(ordered)), time.monotonic() - started
                 )

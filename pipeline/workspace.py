@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
@@ -118,9 +118,9 @@ class Workspace:
         """Say how many tokens of a bucket are encoded, while it is under way."""
         self.storage.write(join(self.uri, "progress", f"{bucket:05d}"), str(tokens).encode())
 
-    def clear_progress(self, bucket: int) -> None:
-        """A bucket is done: its receipt tells the rest."""
-        self.storage.remove([join(self.uri, "progress", f"{bucket:05d}")])
+    def clear_progress(self, buckets: Iterable[int]) -> None:
+        """Forget what buckets said: they are done, and their receipts tell the rest, or they begin anew."""
+        self.storage.remove(join(self.uri, "progress", f"{bucket:05d}") for bucket in buckets)
 
     def read_progress(self) -> dict[int, int]:
         """Tokens encoded so far of the buckets that are under way, where they said so."""

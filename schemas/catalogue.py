@@ -22,7 +22,7 @@ class Reason(StrEnum):
     EMPTY_TEXT = "empty_text"  # every column of the template is null or blank
     OLDER_DUPLICATE = "older_duplicate"  # another row of the same id is newer
     ROW_ID_COLLISION = "row_id_collision"  # a different id hashes to the same 63 bits
-    UNENCODABLE = "unencodable"  # the tokenizer or the model fails on the text, also alone
+    UNENCODABLE = "unencodable"  # the tokenizer or the model fails on the text, also alone; or gives NaN
 
 
 ITEMS = pa.schema(

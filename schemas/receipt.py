@@ -19,6 +19,7 @@ class Receipt(Contract):
         encoded: texts that went through the model (identical texts count once).
         reused: vectors carried over from the base release, or shared with an identical text.
         quarantined: items whose texts cannot be encoded, each with its change; they are not in the file.
+        quarantine: name of the quarantine's file that holds them; None where there are none.
         tokens: tokens encoded; padded_tokens: those plus padding.
         seconds: wall time of the bucket.
         load_seconds: what loading the model took of it; next to nothing where an earlier bucket had loaded it.
@@ -36,6 +37,7 @@ class Receipt(Contract):
     encoded: int
     reused: int
     quarantined: dict[str, Change] = Field(default_factory=dict)
+    quarantine: str | None = None
     tokens: int
     padded_tokens: int
     seconds: float

@@ -22,7 +22,7 @@ from tiny_models import CPU_FLOAT32, ONE_CORE, TEXTS, cosines, tiny_tokenizer, t
 from tokenizers import Tokenizer
 
 from pipeline import feature_table
-from pipeline.encode import EncodeTask, encode_bucket, pending_tasks
+from pipeline.encode import EncodeTask, encode_bucket, pending_tasks, tidy_quarantine
 from pipeline.errors import CorruptFile
 from pipeline.integrity import check_file
 from pipeline.model import encoder
@@ -539,6 +539,7 @@ def test_a_text_that_cannot_be_encoded_is_quarantined_wherever_it_comes(
     texts = [text for i, text, _ in items if i not in receipt.quarantined]
     assert cosines(vectors(rows), night.direct(texts)).min() >= 0.9999
     (path,) = Path(night.workspace.quarantine_uri).iterdir()
+    assert path.name == receipt.quarantine
     quarantined = pq.ParquetFile(path).read()
     assert quarantined.schema == QUARANTINE
     assert [row["item_id"] for row in quarantined.to_pylist()] == list(receipt.quarantined)
@@ -552,8 +553,10 @@ def test_a_text_that_cannot_be_encoded_is_quarantined_wherever_it_comes(
 
 
 def test_a_bucket_of_which_nothing_can_be_encoded_has_no_file(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: object) -> list[NDArray[np.int32]]:
-        raise ValueError("no token for this")
+    def fails(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        if set(texts) & set(TEXTS[:3]):
+            raise ValueError("no token for this")
+        return token_ids(tokenizer, texts)
 
     monkeypatch.setattr(encoder, "token_ids", fails)
     receipt = night.run(night.work(new(TEXTS[:3])))
@@ -596,3 +599,40 @@ def test_progress_is_told_while_a_bucket_is_under_way(night: Night, monkeypatch:
     assert night.workspace.read_progress() == {}, "a receipt tells the rest"
     write(night.workspace, BUCKET, 7)
     assert night.workspace.read_progress() == {BUCKET: 7}
+    night.workspace.clear_progress(night.workspace.read_progress())
+    assert night.workspace.read_progress() == {}
+
+
+def test_progress_that_cannot_be_told_costs_nothing(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("the store is away")
+
+    monkeypatch.setattr("pipeline.encode.PROGRESS_SECONDS", 0)
+    monkeypatch.setattr(Workspace, "write_progress", fails)
+    monkeypatch.setattr(Workspace, "clear_progress", fails)
+    assert night.run(night.work(new(TEXTS[:12]))).encoded == 12
+
+
+def test_the_quarantine_of_an_attempt_whose_receipt_does_not_stand_is_removed(
+    night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        if TEXTS[1] in texts:
+            raise ValueError("today it fails")
+        return token_ids(tokenizer, texts)
+
+    work = night.work(new(TEXTS[:3]))
+    (task,) = night.pending(work)
+    by_plan = Path(night.workspace.quarantine_uri) / "bucket-00003.parquet"
+    by_plan.parent.mkdir(parents=True)
+    by_plan.write_bytes(b"what the plan put there")
+    with monkeypatch.context() as patched:
+        patched.setattr(encoder, "token_ids", fails)
+        patched.setattr(Workspace, "write_receipt", lambda _self, receipt, **_: receipt)
+        killed = encode_bucket(task, ONE_CORE)
+    assert killed.quarantine is not None
+    receipt = encode_bucket(task, ONE_CORE)
+    assert (receipt.quarantined, receipt.quarantine) == ({}, None)
+    tidy_quarantine(night.workspace, [receipt])
+    assert [path.name for path in by_plan.parent.iterdir()] == [by_plan.name]
+    tidy_quarantine(night.workspace, [killed])

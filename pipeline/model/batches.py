@@ -81,12 +81,14 @@ class PackedTokens:
         bounds: int32 [b + 1], where the texts begin, and where the last one ends.
         runs: (texts, tokens of each) of neighbours of one length, in order; what fills the row comes last, as texts of
             one token.
+        tokens: of all texts; a number of the host's, so that nobody waits for the device to tell it.
     """
 
     ids: Tensor
     positions: Tensor
     bounds: Tensor
     runs: tuple[tuple[int, int], ...]
+    tokens: int
 
     @classmethod
     def of(cls, texts: Sequence[NDArray[np.int32]], *, first_position: int = 0, tokens: int = 0) -> Self:
@@ -105,7 +107,8 @@ class PackedTokens:
         positions = np.full(len(ids), first_position)
         positions[: bounds[-1]] += np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
         runs = tuple((len(list(same)), length) for length, same in groupby([*lengths.tolist(), *[1] * rest]))
-        return cls(torch.from_numpy(ids[None]), torch.from_numpy(positions[None]), torch.from_numpy(bounds), runs)
+        rows = torch.from_numpy(ids[None]), torch.from_numpy(positions[None])
+        return cls(*rows, torch.from_numpy(bounds), runs, int(bounds[-1]))
 
     def run(self, model: "PreTrainedModel") -> Tensor:
         """The model's last states [1, T, D]; its attention must be that of :mod:`pipeline.model.packed`."""
@@ -120,7 +123,7 @@ class PackedTokens:
             return rows[self.bounds[:-1]].float()
         if pooling == "last":
             return rows[self.bounds[1:] - 1].float()
-        tokens = torch.arange(int(self.bounds[-1]), device=rows.device)
+        tokens = torch.arange(self.tokens, device=rows.device)
         return functional.embedding_bag(tokens, rows.float(), self.bounds.long(), mode="mean", include_last_offset=True)
 
     def to(self, device: torch.device) -> Self:
@@ -130,7 +133,7 @@ class PackedTokens:
         ids, positions, bounds = (
             tensor.pin_memory().to(device, non_blocking=True) for tensor in (self.ids, self.positions, self.bounds)
         )
-        return type(self)(ids, positions, bounds, self.runs)
+        return type(self)(ids, positions, bounds, self.runs, self.tokens)
 
     @contextmanager
     def attended(self) -> Iterator[None]:

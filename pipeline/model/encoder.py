@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.config import EncodeSettings
-from pipeline.errors import UserError
+from pipeline.errors import Unencodable, UserError
 from pipeline.model.backbone import HiddenStates, PooledLayers, PooledStates, load_backbone
 from pipeline.model.batches import PackedTokens, PaddedTokens, TokenBatch
 from pipeline.model.budget import CPU_TOKENS, budget_of
@@ -40,8 +40,11 @@ FILL_STEPS = 64
 # How many of those programs oneDNN, and torch's layer above it, keep; read when the first one is made. At their own
 # 1,024 they come to half a gigabyte.
 PROGRAM_CACHES, PROGRAMS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), 128
-# So many texts failed, each alone, and none went well: it is not the texts.
-HOPELESS = 32
+# A model that reads the weights of its maps itself gives something else, or nothing, once they are laid out for oneDNN.
+LEAST_COSINE = 0.99
+GOOD_TEXT = "a plain text of a few words"
+# What libraries below torch say of a device, not of a text.
+DEVICE_TROUBLE = ("CUDA error", "CUBLAS_", "CUDNN_", "could not create a", "could not execute a")
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +96,6 @@ class Encoder:
         dtype: of the backbone; pooling and head are float32.
         token_budget: tokens per batch, padding included; a single longer text still makes a batch. 0: what suits
             the device.
-        stuck_after_s: when a batch takes longer, the process ends with a trace of every thread, for a retry; None:
-            never.
     """
 
     def __init__(
@@ -106,18 +107,21 @@ class Encoder:
         device: torch.device,
         dtype: torch.dtype,
         token_budget: int,
-        stuck_after_s: float | None = None,
     ) -> None:
         self._pooled = pooled.to(device=device, dtype=dtype)
         self._head = head.to(device=device)
         self._tokenizer = tokenizer
-        self._stuck_after_s = stuck_after_s
+        self._stuck_after_s: float | None = None
+        self._good = token_ids(tokenizer, [GOOD_TEXT])
         self.device = device
         self.dtype = dtype
+        if device.type == "cpu":
+            for name in PROGRAM_CACHES:
+                os.environ.setdefault(name, str(PROGRAMS))
         longest = (tokenizer.truncation or {}).get("max_length", CPU_TOKENS)
         self._first_position = use_packed(self._pooled, pooled.model, longest=longest)
         if device.type == "cpu" and dtype == torch.bfloat16 and can_prepack():
-            prepack(pooled.model)
+            self._prepack()
         self._token_budget = token_budget or budget_of(device, self._name(), _TimedPass(self, longest))
 
     @property
@@ -126,20 +130,21 @@ class Encoder:
         return self._first_position is not None
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Vectors of texts, in their order. The result does not depend on which texts come together.
+        """Vectors of texts, in their order. But for rounding, they do not depend on which texts come together.
 
         Args:
             texts: any number, of any length; what exceeds the tokenizer's limit is cut off.
 
         Raises:
-            RuntimeError: a text cannot be encoded.
+            Unencodable: a text cannot be encoded.
+            RuntimeError: the device fails.
         """
         windows = [texts[start : start + WINDOW_TEXTS] for start in range(0, len(texts), WINDOW_TEXTS)]
         parts = [encoded for _, encoded in self.stream((window, window) for window in windows)]
         for number, part in enumerate(parts):
             if part.failed:
                 row = min(part.failed)
-                raise RuntimeError(f"text {number * WINDOW_TEXTS + row} cannot be encoded: {part.failed[row]}")
+                raise Unencodable(f"text {number * WINDOW_TEXTS + row} cannot be encoded: {part.failed[row]}")
         if not parts:
             return Encoded(np.empty((0, 0), np.float32), 0, 0, 0.0)
         return Encoded(
@@ -150,21 +155,25 @@ class Encoder:
             waited_seconds=sum(part.waited_seconds for part in parts),
         )
 
-    def stream(self, windows: Iterable[tuple[W, Sequence[str]]]) -> Iterator[tuple[W, Encoded]]:
+    def stream(
+        self, windows: Iterable[tuple[W, Sequence[str]]], *, stuck_after_s: float | None = None
+    ) -> Iterator[tuple[W, Encoded]]:
         """Encode window by window; the next one is read and tokenised while the model works on this one.
 
         Args:
             windows: anything, with the texts that belong to it; drawn from another thread. Texts are sorted by length
                 within a window.
+            stuck_after_s: when the device takes longer for a batch, or on CUDA for those of a window, this process ends
+                with a trace of every thread: for workers that are retried. None: never.
 
         Yields:
             What came in, and its vectors. A text that fails alone is told of; its neighbours are encoded.
 
         Raises:
             OutOfMemory: the device cannot hold a single text.
-            RuntimeError: the device fails, or every text does.
+            RuntimeError: the device, the model or the tokenizer fails, also on a text that is known to be good.
         """
-        source = iter(windows)
+        source, self._stuck_after_s = iter(windows), stuck_after_s
         with ThreadPoolExecutor(1, thread_name_prefix="tokenise") as pool:
             upcoming = pool.submit(self._tokenised, source)
             while True:
@@ -180,7 +189,11 @@ class Encoder:
     def _tokenised(self, source: Iterator[tuple[W, Sequence[str]]]) -> tuple[W, _Tokenised] | None:
         for window, texts in source:
             failed: dict[int, str] = {}
-            return window, _Tokenised(_token_ids(self._tokenizer, list(texts), failed), failed)
+            ids = _token_ids(self._tokenizer, list(texts), failed)
+            if failed:
+                # Where it fails on this as well, it is not the texts.
+                token_ids(self._tokenizer, [GOOD_TEXT])
+            return window, _Tokenised(ids, failed)
         return None
 
     @torch.inference_mode()
@@ -198,14 +211,13 @@ class Encoder:
             start += len(rows)
             padded += self._computed(lengths[rows])
             parts += self._vectors(rows, window.ids, failed, clock)
-            if not parts and len(failed) >= HOPELESS:
-                raise RuntimeError(f"every text fails, for example with {next(iter(failed.values()))}")
         with self._watched():
             found = [(rows, vectors.cpu().numpy()) for rows, vectors in parts]
         vectors = np.zeros((len(lengths), *(found[0][1].shape[1:] if found else (0,))), np.float32)
         for rows, part in found:
             vectors[rows] = part
-            _refuse_odd(rows, part, vectors, failed)
+            for row in rows[_odd(part)].tolist():
+                vectors[row] = self._once_more(row, window.ids[row], failed)
         return Encoded(vectors, int(lengths.sum()), padded, clock.seconds(), waited, failed)
 
     def _vectors(
@@ -216,19 +228,53 @@ class Encoder:
             with clock.running(), self._watched():
                 return [(rows, self._forward([ids[row] for row in rows.tolist()]))]
         except (RuntimeError, IndexError, ValueError, MemoryError) as error:
-            if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
-                raise
             reason, memory = _reason(error), is_out_of_memory(error)
+            if not memory and is_device_trouble(error):
+                raise
         # Outside of the handler: the error's frames no longer hold on to what filled the memory.
         if memory:
-            self._shrink(int(sum(len(ids[row]) for row in rows.tolist())))
+            self._shrink(self._computed(np.array([len(ids[row]) for row in rows.tolist()], np.int64)))
             if len(rows) == 1:
                 raise OutOfMemory(f"{self.device} lacks memory for a single text: {reason}")
         elif len(rows) == 1:
+            self._require_good()
             failed[int(rows[0])] = reason
             return []
         half = len(rows) // 2
         return [*self._vectors(rows[:half], ids, failed, clock), *self._vectors(rows[half:], ids, failed, clock)]
+
+    def _once_more(self, row: int, ids: NDArray[np.int32], failed: dict[int, str]) -> NDArray[np.float32]:
+        """The vector of a text alone whose vector was no number among others; zeros where it is none again."""
+        vector: NDArray[np.float32] = self._forward([ids]).cpu().numpy()
+        if _odd(vector).any():
+            self._require_good()
+            failed[row] = "its vector holds NaN or infinity"
+            vector = np.zeros_like(vector)
+        found: NDArray[np.float32] = vector[0]
+        return found
+
+    def _require_good(self) -> None:
+        """Raise what a text that is known to be good meets: then it is not the texts that are bad."""
+        if _odd(self._forward(self._good).cpu().numpy()).any():
+            raise Unencodable(f"the model on {self.device} gives NaN or infinity for any text")
+
+    def _prepack(self) -> None:
+        """Lay the weights out for oneDNN, unless the model then gives something else."""
+        before = self._pooled_good()
+        undo = prepack(self._pooled.model)
+        try:
+            after = self._pooled_good()
+        except Exception as error:
+            # Whatever a model says to this: it keeps its weights.
+            log.debug("prepacked weights: %s", error)
+            after = torch.zeros_like(before)
+        if functional.cosine_similarity(after, before, dim=-1).min() < LEAST_COSINE:
+            undo()
+
+    @torch.inference_mode()
+    def _pooled_good(self) -> Tensor:
+        states: Tensor = self._pooled(self._batch(self._good))
+        return states
 
     def _shrink(self, tokens: int) -> None:
         """No batch gets more than half of the tokens that were too many."""
@@ -240,14 +286,14 @@ class Encoder:
             torch.cuda.empty_cache()
 
     def _forward(self, texts: Sequence[NDArray[np.int32]]) -> Tensor:
-        batch: TokenBatch
-        if self._first_position is None:
-            batch = PaddedTokens.of(texts)
-        else:
-            tokens = self._filled(sum(max(1, len(ids)) for ids in texts))
-            batch = PackedTokens.of(texts, first_position=self._first_position, tokens=tokens)
-        vectors: Tensor = self._head(self._pooled(batch.to(self.device)))
+        vectors: Tensor = self._head(self._pooled(self._batch(texts)))
         return vectors
+
+    def _batch(self, texts: Sequence[NDArray[np.int32]]) -> TokenBatch:
+        if self._first_position is None:
+            return PaddedTokens.of(texts).to(self.device)
+        tokens = self._filled(sum(max(1, len(ids)) for ids in texts))
+        return PackedTokens.of(texts, first_position=self._first_position, tokens=tokens).to(self.device)
 
     def _computed(self, lengths: NDArray[np.int64]) -> int:
         """Tokens that a batch of texts, longest first, is to the model."""
@@ -276,8 +322,9 @@ class Encoder:
 
     def _name(self) -> str:
         """What the speed of a batch depends on besides the device."""
-        config = self._pooled.model.config
-        return f"{config.num_hidden_layers} layers of {config.hidden_size} in {self.dtype}"
+        model = self._pooled.model
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        return f"{type(model).__name__} of {weights:,} weights in {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -362,7 +409,13 @@ def token_batches(lengths: NDArray[np.int64], budget: int) -> Iterator[slice]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is short, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    said = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
+
+
+def is_device_trouble(error: BaseException) -> bool:
+    """Whether an error is the device's, whatever text it came with."""
+    return isinstance(error, torch.AcceleratorError) or any(words in str(error) for words in DEVICE_TROUBLE)
 
 
 def _token_ids(
@@ -385,15 +438,11 @@ def _token_ids(
     ]
 
 
-def _refuse_odd(
-    rows: NDArray[np.int64], part: NDArray[np.float32], vectors: NDArray[np.float32], failed: dict[int, str]
-) -> None:
-    flat = part.reshape(len(part), -1)
+def _odd(vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which vectors [n, ...] hold NaN or infinity."""
     # A sum is finite only where every number is.
-    broken = ~np.isfinite(flat.sum(axis=1, dtype=np.float64))
-    for row in rows[broken].tolist():
-        failed[row] = "its vector holds NaN or infinity"
-        vectors[row] = 0
+    odd: NDArray[np.bool_] = ~np.isfinite(vectors.reshape(len(vectors), -1).sum(axis=1, dtype=np.float64))
+    return odd
 
 
 def _reason(error: BaseException) -> str:
@@ -428,7 +477,11 @@ def use_threads(count: int) -> None:
 
 @lru_cache(maxsize=1)
 def load_encoder(
-    storage: Storage, bundle_uri: str, version: str, settings: EncodeSettings, resources: TaskResources
+    storage: Storage,
+    bundle_uri: str,
+    version: str,
+    settings: EncodeSettings,
+    resources: TaskResources,
 ) -> Encoder:
     """The encoder of a bundle, every file verified; loaded once per process and kept for the next call.
 
@@ -441,8 +494,9 @@ def load_encoder(
     dtype = choose_dtype(settings, device)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads or resources.cpus)
-        for name in PROGRAM_CACHES:
-            os.environ.setdefault(name, str(PROGRAMS))
+        if resources.cpus == 1:
+            # A pool of the tokenizer's own would take the cores of other tasks.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     elif resources.cpus > 1:
         # The model is elsewhere: the task's cores may tokenise.
         os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(resources.cpus))
@@ -455,5 +509,4 @@ def load_encoder(
         device=device,
         dtype=dtype,
         token_budget=settings.token_budget,
-        stuck_after_s=settings.stuck_after_s,
     )

@@ -3,7 +3,7 @@
 import numpy as np
 
 from pipeline.config import Settings
-from pipeline.errors import CorruptFile, UserError
+from pipeline.errors import CorruptFile, Unencodable, UserError
 from pipeline.model.bundle import check_bundle, open_bundle
 from pipeline.model.encoder import load_encoder
 from pipeline.resources import TaskResources
@@ -43,10 +43,10 @@ def problems(
     except CorruptFile as error:
         return [str(error)]
     sample = texts[::step]
-    vectors = encoder.encode(sample).vectors
-    wrong = int((~np.isfinite(vectors).all(axis=1)).sum())
-    if wrong:
-        return [f"{wrong} of {len(sample)} sampled vectors are not finite"]
+    try:
+        vectors = encoder.encode(sample).vectors
+    except Unencodable as error:
+        return [f"of {len(sample)} sampled texts: {error}"]
     if vectors.shape[1] != bundle.card.dim:
         found.append(f"vectors have {vectors.shape[1]} numbers, the card says {bundle.card.dim}")
     off = int((np.abs(np.linalg.norm(vectors, axis=1) - 1) > UNIT_TOLERANCE).sum())

@@ -1,5 +1,7 @@
 """Linear maps as oneDNN wants them on a CPU: weights laid out once for bf16 products, GELU done in the same pass."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -39,15 +41,30 @@ def can_prepack() -> bool:
     return bool(built) and all(hasattr(torch.ops.mkldnn, name) for name in operators)
 
 
-def prepack(model: nn.Module) -> None:
-    """Replace every bf16 linear map of a model on the CPU, in place; where BERT's GELU follows one, it joins it."""
+def prepack(model: nn.Module) -> Callable[[], None]:
+    """Replace every bf16 linear map of a model on the CPU, in place; where BERT's GELU follows one, it joins it.
+
+    Some models read the weights of their maps themselves (Mamba's scan): what they give then must be looked at.
+
+    Returns:
+        What undoes it; the old weights live as long as that.
+    """
+    before: list[tuple[nn.Module, str, nn.Module | Tensor]] = []
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16 and not child.weight.is_cuda:
                 gelu = name == "dense" and _is_gelu(getattr(module, "intermediate_act_fn", None))
+                before.append((module, name, child))
                 setattr(module, name, PrepackedLinear(child, gelu=gelu))
                 if gelu:
+                    before.append((module, "intermediate_act_fn", module.intermediate_act_fn))
                     module.intermediate_act_fn = nn.Identity()
+
+    def undo() -> None:
+        for module, name, child in before:
+            setattr(module, name, child)
+
+    return undo
 
 
 def _is_gelu(activation: object) -> bool:

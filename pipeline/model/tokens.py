@@ -102,7 +102,8 @@ def _head(text: str, characters: int) -> str:
     if len(text) <= characters:
         return text
     end = text.rfind(" ", 1, characters)
-    return text[:end] if end > 0 else text
+    # Before the whole blank: how one is cut into tokens depends on its length.
+    return text[:end].rstrip() if end > 0 else text
 
 
 def _ends_words_at_spaces(tokenizer: Tokenizer) -> bool:
@@ -116,5 +117,5 @@ def _ends_words_at_spaces(tokenizer: Tokenizer) -> bool:
         (isinstance(words, BY_WORD) or (isinstance(words, pre_tokenizers.ByteLevel) and words.use_regex))
         and (tokenizer.normalizer is None or isinstance(tokenizer.normalizer, BY_CHARACTER))
         and (tokenizer.truncation or {})["direction"] == "right"
-        and not any(" " in token.content for token in tokenizer.get_added_tokens_decoder().values())
+        and not any(" " in token.content or token.lstrip for token in tokenizer.get_added_tokens_decoder().values())
     )

@@ -30,16 +30,43 @@ def device(*, saturated_at: int, memory: int, calls: list[int] | None = None) ->
 @given(saturated=st.integers(0, 10), memory=st.integers(0, 12))
 def test_the_budget_saturates_the_device_and_never_fills_its_memory(saturated: int, memory: int) -> None:
     saturated_at, room = FIRST << saturated, FIRST << memory
-    found = find_budget(device(saturated_at=saturated_at, memory=room), first=FIRST, most=MOST)
+    found, sure = find_budget(device(saturated_at=saturated_at, memory=room), first=FIRST, most=MOST)
     if room > saturated_at:
-        assert found == saturated_at
+        assert (found, sure) == (saturated_at, True)
     else:
         # Half of what just fitted: the texts of a night are longer than those that were tried.
         assert found == max(FIRST, min(room, MOST) // (1 if room >= MOST else 2))
+        assert sure == (room >= MOST)
 
 
 def test_a_device_too_small_for_the_first_batch_gets_it_all_the_same() -> None:
-    assert find_budget(device(saturated_at=1, memory=10), first=FIRST) == FIRST
+    assert find_budget(device(saturated_at=1, memory=10), first=FIRST) == (FIRST, False)
+
+
+def test_what_a_full_gpu_said_is_not_remembered(gpu: Path) -> None:
+    cuda = torch.device("cuda:0")
+    assert budget_of(cuda, "small", device(saturated_at=65536, memory=1)) == 8192
+    assert not gpu.exists()
+    assert budget_of(cuda, "small", device(saturated_at=65536, memory=1 << 30)) == 65536
+
+
+def test_a_broken_gpu_is_no_small_one(gpu: Path) -> None:
+    def broken(_: int) -> float:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        budget_of(torch.device("cuda:0"), "small", broken)
+    assert not gpu.exists()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_user_without_a_home_is_served_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert budget_of(torch.device("cuda:0"), "small", device(saturated_at=16384, memory=1 << 30)) == 16384
 
 
 def test_a_cpu_is_not_measured() -> None:
@@ -72,7 +99,7 @@ def test_a_gpu_is_measured_once_for_each_model(gpu: Path) -> None:
     assert gpu.is_file()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": "b"}'])
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": "b"}', '{"a": null}'])
 def test_a_memory_that_cannot_be_read_is_made_anew(gpu: Path, content: str) -> None:
     gpu.parent.mkdir()
     gpu.write_text(content)

@@ -30,7 +30,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.config import EncodeSettings, TrainSettings
-from pipeline.errors import CorruptFile, UserError
+from pipeline.errors import CorruptFile, Unencodable, UserError
 from pipeline.model.backbone import HiddenStates, PooledStates, load_backbone, load_tokenizer, locate
 from pipeline.model.bundle import Bundle, save_bundle
 from pipeline.model.encoder import (
@@ -260,7 +260,7 @@ def test_a_text_that_fails_alone_is_told_of_and_its_neighbours_are_encoded(
     np.testing.assert_allclose(encoded.vectors[good], clean[good], atol=1e-4)
     assert not encoded.vectors[sorted(poisoned)].any()
     if poisoned:
-        with pytest.raises(RuntimeError, match=f"text {min(poisoned)} cannot be encoded"):
+        with pytest.raises(Unencodable, match=f"text {min(poisoned)} cannot be encoded"):
             encoder.encode(texts)
 
 
@@ -276,12 +276,95 @@ def test_a_vector_that_is_no_number_is_told_of_and_its_neighbours_are_kept(bert:
     np.testing.assert_allclose(encoded.vectors[[0, 2]], clean[[0, 2]], atol=1e-4)
 
 
-def test_where_every_text_fails_it_is_not_the_texts(bert: PreTrainedModel) -> None:
-    def broken(_: torch.Tensor) -> None:
-        raise RuntimeError("size mismatch")
+@pytest.mark.parametrize(("count", "after"), [(1, 0), (3, 0), (48, 0), (48, 1), (48, 3)])
+def test_where_a_good_text_fails_as_well_it_is_not_the_texts(bert: PreTrainedModel, count: int, after: int) -> None:
+    calls = iter(range(1000))
 
-    with pytest.raises(RuntimeError, match="every text fails, for example with RuntimeError: size mismatch"):
-        list(with_head(tiny_encoder("bert", bert), broken).stream([(None, TEXTS)]))
+    def breaks(_: torch.Tensor) -> None:
+        if next(calls) >= after:
+            raise RuntimeError("size mismatch")
+
+    encoder = with_head(tiny_encoder("bert", bert, token_budget=60), breaks)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        list(encoder.stream([(None, TEXTS[:count])]))
+
+
+@pytest.mark.parametrize("count", [1, 48])
+def test_a_model_that_gives_no_number_for_any_text_is_broken(bert: PreTrainedModel, count: int) -> None:
+    def spoil(hidden: torch.Tensor) -> None:
+        hidden[:] = math.nan
+
+    with pytest.raises(Unencodable, match="the model on cpu gives NaN or infinity for any text"):
+        list(with_head(tiny_encoder("bert", bert), spoil).stream([(None, TEXTS[:count])]))
+
+
+def test_many_texts_that_fail_first_do_not_stop_the_others(bert: PreTrainedModel) -> None:
+    long = [f"{text} {' '.join(TEXTS)}" for text in TEXTS]
+    clean = tiny_encoder("bert", bert).encode(long).vectors
+
+    def too_long(hidden: torch.Tensor) -> None:
+        if np.isclose(hidden.numpy()[:, None], clean, atol=1e-4).all(axis=2).any():
+            raise IndexError("index out of range in self")
+
+    encoder = tiny_encoder("bert", bert, token_budget=100)
+    good = encoder.encode(TEXTS).vectors
+    ((_, encoded),) = with_head(encoder, too_long).stream([(None, [*long, *TEXTS])])
+    assert set(encoded.failed) == set(range(len(long)))
+    np.testing.assert_allclose(encoded.vectors[len(long) :], good, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["CUDA error: device-side assert triggered", "CUBLAS_STATUS_EXECUTION_FAILED", "could not create a primitive"],
+)
+def test_trouble_of_the_device_is_no_texts_fault(bert: PreTrainedModel, said: str) -> None:
+    calls = iter(range(1000))
+
+    def once(_: torch.Tensor) -> None:
+        if next(calls) == 0:
+            raise RuntimeError(said)
+
+    with pytest.raises(RuntimeError, match=said):
+        list(with_head(tiny_encoder("bert", bert), once).stream([(None, TEXTS[:1])]))
+
+
+def test_a_tokenizer_that_fails_on_anything_is_broken(bert: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> list[NDArray[np.int32]]:
+        raise ValueError("no vocabulary")
+
+    encoder = tiny_encoder("bert", bert)
+    monkeypatch.setattr("pipeline.model.encoder.token_ids", broken)
+    with pytest.raises(ValueError, match="no vocabulary"):
+        list(encoder.stream([(None, TEXTS[:3])]))
+
+
+def test_out_of_memory_of_a_padded_model_halves_what_was_computed() -> None:
+    calls = iter(range(1000))
+
+    def once(_: torch.Tensor) -> None:
+        if next(calls) == 0:
+            raise torch.OutOfMemoryError("no room")
+
+    texts = [" ".join(TEXTS), *TEXTS[:3]]
+    encoder = with_head(tiny_encoder("mamba", whole_model("mamba"), token_budget=5000), once)
+    assert encoder.encode(texts).failed == {}
+    assert encoder._token_budget == 4 * MAX_TOKENS // 2
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama", "qwen3", "mamba"])
+def test_every_architecture_runs_in_bfloat16(architecture: str) -> None:
+    tokenizer = tiny_tokenizer(architecture)
+    tokenizer.enable_truncation(max_length=MAX_TOKENS)
+    encoder = Encoder(
+        PooledStates(HiddenStates(whole_model(architecture), whole=True), "mean"),
+        tokenizer,
+        head=nn.Identity(),
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        token_budget=256,
+    )
+    expected = tiny_encoder(architecture, whole_model(architecture)).encode(TEXTS).vectors
+    assert cosines(encoder.encode(TEXTS).vectors, expected).min() >= 0.99
 
 
 def test_a_text_that_the_tokenizer_fails_on_is_told_of(bert: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,9 +411,9 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from model.test_encoder import *
 encoder = tiny_encoder("bert", whole_model("bert"))
-encoder._stuck_after_s = {limit}
 with_head(encoder, lambda _: time.sleep({sleep}))
-print(len(encoder.encode(TEXTS[:3]).vectors))
+((_, encoded),) = encoder.stream([(None, TEXTS[:3])], stuck_after_s={limit})
+print(len(encoded.vectors))
 """
 
 

@@ -636,3 +636,23 @@ def test_a_bundle_on_a_gpu_gives_unit_vectors_in_order(bundle: Bundle) -> None:
     settings_on_gpu = EncodeSettings(device="cuda", dtype="float32", token_budget=256)
     found = load_encoder(Storage(), bundle.uri, bundle.version, settings_on_gpu, TaskResources(gpu="0"))
     assert cosines(found.encode(TEXTS).vectors, expected).min() >= 0.999
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_room_for_a_batch_gets_smaller_ones(caplog: pytest.LogCaptureFixture) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    resources = TaskResources(gpu="0")
+    texts = TITLES * 3000
+    expected = minilm(EncodeSettings(device="cuda"), resources).encode(texts).vectors
+    encoder = minilm(EncodeSettings(device="cuda"), resources)
+    encoder._token_budget = 1 << 24
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(0) + (512 << 20)) / total)
+    try:
+        found = encoder.encode(texts)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "is out of memory: batches of" in caplog.text
+    assert cosines(found.vectors, expected).min() >= 0.9999

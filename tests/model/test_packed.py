@@ -208,3 +208,20 @@ def test_float32_weights_are_left_alone() -> None:
     model = tiny_model("bert", vocabulary=VOCABULARY)
     prepack(model)
     assert not [module for module in model.modules() if isinstance(module, PrepackedLinear)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_attention_on_a_gpu_is_that_of_the_cpu(causal: bool, heads: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    batch = PackedTokens.of(texts_of([70, 70, 31, 5, 5, 1]))
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(1, count, 182, 32, generator=generator).bfloat16() for count in (4, heads, heads)]
+    found = []
+    for device in ("cpu", "cuda"):
+        with batch.to(torch.device(device)).attended():
+            moved = (part.to(device) for part in parts)
+            found.append(packed.packed_attention(nn.Module(), *moved, None, scaling=0.2, is_causal=causal)[0].cpu())
+    torch.testing.assert_close(found[1].float(), found[0].float(), atol=0.03, rtol=0.03)

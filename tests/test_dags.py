@@ -86,6 +86,7 @@ def test_every_dag_loads_without_an_error(airflow: Airflow) -> None:
     assert {row["dag_id"] for row in airflow.json("dags", "list")} == wanted
 
 
+@pytest.mark.slow
 def test_the_nightly_dag_publishes_and_announces_and_a_second_run_does_nothing(
     airflow: Airflow, config: Path, spark: Any
 ) -> None:
@@ -148,6 +149,7 @@ def test_a_backfill_of_dates_without_a_catalogue_names_them_and_starts_nothing(
     assert "2030-01-02: no catalogue" in log
 
 
+@pytest.mark.slow
 def test_what_the_user_must_mend_is_not_retried(airflow: Airflow, config: Path) -> None:
     done = airflow.call("dags", "test", "marc_nightly", "2030-01-01", config=config)
     log = done.stdout + done.stderr

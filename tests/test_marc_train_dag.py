@@ -111,6 +111,7 @@ def test_a_run_trains_judges_and_promotes_a_bundle(airflow: Airflow, config: Pat
     assert (comparison.candidate, comparison.current, comparison.problems) == (bundle.version, None, [])
 
 
+@pytest.mark.slow
 def test_what_the_user_must_mend_ends_the_run_at_once(airflow: Airflow, config: Path) -> None:
     settings = load_settings(config)
     before = current_version(Storage(), settings.bundle_uri)

@@ -355,6 +355,7 @@ def several(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, spark:
     return world, done.stdout
 
 
+@pytest.mark.slow
 def test_several_processes_train_one_bundle(several: tuple[World, str]) -> None:
     world, printed = several
     said = json.loads(printed.splitlines()[-1])
@@ -369,10 +370,12 @@ def test_several_processes_train_one_bundle(several: tuple[World, str]) -> None:
     assert [row["step"] for row in history] == [4]
 
 
+@pytest.mark.slow
 def test_several_processes_leave_standard_output_to_the_result(several: tuple[World, str]) -> None:
     assert json.loads(several[1])["bundle"]
 
 
+@pytest.mark.slow
 def test_a_mistake_that_a_process_finds_is_the_users_mistake(spark: Any) -> None:
     def mistaken() -> None:
         raise UserError("what is wrong")

@@ -411,21 +411,23 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from model.test_encoder import *
 encoder = tiny_encoder("bert", whole_model("bert"))
-with_head(encoder, lambda _: time.sleep({sleep}))
-((_, encoded),) = encoder.stream([(None, TEXTS[:3])], stuck_after_s={limit})
-print(len(encoded.vectors))
+((_, encoded),) = encoder.stream([(None, TEXTS[:3])], stuck_after_s=20)
+print(len(encoded.vectors), flush=True)
+with_head(encoder, lambda _: time.sleep(60))
+list(encoder.stream([(None, TEXTS[:3])], stuck_after_s=0.3))
 """
 
 
-@pytest.mark.parametrize(("limit", "ends"), [(0.3, 1), (60, 0)])
-def test_a_device_that_hangs_ends_the_process_with_a_trace(limit: float, ends: int) -> None:
-    script = STUCK.format(tests=str(Path(__file__).parents[1]), limit=limit, sleep=30 if ends else 0)
+def test_a_device_that_hangs_ends_the_process_with_a_trace() -> None:
+    script = STUCK.format(tests=str(Path(__file__).parents[1]))
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == ends, done.stderr
-    assert ("Timeout" in done.stderr and "_forward" in done.stderr) == bool(ends)
-    assert done.stdout == ("" if ends else "3\n")
-    assert time.monotonic() - started < 100
+    assert done.returncode == 1, done.stderr
+    assert "Timeout" in done.stderr
+    assert "_forward" in done.stderr
+    # What came before was in time.
+    assert done.stdout == "3\n"
+    assert time.monotonic() - started < 60
 
 
 lengths_longest_first = st.lists(st.integers(0, 300), max_size=60).map(lambda found: sorted(found, reverse=True))

@@ -719,6 +719,7 @@ def go(process: Process) -> None:
     process.stdin.flush()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_three_times_ends_with_the_bits_of_one_that_was_not(
     data: tuple[LearningData, Any], tmp_path: Path
 ) -> None:

@@ -196,10 +196,10 @@ class _Run:
             first = next(windows, None)
         if first is None:
             return
+        task, started = self.task, time.monotonic()
         # Torch takes seconds to load, in every worker: a night without changes needs none.
         from pipeline.model.encoder import load_encoder  # noqa: PLC0415
 
-        task, started = self.task, time.monotonic()
         encoder = load_encoder(task.workspace.storage, task.bundle_uri, task.bundle, task.settings, self.resources)
         self.load_seconds = time.monotonic() - started
         self.device, self.dtype = str(encoder.device), str(encoder.dtype).removeprefix("torch.")

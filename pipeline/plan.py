@@ -43,6 +43,8 @@ BUCKET_SAMPLE = 25
 PARTITIONS_PER_CORE = 4
 # As Spark sorts it a catalogue is several times larger than its files: a partition of so much fits into a small heap.
 PARTITION_BYTES = 16 * 1024 * 1024
+# Encode stages whose start-up is looked at.
+STARTS = 7
 PIECE_BYTES = 16 * 1024 * 1024
 PLANNED_ROWS = pa.schema(
     [
@@ -554,16 +556,17 @@ def _assemble(
         work=tuple(b for b in work if b.items or b.deleted),
         tokens_exact=all(summary.exact for summary in summaries),
         tokens_per_second=measured.tokens_per_second if measured else None,
-        start_seconds=_start_seconds(found.releases, context.bundle),
+        start_seconds=_start_seconds(found.releases, measured) if measured else 0.0,
         parallel=parallel,
     )
 
 
-def _start_seconds(releases: Sequence[Release], bundle: str) -> float:
-    """What encode stages took beyond their tokens: the middle one, for a stage that was tried again counts twice."""
+def _start_seconds(releases: Sequence[Release], measured: Release) -> float:
+    """What encode stages took beyond their tokens: the middle one of the latest, for one may have been tried again."""
+    speed = measured.tokens_per_second
     beyond = [
-        max(0.0, release.seconds.get("encode", 0.0) - release.tokens / release.tokens_per_second)
+        max(0.0, release.seconds.get("encode", 0.0) - release.tokens / speed)
         for release in releases
-        if release.bundle == bundle and release.tokens_per_second
+        if speed and release.bundle == measured.bundle and release.tokens_per_second
     ]
-    return statistics.median(beyond) if beyond else 0.0
+    return statistics.median(beyond[-STARTS:]) if beyond else 0.0

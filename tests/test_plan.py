@@ -30,6 +30,7 @@ from pipeline.plan import (
     PLANNED_ROWS,
     TOKEN_SAMPLE,
     _older_record,
+    _start_seconds,
     base_release,
     by_bucket,
     compare,
@@ -1087,3 +1088,17 @@ def test_the_largest_bucket_takes_its_time_however_many_run_beside_it(parallel: 
     assert plan.seconds == pytest.approx(seconds)
     assert plan.model_copy(update={"work": ()}).seconds == 0
     assert plan.model_copy(update={"tokens_per_second": None}).seconds is None
+
+
+def test_start_up_is_that_of_the_nights_and_not_of_the_one_that_was_tried_again() -> None:
+    def night(seconds: float, tokens: int, speed: float | None, bundle: str = "b") -> Release:
+        facts = {"bundle": bundle, "seconds": {"encode": seconds}, "tokens": tokens, "tokens_per_second": speed}
+        return Release.model_construct(**facts)
+
+    full = night(116.0, 10_000, 100.0)
+    # What small nights carry over makes them slow by the token, not at the start.
+    small = [night(21.0, 100, 10.0), night(22.0, 200, 12.0)]
+    others = [night(5.0, 0, None), night(900.0, 100, 10.0, bundle="other")]
+    assert _start_seconds([full], full) == pytest.approx(16)
+    assert _start_seconds([full, *small, *others, night(2000.0, 100, 5.0)], full) == pytest.approx(20)
+    assert _start_seconds(others, full) == 0

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -135,6 +134,9 @@ def _has_varlen(query: Tensor) -> bool:
 def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, batch: PackedTokens, *, causal: bool, scaling: float | None
 ) -> Tensor:
+    # A second of imports (torch's compiler) that only a GPU's worker pays.
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
+
     longest = max(length for _, length in batch.runs)
     found = varlen_attn(
         *(query.contiguous(), key.contiguous(), value.contiguous(), batch.bounds, batch.bounds, longest, longest),

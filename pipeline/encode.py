@@ -364,8 +364,7 @@ def _fresh(items: pa.Table, *, whole: bool) -> NDArray[np.bool_]:
 
 def _keys(hashes: pa.ChunkedArray) -> NDArray[np.uint64]:
     """64 bits of each content hash: enough to tell which may be there twice, in a quarter of the room."""
-    digits = np.array([content[:16] for content in hashes.to_pylist()], "S16").reshape(-1)
-    return np.array([int(part, 16) for part in digits.tolist()], np.uint64)
+    return np.array([int(content[:16], 16) for content in hashes.to_pylist()], np.uint64)
 
 
 class _Carried:

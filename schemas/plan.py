@@ -65,7 +65,8 @@ class Plan(Contract):
         work: one entry per bucket that holds or held items.
         tokens_exact: False where ``tokens`` is estimated from a sample.
         tokens_per_second: measured by the largest run that encoded with this bundle; None before the first.
-        start_seconds: what starting the encode stage took in that run, loading the model in its workers included.
+        start_seconds: what starting the encode stage took in the latest runs, loading the model in its workers
+            included.
         parallel: buckets that are encoded at a time.
     """
 

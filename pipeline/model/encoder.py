@@ -37,8 +37,8 @@ from pipeline.storage import Storage
 WINDOW_TEXTS = 8192
 # Sizes that a batch can have, between one power of two and the next.
 FILL_STEPS = 64
-# How many programs, one for each shape, oneDNN and torch's layer above it keep; read when the first one is made. At their own
-# 1,024 they come to half a gigabyte.
+# How many programs, one for each shape, oneDNN and the layer above it keep; read when the first one is made. At their
+# own 1,024 they come to half a gigabyte.
 PROGRAM_CACHES, PROGRAMS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), 128
 # A model that reads the weights of its maps itself gives something else, or nothing, once they are laid out for oneDNN.
 LEAST_COSINE = 0.99

@@ -15,6 +15,7 @@ from published import DIM, DS, TEMPLATE, Encoded, Site, Vector, Vectors, flip, i
 from pipeline.audit import judge, require_passed
 from pipeline.config import AuditSettings
 from pipeline.errors import GateRefused
+from schemas.catalogue import Change
 from schemas.feature_table import file_schema
 from schemas.identity import row_id
 from schemas.receipt import AuditReport, BucketAudit, Moments, day_moments
@@ -385,3 +386,23 @@ def test_deleted_items_are_judged_by_the_chosen_buckets_alone(
         f"{gone} of the base release's 20 items in buckets [{HIT}] are gone, audit.max_deleted_fraction allows 50.0%"
     )
     assert list(report.problems) == ([message] if refused else [])
+
+
+@pytest.mark.parametrize(
+    ("unencodable", "encoded", "refused"), [(10, 0, False), (11, 0, True), (11, 209, False), (11, 208, True)]
+)
+def test_many_texts_that_cannot_be_encoded_refuse_the_snapshot(
+    site: Site, unencodable: int, encoded: int, refused: bool
+) -> None:
+    plan = site.encoded(VECTORS).plan
+    (first, *_) = site.encoded(VECTORS).receipts
+    gone = {f"gone-{number}": Change.NEW for number in range(unencodable)}
+    receipt = first.model_copy(update={"quarantined": gone, "encoded": encoded})
+    planned = plan.model_copy(update={"rows_read": 1_000_000})
+    rows = Moments(rows=planned.items - unencodable, vector_sum=(0.0,) * DIM, square_sum=1.0)
+    audits = [BucketAudit(bucket=0, problems=(), moments=rows, replaced=NOTHING)]
+    report = judge(planned, audits, [receipt], base=None, settings=AuditSettings())
+    assert bool(report.problems) == refused, report.problems
+    assert report.quarantined_fraction == unencodable / 1_000_000
+    if refused:
+        assert report.problems[0].startswith(f"{unencodable} of {unencodable + encoded} texts cannot be encoded")

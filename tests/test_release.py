@@ -21,7 +21,9 @@ from pipeline.reader import open_release
 from pipeline.release import DayMoved, is_whole, published, roll_back, throughput
 from pipeline.release_log import newest, read_log, read_releases
 from pipeline.verify import verify
+from schemas.catalogue import Change
 from schemas.feature_table import bucket_number
+from schemas.identity import row_id
 from schemas.receipt import Receipt
 from schemas.release import Release
 
@@ -1013,3 +1015,15 @@ def at_work(bucket: int, *, start: float, seconds: float, load: float = 0.0, tok
 )
 def test_throughput_leaves_start_up_out(receipts: list[Receipt], seconds: float, expected: float | None) -> None:
     assert throughput(receipts, seconds) == (None if expected is None else pytest.approx(expected))
+
+
+def test_what_could_not_be_encoded_is_in_the_quarantine_and_in_no_other_count(site: Site) -> None:
+    encoded = site.encoded(VECTORS, alter=lambda bucket, rows: rows.slice(1) if bucket == 0 else rows)
+    (receipt,) = [one for one in encoded.receipts if one.bucket == 0]
+    gone = min((item for item in VECTORS if row_id(item) % BUCKETS == 0), key=str.encode)
+    encoded.workspace.write_receipt(receipt.model_copy(update={"quarantined": {gone: Change.NEW}}))
+    encoded.audit()
+    encoded.index(IndexSettings())
+    made = encoded.release()
+    assert (made.items, made.new, made.changed, made.reused, made.quarantined) == (39, 39, 0, 0, 1)
+    assert made.quarantine_uri == encoded.workspace.quarantine_uri

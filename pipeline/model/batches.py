@@ -31,6 +31,13 @@ class TokenBatch(Protocol):
     def pool(self, states: Tensor, pooling: Pooling) -> Tensor:
         """One float32 vector per text [b, D] of token states in the batch's own layout."""
 
+    def by_length(self, states: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Token states of the texts without padding, texts of one length together.
+
+        Yields:
+            Places of m texts in the batch, int64 [m], and their states [m, t, D]; t is 1 for a text without tokens.
+        """
+
     def to(self, device: torch.device) -> Self:
         """The same batch on another device."""
 
@@ -65,6 +72,13 @@ class PaddedTokens:
     def pool(self, states: Tensor, pooling: Pooling) -> Tensor:
         """One float32 vector per text: [b, t, D] to [b, D]."""
         return pool(states, self.mask, pooling)
+
+    def by_length(self, states: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Places of m texts [m] and their states [m, t, D] of states [b, t, D], texts of one length together."""
+        lengths = self.mask.sum(dim=1).clamp(min=1)
+        for length in sorted(set(lengths.tolist())):
+            places = torch.nonzero(lengths == length).squeeze(1)
+            yield places, states[places, :length]
 
     def to(self, device: torch.device) -> Self:
         """The same batch on another device."""
@@ -125,6 +139,18 @@ class PackedTokens:
             return rows[self.bounds[1:] - 1].float()
         tokens = torch.arange(self.tokens, device=rows.device)
         return functional.embedding_bag(tokens, rows.float(), self.bounds.long(), mode="mean", include_last_offset=True)
+
+    def by_length(self, states: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Places of m texts [m] and their states [m, t, D] of states [1, T, D], neighbours of one length together."""
+        texts, first, token = len(self.bounds) - 1, 0, 0
+        for run, length in self.runs:
+            # What fills the row may continue the last run.
+            count = min(run, texts - first)
+            if count == 0:
+                return
+            places = torch.arange(first, first + count, device=states.device)
+            yield places, states[0, token : token + count * length].view(count, length, -1)
+            first, token = first + count, token + count * length
 
     def to(self, device: torch.device) -> Self:
         """The same batch on another device; from pinned memory, without waiting for it."""

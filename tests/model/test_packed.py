@@ -173,6 +173,27 @@ def test_packed_pooling_equals_padded_pooling(pooling: Pooling, lengths: list[in
     torch.testing.assert_close(batch.pool(states, pooling), expected)
 
 
+@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=9), fill=st.integers(0, 9))
+def test_states_by_length_are_every_texts_own_and_nothing_of_what_fills_the_row(lengths: list[int], fill: int) -> None:
+    texts = texts_of(lengths)
+    packed, padded = PackedTokens.of(texts, tokens=sum(lengths) + fill), PaddedTokens.of(texts)
+    # The state of a token tells where it stands: 100 for its text, 1 for its place there; 7777 is nobody's.
+    row = torch.full((1, packed.ids.shape[1], 1), 7777.0)
+    spread = torch.full((len(lengths), padded.ids.shape[1], 1), 7777.0)
+    for place, (start, length) in enumerate(zip(packed.bounds.tolist(), lengths, strict=False)):
+        for token in range(max(1, length)):
+            row[0, start + token] = spread[place, token] = 100 * place + token
+    for batch, states in ((packed, row), (padded, spread)):
+        found = {
+            place: rows.squeeze(1).tolist()
+            for places, group in batch.by_length(states)
+            for place, rows in zip(places.tolist(), group, strict=True)
+        }
+        assert found == {
+            place: [100.0 * place + token for token in range(max(1, length))] for place, length in enumerate(lengths)
+        }
+
+
 def test_a_batch_knows_positions_and_runs() -> None:
     batch = PackedTokens.of(texts_of([4, 4, 2, 0, 1]), first_position=2)
     assert batch.positions.tolist() == [[2, 3, 4, 5, 2, 3, 4, 5, 2, 3, 2, 2]]

@@ -9,10 +9,25 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from pydantic_core import to_json
 
+from pipeline.plots import (
+    BAR,
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    MARKERS,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    legend,
+    new_figure,
+    save,
+    tidy,
+)  # fmt: skip
 from schemas.evaluation import Evaluation, Family, Summary
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -20,14 +35,7 @@ COMPARISON = "marc"
 FAMILIES: tuple[Family, ...] = get_args(Family)
 UNKNOWN = "–"
 
-# Okabe and Ito, for colour-blind readers too; without their yellow, too faint on white.
-BLUE, ORANGE, GREEN, RED, SKY, PINK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7"
-BLACK, GREY, FAINT = "#000000", "#767676", "#E6E6E6"
 COLOURS = {"marc": BLUE, "marc-tuned": SKY, "autoencoder": PINK, "mrl": RED, "contrastive": BLACK, "random": GREY}
-MARKERS = "osD^vPX*<>"
-BAR: dict[str, Any] = {"capsize": 3, "linewidth": 1.6, "markersize": 5.5}
-WIDTH_INCHES = 9
-DPI = 200
 SPREAD_OCTAVES = 0.5
 LAYERS_FILE, DIMENSIONS_FILE, ABLATIONS_FILE = "auc_by_layer.png", "auc_by_dimension.png", "ablations.png"
 TITLES = {
@@ -70,7 +78,7 @@ def write_report(evaluation: Evaluation, folder: Path) -> list[Path]:
     for name, draw in ((LAYERS_FILE, _by_layer), (DIMENSIONS_FILE, _by_dimension), (ABLATIONS_FILE, _ablations)):
         figure = draw(evaluation)
         if figure is not None:
-            plots.append(_save(figure, folder / name))
+            plots.append(save(figure, folder / name))
     page.write_text(_page(evaluation, [plot.name for plot in plots]), encoding="utf-8")
     return [data, page, *plots]
 
@@ -88,8 +96,8 @@ def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     """
     if not history:
         raise ValueError("there are no training curves without a validation")
-    figure = _figure(4.5)
-    left = _tidy(figure.subplots())
+    figure = new_figure(4.5)
+    left = tidy(figure.subplots())
     for (name, label), colour, marker in zip(TERMS.items(), (BLACK, BLUE, GREEN, PINK), MARKERS, strict=False):
         _curve(left, history, name, label=label, colour=colour, marker=marker)
     left.set(xlabel="epoch", ylabel="training, mean since the last point")
@@ -100,8 +108,8 @@ def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
         _curve(right, history, "validation_auc", label="validation AUC (right)", colour=RED, marker="D")
         right.set_ylabel("validation AUC", color=RED)
         right.tick_params(axis="y", colors=RED)
-    _legend(figure)
-    _save(figure, path)
+    legend(figure)
+    save(figure, path)
 
 
 # Page
@@ -198,17 +206,17 @@ def _by_layer(evaluation: Evaluation) -> "Figure | None":
         return None
     columns = min(2, len(dims))
     lines = math.ceil(len(dims) / columns)
-    figure = _figure(0.6 + 3.6 * lines)
+    figure = new_figure(0.6 + 3.6 * lines)
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
     for panel, dim in zip_longest(panels, dims):
         if dim is None:
             panel.remove()
             continue
-        _layer_panel(_tidy(panel), [s for s in evaluation.summaries if s.dim == dim], evaluation.layers)
+        _layer_panel(tidy(panel), [s for s in evaluation.summaries if s.dim == dim], evaluation.layers)
         panel.set_title(f"d = {dim}", fontsize=11)
     figure.supxlabel(f"layer of {evaluation.backbone} (0: embeddings, {evaluation.layers}: final)", fontsize=10)
     figure.supylabel("test AUC, mean ± std over seeds", fontsize=10)
-    _legend(figure)
+    legend(figure)
     return figure
 
 
@@ -239,8 +247,8 @@ def _by_dimension(evaluation: Evaluation) -> "Figure | None":
     series = _series(evaluation)
     if not series:
         return None
-    figure = _figure(5)
-    axes = _tidy(figure.subplots())
+    figure = new_figure(5)
+    axes = tidy(figure.subplots())
     axes.set_xscale("log", base=2)
     handles: list[tuple[float, Any]] = []
     for place, (label, colour, points) in enumerate(series):
@@ -294,7 +302,7 @@ def _series(evaluation: Evaluation) -> list[tuple[str, str, list[Summary]]]:
 
 def _size_axes(axes: "Axes", dims: Sequence[int]) -> None:
     """Ticks at the dimensions below, the same in bytes above."""
-    from matplotlib.ticker import NullLocator  # noqa: PLC0415 - as in _figure
+    from matplotlib.ticker import NullLocator  # noqa: PLC0415 - as in new_figure
 
     axes.set_xlim(dims[0] / 2**0.5, dims[-1] * 2**0.5)
     axes.set_xticks(dims, [f"{dim}" for dim in dims])
@@ -314,8 +322,8 @@ def _ablations(evaluation: Evaluation) -> "Figure | None":
         return None
     systems = list(dict.fromkeys(s.system for s in found))
     dims = sorted({s.dim for s in found})
-    figure = _figure(1.6 + 0.35 * len(systems) * (1 + len(dims)))
-    axes = _tidy(figure.subplots())
+    figure = new_figure(1.6 + 0.35 * len(systems) * (1 + len(dims)))
+    axes = tidy(figure.subplots())
     axes.axvline(0, color=BLACK, linewidth=1.2)
     for s in found:
         place = dims.index(s.dim)
@@ -325,7 +333,7 @@ def _ablations(evaluation: Evaluation) -> "Figure | None":
     axes.set_ylim(len(systems) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(f"test AUC minus that of {COMPARISON}")
-    _legend(figure)
+    legend(figure)
     return figure
 
 
@@ -339,20 +347,6 @@ def _difference(axes: "Axes", s: Summary, height: float, *, colour: str, marker:
     axes.plot(s.difference or 0.0, height, linestyle="", label=f"d = {s.dim}", **point)
 
 
-def _figure(height: float) -> "Figure":
-    # Not pyplot, which keeps every figure of the process. Here: whoever writes no plots need not have matplotlib.
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    return Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
-
-
-def _tidy(axes: "Axes") -> "Axes":
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=FAINT)
-    axes.set_axisbelow(True)
-    return axes
-
-
 def _curve(
     axes: "Axes", history: Sequence[Mapping[str, float]], name: str, *, label: str, colour: str, marker: str
 ) -> None:
@@ -360,17 +354,3 @@ def _curve(
     if rows:
         epochs, values = [row["epoch"] for row in rows], [row[name] for row in rows]
         axes.plot(epochs, values, label=label, color=colour, marker=marker, linewidth=1.6, markersize=4)
-
-
-def _legend(figure: "Figure") -> None:
-    """One line above all panels, each label once."""
-    handles: dict[str, Artist] = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=len(handles), frameon=False)
-
-
-def _save(figure: "Figure", path: Path) -> Path:
-    figure.savefig(path, dpi=DPI, format="png", facecolor="white")
-    return path

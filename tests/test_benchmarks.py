@@ -1,4 +1,4 @@
-"""The benchmarks of the encoder and the worker are commands that work, on a handful of texts."""
+"""The benchmarks of the encoder, the worker and the layers' measures are commands that work, on a handful of texts."""
 
 import csv
 import json
@@ -59,3 +59,15 @@ def test_the_worker(repository: Path, tmp_path: Path) -> None:
     assert bucket["parts"]["write"] > 0
     assert all(seconds > 0 for way in found["buckets"] for seconds in way["seconds"])
     assert all(megabytes > 0 for megabytes in found["memory_mb"].values())
+
+
+def test_the_memory_of_layers(repository: Path, tmp_path: Path) -> None:
+    command, found = repository / "tests" / "benchmarks" / "layer_memory.py", tmp_path / "figures.json"
+    sizes = {"layers": 2, "texts": 50, "width": 16, "block": 20, "views": 2, "tokens": 4}
+    options = [f"--{name}={size}" for name, size in sizes.items()]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    subprocess.run([sys.executable, str(command), *options, "--json", str(found)], check=True, env=environment)
+    figures = json.loads(found.read_text())
+    assert [layer["texts"] for layer in figures["figures"]] == [50, 50, 50]
+    assert figures["peak_mb"] >= figures["before_mb"] > 0
+    assert figures["held_mb"] * 2**20 == 3 * 50 * (1 + 2) * 16 * 4

@@ -177,15 +177,19 @@ class PooledLayers(nn.Module):
     def _keep(self, states: Tensor) -> None:
         if self._batch is None:
             raise RuntimeError("a block was run outside of PooledLayers")
-        # Pooled at once: token states of one layer at a time.
-        self._pooled.append(self._batch.pool(states, self.pooling))
+        # Summarised at once: token states of one layer at a time.
+        self._pooled.append(self.summary(self._batch, states))
+
+    def summary(self, batch: TokenBatch, states: Tensor) -> Tensor:
+        """What is kept of a layer's token states: one row per text [b, D]."""
+        return batch.pool(states, self.pooling)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Pooled states [b, L + 1, D], float32, of a batch of token ids."""
         self._batch, self._pooled = batch, []
         try:
             last = batch.run(self.model)
-            return torch.stack([*self._pooled, batch.pool(last, self.pooling)], dim=1)
+            return torch.stack([*self._pooled, self.summary(batch, last)], dim=1)
         finally:
             self._batch, self._pooled = None, []
 

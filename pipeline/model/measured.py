@@ -1,0 +1,113 @@
+"""One pass that measures: pooled states of every layer, what only tokens tell of them, and what each block costs."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.model.backbone import PooledLayers, blocks
+from pipeline.model.batches import TokenBatch
+from pipeline.model.curvature import curvature
+from pipeline.model.entropy import prompt_entropy
+from schemas.bundle import Pooling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOKEN_FIGURES = ("prompt entropy", "tokens", "curvature")
+"""Columns that :class:`MeasuredLayers` puts behind the state's own."""
+UNDEFINED = -1.0
+"""Stands for a figure that a text does not have: the encoder takes NaN for a failure. None of them is negative."""
+
+
+class MeasuredLayers(PooledLayers):
+    """Pooled states of every layer, each followed by the text's ``TOKEN_FIGURES`` there.
+
+    Columns and not sums: a batch may fail half-way and be run again in parts, and a text may be left out later.
+
+    Args:
+        model: a whole backbone.
+        pooling: how token states become one vector.
+        order: α of the prompt entropy.
+    """
+
+    def __init__(self, model: "PreTrainedModel", pooling: Pooling, *, order: float = 1.0) -> None:
+        super().__init__(model, pooling)
+        self._order = order
+        self._measuring = False
+        self._marks: list[float | torch.Event] = []
+        self._passes: list[list[float | torch.Event]] = []
+        self._device = torch.device("cpu")
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Here a pass looks at tokens and takes the time; elsewhere its ``TOKEN_FIGURES`` are undefined."""
+        self._measuring = True
+        try:
+            yield
+        finally:
+            self._measuring = False
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Pooled states and token figures [b, L + 1, D + 3], float32, of a batch of token ids."""
+        self._device = next(self.model.parameters()).device
+        self._marks = []
+        self._mark()
+        found = super().forward(batch)
+        if self._measuring:
+            self._passes.append(self._marks)
+        return found
+
+    def summary(self, batch: TokenBatch, states: Tensor) -> Tensor:
+        """One row per text [b, D + 3]; the time that this takes is not the block's."""
+        self._mark()
+        pooled = super().summary(batch, states)
+        figures = pooled.new_full((len(pooled), len(TOKEN_FIGURES)), UNDEFINED)
+        if self._measuring:
+            for places, tokens in batch.by_length(states):
+                found = torch.stack([prompt_entropy(tokens, self._order), curvature(tokens)], dim=1)
+                entropies, curvatures = found.nan_to_num(nan=UNDEFINED).float().unbind(dim=1)
+                lengths = torch.full_like(entropies, tokens.shape[1])
+                figures[places] = torch.stack([entropies, lengths, curvatures], dim=1)
+        self._mark()
+        return torch.cat([pooled, figures], dim=1)
+
+    def seconds(self) -> NDArray[np.float64]:
+        """Seconds of all measured passes [L + 1]: embeddings, then each block; the last one with the final norm."""
+        found = np.zeros(len(blocks(self.model)[2]) + 1)
+        for marks in self._passes:
+            # One mark where the pass begins; then, for every layer, one before its summary and one after it.
+            found += [_between(begin, end) for begin, end in zip(marks[0::2], marks[1::2], strict=False)]
+        return found
+
+    def _mark(self) -> None:
+        if self._device.type != "cuda":
+            self._marks.append(time.perf_counter())
+            return
+        event = torch.Event(self._device, enable_timing=True)
+        event.record()
+        self._marks.append(event)
+
+
+def weights_bytes(model: "PreTrainedModel", *, item_bytes: int) -> list[int]:
+    """Bytes of the weights of a model truncated after 0, 1, … L blocks.
+
+    Args:
+        model: a whole backbone.
+        item_bytes: of one weight.
+    """
+    of_blocks = [sum(weight.numel() for weight in block.parameters()) for block in blocks(model)[2]]
+    rest = sum(weight.numel() for weight in model.parameters()) - sum(of_blocks)
+    return [item_bytes * (rest + sum(of_blocks[:layer])) for layer in range(len(of_blocks) + 1)]
+
+
+def _between(begin: float | torch.Event, end: float | torch.Event) -> float:
+    if isinstance(begin, torch.Event) and isinstance(end, torch.Event):
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
+    return float(end) - float(begin)  # type: ignore[arg-type]  # both or none are events

@@ -1,4 +1,4 @@
-"""marc_train: catalogue and interactions become a bundle; hidden states, train, evaluate, promote behind a gate."""
+"""marc_train: catalogue and interactions become a bundle: states, layers, train, evaluate, promote behind a gate."""
 
 from datetime import datetime
 from typing import Any
@@ -47,10 +47,10 @@ def marc_train() -> None:
         return promote_for_scheduler(config=training["config"], training_id=training["training_id"])
 
     training: Any = identify()
-    states, train, evaluate = (
-        spark_stage(name, ARGUMENTS) for name in ("hidden_states", "train_marc", "evaluate_marc")
+    states, layers, train, evaluate = (
+        spark_stage(name, ARGUMENTS) for name in ("hidden_states", "evaluate_layers", "train_marc", "evaluate_marc")
     )
-    training >> states >> train >> evaluate >> promote(training)
+    training >> states >> layers >> train >> evaluate >> promote(training)
 
 
 marc_train()

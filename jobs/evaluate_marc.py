@@ -3,7 +3,7 @@
 from pipeline.entry import job
 from pipeline.promotion import compare_stage
 from pipeline.session import spark_session
-from pipeline.training_run import trained_bundle
+from pipeline.training_run import reviewed, trained_bundle
 
 if __name__ == "__main__":
     with (
@@ -12,5 +12,6 @@ if __name__ == "__main__":
             called.settings.spark, storage=called.settings.storage, name=f"marc evaluate {called.ds}"
         ) as spark,
     ):
-        candidate = trained_bundle(called.settings, called.training_id)
-        compare_stage(spark, called.settings, called.training_id, candidate)
+        settings = reviewed(called.settings)
+        candidate = trained_bundle(settings, called.training_id)
+        compare_stage(spark, settings, called.training_id, candidate)

@@ -2,7 +2,7 @@
 
 from pipeline.entry import job
 from pipeline.session import spark_session
-from pipeline.training_run import identify, states_stage
+from pipeline.training_run import identify, reviewed, states_stage
 
 if __name__ == "__main__":
     with (
@@ -11,4 +11,5 @@ if __name__ == "__main__":
             called.settings.spark, storage=called.settings.storage, name=f"marc hidden states {called.ds}"
         ) as spark,
     ):
-        states_stage(spark, called.settings, identify(called.settings, ds=called.ds), expected=called.training_id)
+        settings = reviewed(called.settings)
+        states_stage(spark, settings, identify(settings, ds=called.ds), expected=called.training_id)

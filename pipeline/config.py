@@ -178,6 +178,18 @@ class EvaluateSettings(Section):
     audit_sample: int = Field(1000, ge=2, description="Catalogue texts that a bundle is audited on before promotion.")
 
 
+class LayerSettings(Section):
+    """What the judgement of layers looks at."""
+
+    sample: int = Field(2000, ge=2, description="Distinct texts that the metrics are computed on.")
+    views: int = Field(4, ge=2, description="Noisy copies of each text, for the invariance metrics.")
+    probability: float = Field(0.3, ge=0, le=1, description="Of noise, per word.")
+    block: int = Field(500, ge=2, description="Texts that InfoNCE and DiME compare with one another.")
+    order: float = Field(1.0, ge=0, description="α of the entropies.")
+    temperature: float = Field(0.1, gt=0, description="Of InfoNCE.")
+    seed: int = 0
+
+
 class RetentionSettings(Section):
     """Which releases are kept, and how long readers may hold on to one that is not."""
 
@@ -240,6 +252,7 @@ class Settings(BaseSettings):
     index: IndexSettings = IndexSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    layers: LayerSettings = LayerSettings()
     retention: RetentionSettings = RetentionSettings()
     storage: StorageSettings = StorageSettings()
     spark: SparkSettings = SparkSettings()

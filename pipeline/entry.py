@@ -71,19 +71,24 @@ class Job:
 
 @contextmanager
 def job(
-    description: str | None, *, of: Literal["plan_id", "training_id"] = "plan_id", backfill: bool = False
+    description: str | None,
+    *,
+    of: Literal["plan_id", "training_id"] = "plan_id",
+    announced: bool = True,
+    backfill: bool = False,
 ) -> Iterator[Job]:
     """Arguments, logging and error reporting of a spark-submit entry point.
 
     Args:
         description: the module docstring of the job.
         of: what the run announced.
+        announced: whether it must have.
         backfill: whether buckets can be chosen.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="configuration file (default: %(default)s)")
     parser.add_argument("--ds", required=True, help="date of the snapshot, YYYY-MM-DD")
-    parser.add_argument(f"--{of.replace('_', '-')}", required=True, help="what the run announced")
+    parser.add_argument(f"--{of.replace('_', '-')}", required=announced, default="", help="what the run announced")
     if backfill:
         parser.add_argument("--bucket", type=int, action="append", default=[], help="replace only these buckets")
         parser.add_argument("--recompute", action="store_true", help="compute vectors of unchanged texts as well")

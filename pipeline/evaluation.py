@@ -2,14 +2,12 @@
 
 import io
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.polynomial import Polynomial
 from numpy.typing import NDArray
 
 from pipeline.config import EncodeSettings, Settings, TrainSettings
@@ -159,22 +157,6 @@ def layer_scores(found: Iterable[Scored]) -> dict[int, list[float]]:
     for score in (score for scored in found for score in scored.scores):
         by_layer.setdefault(score.layer or 0, {})[score.seed] = score.auc
     return {layer: [auc for _, auc in sorted(aucs.items())] for layer, aucs in sorted(by_layer.items())}
-
-
-def choose_layer(scores: Mapping[int, Sequence[float]]) -> int:
-    """The layer where a parabola through the mean AUC of all layers is highest; of equals the lowest.
-
-    One layer's AUC is known to about what layers differ by, and the best of several is a lottery. Neighbours hold
-    nearly the same, so a curve that falls off towards its ends is known far better than any point of it.
-
-    Args:
-        scores: AUC of every layer, one per fold.
-    """
-    layers = sorted(scores)
-    means = np.array([fmean(scores[layer]) for layer in layers])
-    depth = np.linspace(-1, 1, len(layers))
-    fitted = Polynomial.fit(depth, means, deg=min(2, len(layers) - 1))(depth)
-    return layers[int(np.argmax(fitted.round(9)))]
 
 
 def evaluation_tasks(

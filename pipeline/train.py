@@ -9,7 +9,16 @@ from pipeline.promotion import compare_stage, promote_stage
 from pipeline.resources import machine
 from pipeline.run import storage_of
 from pipeline.storage import join
-from pipeline.training_run import identify, layer_stage, states_stage, train_stage, trained_bundle, tuned_stage
+from pipeline.training_run import (
+    identify,
+    layer_stage,
+    layers_from,
+    reviewed,
+    states_stage,
+    train_stage,
+    trained_bundle,
+    tuned_stage,
+)
 from schemas.evaluation import Evaluation
 from schemas.promotion import Comparison
 
@@ -28,13 +37,13 @@ def identify_for_scheduler(*, ds: str, config: str) -> dict[str, str]:
         UserError: bad date or configuration, no catalogue, no interactions.
     """
     path = default_config(config)
-    identity = identify(load_settings(path), ds=parse_ds(ds))
+    identity = identify(reviewed(load_settings(path)), ds=parse_ds(ds))
     return {"ds": ds, "config": os.path.abspath(path), "training_id": identity.training_id}  # noqa: PTH100 - as load_settings does
 
 
 def promote_for_scheduler(*, config: str, training_id: str) -> dict[str, Any]:
     """Promote the bundle that a training made; what was compared, without the single scores."""
-    settings = load_settings(config)
+    settings = reviewed(load_settings(config))
     comparison = promote_stage(settings, training_id, trained_bundle(settings, training_id))
     return comparison.model_dump(exclude={"scores"})
 
@@ -54,6 +63,7 @@ def train_bundle(settings: Settings, *, ds: str, promote: bool = True) -> "Bundl
     from pipeline.model.bundle import open_bundle
     from pipeline.session import spark_session
 
+    settings = reviewed(settings)
     train = settings.train
     if train.compressor == "pca" or (train.compressor == "auto" and settings.interactions.uri is None):
         return _train_pca(settings, ds=ds, promote=promote)
@@ -86,6 +96,7 @@ def _train_pca(settings: Settings, *, ds: str, promote: bool) -> "Bundle":
         storage=storage,
         bundle_uri=settings.bundle_uri,
         resources=machine(),
+        layers_from=layers_from(settings),
     )
     if promote:
         bundle.promote(storage, settings.bundle_uri, made.version)
@@ -108,6 +119,7 @@ def evaluate(settings: Settings, *, ds: str, wanted: Sequence[str] = ()) -> Eval
     from pipeline.session import spark_session
 
     require_known(wanted)
+    settings = reviewed(settings)
     identity, storage = identify(settings, ds=ds), storage_of(settings)
     with spark_session(settings.spark, storage=settings.storage, name=f"marc evaluate {ds}") as spark:
         training_set = states_stage(spark, settings, identity, dims=(settings.train.dim, *settings.evaluate.dims))
@@ -126,6 +138,7 @@ def evaluate_and_promote(settings: Settings, version: str, *, ds: str) -> Compar
     """Compare a bundle with the current one on the interactions of a date, and make it current behind the gate."""
     from pipeline.session import spark_session
 
+    settings = reviewed(settings)
     identity = identify(settings, ds=ds)
     with spark_session(settings.spark, storage=settings.storage, name=f"marc promote {version}") as spark:
         states_stage(spark, settings, identity)

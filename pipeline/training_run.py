@@ -4,7 +4,8 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -25,21 +26,25 @@ from pipeline.training_set import (
     make_training_set,
     open_training_set,
     read_card,
+    require_announced,
     require_shape,
     training_uri,
 )
 from pipeline.workspace import read_contract
+from schemas.layers import Adopted
 from schemas.promotion import TrainingRun
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+    from pipeline.evaluation import EvaluateTask
     from pipeline.model.training import Trained
 
 RUN = "run.json"
 CHECKPOINT = "checkpoint.pt"
 CURVES = "curves.png"
 LAYERS = "layers.json"
+ADOPTED = "layers.json"
 TUNED = "states.npy"
 
 log = logging.getLogger(__name__)
@@ -53,10 +58,45 @@ def with_train(settings: Settings, overrides: Mapping[str, object]) -> Settings:
     """
     given = {key: value for key, value in overrides.items() if value is not None}
     try:
-        train = TrainSettings.model_validate({**settings.train.model_dump(), **given})
+        # What was not set stays open: an adopted recommendation may fill it.
+        train = TrainSettings.model_validate({**settings.train.model_dump(exclude_unset=True), **given})
     except ValidationError as error:
         raise UserError(f"train: {describe(error)}") from None
     return settings.model_copy(update={"train": train})
+
+
+def adopted(settings: Settings) -> Adopted | None:
+    """The recommendation that somebody made the default for the configured backbone."""
+    found = read_contract(storage_of(settings), join(settings.bundle_uri, ADOPTED), Adopted)
+    return found if found and found.recommendation.backbone == settings.train.backbone else None
+
+
+def reviewed(settings: Settings) -> Settings:
+    """Settings with layers and pooling as adopted, where the configuration leaves them open."""
+    found, train = adopted(settings), settings.train
+    if found is None or train.layers is not None:
+        return settings
+    advised = found.recommendation
+    if "pooling" in train.model_fields_set and train.pooling != advised.pooling:
+        log.warning(
+            "train.pooling is %s; the adopted %d layers are for %s pooling and have no say", train.pooling,
+            advised.layers, advised.pooling,
+        )  # fmt: skip
+        return settings
+    update = {"layers": advised.layers, "pooling": advised.pooling}
+    return settings.model_copy(update={"train": train.model_copy(update=update)})
+
+
+def layers_from(settings: Settings) -> str:
+    """What decided how many layers a bundle keeps: ``clicks``, ``configuration``, or the report that was adopted."""
+    if settings.train.layers is None:
+        return "clicks" if settings.train.compressor != "pca" and settings.interactions.uri is not None else "all"
+    found = adopted(settings)
+    same = found and (found.recommendation.layers, found.recommendation.pooling) == (
+        settings.train.layers,
+        settings.train.pooling,
+    )
+    return f"report {found.report_id}" if found and same else "configuration"
 
 
 def run_id(settings: Settings, training_id: str) -> str:
@@ -96,11 +136,8 @@ def states_stage(
         UserError: catalogue or interactions cannot be used or changed since the id was announced, or the backbone has
             too few layers or numbers.
     """
-    if expected is not None and identity.training_id != expected:
-        raise UserError(
-            f"the catalogue, the interactions or the settings changed while the training was under way: {expected} is "
-            f"now {identity.training_id}; start it again"
-        )
+    if expected is not None:
+        require_announced(identity, expected)
     from pipeline.model.states import write_states
 
     def write(texts: list[str], path: Path) -> StatesFacts:
@@ -111,22 +148,58 @@ def states_stage(
     return made
 
 
+def fold_scores(spark: "SparkSession", settings: Settings, training_id: str) -> dict[int, list[float]]:
+    """AUC of every layer within the training part, one per group of users; computed once."""
+    from pipeline import evaluation
+
+    def tasks(training_set: TrainingSet) -> "list[EvaluateTask]":
+        return evaluation.sweep_tasks(settings, training_set, storage=storage_of(settings))
+
+    return _layer_scores(spark, settings, training_id, LAYERS, tasks)
+
+
+def tested_layers(spark: "SparkSession", settings: Settings, training_id: str) -> dict[int, list[float]]:
+    """Test AUC of every layer's PCA at the dimensions of a training, one per seed; computed once."""
+    from pipeline import evaluation
+
+    dims, seeds = (settings.train.dim,), settings.evaluate.seeds
+    asked = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"dims": dims})})
+
+    def tasks(training_set: TrainingSet) -> "list[EvaluateTask]":
+        wanted = [f"pca-layer-{layer}" for layer in range(training_set.card.layers + 1)]
+        return evaluation.evaluation_tasks(asked, training_set, storage=storage_of(settings), chosen=0, wanted=wanted)
+
+    return _layer_scores(spark, settings, training_id, f"layers_tested_{seeds}.json", tasks)
+
+
+def _layer_scores(
+    spark: "SparkSession",
+    settings: Settings,
+    training_id: str,
+    name: str,
+    tasks: "Callable[[TrainingSet], list[EvaluateTask]]",
+) -> dict[int, list[float]]:
+    """AUC of every layer, which a file of the training run remembers."""
+    from pipeline import evaluation
+
+    storage = storage_of(settings)
+    uri = join(run_uri(settings, training_id), name)
+    with suppress(FileNotFoundError):
+        return {int(layer): aucs for layer, aucs in json.loads(storage.read(uri)).items()}
+    training_set = open_training_set(storage, settings.work_uri, training_id)
+    scores = evaluation.layer_scores(evaluation.run_tasks(spark, tasks(training_set), label="layers"))
+    storage.write(uri, json.dumps(scores).encode())
+    return scores
+
+
 def layer_stage(spark: "SparkSession", settings: Settings, training_id: str) -> int:
     """The layer to keep: as configured, or as the training part chooses."""
-    from pipeline import evaluation
+    from pipeline.layer_findings import choose_layer
 
     if settings.train.layers is not None:
         return settings.train.layers
-    storage = storage_of(settings)
-    uri = join(run_uri(settings, training_id), LAYERS)
-    try:
-        scores = {int(layer): aucs for layer, aucs in json.loads(storage.read(uri)).items()}
-    except FileNotFoundError:
-        training_set = open_training_set(storage, settings.work_uri, training_id)
-        tasks = evaluation.sweep_tasks(settings, training_set, storage=storage)
-        scores = evaluation.layer_scores(evaluation.run_tasks(spark, tasks, label="layers"))
-        storage.write(uri, json.dumps(scores).encode())
-    chosen = evaluation.choose_layer(scores)
+    scores = fold_scores(spark, settings, training_id)
+    chosen = choose_layer(scores)
     means = ", ".join(f"{layer} {fmean(aucs):.4f}" for layer, aucs in scores.items())
     log.info("layers: %s; kept: %d", means, chosen)
     return chosen
@@ -206,6 +279,7 @@ def train_process(settings: Settings, training_id: str, layers: int) -> tuple[st
         train=settings.train,
         storage=storage_of(settings),
         bundle_uri=settings.bundle_uri,
+        layers_from=layers_from(settings),
     )
     return bundle.version, trained.progress.history
 

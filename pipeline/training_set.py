@@ -105,10 +105,24 @@ def identify_training(settings: Settings, *, ds: str, storage: Storage) -> Train
         wanted.id_column, wanted.updated_at_column, wanted.template,
         sorted(storage.content_digest(stored) for stored in rated),
         settings.interactions.model_dump(exclude={"uri", "history"}),
-        train.backbone, _weights(train.backbone), train.pooling, train.max_tokens, train.sample, settings.encode.dtype,
+        train.backbone, backbone_files(train.backbone), train.pooling, train.max_tokens, train.sample,
+        settings.encode.dtype,
     ]  # fmt: skip
     training_id = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     return TrainingIdentity(training_id=training_id, ds=ds, source=source)
+
+
+def require_announced(identity: TrainingIdentity, expected: str) -> None:
+    """Refuse a training set that is not the one that an earlier task of the same run announced.
+
+    Raises:
+        UserError: catalogue, interactions or settings changed meanwhile.
+    """
+    if identity.training_id != expected:
+        raise UserError(
+            f"the catalogue, the interactions or the settings changed while the training was under way: {expected} is "
+            f"now {identity.training_id}; start it again"
+        )
 
 
 def make_training_set(
@@ -225,8 +239,11 @@ def read_card(storage: Storage, work_uri: str, training_id: str) -> TrainingSetC
         raise CorruptFile(f"{uri} cannot be read; delete the folder and train again") from None
 
 
-def _weights(backbone: str) -> list[tuple[str, str]]:
-    """Files of a backbone that is a folder: what lies at a path may change; what a hub or a package names does not."""
+def backbone_files(backbone: str) -> list[tuple[str, str]]:
+    """Files of a backbone that is a folder, by name and digest: what lies at a path may change.
+
+    What a hub or a package names does not; of that there are none.
+    """
     if not Path(backbone).is_dir():
         return []
     files = sorted(path for path in Path(backbone).iterdir() if path.is_file())

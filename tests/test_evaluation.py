@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import evaluation
-from pipeline.evaluation import FOLDS, choose_layer
+from pipeline.evaluation import FOLDS
 from pipeline.interactions import histories, split_by_time
+from pipeline.layer_findings import choose_layer
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ FOUNDATIONS = {
     "errors", "config", "storage", "integrity", "workspace", "feature_table", "release_log", "resources", "catalogue",
     "interactions", "training_set", "catalogue_text",
 }  # fmt: skip
-DRIVERS = {"run", "train", "training_run", "promotion", "cli", "session", "entry", "verify"}
+DRIVERS = {"run", "train", "training_run", "promotion", "layers", "cli", "session", "entry", "verify"}
 HEAVY = {
     "torch": ("pipeline.model",),
     "transformers": ("pipeline.model",),

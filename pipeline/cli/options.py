@@ -47,7 +47,9 @@ def print_table(title: str | None, columns: list[str], rows: list[list[str]], *,
     """A table on standard output; ``right`` names the columns of numbers."""
     table = Table(title=title, title_justify="left")
     for place, name in enumerate(columns):
-        table.add_column(name, justify="right" if place in right else "left", overflow="fold", no_wrap=place == 0)
+        table.add_column(
+            name, justify="right" if place in right else "left", overflow="fold", no_wrap=place == 0 < len(columns) - 1
+        )
     for row in rows:
         table.add_row(*row)
     # Into a pipe there is no terminal to fit.

@@ -68,6 +68,7 @@ def train_pca(
     storage: Storage,
     bundle_uri: str,
     resources: TaskResources,
+    layers_from: str = "configuration",
 ) -> Bundle:
     """Fit a whitened PCA on the backbone's pooled hidden states and save the bundle; which one is current stays.
 
@@ -79,6 +80,7 @@ def train_pca(
         storage: access to ``bundle_uri``.
         bundle_uri: folder of bundles.
         resources: cores for the pass.
+        layers_from: what decided how many layers are kept.
 
     Raises:
         UserError: unknown backbone, too many layers or dimensions, too few texts.
@@ -108,7 +110,12 @@ def train_pca(
             normalised=True,
             template=template,
             compressor=CompressorCard(kind="pca", arguments={"width": hidden.shape[1], "dim": train.dim}),
-            training={"regime": "pca", "texts": len(distinct), "fingerprint": fingerprint(distinct)},
+            training={
+                "regime": "pca",
+                "layers_from": layers_from,
+                "texts": len(distinct),
+                "fingerprint": fingerprint(distinct),
+            },
             metrics={"explained_variance": round(explained, 6)},
             files={},
         )
@@ -167,7 +174,13 @@ def train_marc(
 
 
 def save_marc(
-    trained: Trained, training_set: TrainingSet, *, train: TrainSettings, storage: Storage, bundle_uri: str
+    trained: Trained,
+    training_set: TrainingSet,
+    *,
+    train: TrainSettings,
+    storage: Storage,
+    bundle_uri: str,
+    layers_from: str = "configuration",
 ) -> Bundle:
     """Write a trained MARC as a bundle; which one is current does not change.
 
@@ -177,6 +190,7 @@ def save_marc(
         train: the settings that it was trained with.
         storage: access to ``bundle_uri``.
         bundle_uri: folder of bundles.
+        layers_from: what decided how many layers are kept.
     """
     card, objective, layers, progress = training_set.card, trained.objective, trained.layers, trained.progress
 
@@ -204,6 +218,7 @@ def save_marc(
             ),
             training={
                 "regime": train.regime,
+                "layers_from": layers_from,
                 "training_id": card.training_id,
                 "interactions": trained.interactions,
                 "until": int(training_set.interactions.times[training_set.split.train.stop - 1]),

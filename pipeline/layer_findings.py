@@ -1,0 +1,284 @@
+"""From figures of layers to a judgement: what each metric would choose, what that costs, and the layer to keep."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+from pipeline.model.statistics import paired_difference
+from schemas.layers import Basis, JudgedLayer, JudgedModel, MetricChoice, Recommendation
+
+View = Literal["information", "geometry", "invariance"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of representations.
+
+    Attributes:
+        name: key of its figure.
+        title: for people.
+        view: what it looks at.
+        better: which end is taken for the better one, by what the metric means: richer, smoother, less moved by noise.
+            That is this project's choice; whether it holds for a model, the correlation tells.
+        unit: empty for plain numbers.
+    """
+
+    name: str
+    title: str
+    view: View
+    better: Literal["high", "low"]
+    unit: str = ""
+
+
+METRICS = (
+    Metric("prompt_entropy", "prompt entropy", "information", "high", "nats"),
+    Metric("dataset_entropy", "dataset entropy", "information", "high", "nats"),
+    Metric("effective_rank", "effective rank", "information", "high"),
+    Metric("curvature", "curvature", "geometry", "low", "rad"),
+    Metric("infonce", "InfoNCE", "invariance", "low", "nats"),
+    Metric("information_bound", "information bound", "invariance", "high", "nats"),
+    Metric("lidar", "LiDAR", "invariance", "high"),
+    Metric("dime", "DiME", "invariance", "high", "nats"),
+)
+
+
+WITHOUT_CLICKS = ("prompt_entropy", "curvature", "dime")
+"""One metric of each view, which together choose where there are no clicks.
+
+This project's choice, made where the answer was known: on ml-latest-small with the default backbone, where the
+dataset's entropy, InfoNCE and LiDAR prefer the final layer, one of the worst. What it promises elsewhere is little.
+"""
+
+
+def choices(judged: Sequence[JudgedLayer]) -> list[MetricChoice]:
+    """What every metric would choose among the layers that can be kept, and what that costs.
+
+    Args:
+        judged: all layers, the embeddings first.
+    """
+    found = []
+    aucs = {layer.layer: fmean(layer.test_auc) for layer in judged if layer.test_auc}
+    best = max((auc for layer, auc in aucs.items() if layer), default=None)
+    for metric in METRICS:
+        figures = {layer.layer: layer.metrics.get(metric.name, math.nan) for layer in judged}
+        layer = best_layer(metric, figures)
+        lost = None if best is None or layer is None else best - aucs[layer]
+        correlation = _spearman(figures, aucs)
+        found.append(
+            MetricChoice(metric=metric.name, better=metric.better, layer=layer, correlation=correlation, lost_auc=lost)
+        )
+    return found
+
+
+def best_layer(metric: Metric, figures: Mapping[int, float]) -> int | None:
+    """The layer, of those that can be kept, where a metric is best; of equals the lowest."""
+    sign = 1 if metric.better == "high" else -1
+    ranked = [(-sign * figure, layer) for layer, figure in figures.items() if layer and not math.isnan(figure)]
+    return min(ranked)[1] if ranked else None
+
+
+def smoothed(scores: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    """A parabola through the mean score of all layers.
+
+    One layer's AUC is known to about what layers differ by, and the best of several is a lottery. Neighbours hold
+    nearly the same, so a curve that falls off towards its ends is known far better than any point of it.
+
+    Args:
+        scores: of every layer, one per fold.
+    """
+    layers = sorted(scores)
+    means = np.array([fmean(scores[layer]) for layer in layers])
+    depth = np.linspace(-1, 1, len(layers))
+    curve = np.polynomial.Polynomial.fit(depth, means, deg=min(2, len(layers) - 1))(depth)
+    return dict(zip(layers, curve.round(9).tolist(), strict=True))
+
+
+def choose_layer(scores: Mapping[int, Sequence[float]]) -> int:
+    """The layer where :func:`smoothed` scores are highest; of equals the lowest.
+
+    Args:
+        scores: AUC of every layer, one per fold.
+    """
+    curve = smoothed(scores)
+    return min(curve, key=lambda layer: (-curve[layer], layer))
+
+
+def choose_by_metrics(judged: Sequence[JudgedLayer]) -> int | None:
+    """The layer with the best mean rank over ``WITHOUT_CLICKS``; of equals the lowest; None where all are undefined.
+
+    Args:
+        judged: all layers, the embeddings first.
+    """
+    layers = [layer for layer in judged if layer.layer]
+    ranks = []
+    for metric in (metric for metric in METRICS if metric.name in WITHOUT_CLICKS):
+        sign = 1 if metric.better == "low" else -1
+        figures = [sign * layer.metrics.get(metric.name, math.nan) for layer in layers]
+        if not any(map(math.isnan, figures)):
+            ranks.append(stats.rankdata(figures))
+    if not ranks:
+        return None
+    return layers[int(np.argmin(np.mean(ranks, axis=0)))].layer
+
+
+def kept(model: JudgedModel) -> JudgedModel:
+    """The same with its choices, and with the layer to keep."""
+    folds = {layer.layer: layer.fold_auc for layer in model.judged if layer.fold_auc}
+    found = choices(model.judged)
+    if folds:
+        keep: int | None = choose_layer(folds)
+        basis: Basis = "clicks"
+    else:
+        keep, basis = choose_by_metrics(model.judged), "metrics"
+    return model.model_copy(update={"choices": found, "keep": keep, "basis": basis})
+
+
+def recommend(models: Sequence[JudgedModel]) -> list[Recommendation]:
+    """Where to cut each backbone, and how to pool: of several poolings the one that scored best.
+
+    Args:
+        models: from :func:`kept`; those of one backbone differ in their pooling.
+    """
+    found = []
+    for backbone in dict.fromkeys(model.backbone for model in models):
+        candidates = [model for model in models if model.backbone == backbone and model.keep is not None]
+        if not candidates:
+            continue
+        best = max(candidates, key=_score)
+        others = [model.pooling for model in candidates if model is not best]
+        found.append(
+            Recommendation(
+                backbone=backbone,
+                layers=best.keep or 0,
+                pooling=best.pooling,
+                basis=best.basis or "metrics",
+                reason=_reason(best, others),
+            )
+        )
+    return found
+
+
+def findings(models: Sequence[JudgedModel]) -> list[str]:
+    """One sentence per claim: what came out, with its figures, also where it is not what one would wish."""
+    several = len(models) > 1
+    found = []
+    for model in models:
+        lead = f"{model.backbone}, {model.pooling} pooling: " if several else ""
+        sentences = [*_advantage(model), *_kept(model), *_metrics(model)]
+        if model.left_out:
+            sentences.append(
+                f"{model.left_out} of {model.inputs:,} inputs could not be run and are left out; the first: "
+                f"{model.left_out_because}."
+            )
+        found += [lead + sentence for sentence in sentences]
+    return found
+
+
+def mean_auc(layer: JudgedLayer) -> float:
+    """Mean test AUC over seeds, NaN without interactions."""
+    return fmean(layer.test_auc) if layer.test_auc else math.nan
+
+
+def std_auc(layer: JudgedLayer) -> float:
+    """Sample standard deviation of the test AUC over seeds, NaN with fewer than two."""
+    return stdev(layer.test_auc) if len(layer.test_auc) > 1 else math.nan
+
+
+def best_by_test(model: JudgedModel) -> JudgedLayer | None:
+    """The layer with the highest mean test AUC among those that can be kept."""
+    return max((layer for layer in model.judged if layer.layer and layer.test_auc), key=mean_auc, default=None)
+
+
+def _advantage(model: JudgedModel) -> list[str]:
+    best, final = best_by_test(model), model.judged[-1]
+    if best is None:
+        return []
+    if best.layer == final.layer:
+        return [f"The final layer has the highest test AUC, {_auc(final)}: this model has no mid-layer advantage here."]
+    difference = paired_difference(dict(enumerate(best.test_auc)), dict(enumerate(final.test_auc)))
+    said = ""
+    if difference is not None and difference.low is not None and difference.high is not None:
+        said = f" (95 % interval {_signed(difference.low)} to {_signed(difference.high)}, {difference.seeds} seeds)"
+        shown = "is there" if difference.low > 0 else "is not shown"
+    else:
+        shown = "has no interval to judge by"
+    return [
+        f"The mid-layer advantage {shown}: layer {best.layer} has the highest test AUC, {_auc(best)}, the final layer "
+        f"{_auc(final)}, {_signed(mean_auc(best) - mean_auc(final))}{said}."
+    ]
+
+
+def _kept(model: JudgedModel) -> list[str]:
+    if model.keep is None:
+        return []
+    layer, final, best = model.judged[model.keep], model.judged[-1], best_by_test(model)
+    found = [
+        f"{model.keep} of {model.layers} layers take {layer.seconds / final.seconds:.0%} of the whole model's time and "
+        f"{layer.weights_bytes / final.weights_bytes:.0%} of its weights' memory.".replace("%", " %")
+        if final.seconds > 0
+        else ""
+    ]
+    if best is not None and best.layer != layer.layer:
+        spread = std_auc(best)
+        within = mean_auc(best) - mean_auc(layer) <= spread
+        found.append(
+            f"Test AUC of layer {layer.layer} is {_auc(layer)}, {mean_auc(best) - mean_auc(layer):.4f} below the best "
+            f"layer's, {'within' if within else 'beyond'} one standard deviation of it over seeds."
+        )
+    return [sentence for sentence in found if sentence]
+
+
+def _metrics(model: JudgedModel) -> list[str]:
+    titles = {metric.name: metric for metric in METRICS}
+    known = [choice for choice in model.choices if choice.correlation is not None and choice.lost_auc is not None]
+    if not known:
+        return []
+    cheap = min(known, key=lambda choice: choice.lost_auc or 0.0)
+    strong = max(known, key=lambda choice: abs(choice.correlation or 0.0))
+    return [
+        f"Of the metrics, which see no click, {titles[cheap.metric].title} chooses best: layer {cheap.layer}, at a "
+        f"loss of {cheap.lost_auc:.4f} of test AUC. {titles[strong.metric].title} goes with the test AUC most closely: "
+        f"Spearman {_signed(strong.correlation or 0.0, 2)} over {len(model.judged)} layers."
+    ]
+
+
+def _reason(model: JudgedModel, others: Sequence[str]) -> str:
+    beside = f", and {model.pooling} pooling before {' and '.join(others)}" if others else ""
+    if model.basis == "clicks":
+        folds = {layer.layer: layer.fold_auc for layer in model.judged if layer.fold_auc}
+        return (
+            f"A parabola through the AUC within the training part, over {len(folds[min(folds)])} groups of users, is "
+            f"highest at layer {model.keep} of {model.layers}{beside}; nothing behind the 80 % boundary had a say."
+        )
+    titles = [metric.title for metric in METRICS if metric.name in WITHOUT_CLICKS]
+    return (
+        f"There are no clicks: layer {model.keep} of {model.layers} has the best mean rank of "
+        f"{', '.join(titles)}{beside}. A hint, no measurement: with interactions the downstream AUC decides."
+    )
+
+
+def _score(model: JudgedModel) -> float:
+    folds = {layer.layer: layer.fold_auc for layer in model.judged if layer.fold_auc}
+    return max(smoothed(folds).values()) if folds else 0.0
+
+
+def _auc(layer: JudgedLayer) -> str:
+    spread = std_auc(layer)
+    return f"{mean_auc(layer):.4f}" + ("" if math.isnan(spread) else f" ± {spread:.4f}")
+
+
+def _signed(figure: float, digits: int = 4) -> str:
+    return f"{figure:+.{digits}f}".replace("-", "−")
+
+
+def _spearman(figures: Mapping[int, float], aucs: Mapping[int, float]) -> float | None:
+    pairs = [(figures[layer], auc) for layer, auc in aucs.items() if not math.isnan(figures[layer])]
+    if len(pairs) < 3 or any(len(set(column)) < 2 for column in zip(*pairs, strict=True)):
+        return None
+    left, right = zip(*pairs, strict=True)
+    return float(stats.spearmanr(left, right).statistic)

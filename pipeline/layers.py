@@ -1,0 +1,310 @@
+"""The judgement of layers: metrics over a sample, AUC where there are clicks, one report, and what is adopted of it."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import catalogue
+from pipeline.catalogue import CatalogueSource
+from pipeline.config import Settings, TrainSettings
+from pipeline.errors import UserError
+from pipeline.layer_findings import findings, kept, recommend
+from pipeline.run import storage_of
+from pipeline.storage import Storage, join
+from pipeline.training_run import ADOPTED, fold_scores, identify, run_id, states_stage, tested_layers, with_train
+from pipeline.training_set import TrainingIdentity, backbone_files, require_announced
+from pipeline.workspace import read_contract
+from schemas.layers import Adopted, JudgedLayer, JudgedModel, LayerReport
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from pipeline.model.sweep import SweepPart
+
+FORMAT_VERSION = 1
+REPORT = "layers.json"
+MOST_PARTS = 8
+TEXTS_PER_UNIT = 1000
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One backbone under one pooling, and what it is judged on."""
+
+    settings: Settings
+    identity: TrainingIdentity | None
+    source: CatalogueSource
+    sweep_id: str
+
+    @property
+    def train(self) -> TrainSettings:
+        return self.settings.train
+
+    @property
+    def uri(self) -> str:
+        return join(self.settings.work_uri, "layers", self.sweep_id)
+
+
+def judge_layers(
+    settings: Settings, *, ds: str, backbones: Sequence[str] = (), poolings: Sequence[str] = ()
+) -> LayerReport:
+    """Judge every layer of one or several models on the catalogue of a date, and on its interactions if there are any.
+
+    A judgement is computed once; asked for again, it is read.
+
+    Args:
+        settings: the configuration.
+        ds: date of the catalogue.
+        backbones: to compare; default: that of the configuration.
+        poolings: of each of them; default: that of the configuration.
+
+    Raises:
+        UserError: catalogue, interactions, backbone or settings cannot be used.
+    """
+    from pipeline.session import spark_session
+
+    candidates = _candidates(settings, ds=ds, backbones=backbones, poolings=poolings)
+    done = read_contract(storage_of(settings), _report_uri(settings, candidates), LayerReport)
+    if done is not None:
+        log.info("layers: report %s stands already", done.report_id)
+        return done
+    with spark_session(settings.spark, storage=settings.storage, name=f"marc layers {ds}") as spark:
+        return _judge(spark, settings, candidates, ds=ds)
+
+
+def layers_stage(spark: "SparkSession", settings: Settings, *, ds: str, expected: str | None = None) -> LayerReport:
+    """:func:`judge_layers` of the configured backbone, in a session that runs.
+
+    Args:
+        spark: runs parts of the sample, and click models, side by side.
+        settings: the configuration.
+        ds: date of the catalogue.
+        expected: training_id that an earlier task of the same run announced.
+
+    Raises:
+        UserError: catalogue, interactions, backbone or settings cannot be used, or changed since then.
+    """
+    candidates = _candidates(settings, ds=ds)
+    for candidate in candidates:
+        if expected is not None and candidate.identity is not None:
+            require_announced(candidate.identity, expected)
+    done = read_contract(storage_of(settings), _report_uri(settings, candidates), LayerReport)
+    return done or _judge(spark, settings, candidates, ds=ds)
+
+
+def adopt(settings: Settings, report: LayerReport) -> Adopted:
+    """Make a recommendation the default of trainings with the configured backbone: one atomic write.
+
+    Raises:
+        UserError: the report recommends nothing for that backbone.
+    """
+    found = [one for one in report.recommendations if one.backbone == settings.train.backbone]
+    if not found:
+        raise UserError(f"report {report.report_id} recommends nothing for train.backbone {settings.train.backbone!r}")
+    record = Adopted(recommendation=found[0], report_id=report.report_id, adopted_at=datetime.now(UTC))
+    storage_of(settings).write(join(settings.bundle_uri, ADOPTED), record.model_dump_json(indent=1).encode())
+    log.info("layers: adopted %d layers with %s pooling", record.recommendation.layers, record.recommendation.pooling)
+    return record
+
+
+def report_folder(settings: Settings, report: LayerReport) -> str:
+    """Folder of a report in the work area."""
+    return join(settings.work_uri, "layers", "reports", report.report_id)
+
+
+def publish_report(settings: Settings, report: LayerReport) -> str:
+    """Leave page, table and plots of a report beside its JSON in the work area; the folder's uri."""
+    from pipeline.layer_report import write_report
+
+    storage, uri = storage_of(settings), report_folder(settings, report)
+    with TemporaryDirectory(prefix="marc-layers-") as name:
+        for file in write_report(report, Path(name)):
+            storage.write(join(uri, file.name), file.read_bytes())
+    log.info("layers: report at %s", uri)
+    return uri
+
+
+def _candidates(
+    settings: Settings, *, ds: str, backbones: Sequence[str] = (), poolings: Sequence[str] = ()
+) -> list[_Candidate]:
+    storage = storage_of(settings)
+    source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
+    found = []
+    for backbone in dict.fromkeys(backbones or (settings.train.backbone,)):
+        for pooling in dict.fromkeys(poolings or (settings.train.pooling,)):
+            # What is kept today has no say in what should be.
+            train = with_train(settings, {"backbone": backbone, "pooling": pooling}).train
+            own = settings.model_copy(update={"train": train.model_copy(update={"layers": None})})
+            identity = identify(own, ds=ds) if settings.interactions.uri is not None else None
+            found.append(_Candidate(own, identity, source, _sweep_id(own, identity, source)))
+    return found
+
+
+def _sweep_id(settings: Settings, identity: TrainingIdentity | None, source: CatalogueSource) -> str:
+    train, wanted = settings.train, settings.catalogue
+    texts: list[object] = [identity.training_id] if identity else [sorted(file.digest for file in source.files)]
+    parts = [
+        FORMAT_VERSION, texts, source.format, wanted.id_column, wanted.updated_at_column, wanted.template,
+        train.backbone, backbone_files(train.backbone), train.pooling, train.max_tokens, settings.encode.dtype,
+        settings.layers.model_dump(),
+    ]  # fmt: skip
+    return _digest(parts)
+
+
+def _report_id(candidates: Sequence[_Candidate]) -> str:
+    return _digest(
+        [
+            [
+                one.sweep_id,
+                one.identity and [run_id(one.settings, one.identity.training_id), one.settings.evaluate.seeds],
+            ]
+            for one in candidates
+        ]
+    )
+
+
+def _report_uri(settings: Settings, candidates: Sequence[_Candidate]) -> str:
+    return join(settings.work_uri, "layers", "reports", _report_id(candidates), REPORT)
+
+
+def _judge(spark: "SparkSession", settings: Settings, candidates: Sequence[_Candidate], *, ds: str) -> LayerReport:
+    storage, wanted = storage_of(settings), settings.layers
+    clicks = settings.interactions.uri is not None
+    texts: list[str] = []
+    for candidate in candidates:
+        if candidate.identity is not None:
+            made = states_stage(spark, candidate.settings, candidate.identity, dims=(candidate.train.dim,))
+            texts = texts or _some(made.texts, wanted.sample)
+    if not clicks:
+        texts = catalogue.sample_texts(
+            spark, candidates[0].source, settings.catalogue, storage=storage, limit=wanted.sample
+        )
+    if len(texts) < 2:
+        raise UserError(f"the catalogue of {ds} has {len(texts)} distinct texts; layers are judged on two at least")
+    models = _sweep(spark, candidates, texts, storage=storage)
+    if clicks:
+        models = [_with_clicks(spark, one, model) for one, model in zip(candidates, models, strict=True)]
+    judged = [kept(model) for model in models]
+    report = LayerReport(
+        report_id=_report_id(candidates),
+        ds=ds,
+        dim=settings.train.dim if clicks else 0,
+        **wanted.model_dump(exclude={"seed", "sample"}),
+        sample=len(texts),
+        models=judged,
+        recommendations=recommend(judged),
+        findings=findings(judged),
+    )
+    storage.write(_report_uri(settings, candidates), report.model_dump_json(indent=1).encode())
+    return report
+
+
+def _sweep(
+    spark: "SparkSession", candidates: Sequence[_Candidate], texts: Sequence[str], *, storage: Storage
+) -> list[JudgedModel]:
+    """The metrics of every layer of every candidate, their parts side by side."""
+    from pipeline.model.sweep import INPUT, SAMPLE, merge_parts, run_part
+    from pipeline.session import run_buckets
+
+    swept = []
+    for candidate in candidates:
+        with storage.staged(join(candidate.uri, SAMPLE)) as staged:
+            pq.write_table(pa.table({INPUT: texts}), staged)
+            storage.publish(staged, join(candidate.uri, SAMPLE))
+        swept.append(_parts(candidate, len(texts), storage=storage))
+    run_buckets(
+        spark,
+        run_part,
+        [part for parts in swept for part in parts],
+        label="layer metrics",
+        weight=lambda part: part.inputs,
+        unit="texts",
+        each="parts",
+    )
+    found = []
+    for candidate, parts in zip(candidates, swept, strict=True):
+        log.info("layer metrics: adding up %d parts of %s", len(parts), candidate.train.backbone)
+        facts, metrics = merge_parts(parts)
+        seconds = np.cumsum(facts.seconds) / max(1, facts.inputs - facts.left_out) * TEXTS_PER_UNIT
+        found.append(
+            JudgedModel(
+                sweep_id=candidate.sweep_id,
+                backbone=candidate.train.backbone,
+                pooling=candidate.train.pooling,
+                layers=facts.layers,
+                width=facts.width,
+                max_tokens=facts.max_tokens,
+                dtype=facts.dtype,
+                device=facts.device,
+                inputs=facts.inputs,
+                left_out=facts.left_out,
+                left_out_because=facts.left_out_because,
+                judged=[
+                    JudgedLayer(
+                        layer=layer,
+                        depth=layer / facts.layers,
+                        metrics=figures,
+                        seconds=float(seconds[layer]),
+                        weights_bytes=facts.weights_bytes[layer],
+                    )
+                    for layer, figures in enumerate(metrics)
+                ],
+            )
+        )
+    return found
+
+
+def _parts(candidate: _Candidate, texts: int, *, storage: Storage) -> "list[SweepPart]":
+    """Blocks of nearly equal size, dealt out to parts: neither depends on the machine that runs them."""
+    from pipeline.model.sweep import SweepPart
+
+    settings = candidate.settings
+    count = -(-texts // settings.layers.block)
+    bounds = np.linspace(0, texts, count + 1).astype(int).tolist()
+    blocks = [(number, *bounds[number : number + 2]) for number in range(count)]
+    return [
+        SweepPart(
+            storage=storage,
+            uri=candidate.uri,
+            number=number,
+            blocks=tuple(blocks[number::MOST_PARTS]),
+            train=settings.train,
+            encode=settings.encode,
+            layers=settings.layers,
+        )
+        for number in range(min(count, MOST_PARTS))
+    ]
+
+
+def _with_clicks(spark: "SparkSession", candidate: _Candidate, model: JudgedModel) -> JudgedModel:
+    if candidate.identity is None:
+        return model
+    training_id = candidate.identity.training_id
+    folds = fold_scores(spark, candidate.settings, training_id)
+    tested = tested_layers(spark, candidate.settings, training_id)
+    judged = [
+        layer.model_copy(update={"test_auc": tested[layer.layer], "fold_auc": folds.get(layer.layer, [])})
+        for layer in model.judged
+    ]
+    return model.model_copy(update={"judged": judged})
+
+
+def _some(texts: Sequence[str], limit: int) -> list[str]:
+    """Distinct texts, a sample by hash beyond ``limit``: the same texts, the same sample."""
+    return sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())[:limit]
+
+
+def _digest(parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

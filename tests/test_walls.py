@@ -20,6 +20,8 @@ HEAVY = {
     "transformers": ("pipeline.model",),
     "sklearn": ("pipeline.model",),
     "safetensors": ("pipeline.model",),
+    "kornia": ("pipeline.model",),
+    "PIL": ("pipeline.model",),
     "faiss": ("pipeline.index", "pipeline.reader"),
     "pyspark": ("pipeline.session", "jobs"),
     "py4j": ("pipeline.session",),

@@ -12,12 +12,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     AutoModel,
     BertConfig,
+    Dinov2Config,
     LlamaConfig,
     MambaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    ViTConfig,
+    ViTImageProcessorPil,
 )
 
 from pipeline.config import EncodeSettings, TrainSettings
@@ -30,9 +33,12 @@ from pipeline.storage import Storage
 torch.set_num_threads(1)
 
 ARCHITECTURES = ("bert", "llama", "qwen3", "mamba")
+VISION_ARCHITECTURES = ("vit", "dinov2")
 LAYERS = 4
 WIDTH = 32
 MAX_TOKENS = 48
+IMAGE_SIDE = 32
+PATCH = 8
 TEMPLATE = "{title}. {genres}"
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 CPU_FLOAT32 = EncodeSettings(device="cpu", dtype="float32", token_budget=256)
@@ -76,15 +82,42 @@ def tiny_model(architecture: str, *, vocabulary: int = 64, layers: int = LAYERS,
     config = tiny_config(architecture, vocabulary=vocabulary, layers=layers)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModel.from_config(config)
+        model = _random_model(config)
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                # Norms begin as exact ones and hide mistakes: a final norm must not look like no norm.
-                if "norm" in name.lower():
-                    parameter.add_(torch.rand_like(parameter))
             # The padding token's row begins as zeros: a text that spells "[PAD]" would have no direction.
             model.get_input_embeddings().weight[0].normal_()
     return model.eval()
+
+
+def tiny_vision_model(architecture: str, *, layers: int = LAYERS, seed: int = 0) -> PreTrainedModel:
+    """A random model of images of 32 × 32 pixels in patches of 8 × 8: 17 tokens with CLS."""
+    shape: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIDE,
+        "patch_size": PATCH,
+        "initializer_range": 0.2,
+    }
+    if architecture == "vit":
+        config: PreTrainedConfig = ViTConfig(**shape, intermediate_size=64)
+    elif architecture == "dinov2":
+        config = Dinov2Config(**shape, mlp_ratio=2)
+    else:
+        raise ValueError(f"no tiny {architecture!r}; there are {VISION_ARCHITECTURES}")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _random_model(config).eval()
+
+
+def _random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModel.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Norms begin as exact ones and hide mistakes: a final norm must not look like no norm.
+            if "norm" in name.lower():
+                parameter.add_(torch.rand_like(parameter))
+    return model
 
 
 def tiny_tokenizer(architecture: str) -> Tokenizer:
@@ -137,6 +170,13 @@ def save_tiny_backbone(folder: Path, architecture: str = "bert", *, layers: int 
         cls_token="[CLS]",  # noqa: S106
         sep_token="[SEP]",  # noqa: S106
     ).save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_vision_backbone(folder: Path, architecture: str = "vit", *, layers: int = LAYERS, seed: int = 0) -> str:
+    """Save a random vision model and its image processor as a Hugging Face folder; returns its path."""
+    tiny_vision_model(architecture, layers=layers, seed=seed).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": IMAGE_SIDE, "width": IMAGE_SIDE}).save_pretrained(folder)
     return str(folder)
 
 

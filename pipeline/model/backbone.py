@@ -87,7 +87,9 @@ def blocks(model: "PreTrainedModel") -> tuple[nn.Module, str, nn.ModuleList]:
     Raises:
         UserError: no list of ``num_hidden_layers`` modules is found.
     """
-    wanted = model.config.num_hidden_layers
+    wanted = getattr(model.config, "num_hidden_layers", None)
+    if wanted is None:
+        raise UserError(f"{type(model).__name__} names no number of layers: it is no single stack of them")
     for owner in model.modules():
         for name, child in owner.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == wanted:
@@ -110,6 +112,10 @@ def truncate(model: "PreTrainedModel", layers: int) -> "PreTrainedModel":
     # Where it is a property (Mamba), it follows num_hidden_layers by itself.
     if vars(config).get("layer_types"):
         config.layer_types = config.layer_types[:layers]
+    # DINOv2 and its like name their blocks and those they put out: a dropped one's name could not be loaded again.
+    if vars(config).get("stage_names"):
+        config.stage_names = config.stage_names[: layers + 1]
+        config.set_output_features_output_indices(out_features=None, out_indices=None)
     return model
 
 

@@ -139,7 +139,9 @@ def kept(model: JudgedModel) -> JudgedModel:
 
 
 def recommend(models: Sequence[JudgedModel]) -> list[Recommendation]:
-    """Where to cut each backbone, and how to pool: of several poolings the one that scored best.
+    """Where to cut each backbone, and how to pool: of several poolings the one that scored best with clicks.
+
+    Without clicks nothing says which pooling is better: the first one stands.
 
     Args:
         models: from :func:`kept`; those of one backbone differ in their pooling.
@@ -150,7 +152,7 @@ def recommend(models: Sequence[JudgedModel]) -> list[Recommendation]:
         if not candidates:
             continue
         best = max(candidates, key=_score)
-        others = [model.pooling for model in candidates if model is not best]
+        others = [model.pooling for model in candidates if model is not best and best.basis == "clicks"]
         found.append(
             Recommendation(
                 backbone=backbone,
@@ -218,7 +220,7 @@ def _kept(model: JudgedModel) -> list[str]:
         return []
     layer, final, best = model.judged[model.keep], model.judged[-1], best_by_test(model)
     found = [
-        f"{model.keep} of {model.layers} layers take {layer.seconds / final.seconds:.0%} of the whole model's time and "
+        f"The first {model.keep} of {model.layers} layers take {layer.seconds / final.seconds:.0%} of the whole model's time and "
         f"{layer.weights_bytes / final.weights_bytes:.0%} of its weights' memory.".replace("%", " %")
         if final.seconds > 0
         else ""
@@ -258,7 +260,7 @@ def _reason(model: JudgedModel, others: Sequence[str]) -> str:
     titles = [metric.title for metric in METRICS if metric.name in WITHOUT_CLICKS]
     return (
         f"There are no clicks: layer {model.keep} of {model.layers} has the best mean rank of "
-        f"{', '.join(titles)}{beside}. A hint, no measurement: with interactions the downstream AUC decides."
+        f"{', '.join(titles)}. A hint, no measurement: with interactions the downstream AUC decides."
     )
 
 

@@ -80,7 +80,7 @@ def layer_rows(model: JudgedModel, *, brief: bool = False) -> tuple[list[str], l
         if clicks:
             row += [_auc(layer.test_auc, mean_auc(layer), std_auc(layer)), _mean(layer.fold_auc)]
         row += [_figure(layer.metrics.get(metric.name, math.nan)) for metric in metrics]
-        row += [_share(layer, model), f"{layer.weights_bytes / MEGABYTE:,.0f}"]
+        row += [_share(layer, model), _megabytes(layer.weights_bytes)]
         rows.append(row)
     return header, rows
 
@@ -120,7 +120,10 @@ def _page(report: LayerReport, plots: "dict[str, Figure]") -> str:
     ]
     sections.append(Section("What the metrics mean", points=[f"{m.title}: {MEANING[m.name]}" for m in METRICS]))
     sections.append(Section("How it was measured", points=list(_measured(report)), folded=True))
-    advice = [f"Keep {one.layers} layers with {one.pooling} pooling. {one.reason}" for one in report.recommendations]
+    advice = [
+        f"{one.backbone}: keep layer {one.layers} with {one.pooling} pooling. {one.reason}"
+        for one in report.recommendations
+    ]
     return html_page(
         "Layers of " + ", ".join(dict.fromkeys(model.backbone for model in report.models)),
         sections,
@@ -134,20 +137,28 @@ def _table(header: list[str], rows: list[list[str]], *, caption: str) -> PageTab
 
 
 def _how(model: JudgedModel) -> str:
+    cut = f", at most {model.max_tokens} tokens" if model.max_tokens else ""
     return (
-        f"{model.layers} layers of width {model.width}, {model.pooling} pooling, at most {model.max_tokens} tokens, "
-        f"{model.dtype} on {model.device}; {model.inputs - model.left_out:,} texts."
+        f"{model.layers} layers of width {model.width}, {model.pooling} pooling{cut}, {model.dtype} on {model.device}; "
+        f"{model.inputs - model.left_out:,} {'texts' if model.max_tokens else 'images'}."
     )
 
 
 def _measured(report: LayerReport) -> Iterator[str]:
-    yield (
-        f"The metrics see {report.sample:,} distinct texts of the catalogue of {report.ds}, and {report.views} views "
-        f"of each: noise as people type it, on {report.probability:.0%} of the words.".replace("%", " %")
-    )
+    if report.kind == "images":
+        yield (
+            f"The metrics see {report.sample:,} images, and {report.views} views of each: random crops, flips and "
+            "colours. A token is a patch."
+        )
+    else:
+        yield (
+            f"The metrics see {report.sample:,} distinct texts of the catalogue of {report.ds}, and {report.views} "
+            f"views of each: noise as people type it, on {100 * report.probability:.0f} % of the words."
+        )
     yield (
         f"Entropies are of order {report.order:g}, in nats, of rows of unit length. InfoNCE (temperature "
-        f"{report.temperature:g}) and DiME compare the first two views within blocks of up to {report.block:,} texts."
+        f"{report.temperature:g}) and DiME compare the first two views within blocks of up to {report.block:,} "
+        f"{report.kind}."
     )
     yield (
         "Definitions: Skean et al., Layer by Layer, ICML 2025, arXiv 2502.02013. Which end of a metric is the better "
@@ -171,7 +182,7 @@ def _measured(report: LayerReport) -> Iterator[str]:
 def _markdown(report: LayerReport, plots: Sequence[str]) -> str:
     lines = ["# Layers", ""]
     lines += [
-        f"**Keep {one.layers} layers of {one.backbone} with {one.pooling} pooling.** {one.reason}"
+        f"**Keep layer {one.layers} of {one.backbone} with {one.pooling} pooling.** {one.reason}"
         for one in report.recommendations
     ]
     lines += ["", *(f"- {finding}" for finding in report.findings), ""]
@@ -314,6 +325,11 @@ def _mean(figures: Sequence[float]) -> str:
 
 def _figure(value: float) -> str:
     return UNKNOWN if math.isnan(value) else f"{value:.3f}" if abs(value) < 100 else f"{value:,.1f}"
+
+
+def _megabytes(size: int) -> str:
+    found = size / MEGABYTE
+    return f"{found:,.0f}" if found >= 10 else f"{found:.2f}"
 
 
 def _signed(figure: float) -> str:

@@ -20,7 +20,7 @@ from pipeline.config import Settings, TrainSettings
 from pipeline.errors import UserError
 from pipeline.layer_findings import findings, kept, recommend
 from pipeline.run import storage_of
-from pipeline.storage import Storage, join
+from pipeline.storage import Storage, StoredObject, join
 from pipeline.training_run import ADOPTED, fold_scores, identify, run_id, states_stage, tested_layers, with_train
 from pipeline.training_set import TrainingIdentity, backbone_files, require_announced
 from pipeline.workspace import read_contract
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 REPORT = "layers.json"
 MOST_PARTS = 8
-TEXTS_PER_UNIT = 1000
+INPUTS_PER_UNIT = 1000
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ class _Candidate:
 
     settings: Settings
     identity: TrainingIdentity | None
-    source: CatalogueSource
+    source: CatalogueSource | None
+    images: tuple[str, ...]
     sweep_id: str
 
     @property
@@ -58,15 +59,21 @@ class _Candidate:
 
 
 def judge_layers(
-    settings: Settings, *, ds: str, backbones: Sequence[str] = (), poolings: Sequence[str] = ()
+    settings: Settings,
+    *,
+    ds: str = "",
+    images: str = "",
+    backbones: Sequence[str] = (),
+    poolings: Sequence[str] = (),
 ) -> LayerReport:
     """Judge every layer of one or several models on the catalogue of a date, and on its interactions if there are any.
 
-    A judgement is computed once; asked for again, it is read.
+    Or on images, of which there are no clicks. A judgement is computed once; asked for again, it is read.
 
     Args:
         settings: the configuration.
         ds: date of the catalogue.
+        images: folder of images, below which every file is looked at; instead of ``ds``.
         backbones: to compare; default: that of the configuration.
         poolings: of each of them; default: that of the configuration.
 
@@ -75,12 +82,15 @@ def judge_layers(
     """
     from pipeline.session import spark_session
 
-    candidates = _candidates(settings, ds=ds, backbones=backbones, poolings=poolings)
+    if bool(ds) == bool(images):
+        raise UserError("layers are judged on the catalogue of a date or on a folder of images: give one of the two")
+    paths = _image_paths(images, settings.layers.sample) if images else ()
+    candidates = _candidates(settings, ds=ds, images=paths, backbones=backbones, poolings=poolings)
     done = read_contract(storage_of(settings), _report_uri(settings, candidates), LayerReport)
     if done is not None:
         log.info("layers: report %s stands already", done.report_id)
         return done
-    with spark_session(settings.spark, storage=settings.storage, name=f"marc layers {ds}") as spark:
+    with spark_session(settings.spark, storage=settings.storage, name=f"marc layers {ds or images}") as spark:
         return _judge(spark, settings, candidates, ds=ds)
 
 
@@ -137,30 +147,58 @@ def publish_report(settings: Settings, report: LayerReport) -> str:
 
 
 def _candidates(
-    settings: Settings, *, ds: str, backbones: Sequence[str] = (), poolings: Sequence[str] = ()
+    settings: Settings,
+    *,
+    ds: str,
+    images: tuple[str, ...] = (),
+    backbones: Sequence[str] = (),
+    poolings: Sequence[str] = (),
 ) -> list[_Candidate]:
-    storage = storage_of(settings)
-    source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
+    storage, source = storage_of(settings), None
+    if not images:
+        source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
     found = []
     for backbone in dict.fromkeys(backbones or (settings.train.backbone,)):
         for pooling in dict.fromkeys(poolings or (settings.train.pooling,)):
             # What is kept today has no say in what should be.
             train = with_train(settings, {"backbone": backbone, "pooling": pooling}).train
             own = settings.model_copy(update={"train": train.model_copy(update={"layers": None})})
-            identity = identify(own, ds=ds) if settings.interactions.uri is not None else None
-            found.append(_Candidate(own, identity, source, _sweep_id(own, identity, source)))
+            identity = identify(own, ds=ds) if source and settings.interactions.uri is not None else None
+            inputs = _inputs(own, identity, source, images)
+            found.append(_Candidate(own, identity, source, images, _sweep_id(own, inputs)))
     return found
 
 
-def _sweep_id(settings: Settings, identity: TrainingIdentity | None, source: CatalogueSource) -> str:
-    train, wanted = settings.train, settings.catalogue
-    texts: list[object] = [identity.training_id] if identity else [sorted(file.digest for file in source.files)]
+def _inputs(
+    settings: Settings, identity: TrainingIdentity | None, source: CatalogueSource | None, images: tuple[str, ...]
+) -> list[object]:
+    """What names the texts or the images that are judged."""
+    if identity is not None:
+        return [identity.training_id]
+    if source is not None:
+        wanted = settings.catalogue
+        files = sorted(file.digest for file in source.files)
+        return [files, source.format, wanted.id_column, wanted.updated_at_column, wanted.template]
+    return [[path, Storage().content_digest(StoredObject(uri=path, bytes=0))] for path in images]
+
+
+def _sweep_id(settings: Settings, inputs: list[object]) -> str:
+    train = settings.train
     parts = [
-        FORMAT_VERSION, texts, source.format, wanted.id_column, wanted.updated_at_column, wanted.template,
-        train.backbone, backbone_files(train.backbone), train.pooling, train.max_tokens, settings.encode.dtype,
-        settings.layers.model_dump(),
+        FORMAT_VERSION, inputs, train.backbone, backbone_files(train.backbone), train.pooling, train.max_tokens,
+        settings.encode.dtype, settings.layers.model_dump(),
     ]  # fmt: skip
     return _digest(parts)
+
+
+def _image_paths(folder: str, limit: int) -> tuple[str, ...]:
+    """Files below a folder, a sample by the hash of their path beyond ``limit``."""
+    found = [path for path in Path(folder).rglob("*") if path.is_file() and not path.name.startswith(".")]
+    if len(found) < 2:
+        raise UserError(f"{folder} holds {len(found)} files; layers are judged on two images at least")
+    root = Path(folder).absolute()
+    names = sorted((path.absolute().relative_to(root).as_posix() for path in found), key=_hashed)[:limit]
+    return tuple(str(root / name) for name in names)
 
 
 def _report_id(candidates: Sequence[_Candidate]) -> str:
@@ -180,29 +218,25 @@ def _report_uri(settings: Settings, candidates: Sequence[_Candidate]) -> str:
 
 
 def _judge(spark: "SparkSession", settings: Settings, candidates: Sequence[_Candidate], *, ds: str) -> LayerReport:
-    storage, wanted = storage_of(settings), settings.layers
-    clicks = settings.interactions.uri is not None
-    texts: list[str] = []
+    storage, wanted, first = storage_of(settings), settings.layers, candidates[0]
+    inputs: list[str] = list(first.images)
     for candidate in candidates:
         if candidate.identity is not None:
             made = states_stage(spark, candidate.settings, candidate.identity, dims=(candidate.train.dim,))
-            texts = texts or _some(made.texts, wanted.sample)
-    if not clicks:
-        texts = catalogue.sample_texts(
-            spark, candidates[0].source, settings.catalogue, storage=storage, limit=wanted.sample
-        )
-    if len(texts) < 2:
-        raise UserError(f"the catalogue of {ds} has {len(texts)} distinct texts; layers are judged on two at least")
-    models = _sweep(spark, candidates, texts, storage=storage)
-    if clicks:
-        models = [_with_clicks(spark, one, model) for one, model in zip(candidates, models, strict=True)]
-    judged = [kept(model) for model in models]
+            inputs = inputs or _some(made.texts, wanted.sample)
+    if first.source is not None and first.identity is None:
+        inputs = catalogue.sample_texts(spark, first.source, settings.catalogue, storage=storage, limit=wanted.sample)
+    if len(inputs) < 2:
+        raise UserError(f"the catalogue of {ds} has {len(inputs)} distinct texts; layers are judged on two at least")
+    models = _sweep(spark, candidates, inputs, storage=storage)
+    judged = [kept(_with_clicks(spark, one, model)) for one, model in zip(candidates, models, strict=True)]
     report = LayerReport(
         report_id=_report_id(candidates),
+        kind="images" if first.images else "texts",
         ds=ds,
-        dim=settings.train.dim if clicks else 0,
+        dim=settings.train.dim if first.identity else 0,
         **wanted.model_dump(exclude={"seed", "sample"}),
-        sample=len(texts),
+        sample=len(inputs),
         models=judged,
         recommendations=recommend(judged),
         findings=findings(judged),
@@ -212,7 +246,7 @@ def _judge(spark: "SparkSession", settings: Settings, candidates: Sequence[_Cand
 
 
 def _sweep(
-    spark: "SparkSession", candidates: Sequence[_Candidate], texts: Sequence[str], *, storage: Storage
+    spark: "SparkSession", candidates: Sequence[_Candidate], inputs: Sequence[str], *, storage: Storage
 ) -> list[JudgedModel]:
     """The metrics of every layer of every candidate, their parts side by side."""
     from pipeline.model.sweep import INPUT, SAMPLE, merge_parts, run_part
@@ -221,23 +255,23 @@ def _sweep(
     swept = []
     for candidate in candidates:
         with storage.staged(join(candidate.uri, SAMPLE)) as staged:
-            pq.write_table(pa.table({INPUT: texts}), staged)
+            pq.write_table(pa.table({INPUT: inputs}), staged)
             storage.publish(staged, join(candidate.uri, SAMPLE))
-        swept.append(_parts(candidate, len(texts), storage=storage))
+        swept.append(_parts(candidate, len(inputs), storage=storage))
     run_buckets(
         spark,
         run_part,
         [part for parts in swept for part in parts],
         label="layer metrics",
         weight=lambda part: part.inputs,
-        unit="texts",
+        unit="images" if candidates[0].images else "texts",
         each="parts",
     )
     found = []
     for candidate, parts in zip(candidates, swept, strict=True):
         log.info("layer metrics: adding up %d parts of %s", len(parts), candidate.train.backbone)
         facts, metrics = merge_parts(parts)
-        seconds = np.cumsum(facts.seconds) / max(1, facts.inputs - facts.left_out) * TEXTS_PER_UNIT
+        seconds = np.cumsum(facts.seconds) / max(1, facts.inputs - facts.left_out) * INPUTS_PER_UNIT
         found.append(
             JudgedModel(
                 sweep_id=candidate.sweep_id,
@@ -266,13 +300,13 @@ def _sweep(
     return found
 
 
-def _parts(candidate: _Candidate, texts: int, *, storage: Storage) -> "list[SweepPart]":
+def _parts(candidate: _Candidate, inputs: int, *, storage: Storage) -> "list[SweepPart]":
     """Blocks of nearly equal size, dealt out to parts: neither depends on the machine that runs them."""
     from pipeline.model.sweep import SweepPart
 
     settings = candidate.settings
-    count = -(-texts // settings.layers.block)
-    bounds = np.linspace(0, texts, count + 1).astype(int).tolist()
+    count = -(-inputs // settings.layers.block)
+    bounds = np.linspace(0, inputs, count + 1).astype(int).tolist()
     blocks = [(number, *bounds[number : number + 2]) for number in range(count)]
     return [
         SweepPart(
@@ -283,6 +317,7 @@ def _parts(candidate: _Candidate, texts: int, *, storage: Storage) -> "list[Swee
             train=settings.train,
             encode=settings.encode,
             layers=settings.layers,
+            images=bool(candidate.images),
         )
         for number in range(min(count, MOST_PARTS))
     ]
@@ -303,7 +338,11 @@ def _with_clicks(spark: "SparkSession", candidate: _Candidate, model: JudgedMode
 
 def _some(texts: Sequence[str], limit: int) -> list[str]:
     """Distinct texts, a sample by hash beyond ``limit``: the same texts, the same sample."""
-    return sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())[:limit]
+    return sorted(set(texts), key=_hashed)[:limit]
+
+
+def _hashed(text: str) -> bytes:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
 
 def _digest(parts: object) -> str:

@@ -75,7 +75,7 @@ class JudgedModel(Contract):
     Attributes:
         sweep_id: names backbone, pooling, texts and settings.
         backbone: name of the model; layers: its blocks; width: D.
-        pooling, max_tokens, dtype, device: how the texts were run.
+        pooling, max_tokens, dtype, device: how they were run; images have no max_tokens.
         inputs: texts or images that were judged; left_out: those that could not be run, with the reason of one.
         judged: layer by layer, the embeddings first.
         choices: of every metric.
@@ -87,7 +87,7 @@ class JudgedModel(Contract):
     layers: int
     width: int
     pooling: Pooling
-    max_tokens: int
+    max_tokens: int = 0
     dtype: str
     device: str
     inputs: int
@@ -104,6 +104,7 @@ class LayerReport(Contract):
 
     Attributes:
         report_id: names all that went in.
+        kind: what was judged.
         ds: date of the catalogue; empty for images.
         dim: d of the PCA behind the test AUC; 0 without interactions.
         sample, views, probability, block, order, temperature: settings of the metrics.
@@ -113,6 +114,7 @@ class LayerReport(Contract):
     """
 
     report_id: str
+    kind: Literal["texts", "images"] = "texts"
     ds: str
     dim: int
     sample: int

@@ -1,5 +1,6 @@
 """Plots as SVG inside of a page that stands alone."""
 
+import os
 import re
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def test_the_same_figure_gives_the_same_characters_without_a_date() -> None:
     code = (
         "from test_plots import figure; from pipeline.plots import svg; print(svg(figure(1, 2, 3), title='t'), end='')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=here)
     assert done.stdout == first
 
 

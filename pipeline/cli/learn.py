@@ -88,7 +88,8 @@ def evaluate(
 
 def layers(
     context: typer.Context,
-    ds: TrainDs,
+    ds: Annotated[str, typer.Option("--ds", help="Date whose catalogue is used.")] = "",
+    images: Annotated[Path | None, typer.Option(help="Folder of images to judge a vision model on, instead.")] = None,
     backbone: Annotated[
         list[str] | None, typer.Option(help="Models to judge (repeatable); default: train.backbone.")
     ] = None,
@@ -109,7 +110,13 @@ def layers(
     settings = context.ensure_object(State).settings
     if sample is not None:
         settings = settings.model_copy(update={"layers": settings.layers.model_copy(update={"sample": sample})})
-    report = stages.judge_layers(settings, ds=parse_ds(ds), backbones=backbone or (), poolings=pooling or ())
+    report = stages.judge_layers(
+        settings,
+        ds=parse_ds(ds) if ds else "",
+        images=str(images or ""),
+        backbones=backbone or (),
+        poolings=pooling or (),
+    )
     written = [str(path) for path in write_report(report, out)]
     adopted = stages.adopt(settings, report) if adopt else None
     if as_json:
@@ -124,8 +131,7 @@ def layers(
             print_table(title, header, rows, right=tuple(range(1, len(header))))
     print_table("Findings", [""], [[sentence] for sentence in report.findings])
     advice = [
-        [f"keep {one.layers} layers of {one.backbone}, {one.pooling} pooling", one.reason]
-        for one in report.recommendations
+        [f"layer {one.layers} of {one.backbone}, {one.pooling} pooling", one.reason] for one in report.recommendations
     ]
     print_table("Adopted" if adopted else "Recommended (--adopt makes it the default of trainings)", ["", ""], advice)
     print_table("Written", [""], [[path] for path in written])

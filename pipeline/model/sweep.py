@@ -11,19 +11,21 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from PIL.Image import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pipeline.config import EncodeSettings, LayerSettings, TrainSettings
-from pipeline.errors import Unencodable
+from pipeline.errors import Unencodable, UserError
 from pipeline.model.backbone import blocks, load_backbone
 from pipeline.model.encoder import Encoder, choose_device, choose_dtype, use_threads
+from pipeline.model.images import ImageEncoder, image_views, load_processor, load_vision, read_images
 from pipeline.model.measured import TOKEN_FIGURES, MeasuredLayers, weights_bytes
 from pipeline.model.moments import LayerMoments
 from pipeline.model.states import cutting_tokenizer
@@ -31,6 +33,9 @@ from pipeline.model.tokens import CHARACTERS_PER_TOKEN
 from pipeline.model.views import text_views
 from pipeline.resources import TaskResources
 from pipeline.storage import Storage, join
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SAMPLE = "sample.parquet"
 INPUT = "input"
@@ -50,6 +55,7 @@ class SweepPart:
         train: backbone, pooling, max_tokens.
         encode: device, dtype and token budget, as the nights run the model.
         layers: views, order, temperature, seed.
+        images: whether the sample holds paths of images instead of texts.
     """
 
     storage: Storage
@@ -59,6 +65,7 @@ class SweepPart:
     train: TrainSettings
     encode: EncodeSettings
     layers: LayerSettings
+    images: bool = False
 
     @property
     def file(self) -> str:
@@ -132,14 +139,7 @@ class Texts:
         if device.type == "cpu":
             use_threads(encode.threads or resources.cpus)
         self.measured = MeasuredLayers(backbone, train.pooling, order=layers.order)
-        self.facts = {
-            "layers": len(blocks(backbone)[2]),
-            "width": backbone.config.hidden_size,
-            "max_tokens": max_tokens,
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": str(device),
-            "weights_bytes": weights_bytes(backbone, item_bytes=dtype.itemsize),
-        }
+        self.facts = _facts(backbone, device, dtype, max_tokens=max_tokens)
         # Characters that noise is put on: of what is cut off nobody sees any.
         self._characters = CHARACTERS_PER_TOKEN * max_tokens
         self._layers = layers
@@ -174,11 +174,61 @@ class Texts:
         return encoded.vectors
 
 
+class Images:
+    """Images through a vision model."""
+
+    def __init__(
+        self, train: TrainSettings, encode: EncodeSettings, layers: LayerSettings, resources: TaskResources
+    ) -> None:
+        device = choose_device(encode, resources)
+        dtype = choose_dtype(encode, device)
+        if device.type == "cpu":
+            use_threads(encode.threads or resources.cpus)
+        backbone = load_vision(train.backbone)
+        self.measured = MeasuredLayers(backbone, train.pooling, order=layers.order)
+        self.facts = _facts(backbone, device, dtype, max_tokens=0)
+        self._layers = layers
+        self._encoder = ImageEncoder(self.measured, load_processor(train.backbone), device=device, dtype=dtype)
+
+    def run(self, inputs: Sequence[str], first: int) -> Swept:
+        """All layers of some images and of their views; each is named by its path."""
+        wanted = self._layers
+        images, broken = read_images([Path(path) for path in inputs])
+        if not images:
+            raise UserError(f"none of {len(inputs)} images can be read; the first: {inputs[0]}: {broken[0]}")
+        whole = np.setdiff1d(np.arange(len(inputs)), list(broken))
+        views: list[list[Image]] = [[] for _ in range(wanted.views)]
+        for place, image in zip(whole.tolist(), images, strict=True):
+            made = image_views([image], views=wanted.views, seed=wanted.seed, first=first + place)
+            for seen, (view,) in zip(views, made, strict=True):
+                seen.append(view)
+        with self.measured.measuring():
+            found = self._encoder.encode(images)
+        plain = np.zeros((len(inputs), *found.shape[1:]), np.float32)
+        plain[whole] = found
+        width = self.facts["width"]
+        looked = np.zeros((wanted.views, *plain.shape[:2], width), np.float32)
+        for number, seen in enumerate(views):
+            looked[number, whole] = self._encoder.encode(seen)[..., :width]
+        return Swept(plain, looked, {place: f"{inputs[place]}: {reason}" for place, reason in broken.items()})
+
+
+def _facts(backbone: "PreTrainedModel", device: torch.device, dtype: torch.dtype, *, max_tokens: int) -> dict[str, Any]:
+    return {
+        "layers": len(blocks(backbone)[2]),
+        "width": backbone.config.hidden_size,
+        "max_tokens": max_tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+        "weights_bytes": weights_bytes(backbone, item_bytes=dtype.itemsize),
+    }
+
+
 def run_part(part: SweepPart, resources: TaskResources) -> int:
     """Sweep a part and leave its moments as a file, unless it lies there; how many inputs it has."""
     if part.storage.stat(part.file) is not None:
         return part.inputs
-    subject = _subject(part.train, part.encode, part.layers, resources)
+    subject = _subject(part.train, part.encode, part.layers, resources, images=part.images)
     inputs = _sample(part.storage, part.uri)
     facts, before = subject.facts, subject.measured.seconds()
     width, settings = facts["width"], part.layers
@@ -250,8 +300,10 @@ def _summed(found: Sequence[SweepFacts]) -> SweepFacts:
 
 
 @lru_cache(maxsize=1)
-def _subject(train: TrainSettings, encode: EncodeSettings, layers: LayerSettings, resources: TaskResources) -> Subject:
-    return Texts(train, encode, layers, resources)
+def _subject(
+    train: TrainSettings, encode: EncodeSettings, layers: LayerSettings, resources: TaskResources, *, images: bool
+) -> Subject:
+    return (Images if images else Texts)(train, encode, layers, resources)
 
 
 @lru_cache(maxsize=1)

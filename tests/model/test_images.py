@@ -231,6 +231,17 @@ def test_a_model_whose_layers_cannot_be_compared_is_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_that_drops_tokens_on_the_way_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dropping(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
+        model = load_backbone(name, dtype=dtype)
+        blocks(model)[2][1].register_forward_hook(lambda _module, _inputs, states: states[:, :-1])
+        return model
+
+    monkeypatch.setattr("pipeline.model.images.load_backbone", load_dropping)
+    with pytest.raises(UserError, match=r"its layers give \(2, 16, 32\), \(2, 17, 32\)"):
+        load_vision(save_tiny_vision_backbone(tmp_path / "backbone"))
+
+
 def test_the_processor_needs_no_torchvision_and_warns_of_nothing(tmp_path: Path) -> None:
     name = save_tiny_vision_backbone(tmp_path / "backbone")
     image = noise_image(IMAGE_SIDE, IMAGE_SIDE)

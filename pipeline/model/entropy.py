@@ -108,7 +108,7 @@ def entropy(eigenvalues: Tensor, order: float = 1.0) -> Tensor:
         found = torch.log1p((shares * torch.expm1((order - 1) * logs)).sum(dim=-1)) / (1 - order)
     else:
         found = torch.logsumexp((order * logs).masked_fill(~there, -math.inf), dim=-1) / (1 - order)
-    found = found.masked_fill(~there.any(dim=-1), 0.0).clamp(min=0.0)
+    found = found.masked_fill(~there.any(dim=-1), 0.0).abs()  # of one eigenvalue it is −0
     return found.masked_fill(shares.isnan().any(dim=-1), torch.nan)
 
 

@@ -219,12 +219,13 @@ def _kept(model: JudgedModel) -> list[str]:
     if model.keep is None:
         return []
     layer, final, best = model.judged[model.keep], model.judged[-1], best_by_test(model)
-    found = [
-        f"The first {model.keep} of {model.layers} layers take {layer.seconds / final.seconds:.0%} of the whole model's time and "
-        f"{layer.weights_bytes / final.weights_bytes:.0%} of its weights' memory.".replace("%", " %")
-        if final.seconds > 0
-        else ""
-    ]
+    found = []
+    if final.seconds > 0:
+        time, memory = layer.seconds / final.seconds, layer.weights_bytes / final.weights_bytes
+        found.append(
+            f"The first {model.keep} of {model.layers} layers take {100 * time:.0f} % of the whole model's time and "
+            f"{100 * memory:.0f} % of its weights' memory."
+        )
     if best is not None and best.layer != layer.layer:
         spread = std_auc(best)
         within = mean_auc(best) - mean_auc(layer) <= spread
@@ -232,7 +233,7 @@ def _kept(model: JudgedModel) -> list[str]:
             f"Test AUC of layer {layer.layer} is {_auc(layer)}, {mean_auc(best) - mean_auc(layer):.4f} below the best "
             f"layer's, {'within' if within else 'beyond'} one standard deviation of it over seeds."
         )
-    return [sentence for sentence in found if sentence]
+    return found
 
 
 def _metrics(model: JudgedModel) -> list[str]:

@@ -74,9 +74,8 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize(
-    "rate", [pytest.param(0.0, id="undisturbed"), pytest.param(0.05, id="disturbed", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [pytest.param(0.0, id="undisturbed"), pytest.param(0.05, id="disturbed")])
 def test_nights_backfill_roll_back_vacuum_and_look_up_with_every_uri_on_s3(
     s3_server: dict[str, str], tmp_path: Path, rate: float
 ) -> None:

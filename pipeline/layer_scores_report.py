@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 UNKNOWN = "–"
 TITLE = "Benchmark scores by layer"
+SHARED = "Models that are not complete, over the tasks that their layers share"
+LIKE_FOR_LIKE = (
+    "Of the layers that count, over those tasks that each of them has: like for like, unlike the table above."
+)
 CURVES_FILE, WINNERS_FILE = "scores_by_layer.png", "task_winners.png"
 TITLES = {CURVES_FILE: "Mean score by relative depth", WINNERS_FILE: "Where the best layer of each task lies"}
 # An incomplete model is drawn over the tasks that its layers share, if those are at least so many of all tasks.
@@ -76,15 +80,28 @@ def write_report(report: ScoreReport, folder: Path) -> list[Path]:
 
 
 def findings(report: ScoreReport) -> list[str]:
-    """What a reader should know first, in sentences; a model that cannot be compared is the last to be named."""
+    """What a reader should know first, in sentences."""
     complete = [model for model in report.models if model.complete]
-    incomplete = [model for model in report.models if not model.complete and model.as_recorded is not None]
-    rest = [model for model in report.models if model.as_recorded is None]
-    found = [*_overall(complete), *(_finding(model) for model in complete + incomplete)]
-    if rest:
-        names = ", ".join(model.name for model in rest)
-        found.append(f"Too little on record to compare layers: {names}.")
+    found = list(_overall(complete))
+    gains = [(model.same_tasks.gain, model) for model in complete if model.same_tasks]
+    if len(gains) > 1:
+        found.append(f"The most is gained by {_sentence(max(gains, key=lambda pair: pair[0])[1])}")
+    elif gains:
+        found.append(_sentence(gains[0][1]))
+    found += [_sentence(model) for model in report.models if not model.complete and not complete]
+    incomplete = [model.name for model in report.models if not model.complete]
+    if complete and incomplete:
+        verb = "is" if len(incomplete) == 1 else "are"
+        found.append(
+            f"Not complete {verb} {', '.join(incomplete)}: layers are absent, or have not all tasks. Like for like are "
+            "only means over the tasks that layers share."
+        )
     return found
+
+
+def sentences(report: ScoreReport) -> list[str]:
+    """One sentence a model: complete ones, then the others, with what is missing of them."""
+    return [_sentence(model) for model in sorted(report.models, key=lambda model: not model.complete)]
 
 
 def _overall(complete: Sequence[ModelCurve]) -> Iterator[str]:
@@ -101,19 +118,18 @@ def _overall(complete: Sequence[ModelCurve]) -> Iterator[str]:
         )
 
 
-def _finding(model: ModelCurve) -> str:
+def _sentence(model: ModelCurve) -> str:
     recorded, same = model.as_recorded, model.same_tasks
     if recorded is None:
-        return f"{model.name}: {_record(model)}."
+        return f"{model.name}: too little on record to compare layers ({_record(model)})."
     if model.complete:
         return f"{model.name}: {_compared(recorded)} ({_tasks(recorded.best_tasks)}, {recorded.layers} layers)."
     said = f"{model.name}, not complete ({_record(model)}): as recorded, {_compared(recorded)}"
     if recorded.best_tasks != recorded.final_tasks:
         said += f", the one over {_tasks(recorded.best_tasks)}, the other over {recorded.final_tasks}"
     if same is not None:
-        said += (
-            f"; over the {_tasks(same.best_tasks)} that all {same.layers} layers have which count, {_compared(same)}"
-        )
+        said += f"; over the {_tasks(same.best_tasks)} that all {same.layers} layers have which count, "
+        said += _compared(same)
     return f"{said}."
 
 
@@ -126,12 +142,12 @@ def _compared(c: Comparison) -> str:
 
 def _record(model: ModelCurve) -> str:
     """What is on record, and what is missing of it."""
-    said = [f"{len(model.layers)} layers"]
+    said = [f"{len(model.layers)} layer{'s' * (len(model.layers) != 1)}, {_tasks(len(model.tasks))}"]
     if model.absent_layers:
         said.append(f"{len(model.absent_layers)} more absent between the lowest and the highest")
     if model.partial_layers:
         all_scores = len(model.layers) * len(model.tasks)
-        said.append(f"{len(model.partial_layers)} without all {len(model.tasks)} tasks")
+        said.append(f"{len(model.partial_layers)} without all tasks")
         said.append(f"{model.missing_scores:,} of {all_scores:,} scores missing")
     return ", ".join(said)
 
@@ -160,12 +176,9 @@ def _gain(c: Comparison) -> str:
 
 
 def model_table(report: ScoreReport) -> PageTable:
-    """One row a model: what is on record, the final and the best layer, the gain; the same over shared tasks."""
+    """One row a model: what is on record, the final and the best layer, the gain."""
     return PageTable(
-        [
-            "model", "layers", "tasks", "complete", "final", "best layer", "best", "gain",
-            "shared tasks", "final of these", "best layer of these", "best of these", "gain of these",
-        ],
+        ["model", "layers", "tasks", "complete", "final", "best layer", "best", "gain"],
         [
             [
                 model.name,
@@ -173,14 +186,24 @@ def model_table(report: ScoreReport) -> PageTable:
                 str(len(model.tasks)),
                 "yes" if model.complete else "no",
                 *_cells(model.as_recorded),
-                UNKNOWN if model.same_tasks is None else str(model.same_tasks.best_tasks),
-                *_cells(model.same_tasks),
             ]
             for model in report.models
         ],
-        numbers=(2, 4, 5, 6, 7, 8, 9, 10, 11, 12),
-        caption="Left as recorded; right over the tasks that all layers have which count.",
-    )  # fmt: skip
+        numbers=(1, 2, 4, 5, 6, 7),
+    )
+
+
+def shared_table(report: ScoreReport) -> PageTable:
+    """One row for each model that is not complete but can be compared: the same over the tasks its layers share."""
+    return PageTable(
+        ["model", "layers that count", "shared tasks", "final", "best layer", "best", "gain"],
+        [
+            [model.name, str(same.layers), f"{same.best_tasks} of {len(model.tasks)}", *_cells(same)]
+            for model in report.models
+            if not model.complete and (same := model.same_tasks) is not None
+        ],
+        numbers=(1, 2, 3, 4, 5, 6),
+    )
 
 
 def _range(model: ModelCurve) -> str:
@@ -266,7 +289,10 @@ def _sections(report: ScoreReport, elements: dict[str, str]) -> list[Section]:
                 figures=[elements[CURVES_FILE]],
             )
         )
-    found.append(Section("Models", tables=[model_table(report)]))
+    found.append(Section("Models, as recorded", tables=[model_table(report)]))
+    if shared_table(report).rows:
+        found.append(Section(SHARED, [LIKE_FOR_LIKE], tables=[shared_table(report)]))
+    found.append(Section("Model by model", points=sentences(report)))
     if WINNERS_FILE in elements:
         found.append(
             Section(
@@ -286,7 +312,10 @@ def _sections(report: ScoreReport, elements: dict[str, str]) -> list[Section]:
 def _markdown(report: ScoreReport, plots: Sequence[str]) -> str:
     lines = [f"# {TITLE}", "", _lead(report), "", *(f"- {_plain(finding)}" for finding in findings(report)), ""]
     lines += [line for plot in plots for line in (f"![{TITLES[plot]}]({plot})", "")]
-    lines += ["## Models", "", *_markdown_table(model_table(report))]
+    lines += ["## Models, as recorded", "", *_markdown_table(model_table(report))]
+    if shared_table(report).rows:
+        lines += [f"## {SHARED}", "", LIKE_FOR_LIKE, "", *_markdown_table(shared_table(report))]
+    lines += ["## Model by model", "", *(f"- {_plain(sentence)}" for sentence in sentences(report)), ""]
     if any(not model.complete for model in report.models):
         lines += ["## What is missing", "", *_markdown_table(_incomplete_table(report))]
     for model in report.models:

@@ -14,7 +14,16 @@ from matplotlib.image import imread
 from pages import Page, assert_stands_alone
 
 from pipeline.layer_scores import judge_scores, read_scores
-from pipeline.layer_scores_report import curves, drawn, findings, model_table, winners, write_report
+from pipeline.layer_scores_report import (
+    curves,
+    drawn,
+    findings,
+    model_table,
+    sentences,
+    shared_table,
+    winners,
+    write_report,
+)
 from schemas.scores import LayerScore, ScoreReport
 
 FILES = ["scores.json", "scores.md", "scores.html", "scores_by_layer.png", "task_winners.png"]
@@ -150,18 +159,46 @@ def test_nothing_to_draw() -> None:
 # Words and files
 
 
-def test_the_findings_name_figures_and_what_is_missing(published: ScoreReport) -> None:
+def test_the_findings_come_first_and_are_few(published: ScoreReport) -> None:
     said = findings(published)
     assert said[0] == "In 6 of 7 complete models a layer before the final one has the highest mean score."
+    depths = [w.layer / m.layers[-1].layer for m in published.models if m.complete for w in m.winners]
+    early, middle = sum(depth < 1 for depth in depths), np.median(depths)
+    assert said[1].startswith(f"Task by task, {early} of {7 * 32} best layers")
+    assert said[1].endswith(f"depth of {middle:.2f} or less.")
+    assert said[2].startswith("The most is gained by Pythia 14m: layer 0 has 0.4044")
+    assert said[3].startswith("Not complete are bert base, bert large, LLM2Vec-mntp 8B")
+    assert len(said) == 4
+
+
+def test_every_model_has_its_sentence_with_what_is_missing(published: ScoreReport) -> None:
+    said = sentences(published)
+    assert len(said) == len(published.models)
     (pythia,) = (line for line in said if line.startswith("Pythia 410m"))
     assert "layer 17 has 0.5189, the final one on record, 24, 0.4684: +0.0506 (+10.8 %) (32 tasks, 25 layers)" in pythia
     (simcse,) = (line for line in said if line.startswith("LLM2Vec-mntp-unsup-simcse"))
-    assert "not complete (32 layers, 4 without all 32 tasks, 48 of 1,024 scores missing)" in simcse
+    assert "not complete (32 layers, 32 tasks, 4 without all tasks, 48 of 1,024 scores missing)" in simcse
     assert "layer 24 has 0.6665, the final one on record, 32, 0.6418: +0.0247 (+3.8 %)" in simcse
     assert "the one over 31 tasks, the other over 32" in simcse
     assert "over the 30 tasks that all 30 layers have which count, layer 27 has 0.6754" in simcse
-    assert said[-1].startswith("Too little on record to compare layers: bert base")
-    assert all(any(model.name in line for line in said) for model in published.models)
+    assert any(line.startswith("bert base: too little on record") for line in said)
+    shared = {row[0]: row for row in shared_table(published).rows}
+    assert shared["LLM2Vec-mntp-unsup-simcse 8B"][2:] == [
+        "30 of 32",
+        "0.6601",
+        "27 of 32",
+        "0.6754",
+        "+0.0153 (+2.3 %)",
+    ]
+    assert "Pythia 410m" not in shared
+
+
+@pytest.mark.parametrize(
+    ("without", "beginning"),
+    [(set(), "m: layer 2 has"), ({(0, "early")}, "m, not complete (5 layers, 3 tasks, 1 without all tasks, 1 of 15")],
+)
+def test_the_finding_of_a_single_model_is_its_own(without: set[tuple[int, str]], beginning: str) -> None:
+    assert any(line.startswith(beginning) for line in findings(report(("m", ""), without=without)))
 
 
 def test_the_files(published: ScoreReport, tmp_path: Path) -> None:
@@ -173,7 +210,7 @@ def test_the_files(published: ScoreReport, tmp_path: Path) -> None:
         assert image.shape[0] > 500
         assert image.std() > 0.05
     text = written[1].read_text()
-    assert "| Pythia 410m | 25 (0–24) | 32 | yes | 0.4684 | 17 of 24 | 0.5189 | +0.0506 (+10.8 %) | 32 |" in text
+    assert "| Pythia 410m | 25 (0–24) | 32 | yes | 0.4684 | 17 of 24 | 0.5189 | +0.0506 (+10.8 %) |" in text
     assert "![Mean score by relative depth](scores_by_layer.png)" in text
     again = write_report(published, tmp_path / "again")
     assert [path.read_bytes() for path in again[:3]] == [path.read_bytes() for path in written[:3]]
@@ -212,7 +249,7 @@ def test_hostile_names_stay_names(tmp_path: Path) -> None:
     assert {*HOSTILE, *(f"{name} 1b" for name in HOSTILE)} <= cells
     table = [line for line in text.read_text().splitlines() if line.startswith("|")]
     columns = {len(re.findall(r"(?<!\\)\|", line)) - 1 for line in table}
-    assert columns == {13, 6, 5}
+    assert columns == {8, 6, 5}
     assert "<script>" not in text.read_text()
     # Every model has its curve, also one whose name begins with an underscore.
     assert len(lines_of(curves(found) or Figure())) == len(HOSTILE)

@@ -20,6 +20,8 @@ COMMANDS = {
     "evaluate",
     "promote",
     "demote",
+    "scores",
+    "mteb",
     "files",
     "lookup",
     "verify",

@@ -22,6 +22,7 @@ HEAVY = {
     "safetensors": ("pipeline.model",),
     "kornia": ("pipeline.model",),
     "PIL": ("pipeline.model",),
+    "mteb": ("pipeline.model",),
     "faiss": ("pipeline.index", "pipeline.reader"),
     "pyspark": ("pipeline.session", "jobs"),
     "py4j": ("pipeline.session",),
@@ -105,7 +106,7 @@ def test_the_reader_loads_no_heavy_package() -> None:
 
 def test_the_command_line_opens_without_heavy_packages() -> None:
     loaded = run_python("import sys, pipeline.cli; print(*{m.split('.')[0] for m in sys.modules})").split()
-    assert not {"torch", "transformers", "pyspark", "airflow", "sklearn"} & set(loaded)
+    assert not {"torch", "transformers", "pyspark", "airflow", "sklearn", "mteb", "matplotlib"} & set(loaded)
 
 
 @pytest.mark.airflow

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import learn, make, read
+from pipeline.cli import layers, learn, make, read
 from pipeline.cli.options import State
 from pipeline.config import DEFAULT_CONFIG
 from pipeline.entry import configure_logging, reported_errors
@@ -42,6 +42,8 @@ app.command()(learn.evaluate)
 app.command()(learn.layers)
 app.command()(learn.promote)
 app.command()(learn.demote)
+app.command()(layers.scores)
+app.command()(layers.mteb)
 app.command()(make.example)
 app.command()(read.files)
 app.command()(read.lookup)

@@ -1,0 +1,87 @@
+"""Commands that judge layers: benchmark scores of every layer, read or made."""
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.options import Json, State, print_json, print_lines, print_table
+
+if TYPE_CHECKING:
+    from pipeline.model.mteb_layers import TaskRun
+
+Out = Annotated[Path, typer.Option(help="Folder for tables and plots.")]
+# Below the folder of the results; mteb writes its own beside it.
+STATES = "states"
+
+log = logging.getLogger(__name__)
+
+
+def scores(
+    paths: Annotated[list[Path], typer.Argument(help="CSV or Parquet tables, or folders of mteb's result files.")],
+    out: Out = Path("scores"),
+    as_json: Json = False,
+) -> None:
+    """Judge benchmark scores by layer, published or your own: which layer is best, and by how much."""
+    _report(paths, out, as_json=as_json)
+
+
+def mteb(
+    context: typer.Context,
+    backbone: Annotated[str | None, typer.Option(help="Overrides train.backbone.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Only these tasks (repeatable); default: the 32 of the paper.")
+    ] = None,
+    layer: Annotated[
+        list[int] | None, typer.Option(min=0, help="Only these layers (repeatable), 0: embeddings; default: all.")
+    ] = None,
+    pooling: Annotated[str | None, typer.Option(help="mean, last or cls; overrides train.pooling.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder for mteb's results and the states.")] = Path("mteb"),
+    out: Out = Path("scores"),
+    as_json: Json = False,
+) -> None:
+    """Run MTEB's tasks on every layer of a backbone, each text computed once, and judge the scores."""
+    from pipeline.model.mteb_layers import PAPER_TASKS, EveryLayer, find_tasks, run_tasks
+    from pipeline.resources import machine
+    from pipeline.training_run import with_train
+
+    settings = context.ensure_object(State).settings
+    train = with_train(settings, {"backbone": backbone, "pooling": pooling}).train
+    tasks = find_tasks(task or PAPER_TASKS)
+    skipped = []
+    with EveryLayer(train, encode=settings.encode, resources=machine(), cache=results / STATES) as every:
+        wanted = sorted(set(range(every.layers + 1) if layer is None else layer))
+        log.info("mteb: %d tasks at %d layers of %s", len(tasks), len(wanted), every.name)
+        for run in run_tasks(every, tasks, wanted, results):
+            _tell(run)
+            if run.skipped:
+                skipped.append({"task": run.task, "layer": run.layer, "reason": run.skipped})
+    _report([results], out, as_json=as_json, more={"skipped": skipped})
+
+
+def _tell(run: "TaskRun") -> None:
+    place = run.task if run.layer is None else f"{run.task}, layer {run.layer}"
+    if run.skipped:
+        log.warning("mteb: %s is skipped: %s", place, run.skipped)
+    else:
+        log.info("mteb: %s: %.4f", place, run.score)
+
+
+def _report(paths: Iterable[Path], out: Path, *, as_json: bool, more: dict[str, object] | None = None) -> None:
+    from pipeline.layer_scores import judge_scores, read_scores
+    from pipeline.layer_scores_report import SHARED, findings, model_table, shared_table, write_report
+
+    report = judge_scores(read_scores(paths))
+    written = [str(path) for path in write_report(report, out)]
+    if as_json:
+        found = json.loads(report.model_dump_json())
+        print_json({**found, "findings": findings(report), **(more or {}), "files": written})
+        return
+    for title, table in (("Scores by layer, as recorded", model_table(report)), (SHARED, shared_table(report))):
+        if table.rows:
+            print_table(title, list(table.header), [list(row) for row in table.rows], right=tuple(table.numbers))
+    print_lines([f"- {finding}" for finding in findings(report)])
+    print_table("Written", [""], [[path] for path in written])

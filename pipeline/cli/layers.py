@@ -1,4 +1,4 @@
-"""Commands that judge layers: benchmark scores of every layer, read or made."""
+"""Commands that judge layers: on the catalogue and its clicks, and by benchmark scores, read or made."""
 
 import json
 import logging
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.options import Json, State, print_json, print_lines, print_table
+from pipeline.config import parse_ds
 
 if TYPE_CHECKING:
     from pipeline.model.mteb_layers import TaskRun
@@ -18,6 +19,57 @@ Out = Annotated[Path, typer.Option(help="Folder for tables and plots.")]
 STATES = "states"
 
 log = logging.getLogger(__name__)
+
+
+def layers(
+    context: typer.Context,
+    ds: Annotated[str, typer.Option("--ds", help="Date whose catalogue is used.")] = "",
+    images: Annotated[Path | None, typer.Option(help="Folder of images to judge a vision model on, instead.")] = None,
+    backbone: Annotated[
+        list[str] | None, typer.Option(help="Models to judge (repeatable); default: train.backbone.")
+    ] = None,
+    pooling: Annotated[
+        list[str] | None, typer.Option(help="Poolings to judge (repeatable); default: train.pooling.")
+    ] = None,
+    sample: Annotated[int | None, typer.Option(min=2, help="Overrides layers.sample.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for page, table and plots.")] = Path("layers"),
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="Make the recommendation the default of trainings with this backbone.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Judge every layer of a model: metrics, downstream AUC and cost by layer, and the layer to keep."""
+    from pipeline import layers as stages
+    from pipeline.layer_report import choice_rows, layer_rows, write_report
+
+    settings = context.ensure_object(State).settings
+    if sample is not None:
+        settings = settings.model_copy(update={"layers": settings.layers.model_copy(update={"sample": sample})})
+    report = stages.judge_layers(
+        settings,
+        ds=parse_ds(ds) if ds else "",
+        images=str(images or ""),
+        backbones=backbone or (),
+        poolings=pooling or (),
+    )
+    written = [str(path) for path in write_report(report, out)]
+    adopted = stages.adopt(settings, report) if adopt else None
+    if as_json:
+        facts = json.loads(report.model_dump_json())
+        print_json({**facts, "adopted": adopted is not None, "files": written})
+        return
+    for model in report.models:
+        for title, (header, rows) in (
+            (f"{model.backbone}, {model.pooling} pooling (* to be kept)", layer_rows(model, brief=True)),
+            ("What every metric would choose", choice_rows(model)),
+        ):
+            print_table(title, header, rows, right=tuple(range(1, len(header))))
+    print_table("Findings", [""], [[sentence] for sentence in report.findings])
+    advice = [
+        [f"layer {one.layers} of {one.backbone}, {one.pooling} pooling", one.reason] for one in report.recommendations
+    ]
+    print_table("Adopted" if adopted else "Recommended (--adopt makes it the default of trainings)", ["", ""], advice)
+    print_table("Written", [""], [[path] for path in written])
 
 
 def scores(

@@ -226,6 +226,13 @@ def _kept(model: JudgedModel) -> list[str]:
             f"The first {model.keep} of {model.layers} layers take {100 * time:.0f} % of the whole model's time and "
             f"{100 * memory:.0f} % of its weights' memory."
         )
+    folds = {layer.layer: layer.fold_auc for layer in model.judged if layer.fold_auc}
+    if folds:
+        curve = smoothed(folds).values()
+        found.append(
+            f"Within the training part the layers' smoothed AUC lies between {min(curve):.4f} and {max(curve):.4f}: "
+            "the choice is as sharp as that."
+        )
     if best is not None and best.layer != layer.layer:
         spread = std_auc(best)
         within = mean_auc(best) - mean_auc(layer) <= spread

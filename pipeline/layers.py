@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 REPORT = "layers.json"
+SWEPT = "sweep.json"
 MOST_PARTS = 8
 INPUTS_PER_UNIT = 1000
 
@@ -56,6 +57,11 @@ class _Candidate:
     @property
     def uri(self) -> str:
         return join(self.settings.work_uri, "layers", self.sweep_id)
+
+    @property
+    def swept_uri(self) -> str:
+        """What the parts come to; written once all of them are added up."""
+        return join(self.uri, SWEPT)
 
 
 def judge_layers(
@@ -248,56 +254,72 @@ def _judge(spark: "SparkSession", settings: Settings, candidates: Sequence[_Cand
 def _sweep(
     spark: "SparkSession", candidates: Sequence[_Candidate], inputs: Sequence[str], *, storage: Storage
 ) -> list[JudgedModel]:
-    """The metrics of every layer of every candidate, their parts side by side."""
-    from pipeline.model.sweep import INPUT, SAMPLE, merge_parts, run_part
+    """The metrics of every layer of every candidate, their parts side by side; what was added up once stands."""
+    from pipeline.model.sweep import INPUT, SAMPLE, run_part
     from pipeline.session import run_buckets
 
-    swept = []
+    parts: dict[str, list[SweepPart]] = {}
     for candidate in candidates:
-        with storage.staged(join(candidate.uri, SAMPLE)) as staged:
-            pq.write_table(pa.table({INPUT: inputs}), staged)
-            storage.publish(staged, join(candidate.uri, SAMPLE))
-        swept.append(_parts(candidate, len(inputs), storage=storage))
+        if storage.stat(candidate.swept_uri) is None:
+            with storage.staged(join(candidate.uri, SAMPLE)) as staged:
+                pq.write_table(pa.table({INPUT: inputs}), staged)
+                storage.publish(staged, join(candidate.uri, SAMPLE))
+            parts[candidate.sweep_id] = _parts(candidate, len(inputs), storage=storage)
     run_buckets(
         spark,
         run_part,
-        [part for parts in swept for part in parts],
+        [part for own in parts.values() for part in own],
         label="layer metrics",
         weight=lambda part: part.inputs,
         unit="images" if candidates[0].images else "texts",
         each="parts",
     )
-    found = []
-    for candidate, parts in zip(candidates, swept, strict=True):
-        log.info("layer metrics: adding up %d parts of %s", len(parts), candidate.train.backbone)
+    return [_swept(candidate, parts.get(candidate.sweep_id, ()), storage=storage) for candidate in candidates]
+
+
+def _swept(candidate: _Candidate, parts: "Sequence[SweepPart]", *, storage: Storage) -> JudgedModel:
+    """The parts of a candidate added up; then they are not needed any more."""
+    from pipeline.model.sweep import merge_parts
+
+    done = read_contract(storage, candidate.swept_uri, JudgedModel)
+    if done is not None:
+        return done
+    log.info("layer metrics: adding up %d parts of %s", len(parts), candidate.train.backbone)
+    try:
         facts, metrics = merge_parts(parts)
-        seconds = np.cumsum(facts.seconds) / max(1, facts.inputs - facts.left_out) * INPUTS_PER_UNIT
-        found.append(
-            JudgedModel(
-                sweep_id=candidate.sweep_id,
-                backbone=candidate.train.backbone,
-                pooling=candidate.train.pooling,
-                layers=facts.layers,
-                width=facts.width,
-                max_tokens=facts.max_tokens,
-                dtype=facts.dtype,
-                device=facts.device,
-                inputs=facts.inputs,
-                left_out=facts.left_out,
-                left_out_because=facts.left_out_because,
-                judged=[
-                    JudgedLayer(
-                        layer=layer,
-                        depth=layer / facts.layers,
-                        metrics=figures,
-                        seconds=float(seconds[layer]),
-                        weights_bytes=facts.weights_bytes[layer],
-                    )
-                    for layer, figures in enumerate(metrics)
-                ],
+    except FileNotFoundError:
+        # Another run of the same sweep was first.
+        done = read_contract(storage, candidate.swept_uri, JudgedModel)
+        if done is None:
+            raise
+        return done
+    seconds = np.cumsum(facts.seconds) / max(1, facts.inputs - facts.left_out) * INPUTS_PER_UNIT
+    model = JudgedModel(
+        sweep_id=candidate.sweep_id,
+        backbone=candidate.train.backbone,
+        pooling=candidate.train.pooling,
+        layers=facts.layers,
+        width=facts.width,
+        max_tokens=facts.max_tokens,
+        dtype=facts.dtype,
+        device=facts.device,
+        inputs=facts.inputs,
+        left_out=facts.left_out,
+        left_out_because=facts.left_out_because,
+        judged=[
+            JudgedLayer(
+                layer=layer,
+                depth=layer / facts.layers,
+                metrics=figures,
+                seconds=float(seconds[layer]),
+                weights_bytes=facts.weights_bytes[layer],
             )
-        )
-    return found
+            for layer, figures in enumerate(metrics)
+        ],
+    )
+    storage.write(candidate.swept_uri, model.model_dump_json(indent=1).encode())
+    storage.remove(part.file for part in parts)
+    return model
 
 
 def _parts(candidate: _Candidate, inputs: int, *, storage: Storage) -> "list[SweepPart]":

@@ -18,6 +18,7 @@ COMMANDS = {
     "vacuum",
     "train",
     "evaluate",
+    "layers",
     "promote",
     "demote",
     "scores",

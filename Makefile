@@ -53,8 +53,8 @@ nightly: setup ## Run the DAG marc_nightly for DS, on the example catalogue unle
 	  || { echo "the night of $(DS) failed; see $(NIGHT_LOG)" >&2; exit 1; }; \
 	$(BIN)/marc summary --ds $(DS) --since $$started
 
-test: setup ## Run the tests
-	@$(BIN)/python -m pytest
+test: setup ## Run the tests, two files at a time
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: setup ## Run the tests that the default suite leaves out
 	@$(BIN)/python -m pytest -m slow

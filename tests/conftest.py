@@ -17,6 +17,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In several processes a file's tests stay together, for its fixtures, and so do those of the one S3 server."""
+    served = {item.path for item in items if "s3_server" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("s3" if item.path in served else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """Root of the repository."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 UNKNOWN = "–"
 TITLE = "Benchmark scores by layer"
+COUNTING = "last that counts"
 SHARED = "Models that are not complete, over the tasks that their layers share"
 LIKE_FOR_LIKE = (
     "Of the layers that count, over those tasks that each of them has: like for like, unlike the table above."
@@ -108,13 +109,13 @@ def _overall(complete: Sequence[ModelCurve]) -> Iterator[str]:
     compared = [model.same_tasks for model in complete if model.same_tasks]
     if len(compared) > 1:
         before = sum(c.best_layer < c.final_layer for c in compared)
-        yield f"In {before} of {len(compared)} complete models a layer before the final one has the highest mean score."
+        yield f"In {before} of {len(compared)} complete models a layer before the last on record has the highest mean."
     depths = [winner.layer / model.highest_layer for model in complete for winner in model.winners]
     if depths:
         early = sum(depth < 1 for depth in depths)
         yield (
             f"Task by task, {early:,} of {len(depths):,} best layers ({100 * early / len(depths):.0f} %) lie before "
-            f"the final one, half of all at a relative depth of {median(depths):.2f} or less."
+            f"the last on record, half of all at a relative depth of {median(depths):.2f} or less."
         )
 
 
@@ -124,19 +125,19 @@ def _sentence(model: ModelCurve) -> str:
         return f"{model.name}: too little on record to compare layers ({_record(model)})."
     if model.complete:
         return f"{model.name}: {_compared(recorded)} ({_tasks(recorded.best_tasks)}, {recorded.layers} layers)."
-    said = f"{model.name}, not complete ({_record(model)}): as recorded, {_compared(recorded)}"
+    said = f"{model.name}, not complete ({_record(model)}): as recorded, {_compared(recorded, COUNTING)}"
     if recorded.best_tasks != recorded.final_tasks:
         said += f", the one over {_tasks(recorded.best_tasks)}, the other over {recorded.final_tasks}"
     if same is not None:
         said += f"; over the {_tasks(same.best_tasks)} that all {same.layers} layers have which count, "
-        said += _compared(same)
+        said += _compared(same, COUNTING)
     return f"{said}."
 
 
-def _compared(c: Comparison) -> str:
+def _compared(c: Comparison, last: str = "last on record") -> str:
     if c.best_layer == c.final_layer:
-        return f"no layer is better than the final one on record, {c.final_layer}, with {_score(c.final)}"
-    final = f"the final one on record, {c.final_layer}, {_score(c.final)}"
+        return f"no layer is better than the {last}, {c.final_layer}, with {_score(c.final)}"
+    final = f"the {last}, {c.final_layer}, {_score(c.final)}"
     return f"layer {c.best_layer} has {_score(c.best)}, {final}: {_gain(c)}"
 
 

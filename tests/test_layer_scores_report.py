@@ -161,7 +161,7 @@ def test_nothing_to_draw() -> None:
 
 def test_the_findings_come_first_and_are_few(published: ScoreReport) -> None:
     said = findings(published)
-    assert said[0] == "In 6 of 7 complete models a layer before the final one has the highest mean score."
+    assert said[0] == "In 6 of 7 complete models a layer before the last on record has the highest mean."
     depths = [w.layer / m.layers[-1].layer for m in published.models if m.complete for w in m.winners]
     early, middle = sum(depth < 1 for depth in depths), np.median(depths)
     assert said[1].startswith(f"Task by task, {early} of {7 * 32} best layers")
@@ -175,10 +175,10 @@ def test_every_model_has_its_sentence_with_what_is_missing(published: ScoreRepor
     said = sentences(published)
     assert len(said) == len(published.models)
     (pythia,) = (line for line in said if line.startswith("Pythia 410m"))
-    assert "layer 17 has 0.5189, the final one on record, 24, 0.4684: +0.0506 (+10.8 %) (32 tasks, 25 layers)" in pythia
+    assert "layer 17 has 0.5189, the last on record, 24, 0.4684: +0.0506 (+10.8 %) (32 tasks, 25 layers)" in pythia
     (simcse,) = (line for line in said if line.startswith("LLM2Vec-mntp-unsup-simcse"))
     assert "not complete (32 layers, 32 tasks, 4 without all tasks, 48 of 1,024 scores missing)" in simcse
-    assert "layer 24 has 0.6665, the final one on record, 32, 0.6418: +0.0247 (+3.8 %)" in simcse
+    assert "layer 24 has 0.6665, the last that counts, 32, 0.6418: +0.0247 (+3.8 %)" in simcse
     assert "the one over 31 tasks, the other over 32" in simcse
     assert "over the 30 tasks that all 30 layers have which count, layer 27 has 0.6754" in simcse
     assert any(line.startswith("bert base: too little on record") for line in said)

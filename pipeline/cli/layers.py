@@ -106,7 +106,7 @@ def mteb(
     skipped = []
     with EveryLayer(train, encode=settings.encode, resources=machine(), cache=results / STATES) as every:
         wanted = sorted(set(range(every.layers + 1) if layer is None else layer))
-        log.info("mteb: %d tasks at %d layers of %s", len(tasks), len(wanted), every.name)
+        log.info("mteb: tasks: %d, layers: %d of %s", len(tasks), len(wanted), every.name)
         for run in run_tasks(every, tasks, wanted, results):
             _tell(run)
             if run.skipped:

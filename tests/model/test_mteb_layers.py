@@ -29,6 +29,9 @@ mteb = pytest.importorskip("mteb")
 # Below the check: they are mteb's own classes, evaluators and data sets.
 from datasets import Dataset, DatasetDict  # noqa: E402
 from mteb.abstasks import AbsTaskClassification  # noqa: E402
+from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy  # noqa: E402
+from mteb.abstasks.pair_classification import AbsTaskPairClassification  # noqa: E402
+from mteb.abstasks.retrieval import AbsTaskRetrieval  # noqa: E402
 from mteb.abstasks.sts import AbsTaskSTS  # noqa: E402
 from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
 from mteb.models import EncoderProtocol  # noqa: E402
@@ -119,6 +122,40 @@ class Genres(AbsTaskClassification):
         labels = [number % 3 for number in range(len(TEXTS))]
         rows = Dataset.from_dict({"text": TEXTS, "label": labels})
         self.dataset = DatasetDict({"train": rows.select(range(24)), "test": rows.select(range(24, 48))})
+        self.data_loaded = True
+
+
+class Clusters(AbsTaskClusteringLegacy):
+    metadata = metadata("Clusters", "Clustering", "v_measure")
+
+    def load_data(self, **_: Any) -> None:
+        labels = [number % 3 for number in range(24)]
+        rows = Dataset.from_dict({"sentences": [TEXTS[:24], TEXTS[24:]], "labels": [labels, labels]})
+        self.dataset = DatasetDict({"test": rows})
+        self.data_loaded = True
+
+
+class Duplicates(AbsTaskPairClassification):
+    metadata = metadata("Duplicates", "PairClassification", "max_ap")
+
+    def load_data(self, **_: Any) -> None:
+        columns = {"sentence1": TEXTS[:20], "sentence2": TEXTS[20:40], "labels": [number % 2 for number in range(20)]}
+        self.dataset = DatasetDict({"test": Dataset.from_dict(columns)})
+        self.data_loaded = True
+
+
+class Ranked(AbsTaskRetrieval):
+    metadata = metadata("Ranked", "Reranking", "map_at_1000")
+
+    def load_data(self, **_: Any) -> None:
+        names = [f"d{number}" for number in range(10)]
+        split = {
+            "queries": Dataset.from_dict({"id": ["q1", "q2"], "text": TEXTS[:2]}),
+            "corpus": Dataset.from_dict({"id": names, "text": TEXTS[10:20], "title": [""] * 10}),
+            "relevant_docs": {"q1": {"d1": 1}, "q2": {"d2": 1}},
+            "top_ranked": {"q1": names[:5], "q2": names[:5]},
+        }
+        self.dataset = {"default": {"test": split}}
         self.data_loaded = True
 
 
@@ -407,6 +444,15 @@ def test_tasks_run_at_two_layers_and_are_read_back(open_layers: Callable[..., Ev
             kept = mteb.ResultCache(tmp_path / "runs").load_task_result(name, meta)
             assert isinstance(kept, TaskResult)
             assert kept.get_score() == pytest.approx(written[name, layer])
+
+
+def test_every_kind_of_task_that_the_paper_has_runs(open_layers: Callable[..., EveryLayer], tmp_path: Path) -> None:
+    tasks = [SimilarTitles(), Genres(), Clusters(), Duplicates(), Ranked()]
+    assert {task.metadata.type for task in find_tasks(PAPER_TASKS)} == {task.metadata.type for task in tasks}
+    runs = list(run_tasks(open_layers(), tasks, [0, 2], tmp_path / "runs"))
+    assert [run.skipped for run in runs] == [""] * 10
+    (model,) = judge_scores(read_scores([tmp_path / "runs"])).models
+    assert [mean.tasks for mean in model.layers] == [5, 5]
 
 
 def test_the_score_is_that_of_the_vectors(

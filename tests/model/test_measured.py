@@ -1,0 +1,347 @@
+"""The measuring pass: figures of tokens as a second computation finds them, and times and weights of every layer."""
+
+import copy
+import itertools
+import math
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from tiny_models import (
+    ARCHITECTURES,
+    IMAGE_SIDE,
+    LAYERS,
+    MAX_TOKENS,
+    TEXTS,
+    WIDTH,
+    hidden_state_index,
+    tiny_model,
+    tiny_tokenizer,
+    tiny_vision_model,
+)
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.model.backbone import PooledLayers, blocks, truncate
+from pipeline.model.batches import PackedTokens, PaddedTokens, TokenBatch
+from pipeline.model.encoder import Encoder
+from pipeline.model.images import ImageBatch
+from pipeline.model.measured import TOKEN_FIGURES, UNDEFINED, MeasuredLayers, weights_bytes
+from pipeline.model.packed import use_packed
+from schemas.bundle import Pooling
+
+VOCABULARY = 64
+PACKABLE = ("bert", "llama", "qwen3")
+LENGTHS = [12, 9, 9, 9, 5, 3, 3, 2, 2, 1, 1]
+EVERY_LAYOUT = pytest.mark.parametrize(
+    ("architecture", "packed"), [*((name, False) for name in ARCHITECTURES), *((name, True) for name in PACKABLE)]
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, PreTrainedModel]:
+    """One whole model of every architecture; what hooks or changes it takes a copy."""
+    found = {name: tiny_model(name, vocabulary=VOCABULARY) for name in ARCHITECTURES}
+    return {**found, "vit": tiny_vision_model("vit")}
+
+
+def texts_of(lengths: list[int], seed: int = 0) -> list[NDArray[np.int32]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(4, VOCABULARY, length).astype(np.int32) for length in lengths]
+
+
+def measured(model: PreTrainedModel, pooling: Pooling = "mean", **options: Any) -> MeasuredLayers:
+    return MeasuredLayers(copy.deepcopy(model), pooling, **options)
+
+
+def batch_of(found: MeasuredLayers, texts: list[NDArray[np.int32]], *, packed: bool, tokens: int = 0) -> TokenBatch:
+    if not packed:
+        return PaddedTokens.of(texts)
+    assert use_packed(found, found.model, longest=MAX_TOKENS) == 0
+    return PackedTokens.of(texts, tokens=tokens)
+
+
+def measure(found: MeasuredLayers, batch: TokenBatch) -> Tensor:
+    with torch.inference_mode(), found.measuring():
+        seen: Tensor = found(batch)
+    return seen
+
+
+# --- a second computation
+
+
+def states_of(architecture: str, model: PreTrainedModel, text: NDArray[np.int32]) -> list[NDArray[np.float64]]:
+    """Token states [t, D] of a text alone after 0, 1, … L blocks, as transformers tells them."""
+    ids = torch.from_numpy(text[None].astype(np.int64))
+    with torch.inference_mode():
+        listed = model(input_ids=ids, output_hidden_states=True).hidden_states
+        # Mamba's list lacks the embeddings.
+        first = model.get_input_embeddings()(ids) if architecture == "mamba" else listed[0]
+    named = [first, *(listed[hidden_state_index(architecture, kept)] for kept in range(1, LAYERS + 1))]
+    return [state[0].double().numpy() for state in named]
+
+
+def entropy_by_hand(tokens: NDArray[np.float64], order: float) -> float:
+    rows = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
+    shares = np.linalg.eigvalsh(rows @ rows.T) / len(rows)
+    shares = shares[shares > 1e-12]
+    if order == 1:
+        return float(-(shares * np.log(shares)).sum())
+    return float(np.log((shares**order).sum()) / (1 - order))
+
+
+def curvature_by_hand(tokens: NDArray[np.float64]) -> float:
+    steps = np.diff(tokens, axis=0)
+    angles = [math.acos(a @ b / math.sqrt((a @ a) * (b @ b))) for a, b in itertools.pairwise(steps)]
+    return float(np.mean(angles)) if angles else UNDEFINED
+
+
+def figures_by_hand(states: list[NDArray[np.float64]], order: float) -> list[list[float]]:
+    return [[entropy_by_hand(one, order), len(one), curvature_by_hand(one)] for one in states]
+
+
+# --- columns
+
+
+@EVERY_LAYOUT
+@pytest.mark.parametrize("order", [1.0, 2.0])
+def test_figures_of_tokens_are_those_of_every_text_alone(
+    models: dict[str, PreTrainedModel], architecture: str, packed: bool, order: float
+) -> None:
+    found = measured(models[architecture], order=order)
+    texts = texts_of(LENGTHS)
+    # Filled up with tokens of nobody: as long as the last text, so that they continue its run.
+    seen = measure(found, batch_of(found, texts, packed=packed, tokens=sum(LENGTHS) + 7))
+    assert (seen.shape, seen.dtype) == ((len(texts), LAYERS + 1, WIDTH + len(TOKEN_FIGURES)), torch.float32)
+    expected = [figures_by_hand(states_of(architecture, models[architecture], text), order) for text in texts]
+    np.testing.assert_allclose(seen[..., WIDTH:].numpy(), expected, atol=2e-4)
+    layers = np.array(expected)[0, :, [0, 2]]
+    assert (np.abs(np.diff(layers, axis=1)) > 1e-3).all(), "no layer could be taken for its neighbour"
+
+
+@EVERY_LAYOUT
+@pytest.mark.parametrize("pooling", ["mean", "last", "cls"])
+def test_the_states_before_them_are_those_of_a_pass_that_does_not_measure(
+    models: dict[str, PreTrainedModel], architecture: str, packed: bool, pooling: Pooling
+) -> None:
+    found, plain = measured(models[architecture], pooling), PooledLayers(copy.deepcopy(models[architecture]), pooling)
+    texts = texts_of(LENGTHS)
+    batch = batch_of(found, texts, packed=packed)
+    if packed:
+        assert use_packed(plain, plain.model, longest=MAX_TOKENS) == 0
+    with torch.inference_mode():
+        assert torch.equal(measure(found, batch)[..., :WIDTH], plain(batch))
+
+
+def test_patches_are_the_tokens_of_an_image(models: dict[str, PreTrainedModel]) -> None:
+    pixels = torch.randn(3, 3, IMAGE_SIDE, IMAGE_SIDE, generator=torch.Generator().manual_seed(0))
+    seen = measure(measured(models["vit"]), ImageBatch(pixels))
+    with torch.inference_mode():
+        assert torch.equal(seen[..., :WIDTH], PooledLayers(copy.deepcopy(models["vit"]), "mean")(ImageBatch(pixels)))
+        output = models["vit"](pixel_values=pixels, output_hidden_states=True)
+    states = [*output.hidden_states[:LAYERS], output.last_hidden_state]
+    expected = [figures_by_hand([state[number].double().numpy() for state in states], 1.0) for number in range(3)]
+    np.testing.assert_allclose(seen[..., WIDTH:].numpy(), expected, atol=2e-4)
+    assert (seen[..., WIDTH + 1] == 17).all(), "16 patches and CLS"
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(0, 14), min_size=1, max_size=8),
+    layout=st.sampled_from([("mamba", False), ("qwen3", False), ("qwen3", True), ("bert", True)]),
+    fill=st.integers(0, 9),
+    seed=st.integers(0, 99),
+)
+def test_figures_do_not_depend_on_the_neighbours(
+    models: dict[str, PreTrainedModel], lengths: list[int], layout: tuple[str, bool], fill: int, seed: int
+) -> None:
+    architecture, packed = layout
+    found = measured(models[architecture])
+    texts = texts_of(lengths, seed)
+    together = measure(found, batch_of(found, texts, packed=packed, tokens=sum(lengths) + fill))
+    alone = torch.cat([measure(found, batch_of(found, [text], packed=packed)) for text in texts])
+    torch.testing.assert_close(together[..., WIDTH:], alone[..., WIDTH:], atol=5e-4, rtol=1e-3)
+    assert together[:, 0, WIDTH + 1].tolist() == [max(1, length) for length in lengths]
+
+
+@EVERY_LAYOUT
+def test_texts_of_few_tokens_have_no_curvature_and_no_text_is_nan(
+    models: dict[str, PreTrainedModel], architecture: str, packed: bool
+) -> None:
+    found = measured(models[architecture])
+    texts = texts_of([3, 2, 1, 0])
+    entropies, tokens, turns = measure(found, batch_of(found, texts, packed=packed))[..., WIDTH:].unbind(dim=2)
+    # What stands for a text without tokens is one.
+    assert tokens.tolist() == [[count] * (LAYERS + 1) for count in (3, 2, 1, 1)]
+    assert (turns[1:] == UNDEFINED).all()
+    assert ((turns[0] >= 0) & (turns[0] <= math.pi)).all()
+    assert (entropies[2:] == 0).all()
+    assert ((entropies[:2] > 0) & (entropies[:2] <= math.log(3))).all()
+
+
+def test_a_text_that_stands_still_has_no_curvature_in_the_embeddings(models: dict[str, PreTrainedModel]) -> None:
+    ids = np.full(6, 7, np.int32)
+    seen = measure(measured(models["llama"]), PaddedTokens.of([ids]))[0, :, WIDTH:]
+    assert seen[0].tolist() == [pytest.approx(0, abs=1e-6), 6, UNDEFINED]
+
+
+def test_outside_of_measuring_the_figures_are_undefined_and_nothing_is_timed(
+    models: dict[str, PreTrainedModel],
+) -> None:
+    found = measured(models["bert"])
+    batch = PaddedTokens.of(texts_of(LENGTHS))
+    with torch.inference_mode():
+        before = found(batch)
+        seen = measure(found, batch)
+        spent = found.seconds()
+        after = found(batch)
+    for one in (before, after):
+        assert (one[..., WIDTH:] == UNDEFINED).all()
+        assert torch.equal(one[..., :WIDTH], seen[..., :WIDTH])
+    assert np.array_equal(found.seconds(), spent)
+    assert spent.any()
+    with pytest.raises(ZeroDivisionError), found.measuring():
+        raise ZeroDivisionError
+    with torch.inference_mode():
+        assert (found(batch)[..., WIDTH:] == UNDEFINED).all(), "an error ends the measuring as well"
+
+
+# --- time
+
+
+def test_seconds_are_of_embeddings_and_blocks_and_only_grow(models: dict[str, PreTrainedModel]) -> None:
+    found = measured(models["qwen3"])
+    assert found.seconds().tolist() == [0] * (LAYERS + 1)
+    batch = PaddedTokens.of(texts_of(LENGTHS))
+    started = time.perf_counter()
+    measure(found, batch)
+    first = found.seconds()
+    measure(found, batch)
+    second = found.seconds()
+    assert first.shape == (LAYERS + 1,)
+    assert (first > 0).all()
+    assert (second > first).all()
+    assert second.sum() <= time.perf_counter() - started
+
+
+class Slow(nn.Module):
+    """A block that takes its time."""
+
+    def __init__(self, block: nn.Module, seconds: float) -> None:
+        super().__init__()
+        self.block, self.seconds = block, seconds
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        time.sleep(self.seconds)
+        return self.block(*inputs, **named)
+
+
+@pytest.mark.parametrize("slow", [0, 2, LAYERS - 1])
+def test_what_a_block_takes_is_counted_where_it_is(models: dict[str, PreTrainedModel], slow: int) -> None:
+    model = copy.deepcopy(models["llama"])
+    stack = blocks(model)[2]
+    stack[slow] = Slow(stack[slow], 0.05)
+    found = MeasuredLayers(model, "mean")
+    measure(found, PaddedTokens.of(texts_of([4, 3])))
+    seconds = found.seconds()
+    assert seconds[slow + 1] >= 0.05
+    assert np.delete(seconds, slow + 1).max() < 0.05
+
+
+def test_what_measuring_takes_is_no_blocks_time(
+    models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.model import measured as module
+
+    def slow(tokens: Tensor, order: float) -> Tensor:
+        time.sleep(0.05)
+        return torch.zeros(len(tokens))
+
+    monkeypatch.setattr(module, "prompt_entropy", slow)
+    found = measured(models["llama"])
+    measure(found, PaddedTokens.of(texts_of([4, 4])))
+    assert found.seconds().sum() < 0.05
+
+
+# --- batches that fail on the way
+
+
+def encoder_of(found: MeasuredLayers, architecture: str) -> Encoder:
+    tokenizer = tiny_tokenizer(architecture)
+    tokenizer.enable_truncation(max_length=MAX_TOKENS)
+    return Encoder(
+        found,
+        tokenizer,
+        head=nn.Identity(),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        token_budget=400,
+    )
+
+
+class Narrow(nn.Module):
+    """A block that has no room for a batch of more texts than before, and tells so in the middle of the pass."""
+
+    def __init__(self, block: nn.Module, error: Exception) -> None:
+        super().__init__()
+        self.block, self.error, self.room, self.refused = block, error, 10**9, 0
+
+    def forward(self, states: Tensor, *inputs: Any, **named: Any) -> Any:
+        if states.shape[0] * states.shape[1] > self.room:
+            self.refused += 1
+            raise self.error
+        return self.block(states, *inputs, **named)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), ValueError("too many for me")], ids=["memory", "other"])
+@pytest.mark.parametrize("architecture", ["bert", "mamba"])
+def test_a_batch_that_is_run_again_in_parts_is_measured_once(architecture: str, error: Exception) -> None:
+    model = tiny_model(architecture, vocabulary=tiny_tokenizer(architecture).get_vocab_size())
+    stack = blocks(model)[2]
+    stack[2] = narrow = Narrow(stack[2], error)
+    found = MeasuredLayers(model, "mean")
+    encoder = encoder_of(found, architecture)
+
+    def encoded() -> NDArray[np.float32]:
+        with found.measuring():
+            ((_, done),) = encoder.stream([(None, TEXTS)])
+        assert not done.failed
+        return done.vectors
+
+    expected = encoded()
+    passes = len(found._passes)
+    narrow.room = 150
+    seen = encoded()
+    assert narrow.refused
+    np.testing.assert_allclose(seen, expected, atol=5e-4)
+    # A pass that failed half-way has no place in the times.
+    assert all(len(marks) == 2 * LAYERS + 3 for marks in found._passes[passes:])
+    assert (expected[..., WIDTH + 1] > 1).all()
+
+
+# --- weights
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "vit"])
+@pytest.mark.parametrize("item_bytes", [2, 4])
+def test_weights_are_those_of_the_model_truncated_there(
+    models: dict[str, PreTrainedModel], architecture: str, item_bytes: int
+) -> None:
+    model = models[architecture]
+    found = weights_bytes(model, item_bytes=item_bytes)
+    assert len(found) == LAYERS + 1
+    assert all(one < other for one, other in itertools.pairwise(found))
+    for layers in range(1, LAYERS + 1):
+        truncated = truncate(copy.deepcopy(model), layers)
+        assert found[layers] == item_bytes * sum(weight.numel() for weight in truncated.parameters())
+    assert found[-1] == item_bytes * model.num_parameters()

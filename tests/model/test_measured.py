@@ -102,7 +102,8 @@ def entropy_by_hand(tokens: NDArray[np.float64], order: float) -> float:
 
 def curvature_by_hand(tokens: NDArray[np.float64]) -> float:
     steps = np.diff(tokens, axis=0)
-    angles = [math.acos(a @ b / math.sqrt((a @ a) * (b @ b))) for a, b in itertools.pairwise(steps)]
+    pairs = [(a, b) for a, b in itertools.pairwise(steps) if a.any() and b.any()]
+    angles = [math.acos(a @ b / math.sqrt((a @ a) * (b @ b))) for a, b in pairs]
     return float(np.mean(angles)) if angles else UNDEFINED
 
 

@@ -17,7 +17,9 @@ from pipeline.plots import (
     Section,
     html_page,
     legend,
+    markdown_text,
     new_figure,
+    plot_text,
     save,
     svg,
     tidy,
@@ -182,13 +184,13 @@ def _measured(report: LayerReport) -> Iterator[str]:
 def _markdown(report: LayerReport, plots: Sequence[str]) -> str:
     lines = ["# Layers", ""]
     lines += [
-        f"**Keep layer {one.layers} of {one.backbone} with {one.pooling} pooling.** {one.reason}"
+        f"**Keep layer {one.layers} of {markdown_text(one.backbone)} with {one.pooling} pooling.** {one.reason}"
         for one in report.recommendations
     ]
-    lines += ["", *(f"- {finding}" for finding in report.findings), ""]
+    lines += ["", *(f"- {markdown_text(finding)}" for finding in report.findings), ""]
     lines += [line for name in plots for line in (f"![{TITLES[name]}]({name})", "")]
     for model in report.models:
-        lines += [f"## {_name(model, report)}", "", _how(model), ""]
+        lines += [f"## {markdown_text(_name(model, report))}", "", _how(model), ""]
         for header, rows in (layer_rows(model), choice_rows(model)):
             lines += [_line(header), _line(["---"] * len(header)), *map(_line, rows), ""]
     lines += ["## How it was measured", "", *(f"- {sentence}" for sentence in _measured(report)), ""]
@@ -220,7 +222,7 @@ def _aucs(report: LayerReport) -> "Figure":
     panels = figure.subplots(1, 2, sharey=True)
     for place, model in enumerate(report.models):
         style = {"color": CYCLE[place % len(CYCLE)], "marker": MARKERS[place % len(MARKERS)]}
-        label = _name(model, report)
+        label = plot_text(_name(model, report), end=True)
         tested = [layer for layer in model.judged if layer.test_auc]
         deviations = [0.0 if math.isnan(std_auc(layer)) else std_auc(layer) for layer in tested]
         panels[0].errorbar(_depths(tested), list(map(mean_auc, tested)), yerr=deviations, label=label, **style, **BAR)
@@ -259,7 +261,7 @@ def _cost(report: LayerReport) -> "Figure":
     figure = new_figure(3.4)
     left, right = figure.subplots(1, 2)
     _curves(left, report, lambda layer: layer.seconds)
-    left.set_title("seconds of one worker for 1,000 texts", fontsize=10)
+    left.set_title(f"seconds of one worker for 1,000 {report.kind}", fontsize=10)
     _curves(right, report, lambda layer: layer.weights_bytes / MEGABYTE)
     right.set_title("weights, MB", fontsize=10)
     for panel in (left, right):
@@ -274,7 +276,7 @@ def _curves(panel: "Axes", report: LayerReport, figure_of: Callable[[JudgedLayer
         panel.plot(
             _depths(model.judged),
             figures,
-            label=_name(model, report),
+            label=plot_text(_name(model, report), end=True),
             color=CYCLE[place % len(CYCLE)],
             marker=MARKERS[place % len(MARKERS)],
             linewidth=1.6,

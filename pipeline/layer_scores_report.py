@@ -17,7 +17,9 @@ from pipeline.plots import (
     Section,
     html_page,
     legend,
+    markdown_text,
     new_figure,
+    plot_text,
     save,
     svg,
     tidy,
@@ -311,7 +313,7 @@ def _sections(report: ScoreReport, elements: dict[str, str]) -> list[Section]:
 
 
 def _markdown(report: ScoreReport, plots: Sequence[str]) -> str:
-    lines = [f"# {TITLE}", "", _lead(report), "", *(f"- {_plain(finding)}" for finding in findings(report)), ""]
+    lines = [f"# {TITLE}", "", _lead(report), "", *(f"- {markdown_text(finding)}" for finding in findings(report)), ""]
     lines += [line for plot in plots for line in (f"![{TITLES[plot]}]({plot})", "")]
     lines += ["## Models, as recorded", "", *_markdown_table(model_table(report))]
     if shared_table(report).rows:
@@ -320,27 +322,20 @@ def _markdown(report: ScoreReport, plots: Sequence[str]) -> str:
     if any(not model.complete for model in report.models):
         lines += ["## What is missing", "", *_markdown_table(_incomplete_table(report))]
     for model in report.models:
-        lines += [f"## {_plain(model.name)}", "", *_markdown_table(_winner_table(model))]
+        lines += [f"## {markdown_text(model.name)}", "", *_markdown_table(_winner_table(model))]
         lines += _markdown_table(_layer_table(model))
     return "\n".join([*lines, "## How to read this", "", *(f"- {sentence}" for sentence in MEASURED), ""])
 
 
 def _markdown_table(table: PageTable) -> Iterator[str]:
     if table.caption:
-        yield _plain(table.caption)
+        yield markdown_text(table.caption)
         yield ""
     yield f"| {' | '.join(table.header)} |"
     yield f"|{'|'.join('---:' if place in table.numbers else '---' for place in range(len(table.header)))}|"
     for row in table.rows:
-        yield f"| {' | '.join(map(_plain, row))} |"
+        yield f"| {' | '.join(map(markdown_text, row))} |"
     yield ""
-
-
-def _plain(text: str) -> str:
-    """Names of models and tasks as text: on one line, and no part of Markdown's or HTML's own signs."""
-    for sign in "\\`*_[]<>|#":
-        text = text.replace(sign, f"\\{sign}")
-    return " ".join(text.replace("&", "&amp;").split())
 
 
 # Plots
@@ -375,7 +370,7 @@ def curves(report: ScoreReport) -> "Figure | None":
             _draw(panel, model, len(report.tasks), alone=len(groups) == 1, place=place)
         panel.set_xlim(-0.03, 1.03)
         if len(groups) > 1:
-            panel.set_title(_text(group[0].family), fontsize=11)
+            panel.set_title(plot_text(group[0].family), fontsize=11)
             panel.legend(frameon=False, fontsize=8, loc="best")
     for panel in panels[len(groups) :]:
         panel.remove()
@@ -401,7 +396,7 @@ def _draw(panel: "Axes", model: ModelCurve, tasks: int, *, alone: bool, place: i
         style |= {"linestyle": "--", "markerfacecolor": "white"}
     marker = MARKERS[place % len(MARKERS)]
     depths, scores = [_depth(layer, model) for layer in layers], [means.get(layer, math.nan) for layer in layers]
-    panel.plot(depths, scores, marker=marker, label=_text(label), **style)
+    panel.plot(depths, scores, marker=marker, label=plot_text(label), **style)
     star: dict[str, Any] = {"markeredgecolor": BLACK, "markeredgewidth": 0.7, "linestyle": "", "markersize": 12}
     best = _depth(compared.best_layer, model), compared.best
     panel.plot(*[[number] for number in best], marker="*", color=style["color"], **star)
@@ -434,10 +429,10 @@ def winners(report: ScoreReport) -> "Figure | None":
             # Viridis is dark below and light above.
             colour = "white" if grid[line][column] < 0.6 else BLACK
             axes.text(column, line, str(winner.layer), ha="center", va="center", fontsize=8, color=colour)
-    names = [_text(model.name + ("" if model.complete else " *")) for model in models]
+    names = [plot_text(model.name + ("" if model.complete else " *")) for model in models]
     axes.set_xticks(range(len(models)), names, rotation=30, ha="left", rotation_mode="anchor", fontsize=9)
     axes.xaxis.tick_top()
-    axes.set_yticks(range(len(tasks)), [_text(task) for task in tasks], fontsize=8)
+    axes.set_yticks(range(len(tasks)), [plot_text(task) for task in tasks], fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label="relative depth of the best layer", fraction=0.03, pad=0.02)
@@ -448,10 +443,3 @@ def winners(report: ScoreReport) -> "Figure | None":
 
 def _depth(layer: int, model: ModelCurve) -> float:
     return layer / model.highest_layer if model.highest_layer else 0.0
-
-
-def _text(name: str) -> str:
-    """A name for a plot: dollars begin no formula, a leading underscore hides no line, and it stays short."""
-    name = " ".join(name.split())
-    name = name if len(name) <= 40 else f"{name[:39]}…"
-    return name.replace("\\", "/").replace("$", r"\$").removeprefix("_") or "?"

@@ -21,6 +21,8 @@ CYCLE = (BLUE, ORANGE, GREEN, RED, PINK, SKY, BLACK, GREY)
 MARKERS = "osD^vPX*<>"
 BAR: dict[str, Any] = {"capsize": 3, "linewidth": 1.6, "markersize": 5.5}
 WIDTH_INCHES = 9
+# Characters of a name in a plot.
+LONGEST = 40
 DPI = 200
 # Any constant: matplotlib derives ids from it instead of from chance.
 HASH_SALT = "marc"
@@ -60,6 +62,19 @@ def legend(figure: "Figure", *, columns: int | None = None) -> None:
             ncols=min(columns or len(handles), len(handles)),
             frameon=False,
         )
+
+
+def plot_text(name: str, *, end: bool = False) -> str:
+    """A name for a plot: dollars begin no formula, a leading underscore hides no line, and it stays short.
+
+    Args:
+        name: any text.
+        end: whether a long name keeps its end instead of its beginning, as suits a path.
+    """
+    name = " ".join(name.split())
+    if len(name) > LONGEST:
+        name = f"…{name[1 - LONGEST :]}" if end else f"{name[: LONGEST - 1]}…"
+    return name.replace("\\", "/").replace("$", r"\$").removeprefix("_") or "?"
 
 
 def save(figure: "Figure", path: Path) -> Path:
@@ -140,6 +155,13 @@ class Section:
     figures: Sequence[str] = ()
     tables: Sequence[PageTable] = ()
     folded: bool = False
+
+
+def markdown_text(text: str) -> str:
+    """A text that is no part of Markdown's or HTML's own signs, on one line."""
+    for sign in "\\`*_[]<>|#":
+        text = text.replace(sign, f"\\{sign}")
+    return " ".join(text.replace("&", "&amp;").split())
 
 
 def html_page(title: str, sections: Sequence[Section], *, lead: str = "", findings: Sequence[str] = ()) -> str:

@@ -11,6 +11,7 @@ ARGUMENTS = [
     *("--config", f"{{{{ {TRAINING}['config'] }}}}"),
     *("--ds", f"{{{{ {TRAINING}['ds'] }}}}"),
     *("--training-id", f"{{{{ {TRAINING}['training_id'] }}}}"),
+    *("--decided", f"{{{{ {TRAINING}['decided'] }}}}"),
 ]
 
 
@@ -44,7 +45,8 @@ def marc_train() -> None:
         """Make the new bundle the current one, unless the gate refuses: one atomic write."""
         from pipeline.train import promote_for_scheduler
 
-        return promote_for_scheduler(config=training["config"], training_id=training["training_id"])
+        names = ("config", "training_id", "decided")
+        return promote_for_scheduler(**{name: training[name] for name in names})
 
     training: Any = identify()
     states, layers, train, evaluate = (

@@ -33,7 +33,7 @@ WORKDIR /opt/source
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --no-deps --index-url "${TORCH_INDEX_URL}" "$(grep '^torch==' constraints.txt)" \
-    && pip install -c constraints.txt ".[reader,model,embedded,spark]"
+    && pip install -c constraints.txt ".[reader,model,embedded,spark,vision]"
 
 COPY docker/fetch_s3a.py ./docker/
 RUN python docker/fetch_s3a.py --repository "${MAVEN_URL}"

@@ -3,7 +3,7 @@
 from pipeline.entry import job
 from pipeline.promotion import compare_stage
 from pipeline.session import spark_session
-from pipeline.training_run import reviewed, trained_bundle
+from pipeline.training_run import as_decided, trained_bundle
 
 if __name__ == "__main__":
     with (
@@ -12,6 +12,6 @@ if __name__ == "__main__":
             called.settings.spark, storage=called.settings.storage, name=f"marc evaluate {called.ds}"
         ) as spark,
     ):
-        settings = reviewed(called.settings)
+        settings, _ = as_decided(called)
         candidate = trained_bundle(settings, called.training_id)
         compare_stage(spark, settings, called.training_id, candidate)

@@ -2,7 +2,7 @@
 
 from pipeline.entry import job
 from pipeline.session import spark_session
-from pipeline.training_run import identify, reviewed, states_stage
+from pipeline.training_run import as_decided, identify, states_stage
 
 if __name__ == "__main__":
     with (
@@ -11,5 +11,5 @@ if __name__ == "__main__":
             called.settings.spark, storage=called.settings.storage, name=f"marc hidden states {called.ds}"
         ) as spark,
     ):
-        settings = reviewed(called.settings)
+        settings, _ = as_decided(called)
         states_stage(spark, settings, identify(settings, ds=called.ds), expected=called.training_id)

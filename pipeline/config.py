@@ -184,10 +184,10 @@ class LayerSettings(Section):
     sample: int = Field(2000, ge=2, description="Distinct texts that the metrics are computed on.")
     views: int = Field(4, ge=2, description="Noisy copies of each text, for the invariance metrics.")
     probability: float = Field(0.3, ge=0, le=1, description="Of noise, per word.")
-    block: int = Field(500, ge=2, description="Texts that InfoNCE and DiME compare with one another.")
+    block: int = Field(250, ge=2, description="Texts that InfoNCE and DiME compare with one another.")
     order: float = Field(1.0, ge=0, description="α of the entropies.")
     temperature: float = Field(0.1, gt=0, description="Of InfoNCE.")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 class RetentionSettings(Section):
@@ -250,7 +250,8 @@ class Settings(BaseSettings):
     encode: EncodeSettings = EncodeSettings()
     audit: AuditSettings = AuditSettings()
     index: IndexSettings = IndexSettings()
-    train: TrainSettings = TrainSettings()
+    # A factory, not a default: of that every key would count as set.
+    train: TrainSettings = Field(default_factory=TrainSettings)
     evaluate: EvaluateSettings = EvaluateSettings()
     layers: LayerSettings = LayerSettings()
     retention: RetentionSettings = RetentionSettings()

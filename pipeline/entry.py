@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deltalake.exceptions import DeltaError
+from pydantic import TypeAdapter
 
 from pipeline.config import DEFAULT_CONFIG, Settings, load_settings, parse_ds
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, UserError
+from schemas.bundle import Pooling
+from schemas.layers import Decision
 
 log = logging.getLogger("pipeline")
 
@@ -57,6 +60,7 @@ class Job:
         settings: the configuration.
         ds: date of the snapshot.
         plan_id: of a night or a backfill; training_id: of a training.
+        decided: by a training when it began: layers to keep (None: clicks choose), pooling, and what decided.
         buckets: that a backfill replaces; empty for the whole day.
         recompute: whether a backfill computes vectors of unchanged texts as well.
     """
@@ -65,8 +69,28 @@ class Job:
     ds: str
     plan_id: str = ""
     training_id: str = ""
+    decided: tuple[int | None, Pooling, Decision] | None = None
     buckets: tuple[int, ...] = ()
     recompute: bool = False
+
+
+def parse_decided(text: str) -> tuple[int | None, Pooling, Decision]:
+    """What a training decided when it began, from ``LAYERS:POOLING:DECISION``; 0 layers: clicks choose.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        layers, pooling, decision = text.split(":")
+        return (
+            int(layers) or None,
+            TypeAdapter[Pooling](Pooling).validate_python(pooling),
+            (TypeAdapter[Decision](Decision).validate_python(decision)),
+        )
+    except ValueError:
+        raise UserError(
+            f"--decided {text!r} is not LAYERS:POOLING:DECISION, as `identify` of marc_train hands it on"
+        ) from None
 
 
 @contextmanager
@@ -89,6 +113,8 @@ def job(
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="configuration file (default: %(default)s)")
     parser.add_argument("--ds", required=True, help="date of the snapshot, YYYY-MM-DD")
     parser.add_argument(f"--{of.replace('_', '-')}", required=announced, default="", help="what the run announced")
+    if of == "training_id":
+        parser.add_argument("--decided", default="", help="layers and pooling, as the run decided when it began")
     if backfill:
         parser.add_argument("--bucket", type=int, action="append", default=[], help="replace only these buckets")
         parser.add_argument("--recompute", action="store_true", help="compute vectors of unchanged texts as well")
@@ -100,5 +126,6 @@ def job(
             ds=parse_ds(arguments["ds"]),
             buckets=tuple(arguments.get("bucket", ())),
             recompute=arguments.get("recompute", False),
+            decided=parse_decided(arguments["decided"]) if arguments.get("decided") else None,
             **{of: arguments[of]},
         )

@@ -25,6 +25,7 @@ from pipeline.session import run_buckets
 from pipeline.storage import Storage, join
 from pipeline.training_set import TrainingSet, open_training_set
 from schemas.evaluation import Evaluation, SystemScore
+from schemas.layers import Decision
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -210,14 +211,22 @@ def bundle_task(settings: Settings, training_set: TrainingSet, *, storage: Stora
     return replace(task, bundle_uri=bundle.uri, bundle=version)
 
 
-def judge(settings: Settings, training_set: TrainingSet, found: Sequence[Scored], *, chosen: int) -> Evaluation:
+def judge(
+    settings: Settings,
+    training_set: TrainingSet,
+    found: Sequence[Scored],
+    *,
+    chosen: int,
+    decision: Decision = "clicks",
+) -> Evaluation:
     """Means, intervals and findings of an evaluation.
 
     Args:
         settings: the configuration.
         training_set: what was judged on.
         found: results of all tasks.
-        chosen: the layer that the training part chose.
+        chosen: the layer that systems read.
+        decision: what chose it.
     """
     data, _ = _data(training_set, settings.interactions.history, fold=None)
     scores = sorted((s for one in found for s in one.scores), key=lambda s: (s.dim, s.system, s.seed))
@@ -234,6 +243,7 @@ def judge(settings: Settings, training_set: TrainingSet, found: Sequence[Scored]
         rows=(len(data.labels[split.train]), len(data.labels[split.validation]), len(data.labels[split.test])),
         cold_rows=int(data.cold.sum()),
         chosen_layer=chosen,
+        decision=decision,
         scores=scores,
         summaries=summaries,
         findings=findings(summaries, scores, layers=card.layers, comparison=COMPARISON),

@@ -26,6 +26,7 @@ from pipeline.plots import (
     tidy,
 )  # fmt: skip
 from schemas.evaluation import Evaluation, Family, Summary
+from schemas.layers import Decision
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 COMPARISON = "marc"
 FAMILIES: tuple[Family, ...] = get_args(Family)
 UNKNOWN = "–"
+CHOSEN: dict[Decision, str] = {
+    "clicks": "chosen by the training part alone",
+    "configuration": "as configured",
+    "adopted": "as adopted from a judgement of layers",
+    "all": "the final one",
+}
 
 COLOURS = {"marc": BLUE, "marc-tuned": SKY, "autoencoder": PINK, "mrl": RED, "contrastive": BLACK, "random": GREY}
 SPREAD_OCTAVES = 0.5
@@ -134,7 +141,7 @@ def _page(evaluation: Evaluation, plots: Sequence[str]) -> str:
             f"- {train:,} rows for training, {validation:,} for validation, {test:,} for test, "
             f"{evaluation.cold_rows:,} of these of cold items",
             f"- backbone {evaluation.backbone}: {evaluation.layers} layers of width {evaluation.width}; "
-            f"layer {evaluation.chosen_layer} chosen by the training part alone",
+            f"layer {evaluation.chosen_layer} {CHOSEN[evaluation.decision]}",
             f"- {len(seeds)} seed{'s' * (len(seeds) != 1)}",
             "",
             "## How it was measured",

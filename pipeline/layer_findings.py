@@ -12,6 +12,8 @@ from scipy import stats
 from pipeline.model.statistics import paired_difference
 from schemas.layers import Basis, JudgedLayer, JudgedModel, MetricChoice, Recommendation
 
+MANY_LAYERS = 12
+
 View = Literal["information", "geometry", "invariance"]
 
 
@@ -83,10 +85,11 @@ def best_layer(metric: Metric, figures: Mapping[int, float]) -> int | None:
 
 
 def smoothed(scores: Mapping[int, Sequence[float]]) -> dict[int, float]:
-    """A parabola through the mean score of all layers.
+    """A smooth curve through the mean score of all layers: a parabola, of a dozen layers and more a quartic.
 
     One layer's AUC is known to about what layers differ by, and the best of several is a lottery. Neighbours hold
-    nearly the same, so a curve that falls off towards its ends is known far better than any point of it.
+    nearly the same, so a curve that falls off towards its ends is known far better than any point of it. Many layers
+    tell a peak that lies towards one end, which a parabola would move to the middle.
 
     Args:
         scores: of every layer, one per fold.
@@ -94,7 +97,8 @@ def smoothed(scores: Mapping[int, Sequence[float]]) -> dict[int, float]:
     layers = sorted(scores)
     means = np.array([fmean(scores[layer]) for layer in layers])
     depth = np.linspace(-1, 1, len(layers))
-    curve = np.polynomial.Polynomial.fit(depth, means, deg=min(2, len(layers) - 1))(depth)
+    degree = 2 if len(layers) < MANY_LAYERS else 4
+    curve = np.polynomial.Polynomial.fit(depth, means, deg=min(degree, len(layers) - 1))(depth)
     return dict(zip(layers, curve.round(9).tolist(), strict=True))
 
 
@@ -197,21 +201,22 @@ def best_by_test(model: JudgedModel) -> JudgedLayer | None:
 
 
 def _advantage(model: JudgedModel) -> list[str]:
+    """Of the kept layer: it was chosen without the test part. The best one by that part is best by chance as well."""
     best, final = best_by_test(model), model.judged[-1]
-    if best is None:
+    if best is None or model.keep is None:
         return []
-    if best.layer == final.layer:
-        return [f"The final layer has the highest test AUC, {_auc(final)}: this model has no mid-layer advantage here."]
-    difference = paired_difference(dict(enumerate(best.test_auc)), dict(enumerate(final.test_auc)))
-    said = ""
+    if model.keep == model.layers:
+        return [f"The final layer is to be kept, with test AUC {_auc(final)}; the best layer by that is {best.layer}."]
+    layer = model.judged[model.keep]
+    difference = paired_difference(dict(enumerate(layer.test_auc)), dict(enumerate(final.test_auc)))
+    shown, interval = "has no interval to judge by", ""
     if difference is not None and difference.low is not None and difference.high is not None:
-        said = f" (95 % interval {_signed(difference.low)} to {_signed(difference.high)}, {difference.seeds} seeds)"
+        interval = f" (95 % interval {_signed(difference.low)} to {_signed(difference.high)}, {difference.seeds} seeds)"
         shown = "is there" if difference.low > 0 else "is not shown"
-    else:
-        shown = "has no interval to judge by"
+        shown = "is not there, on the contrary" if difference.high < 0 else shown
     return [
-        f"The mid-layer advantage {shown}: layer {best.layer} has the highest test AUC, {_auc(best)}, the final layer "
-        f"{_auc(final)}, {_signed(mean_auc(best) - mean_auc(final))}{said}."
+        f"The mid-layer advantage {shown}: layer {layer.layer}, chosen without the test part, has test AUC "
+        f"{_auc(layer)}, the final layer {_auc(final)}, {_signed(mean_auc(layer) - mean_auc(final))}{interval}."
     ]
 
 
@@ -234,11 +239,11 @@ def _kept(model: JudgedModel) -> list[str]:
             "the choice is as sharp as that."
         )
     if best is not None and best.layer != layer.layer:
-        spread = std_auc(best)
-        within = mean_auc(best) - mean_auc(layer) <= spread
+        spread, behind = std_auc(best), mean_auc(best) - mean_auc(layer)
+        within = "" if math.isnan(spread) else f", {'within' if behind <= spread else 'beyond'} one standard deviation"
         found.append(
-            f"Test AUC of layer {layer.layer} is {_auc(layer)}, {mean_auc(best) - mean_auc(layer):.4f} below the best "
-            f"layer's, {'within' if within else 'beyond'} one standard deviation of it over seeds."
+            f"The best layer by test AUC, {best.layer} with {_auc(best)}, is {behind:.4f} above layer {layer.layer}"
+            f"{within}; nobody could choose it beforehand."
         )
     return found
 
@@ -253,7 +258,7 @@ def _metrics(model: JudgedModel) -> list[str]:
     return [
         f"Of the metrics, which see no click, {titles[cheap.metric].title} chooses best: layer {cheap.layer}, at a "
         f"loss of {cheap.lost_auc:.4f} of test AUC. {titles[strong.metric].title} goes with the test AUC most closely: "
-        f"Spearman {_signed(strong.correlation or 0.0, 2)} over {len(model.judged)} layers."
+        f"Spearman {_signed(strong.correlation or 0.0, 2)} over the layers."
     ]
 
 
@@ -262,13 +267,18 @@ def _reason(model: JudgedModel, others: Sequence[str]) -> str:
     if model.basis == "clicks":
         folds = {layer.layer: layer.fold_auc for layer in model.judged if layer.fold_auc}
         return (
-            f"A parabola through the AUC within the training part, over {len(folds[min(folds)])} groups of users, is "
-            f"highest at layer {model.keep} of {model.layers}{beside}; nothing behind the 80 % boundary had a say."
+            f"A smooth curve through the AUC within the training part, over {len(folds[min(folds)])} groups of users, "
+            f"is highest at layer {model.keep} of {model.layers}{beside}; nothing behind the 80 % boundary had a say."
         )
-    titles = [metric.title for metric in METRICS if metric.name in WITHOUT_CLICKS]
+    titles = [
+        metric.title
+        for metric in METRICS
+        if metric.name in WITHOUT_CLICKS
+        and not any(math.isnan(layer.metrics.get(metric.name, math.nan)) for layer in model.judged if layer.layer)
+    ]
     return (
         f"There are no clicks: layer {model.keep} of {model.layers} has the best mean rank of "
-        f"{', '.join(titles)}. A hint, no measurement: with interactions the downstream AUC decides."
+        f"{', '.join(titles)}. A hint, no measurement."
     )
 
 

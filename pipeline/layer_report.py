@@ -173,7 +173,7 @@ def _measured(report: LayerReport) -> Iterator[str]:
         )
         yield (
             "The choice goes by the AUC within the training part: the regression that MARC starts from, on groups of "
-            "users that it did not see, smoothed over layers by a parabola."
+            "users that it did not see, smoothed over the layers."
         )
     yield (
         "Time is one worker's, for the embeddings and all blocks up to the layer, as a share of the whole model's; "
@@ -235,7 +235,7 @@ def _aucs(report: LayerReport) -> "Figure":
         if model.keep is not None:
             _mark_kept(panels[0], model, mean_auc(model.judged[model.keep]))
     panels[0].set_title(f"test AUC of the layer's PCA, d = {report.dim}", fontsize=11)
-    panels[1].set_title("AUC within the training part, and its parabola", fontsize=11)
+    panels[1].set_title("AUC within the training part, smoothed", fontsize=11)
     for panel in panels:
         _depth_axis(tidy(panel))
     legend(figure)

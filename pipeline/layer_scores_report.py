@@ -318,7 +318,7 @@ def _markdown(report: ScoreReport, plots: Sequence[str]) -> str:
     lines += ["## Models, as recorded", "", *_markdown_table(model_table(report))]
     if shared_table(report).rows:
         lines += [f"## {SHARED}", "", LIKE_FOR_LIKE, "", *_markdown_table(shared_table(report))]
-    lines += ["## Model by model", "", *(f"- {_plain(sentence)}" for sentence in sentences(report)), ""]
+    lines += ["## Model by model", "", *(f"- {markdown_text(sentence)}" for sentence in sentences(report)), ""]
     if any(not model.complete for model in report.models):
         lines += ["## What is missing", "", *_markdown_table(_incomplete_table(report))]
     for model in report.models:

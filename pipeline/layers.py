@@ -20,8 +20,17 @@ from pipeline.config import Settings, TrainSettings
 from pipeline.errors import UserError
 from pipeline.layer_findings import findings, kept, recommend
 from pipeline.run import storage_of
-from pipeline.storage import Storage, StoredObject, join
-from pipeline.training_run import ADOPTED, fold_scores, identify, run_id, states_stage, tested_layers, with_train
+from pipeline.storage import Storage, StoredObject, is_s3, join
+from pipeline.training_run import (
+    adopted_uri,
+    fold_scores,
+    identify,
+    reviewed,
+    run_id,
+    states_stage,
+    tested_layers,
+    with_train,
+)
 from pipeline.training_set import TrainingIdentity, backbone_files, require_announced
 from pipeline.workspace import read_contract
 from schemas.layers import Adopted, JudgedLayer, JudgedModel, LayerReport
@@ -71,6 +80,7 @@ def judge_layers(
     images: str = "",
     backbones: Sequence[str] = (),
     poolings: Sequence[str] = (),
+    expected: str | None = None,
 ) -> LayerReport:
     """Judge every layer of one or several models on the catalogue of a date, and on its interactions if there are any.
 
@@ -79,45 +89,71 @@ def judge_layers(
     Args:
         settings: the configuration.
         ds: date of the catalogue.
-        images: folder of images, below which every file is looked at; instead of ``ds``.
+        images: folder of images, on this machine or where all of a cluster see it; instead of ``ds``.
         backbones: to compare; default: that of the configuration.
-        poolings: of each of them; default: that of the configuration.
-
-    Raises:
-        UserError: catalogue, interactions, backbone or settings cannot be used.
-    """
-    from pipeline.session import spark_session
-
-    if bool(ds) == bool(images):
-        raise UserError("layers are judged on the catalogue of a date or on a folder of images: give one of the two")
-    paths = _image_paths(images, settings.layers.sample) if images else ()
-    candidates = _candidates(settings, ds=ds, images=paths, backbones=backbones, poolings=poolings)
-    done = read_contract(storage_of(settings), _report_uri(settings, candidates), LayerReport)
-    if done is not None:
-        log.info("layers: report %s stands already", done.report_id)
-        return done
-    with spark_session(settings.spark, storage=settings.storage, name=f"marc layers {ds or images}") as spark:
-        return _judge(spark, settings, candidates, ds=ds)
-
-
-def layers_stage(spark: "SparkSession", settings: Settings, *, ds: str, expected: str | None = None) -> LayerReport:
-    """:func:`judge_layers` of the configured backbone, in a session that runs.
-
-    Args:
-        spark: runs parts of the sample, and click models, side by side.
-        settings: the configuration.
-        ds: date of the catalogue.
+        poolings: of each of them; default: that of the configuration, or the adopted one.
         expected: training_id that an earlier task of the same run announced.
 
     Raises:
         UserError: catalogue, interactions, backbone or settings cannot be used, or changed since then.
     """
-    candidates = _candidates(settings, ds=ds)
+    from pipeline.model.sweep import require_kind
+    from pipeline.session import hands_out_gpus, spark_session
+
+    if bool(ds) == bool(images):
+        raise UserError("layers are judged on the catalogue of a date or on a folder of images: give one of the two")
+    paths = _image_paths(images, settings.layers.sample) if images else ()
+    candidates = _candidates(settings, ds=ds, images=paths, backbones=backbones, poolings=poolings)
     for candidate in candidates:
         if expected is not None and candidate.identity is not None:
             require_announced(candidate.identity, expected)
-    done = read_contract(storage_of(settings), _report_uri(settings, candidates), LayerReport)
-    return done or _judge(spark, settings, candidates, ds=ds)
+    report_id = _report_id(candidates, ds)
+    done = read_contract(storage_of(settings), _report_uri(settings, report_id), LayerReport)
+    if done is not None:
+        log.info("layers: report %s stands already", report_id)
+        return done
+    for backbone in dict.fromkeys(candidate.train.backbone for candidate in candidates):
+        require_kind(backbone, images=bool(images))
+    name = f"marc layers {ds or images}"
+    with spark_session(settings.spark, storage=settings.storage, name=name, gpu_tasks=True) as spark:
+        models, inputs = _sweep(spark, settings, candidates, ds=ds)
+        # Click models need no GPU: where GPUs are handed out, they get a session in which they share one.
+        together = not hands_out_gpus(spark)
+        if together:
+            models = _with_clicks(spark, candidates, models)
+    if not together:
+        with spark_session(settings.spark, storage=settings.storage, name=name) as spark:
+            models = _with_clicks(spark, candidates, models)
+    judged = [kept(model) for model in models]
+    wanted = settings.layers.model_dump(exclude={"seed", "sample"})
+    report = LayerReport(
+        report_id=report_id,
+        kind="images" if images else "texts",
+        ds=ds,
+        dim=settings.train.dim if candidates[0].identity else 0,
+        **wanted,
+        sample=inputs,
+        models=judged,
+        recommendations=recommend(judged),
+        findings=findings(judged),
+    )
+    storage_of(settings).write(_report_uri(settings, report_id), report.model_dump_json(indent=1).encode())
+    return report
+
+
+def require_adoptable(settings: Settings, *, backbones: Sequence[str], images: str) -> None:
+    """Refuse, before the work, an adoption that no training would follow.
+
+    Raises:
+        UserError: trainings use another backbone, keep configured layers, or read no images.
+    """
+    train = settings.train
+    if images:
+        raise UserError("what images recommend cannot be adopted: trainings read texts")
+    if backbones and train.backbone not in backbones:
+        raise UserError(f"trainings use train.backbone {train.backbone!r}: judge that one, or configure another first")
+    if train.layers is not None:
+        raise UserError(f"train.layers is configured as {train.layers} and would win: remove it to adopt another")
 
 
 def adopt(settings: Settings, report: LayerReport) -> Adopted:
@@ -129,8 +165,9 @@ def adopt(settings: Settings, report: LayerReport) -> Adopted:
     found = [one for one in report.recommendations if one.backbone == settings.train.backbone]
     if not found:
         raise UserError(f"report {report.report_id} recommends nothing for train.backbone {settings.train.backbone!r}")
-    record = Adopted(recommendation=found[0], report_id=report.report_id, adopted_at=datetime.now(UTC))
-    storage_of(settings).write(join(settings.bundle_uri, ADOPTED), record.model_dump_json(indent=1).encode())
+    now = datetime.now(UTC)
+    record = Adopted(recommendation=found[0], report_id=report.report_id, ds=report.ds, adopted_at=now)
+    storage_of(settings).write(adopted_uri(settings), record.model_dump_json(indent=1).encode())
     log.info("layers: adopted %d layers with %s pooling", record.recommendation.layers, record.recommendation.pooling)
     return record
 
@@ -165,7 +202,8 @@ def _candidates(
         source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
     found = []
     for backbone in dict.fromkeys(backbones or (settings.train.backbone,)):
-        for pooling in dict.fromkeys(poolings or (settings.train.pooling,)):
+        usual = reviewed(with_train(settings, {"backbone": backbone}))[0].train.pooling
+        for pooling in dict.fromkeys(poolings or (usual,)):
             # What is kept today has no say in what should be.
             train = with_train(settings, {"backbone": backbone, "pooling": pooling}).train
             own = settings.model_copy(update={"train": train.model_copy(update={"layers": None})})
@@ -198,33 +236,38 @@ def _sweep_id(settings: Settings, inputs: list[object]) -> str:
 
 
 def _image_paths(folder: str, limit: int) -> tuple[str, ...]:
-    """Files below a folder, a sample by the hash of their path beyond ``limit``."""
-    found = [path for path in Path(folder).rglob("*") if path.is_file() and not path.name.startswith(".")]
-    if len(found) < 2:
-        raise UserError(f"{folder} holds {len(found)} files; layers are judged on two images at least")
+    """Images below a folder, by their names; a sample by the hash of their paths beyond ``limit``."""
+    from pipeline.model.images import image_files
+
+    if is_s3(folder):
+        raise UserError(f"{folder}: images are read from a folder; copy them to one that this machine and workers see")
     root = Path(folder).absolute()
-    names = sorted((path.absolute().relative_to(root).as_posix() for path in found), key=_hashed)[:limit]
-    return tuple(str(root / name) for name in names)
+    names = sorted((path.relative_to(root).as_posix() for path in image_files(root)), key=_hashed)
+    if len(names) < 2:
+        raise UserError(f"{folder} holds {len(names)} images; layers are judged on two at least")
+    return tuple(str(root / name) for name in names[:limit])
 
 
-def _report_id(candidates: Sequence[_Candidate]) -> str:
-    return _digest(
-        [
-            [
-                one.sweep_id,
-                one.identity and [run_id(one.settings, one.identity.training_id), one.settings.evaluate.seeds],
-            ]
-            for one in candidates
-        ]
-    )
+def _report_id(candidates: Sequence[_Candidate], ds: str) -> str:
+    clicks = [
+        one.identity and [run_id(one.settings, one.identity.training_id), one.settings.evaluate.seeds]
+        for one in candidates
+    ]
+    return _digest([ds, [one.sweep_id for one in candidates], clicks])
 
 
-def _report_uri(settings: Settings, candidates: Sequence[_Candidate]) -> str:
-    return join(settings.work_uri, "layers", "reports", _report_id(candidates), REPORT)
+def _report_uri(settings: Settings, report_id: str) -> str:
+    return join(settings.work_uri, "layers", "reports", report_id, REPORT)
 
 
-def _judge(spark: "SparkSession", settings: Settings, candidates: Sequence[_Candidate], *, ds: str) -> LayerReport:
-    storage, wanted, first = storage_of(settings), settings.layers, candidates[0]
+def _sweep(
+    spark: "SparkSession", settings: Settings, candidates: Sequence[_Candidate], *, ds: str
+) -> tuple[list[JudgedModel], int]:
+    """The metrics of every layer of every candidate, their parts side by side; and how many inputs they are of."""
+    from pipeline.model.sweep import INPUT, SAMPLE, run_part
+    from pipeline.session import run_buckets
+
+    storage, first, wanted = storage_of(settings), candidates[0], settings.layers
     inputs: list[str] = list(first.images)
     for candidate in candidates:
         if candidate.identity is not None:
@@ -234,30 +277,6 @@ def _judge(spark: "SparkSession", settings: Settings, candidates: Sequence[_Cand
         inputs = catalogue.sample_texts(spark, first.source, settings.catalogue, storage=storage, limit=wanted.sample)
     if len(inputs) < 2:
         raise UserError(f"the catalogue of {ds} has {len(inputs)} distinct texts; layers are judged on two at least")
-    models = _sweep(spark, candidates, inputs, storage=storage)
-    judged = [kept(_with_clicks(spark, one, model)) for one, model in zip(candidates, models, strict=True)]
-    report = LayerReport(
-        report_id=_report_id(candidates),
-        kind="images" if first.images else "texts",
-        ds=ds,
-        dim=settings.train.dim if first.identity else 0,
-        **wanted.model_dump(exclude={"seed", "sample"}),
-        sample=len(inputs),
-        models=judged,
-        recommendations=recommend(judged),
-        findings=findings(judged),
-    )
-    storage.write(_report_uri(settings, candidates), report.model_dump_json(indent=1).encode())
-    return report
-
-
-def _sweep(
-    spark: "SparkSession", candidates: Sequence[_Candidate], inputs: Sequence[str], *, storage: Storage
-) -> list[JudgedModel]:
-    """The metrics of every layer of every candidate, their parts side by side; what was added up once stands."""
-    from pipeline.model.sweep import INPUT, SAMPLE, run_part
-    from pipeline.session import run_buckets
-
     parts: dict[str, list[SweepPart]] = {}
     for candidate in candidates:
         if storage.stat(candidate.swept_uri) is None:
@@ -271,10 +290,11 @@ def _sweep(
         [part for own in parts.values() for part in own],
         label="layer metrics",
         weight=lambda part: part.inputs,
-        unit="images" if candidates[0].images else "texts",
+        unit="images" if first.images else "texts",
         each="parts",
     )
-    return [_swept(candidate, parts.get(candidate.sweep_id, ()), storage=storage) for candidate in candidates]
+    swept = [_swept(candidate, parts.get(candidate.sweep_id, ()), storage=storage) for candidate in candidates]
+    return swept, len(inputs)
 
 
 def _swept(candidate: _Candidate, parts: "Sequence[SweepPart]", *, storage: Storage) -> JudgedModel:
@@ -293,7 +313,7 @@ def _swept(candidate: _Candidate, parts: "Sequence[SweepPart]", *, storage: Stor
         if done is None:
             raise
         return done
-    seconds = np.cumsum(facts.seconds) / max(1, facts.inputs - facts.left_out) * INPUTS_PER_UNIT
+    seconds = np.cumsum(facts.seconds) / facts.inputs * INPUTS_PER_UNIT
     model = JudgedModel(
         sweep_id=candidate.sweep_id,
         backbone=candidate.train.backbone,
@@ -345,17 +365,24 @@ def _parts(candidate: _Candidate, inputs: int, *, storage: Storage) -> "list[Swe
     ]
 
 
-def _with_clicks(spark: "SparkSession", candidate: _Candidate, model: JudgedModel) -> JudgedModel:
-    if candidate.identity is None:
-        return model
-    training_id = candidate.identity.training_id
-    folds = fold_scores(spark, candidate.settings, training_id)
-    tested = tested_layers(spark, candidate.settings, training_id)
-    judged = [
-        layer.model_copy(update={"test_auc": tested[layer.layer], "fold_auc": folds.get(layer.layer, [])})
-        for layer in model.judged
-    ]
-    return model.model_copy(update={"judged": judged})
+def _with_clicks(
+    spark: "SparkSession", candidates: Sequence[_Candidate], models: Sequence[JudgedModel]
+) -> list[JudgedModel]:
+    """The same with the AUC of every layer, where there are interactions."""
+    found = []
+    for candidate, model in zip(candidates, models, strict=True):
+        if candidate.identity is None:
+            found.append(model)
+            continue
+        training_id = candidate.identity.training_id
+        folds = fold_scores(spark, candidate.settings, training_id)
+        tested = tested_layers(spark, candidate.settings, training_id)
+        judged = [
+            layer.model_copy(update={"test_auc": tested[layer.layer], "fold_auc": folds.get(layer.layer, [])})
+            for layer in model.judged
+        ]
+        found.append(model.model_copy(update={"judged": judged}))
+    return found
 
 
 def _some(texts: Sequence[str], limit: int) -> list[str]:

@@ -219,9 +219,14 @@ def _member(function: Callable[..., R], *arguments: object) -> R | errors.Pipeli
         return error
 
 
+def hands_out_gpus(spark: SparkSession) -> bool:
+    """Whether executors bring GPUs, which tasks are given."""
+    return bool(spark.sparkContext.getConf().contains("spark.executor.resource.gpu.amount"))
+
+
 def parallel_tasks(spark: SparkSession) -> int:
     """How many tasks run at a time, as far as Spark knows; 1 where GPUs are handed out, which it does not count."""
-    if spark.sparkContext.getConf().contains("spark.executor.resource.gpu.amount"):
+    if hands_out_gpus(spark):
         return 1
     return max(1, spark.sparkContext.defaultParallelism // int(spark.conf.get("spark.task.cpus", "1") or 1))
 

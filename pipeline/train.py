@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Settings, default_config, load_settings, parse_ds
+from pipeline.entry import parse_decided
 from pipeline.promotion import compare_stage, promote_stage
 from pipeline.resources import machine
 from pipeline.run import storage_of
@@ -12,14 +13,16 @@ from pipeline.storage import join
 from pipeline.training_run import (
     identify,
     layer_stage,
-    layers_from,
     reviewed,
     states_stage,
     train_stage,
     trained_bundle,
+    trains_pca,
     tuned_stage,
+    with_train,
 )
 from schemas.evaluation import Evaluation
+from schemas.layers import Decision
 from schemas.promotion import Comparison
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def identify_for_scheduler(*, ds: str, config: str) -> dict[str, str]:
-    """What a scheduler hands from task to task: ds, configuration and training_id.
+    """What a scheduler hands from task to task: ds, configuration, training_id, and what was decided about layers.
 
     Args:
         ds: date of the catalogue.
@@ -37,13 +40,16 @@ def identify_for_scheduler(*, ds: str, config: str) -> dict[str, str]:
         UserError: bad date or configuration, no catalogue, no interactions.
     """
     path = default_config(config)
-    identity = identify(reviewed(load_settings(path)), ds=parse_ds(ds))
-    return {"ds": ds, "config": os.path.abspath(path), "training_id": identity.training_id}  # noqa: PTH100 - as load_settings does
+    settings, decision = reviewed(load_settings(path))
+    decided = f"{settings.train.layers or 0}:{settings.train.pooling}:{decision}"
+    training_id = identify(settings, ds=parse_ds(ds)).training_id
+    return {"ds": ds, "config": os.path.abspath(path), "training_id": training_id, "decided": decided}  # noqa: PTH100 - as load_settings does
 
 
-def promote_for_scheduler(*, config: str, training_id: str) -> dict[str, Any]:
+def promote_for_scheduler(*, config: str, training_id: str, decided: str) -> dict[str, Any]:
     """Promote the bundle that a training made; what was compared, without the single scores."""
-    settings = reviewed(load_settings(config))
+    layers, pooling, _ = parse_decided(decided)
+    settings = with_train(load_settings(config), {"layers": layers, "pooling": pooling})
     comparison = promote_stage(settings, training_id, trained_bundle(settings, training_id))
     return comparison.model_dump(exclude={"scores"})
 
@@ -63,14 +69,14 @@ def train_bundle(settings: Settings, *, ds: str, promote: bool = True) -> "Bundl
     from pipeline.model.bundle import open_bundle
     from pipeline.session import spark_session
 
-    settings = reviewed(settings)
+    settings, decision = reviewed(settings)
     train = settings.train
-    if train.compressor == "pca" or (train.compressor == "auto" and settings.interactions.uri is None):
-        return _train_pca(settings, ds=ds, promote=promote)
+    if trains_pca(settings):
+        return _train_pca(settings, ds=ds, promote=promote, decision=decision)
     identity = identify(settings, ds=ds)
     with spark_session(settings.spark, storage=settings.storage, name=f"marc train {ds}") as spark:
         states_stage(spark, settings, identity, dims=(train.dim,))
-        run = train_stage(spark, settings, identity.training_id)
+        run = train_stage(spark, settings, identity.training_id, decision=decision)
         if promote:
             compare_stage(spark, settings, identity.training_id, run.bundle)
     if promote:
@@ -78,7 +84,7 @@ def train_bundle(settings: Settings, *, ds: str, promote: bool = True) -> "Bundl
     return open_bundle(storage_of(settings), join(settings.bundle_uri, run.bundle))
 
 
-def _train_pca(settings: Settings, *, ds: str, promote: bool) -> "Bundle":
+def _train_pca(settings: Settings, *, ds: str, promote: bool, decision: Decision) -> "Bundle":
     from pipeline import catalogue
     from pipeline.model import bundle
     from pipeline.model.training import train_pca
@@ -96,7 +102,7 @@ def _train_pca(settings: Settings, *, ds: str, promote: bool) -> "Bundle":
         storage=storage,
         bundle_uri=settings.bundle_uri,
         resources=machine(),
-        layers_from=layers_from(settings),
+        layers_from=decision,
     )
     if promote:
         bundle.promote(storage, settings.bundle_uri, made.version)
@@ -119,7 +125,7 @@ def evaluate(settings: Settings, *, ds: str, wanted: Sequence[str] = ()) -> Eval
     from pipeline.session import spark_session
 
     require_known(wanted)
-    settings = reviewed(settings)
+    settings, decision = reviewed(settings)
     identity, storage = identify(settings, ds=ds), storage_of(settings)
     with spark_session(settings.spark, storage=settings.storage, name=f"marc evaluate {ds}") as spark:
         training_set = states_stage(spark, settings, identity, dims=(settings.train.dim, *settings.evaluate.dims))
@@ -131,14 +137,14 @@ def evaluate(settings: Settings, *, ds: str, wanted: Sequence[str] = ()) -> Eval
             settings, training_set, storage=storage, chosen=chosen, tuned_uri=tuned_uri, wanted=wanted
         )
         found = evaluation.run_tasks(spark, tasks, label="evaluate")
-        return evaluation.judge(settings, training_set, found, chosen=chosen)
+        return evaluation.judge(settings, training_set, found, chosen=chosen, decision=decision)
 
 
 def evaluate_and_promote(settings: Settings, version: str, *, ds: str) -> Comparison:
     """Compare a bundle with the current one on the interactions of a date, and make it current behind the gate."""
     from pipeline.session import spark_session
 
-    settings = reviewed(settings)
+    settings, _ = reviewed(settings)
     identity = identify(settings, ds=ds)
     with spark_session(settings.spark, storage=settings.storage, name=f"marc promote {version}") as spark:
         states_stage(spark, settings, identity)

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from pipeline.config import Settings, TrainSettings, describe
+from pipeline.entry import Job
 from pipeline.errors import UserError
 from pipeline.resources import machine
 from pipeline.run import storage_of
@@ -31,7 +32,7 @@ from pipeline.training_set import (
     training_uri,
 )
 from pipeline.workspace import read_contract
-from schemas.layers import Adopted
+from schemas.layers import Adopted, Decision
 from schemas.promotion import TrainingRun
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ RUN = "run.json"
 CHECKPOINT = "checkpoint.pt"
 CURVES = "curves.png"
 LAYERS = "layers.json"
-ADOPTED = "layers.json"
 TUNED = "states.npy"
 
 log = logging.getLogger(__name__)
@@ -65,38 +65,45 @@ def with_train(settings: Settings, overrides: Mapping[str, object]) -> Settings:
     return settings.model_copy(update={"train": train})
 
 
-def adopted(settings: Settings) -> Adopted | None:
-    """The recommendation that somebody made the default for the configured backbone."""
-    found = read_contract(storage_of(settings), join(settings.bundle_uri, ADOPTED), Adopted)
-    return found if found and found.recommendation.backbone == settings.train.backbone else None
+def adopted_uri(settings: Settings) -> str:
+    """Where the recommendation is that somebody adopted for the configured backbone."""
+    name = hashlib.sha256(settings.train.backbone.encode()).hexdigest()[:16]
+    return join(settings.bundle_uri, "adopted", f"{name}.json")
 
 
-def reviewed(settings: Settings) -> Settings:
-    """Settings with layers and pooling as adopted, where the configuration leaves them open."""
-    found, train = adopted(settings), settings.train
-    if found is None or train.layers is not None:
-        return settings
-    advised = found.recommendation
-    if "pooling" in train.model_fields_set and train.pooling != advised.pooling:
+def reviewed(settings: Settings) -> tuple[Settings, Decision]:
+    """Settings with layers and pooling as adopted, where the configuration leaves them open; and what decided.
+
+    A run asks once and hands on the answer: what is adopted while it is under way is for the next one.
+    """
+    train = settings.train
+    if train.layers is not None:
+        return settings, "configuration"
+    found = read_contract(storage_of(settings), adopted_uri(settings), Adopted)
+    if found is not None:
+        advised = found.recommendation
+        if "pooling" not in train.model_fields_set or train.pooling == advised.pooling:
+            update = {"layers": advised.layers, "pooling": advised.pooling}
+            return settings.model_copy(update={"train": train.model_copy(update=update)}), "adopted"
         log.warning(
-            "train.pooling is %s; the adopted %d layers are for %s pooling and have no say", train.pooling,
-            advised.layers, advised.pooling,
-        )  # fmt: skip
-        return settings
-    update = {"layers": advised.layers, "pooling": advised.pooling}
-    return settings.model_copy(update={"train": train.model_copy(update=update)})
+            "train.pooling is %s; the adopted %d layers are for %s pooling and have no say",
+            *(train.pooling, advised.layers, advised.pooling),
+        )
+    return settings, "all" if trains_pca(settings) else "clicks"
 
 
-def layers_from(settings: Settings) -> str:
-    """What decided how many layers a bundle keeps: ``clicks``, ``configuration``, or the report that was adopted."""
-    if settings.train.layers is None:
-        return "clicks" if settings.train.compressor != "pca" and settings.interactions.uri is not None else "all"
-    found = adopted(settings)
-    same = found and (found.recommendation.layers, found.recommendation.pooling) == (
-        settings.train.layers,
-        settings.train.pooling,
-    )
-    return f"report {found.report_id}" if found and same else "configuration"
+def trains_pca(settings: Settings) -> bool:
+    """Whether a training fits a PCA: asked for, or for want of interactions."""
+    kind = settings.train.compressor
+    return kind == "pca" or (kind == "auto" and settings.interactions.uri is None)
+
+
+def as_decided(called: Job) -> tuple[Settings, Decision]:
+    """Settings of a job: as the run decided when it began, or, of a job on its own, :func:`reviewed`."""
+    if called.decided is None:
+        return reviewed(called.settings)
+    layers, pooling, decision = called.decided
+    return with_train(called.settings, {"layers": layers, "pooling": pooling}), decision
 
 
 def run_id(settings: Settings, training_id: str) -> str:
@@ -205,8 +212,16 @@ def layer_stage(spark: "SparkSession", settings: Settings, training_id: str) -> 
     return chosen
 
 
-def train_stage(spark: "SparkSession", settings: Settings, training_id: str) -> TrainingRun:
+def train_stage(
+    spark: "SparkSession", settings: Settings, training_id: str, *, decision: Decision = "configuration"
+) -> TrainingRun:
     """Choose the layer, train, and save the bundle; a run that is finished is left as it is.
+
+    Args:
+        spark: runs click models side by side, and several processes of the training.
+        settings: the configuration, as :func:`reviewed`.
+        training_id: the training set.
+        decision: what decides the layers, for the bundle's card.
 
     Raises:
         UserError: there is too little to learn from, or the loss is not finite.
@@ -227,10 +242,10 @@ def train_stage(spark: "SparkSession", settings: Settings, training_id: str) -> 
         from pipeline.session import distribute
 
         bundle, history = distribute(
-            spark, train_member, settings, training_id, layers, processes=settings.train.processes
+            spark, train_member, settings, training_id, layers, decision, processes=settings.train.processes
         )
     else:
-        bundle, history = train_process(settings, training_id, layers)
+        bundle, history = train_process(settings, training_id, layers, decision)
     chosen = settings.train.layers is None
     scores = json.loads(storage.read(join(uri, LAYERS))) if chosen else {}
     run = TrainingRun(
@@ -261,7 +276,9 @@ def trained_bundle(settings: Settings, training_id: str) -> str:
     return run.bundle
 
 
-def train_process(settings: Settings, training_id: str, layers: int) -> tuple[str, list[dict[str, float]]]:
+def train_process(
+    settings: Settings, training_id: str, layers: int, decision: Decision
+) -> tuple[str, list[dict[str, float]]]:
     """One process of a training; with several, each takes its share and the first one writes.
 
     Returns:
@@ -279,17 +296,19 @@ def train_process(settings: Settings, training_id: str, layers: int) -> tuple[st
         train=settings.train,
         storage=storage_of(settings),
         bundle_uri=settings.bundle_uri,
-        layers_from=layers_from(settings),
+        layers_from=decision,
     )
     return bundle.version, trained.progress.history
 
 
-def train_member(settings: Settings, training_id: str, layers: int) -> tuple[str, list[dict[str, float]]]:
+def train_member(
+    settings: Settings, training_id: str, layers: int, decision: Decision
+) -> tuple[str, list[dict[str, float]]]:
     """:func:`train_process` as a member of a process group."""
     from pipeline.model.distributed import process_group
 
     with process_group():
-        return train_process(settings, training_id, layers)
+        return train_process(settings, training_id, layers, decision)
 
 
 def tuned_stage(settings: Settings, training_id: str) -> str:

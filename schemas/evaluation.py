@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from schemas.files import Contract
+from schemas.layers import Decision
 
 Family = Literal["reference", "layer", "baseline", "ablation", "marc", "bundle"]
 
@@ -89,7 +90,7 @@ class Evaluation(Contract):
         training_id: of the training set: catalogue texts, interactions, backbone.
         backbone: name of the model whose layers were judged; layers: its blocks; width: D.
         rows: interactions in training, validation and test part; cold_rows: test rows of cold items.
-        chosen_layer: by the training part alone.
+        chosen_layer: that systems read; decision: what chose it.
         findings: one sentence each: what came out, in words and figures.
     """
 
@@ -102,6 +103,7 @@ class Evaluation(Contract):
     rows: tuple[int, int, int]
     cold_rows: int
     chosen_layer: int
+    decision: Decision = "clicks"
     scores: list[SystemScore]
     summaries: list[Summary]
     findings: list[str]

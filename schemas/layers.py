@@ -9,6 +9,8 @@ from schemas.bundle import Pooling
 from schemas.files import Contract
 
 Basis = Literal["clicks", "metrics"]
+Decision = Literal["configuration", "adopted", "clicks", "all"]
+"""What decides how many layers a bundle keeps: a person's file, an adopted report, the training part; or none does."""
 
 
 class JudgedLayer(Contract):
@@ -18,7 +20,7 @@ class JudgedLayer(Contract):
         layer: blocks behind it, 0 for the embeddings.
         depth: layer / layers of the model.
         metrics: by name; NaN where it is undefined.
-        seconds: of one worker for 1,000 texts, up to here.
+        seconds: of one worker for 1,000 texts or images, up to here.
         weights_bytes: of the model truncated here, in the type that it was run in.
         test_auc: of the click model on the layer's whitened PCA, fitted on the training part, one per seed; empty
             without interactions.
@@ -134,9 +136,11 @@ class Adopted(Contract):
     Attributes:
         recommendation: layers and pooling.
         report_id: where it comes from.
+        ds: date of the catalogue that it was found on.
         adopted_at: when.
     """
 
     recommendation: Recommendation
     report_id: str
+    ds: str
     adopted_at: datetime

@@ -257,7 +257,7 @@ def test_of_several_poolings_the_one_that_scored_best_with_clicks_is_recommended
 
 
 def test_a_pooling_whose_layers_end_lower_has_its_layer_by_its_own_curve() -> None:
-    """The height of the parabola decides between poolings, not one lucky layer."""
+    """The height of the smooth curve decides between poolings, not one lucky layer."""
     smooth = kept(model_of(with_folds(0.64, 0.66, 0.66, 0.64), pooling="mean"))
     lucky = kept(model_of(with_folds(0.60, 0.60, 0.68, 0.60), pooling="last"))
     (found,) = recommend([lucky, smooth])
@@ -268,7 +268,7 @@ def test_without_clicks_the_first_pooling_stands() -> None:
     models = [kept(model_of(layers_of(GOOD), pooling=pooling)) for pooling in ("cls", "mean")]
     (found,) = recommend(models)
     assert (found.layers, found.pooling, found.basis) == (3, "cls", "metrics")
-    assert "There are no clicks: layer 3 of 4 has the best mean rank of prompt entropy, curvature, DiME" in found.reason
+    assert "There are no clicks: layer 3 of 4 has the best mean rank of prompt entropy. A hint" in found.reason
     undefined = kept(model_of(layers_of(), pooling="last"))
     assert recommend([undefined, *models]) == [found], "one of which nothing is known has no say"
 
@@ -281,53 +281,67 @@ def said(judged: list[JudgedLayer], **changes: Any) -> list[str]:
 
 
 def test_an_advantage_that_is_there() -> None:
-    test = [[0.7, 0.7, 0.7], [0.6, 0.6, 0.6], [0.700, 0.702, 0.698], [0.65, 0.65, 0.65], [0.600, 0.601, 0.596]]
-    sentence = said(layers_of(test=test, folds=[[0.6], [0.7], [0.65], [0.6]]))[0]
+    """Of the layer that was chosen without the test part, not of the one that the test part likes best."""
+    test = [[0.7, 0.7, 0.7], [0.7, 0.7, 0.71], [0.700, 0.702, 0.698], [0.65, 0.65, 0.65], [0.600, 0.601, 0.596]]
+    sentences = said(layers_of(test=test, folds=[[0.6], [0.7], [0.65], [0.6]]))
     differences = np.array(test[2]) - np.array(test[4])
     reach = stats.t.ppf(0.975, 2) * stats.sem(differences)
     low, high = differences.mean() - reach, differences.mean() + reach
     assert low > 0
-    assert sentence == (
-        "The mid-layer advantage is there: layer 2 has the highest test AUC, 0.7000 ± 0.0020, the final layer 0.5990 ± "
-        f"{stdev(test[4]):.4f}, +0.1010 (95 % interval +{low:.4f} to +{high:.4f}, 3 seeds)."
+    assert sentences[0] == (
+        "The mid-layer advantage is there: layer 2, chosen without the test part, has test AUC 0.7000 ± 0.0020, the "
+        f"final layer 0.5990 ± {stdev(test[4]):.4f}, +0.1010 (95 % interval +{low:.4f} to +{high:.4f}, 3 seeds)."
     )
+    assert any("The best layer by test AUC, 1 with 0.7033" in sentence for sentence in sentences)
 
 
-def test_an_advantage_that_is_not_shown() -> None:
-    test = [[0.5, 0.5], [0.60, 0.70], [0.6, 0.6], [0.6, 0.6], [0.65, 0.60]]
-    sentence = said(layers_of(test=test))[0]
+@pytest.mark.parametrize(
+    ("kept_layer", "verdict", "difference"),
+    [
+        pytest.param([0.60, 0.70], "is not shown", "+0.0250 (95 % interval −", id="too few seeds to tell"),
+        pytest.param(
+            [0.55, 0.50], "is not there, on the contrary", "−0.1000 (95 % interval −", id="the final is better"
+        ),
+    ],
+)
+def test_an_advantage_that_is_not_there(kept_layer: list[float], verdict: str, difference: str) -> None:
+    test = [[0.5, 0.5], kept_layer, [0.6, 0.6], [0.6, 0.6], [0.65, 0.60]]
+    sentence = said(layers_of(test=test, folds=[[0.9], [0.8], [0.7], [0.6]]))[0]
     assert sentence.startswith(
-        "The mid-layer advantage is not shown: layer 1 has the highest test AUC, 0.6500 ± 0.0707"
+        f"The mid-layer advantage {verdict}: layer 1, chosen without the test part, has test AUC"
     )
-    assert "+0.0250 (95 % interval −" in sentence
+    assert difference in sentence
 
 
 def test_one_seed_gives_no_interval_and_no_spread() -> None:
     sentences = said(layers_of(GOOD, test=[[0.5], [0.6], [0.7], [0.65], [0.5]], folds=[[0.9], [0.8], [0.7], [0.6]]))
     assert sentences[0] == (
-        "The mid-layer advantage has no interval to judge by: layer 2 has the highest test AUC, 0.7000, "
-        "the final layer 0.5000, +0.2000."
+        "The mid-layer advantage has no interval to judge by: layer 1, chosen without the test part, has test AUC "
+        "0.6000, the final layer 0.5000, +0.1000."
     )
-    assert not any("nan" in sentence for sentence in sentences)
+    assert any("is 0.1000 above layer 1; nobody could" in sentence for sentence in sentences)
+    assert not any("nan" in sentence or "deviation" in sentence for sentence in sentences)
 
 
-def test_a_final_layer_that_is_best_is_no_advantage() -> None:
-    sentence = said(layers_of(test=[[0.9], [0.6], [0.6], [0.61], [0.7]]))[0]
-    assert sentence == "The final layer has the highest test AUC, 0.7000: this model has no mid-layer advantage here."
+def test_a_final_layer_that_is_kept_is_no_advantage() -> None:
+    sentence = said(layers_of(test=[[0.9], [0.6], [0.6], [0.71], [0.7]], folds=[[0.6], [0.7], [0.8], [0.9]]))[0]
+    assert sentence == "The final layer is to be kept, with test AUC 0.7000; the best layer by that is 3."
 
 
 def test_what_the_kept_layer_saves_and_what_it_is_behind() -> None:
     test = [[0.5, 0.5], [0.70, 0.72], [0.60, 0.62], [0.695, 0.705], [0.5, 0.5]]
     judged = layers_of(test=test, folds=[[0.1], [0.2], [0.4], [0.3]], seconds=[1, 2, 3, 6, 8])
+    curve = np.polyval(np.polyfit([0, 1, 2, 3], [0.1, 0.2, 0.4, 0.3], 2), [0, 1, 2, 3])
     for keep, behind, within in ((3, 0.01, "within"), (2, 0.1, "beyond")):
         model = model_of(judged, keep=keep, basis="clicks")
-        _, saved, lost = findings([model])
+        _, saved, sharp, best = findings([model])
         share, weights = {3: ("75 %", "83 %"), 2: ("38 %", "67 %")}[keep]
         assert saved == (
             f"The first {keep} of 4 layers take {share} of the whole model's time and {weights} of its weights' memory."
         )
-        assert f"{behind:.4f} below the best layer's, {within} one standard deviation of it over seeds." in lost
-    assert len(findings([model_of(judged, keep=1, basis="clicks")])) == 2, "the best layer is behind nothing"
+        assert f"lies between {curve.min():.4f} and {curve.max():.4f}: the choice is as sharp as that" in sharp
+        assert f"is {behind:.4f} above layer {keep}, {within} one standard deviation; nobody" in best
+    assert len(findings([model_of(judged, keep=1, basis="clicks")])) == 3, "the best layer is behind nothing"
     still = [layer.model_copy(update={"seconds": 0.0}) for layer in judged]
     assert not any("time" in sentence for sentence in findings([model_of(still, keep=1, basis="clicks")]))
 
@@ -341,7 +355,7 @@ def test_which_metric_chooses_best_and_which_goes_with_the_auc() -> None:
     found = said(layers_of(figures, test=[[0.71], [0.70], [0.69], [0.68], [0.60]]))[-1]
     best, strongest = found.split(". L")
     assert best == ("Of the metrics, which see no click, DiME chooses best: layer 2, at a loss of 0.0100 of test AUC")
-    assert strongest == "iDAR goes with the test AUC most closely: Spearman −0.97 over 5 layers."
+    assert strongest == "iDAR goes with the test AUC most closely: Spearman −0.97 over the layers."
     assert not any("Of the metrics" in sentence for sentence in said(layers_of(figures)))
 
 

@@ -290,8 +290,8 @@ def test_the_auc_is_drawn_beside_what_the_choice_went_by() -> None:
         assert list(line.get_ydata()) == pytest.approx([0.61 + 0.01 * layer.layer for layer in model.judged])
         heights = [float(np.ptp(segment[:, 1])) for segment in spread.get_segments()]
         assert heights == pytest.approx([2 * math.sqrt(2) * 0.01] * len(depths))
-    points, parabolas = curves(folded)[0::2], curves(folded)[1::2]
-    for model, depths, (x, y), (along, curve) in zip(MODELS, DEPTHS, points, parabolas, strict=True):
+    points, smooth = curves(folded)[0::2], curves(folded)[1::2]
+    for model, depths, (x, y), (along, curve) in zip(MODELS, DEPTHS, points, smooth, strict=True):
         folds = {layer.layer: layer.fold_auc for layer in model.judged[1:]}
         assert x == along == depths[1:], "the embeddings cannot be kept"
         assert y == pytest.approx([fold for (fold,) in folds.values()])

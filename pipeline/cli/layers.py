@@ -45,6 +45,8 @@ def layers(
     settings = context.ensure_object(State).settings
     if sample is not None:
         settings = settings.model_copy(update={"layers": settings.layers.model_copy(update={"sample": sample})})
+    if adopt:
+        stages.require_adoptable(settings, backbones=backbone or (), images=str(images or ""))
     report = stages.judge_layers(
         settings,
         ds=parse_ds(ds) if ds else "",

@@ -130,6 +130,17 @@ def load_processor(name: str) -> "BaseImageProcessor":
     return processor
 
 
+def image_files(folder: Path) -> list[Path]:
+    """Files below a folder whose names are those of images, in order; what is hidden is left out."""
+    kinds = set(Image.registered_extensions())
+    found = []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in kinds and not hidden and path.is_file():
+            found.append(path)
+    return found
+
+
 def read_image(path: Path) -> Image.Image:
     """An image as people see it: 8-bit RGB, upright; of a film the first picture.
 

@@ -1,13 +1,14 @@
 """The sweep over all layers: a part of the sample in one process, and the sum of all parts.
 
-Nothing grows with layers × texts: a block of texts goes through the model, is added to the moments of every layer, and
-is forgotten. A part that is done lies in the work area; a sweep that was killed goes on with those that are not.
+Nothing grows with the number of texts: a block of them goes through the model, is added to the moments of every layer,
+and is forgotten. A part that is done lies in the work area; a sweep that was killed goes on with those that are not.
 """
 
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 
 from pipeline.config import EncodeSettings, LayerSettings, TrainSettings
 from pipeline.errors import Unencodable, UserError
-from pipeline.model.backbone import blocks, load_backbone
+from pipeline.model.backbone import blocks, load_backbone, load_tokenizer
 from pipeline.model.encoder import Encoder, choose_device, choose_dtype, use_threads
 from pipeline.model.images import ImageEncoder, image_views, load_processor, load_vision, read_images
 from pipeline.model.measured import TOKEN_FIGURES, MeasuredLayers, weights_bytes
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 SAMPLE = "sample.parquet"
 INPUT = "input"
 """Column of the sample: a text, or the path of an image."""
+IMAGES_AT_ONCE = 16
 
 log = logging.getLogger(__name__)
 
@@ -132,12 +134,10 @@ class Texts:
     def __init__(
         self, train: TrainSettings, encode: EncodeSettings, layers: LayerSettings, resources: TaskResources
     ) -> None:
-        backbone = load_backbone(train.backbone)
-        tokenizer, max_tokens = cutting_tokenizer(backbone, train)
         device = choose_device(encode, resources)
         dtype = choose_dtype(encode, device)
-        if device.type == "cpu":
-            use_threads(encode.threads or resources.cpus)
+        backbone = load_backbone(train.backbone, dtype=dtype)
+        tokenizer, max_tokens = cutting_tokenizer(backbone, train)
         self.measured = MeasuredLayers(backbone, train.pooling, order=layers.order)
         self.facts = _facts(backbone, device, dtype, max_tokens=max_tokens)
         # Characters that noise is put on: of what is cut off nobody sees any.
@@ -169,9 +169,9 @@ class Texts:
     def _encoded(self, texts: Sequence[str], failed: dict[int, str]) -> NDArray[np.float32]:
         ((_, encoded),) = self._encoder.stream([(None, texts)])
         failed.update(encoded.failed)
-        if len(encoded.failed) == len(texts):
-            raise Unencodable(f"none of {len(texts)} texts can be encoded; the first: {encoded.failed[0]}")
-        return encoded.vectors
+        # Where all failed there is nothing that tells a vector's shape.
+        shape = (len(texts), self.facts["layers"] + 1, self.facts["width"] + len(TOKEN_FIGURES))
+        return encoded.vectors if len(encoded.failed) < len(texts) else np.zeros(shape, np.float32)
 
 
 class Images:
@@ -182,9 +182,7 @@ class Images:
     ) -> None:
         device = choose_device(encode, resources)
         dtype = choose_dtype(encode, device)
-        if device.type == "cpu":
-            use_threads(encode.threads or resources.cpus)
-        backbone = load_vision(train.backbone)
+        backbone = load_vision(train.backbone, dtype=dtype)
         self.measured = MeasuredLayers(backbone, train.pooling, order=layers.order)
         self.facts = _facts(backbone, device, dtype, max_tokens=0)
         self._layers = layers
@@ -193,24 +191,41 @@ class Images:
     def run(self, inputs: Sequence[str], first: int) -> Swept:
         """All layers of some images and of their views; each is named by its path."""
         wanted = self._layers
-        images, broken = read_images([Path(path) for path in inputs])
-        if not images:
-            raise UserError(f"none of {len(inputs)} images can be read; the first: {inputs[0]}: {broken[0]}")
-        whole = np.setdiff1d(np.arange(len(inputs)), list(broken))
-        views: list[list[Image]] = [[] for _ in range(wanted.views)]
-        for place, image in zip(whole.tolist(), images, strict=True):
-            made = image_views([image], views=wanted.views, seed=wanted.seed, first=first + place)
-            for seen, (view,) in zip(views, made, strict=True):
-                seen.append(view)
-        with self.measured.measuring():
-            found = self._encoder.encode(images)
-        plain = np.zeros((len(inputs), *found.shape[1:]), np.float32)
-        plain[whole] = found
-        width = self.facts["width"]
-        looked = np.zeros((wanted.views, *plain.shape[:2], width), np.float32)
-        for number, seen in enumerate(views):
-            looked[number, whole] = self._encoder.encode(seen)[..., :width]
-        return Swept(plain, looked, {place: f"{inputs[place]}: {reason}" for place, reason in broken.items()})
+        layers, width = self.facts["layers"] + 1, self.facts["width"]
+        plain = np.zeros((len(inputs), layers, width + len(TOKEN_FIGURES)), np.float32)
+        looked = np.zeros((wanted.views, len(inputs), layers, width), np.float32)
+        failed: dict[int, str] = {}
+        # A photograph takes a hundred times what is left of it: few of them at a time.
+        for start in range(0, len(inputs), IMAGES_AT_ONCE):
+            images, broken = read_images([Path(path) for path in inputs[start : start + IMAGES_AT_ONCE]])
+            failed.update({start + place: f"{inputs[start + place]}: {why}" for place, why in broken.items()})
+            rows = [row for row in range(start, min(start + IMAGES_AT_ONCE, len(inputs))) if row not in failed]
+            views: list[list[Image]] = [[] for _ in range(wanted.views)]
+            for row, image in zip(rows, images, strict=True):
+                made = image_views([image], views=wanted.views, seed=wanted.seed, first=first + row)
+                for seen, (view,) in zip(views, made, strict=True):
+                    seen.append(view)
+            with self.measured.measuring():
+                plain[rows], odd = self._encoded(images)
+            for seen, space in zip(views, looked, strict=True):
+                found, more = self._encoded(seen)
+                space[rows], odd = found[..., :width], {**odd, **more}
+            failed.update({rows[place]: f"{inputs[rows[place]]}: {why}" for place, why in odd.items()})
+        return Swept(plain, looked, failed)
+
+    def _encoded(self, images: Sequence[Image]) -> tuple[NDArray[np.float32], dict[int, str]]:
+        """Rows of images [n, L + 1, D + 3]; zeros, and the reason, for those that give NaN or infinity."""
+        rows = np.zeros((len(images), self.facts["layers"] + 1, self.facts["width"] + len(TOKEN_FIGURES)), np.float32)
+        failed: dict[int, str] = {}
+        with suppress(Unencodable):
+            rows[:] = self._encoder.encode(images)
+            return rows, failed
+        for place, image in enumerate(images):
+            try:
+                rows[place] = self._encoder.encode([image])[0]
+            except Unencodable as error:
+                failed[place] = str(error)
+        return rows, failed
 
 
 def _facts(backbone: "PreTrainedModel", device: torch.device, dtype: torch.dtype, *, max_tokens: int) -> dict[str, Any]:
@@ -228,7 +243,9 @@ def run_part(part: SweepPart, resources: TaskResources) -> int:
     """Sweep a part and leave its moments as a file, unless it lies there; how many inputs it has."""
     if part.storage.stat(part.file) is not None:
         return part.inputs
-    subject = _subject(part.train, part.encode, part.layers, resources, images=part.images)
+    # Of the model on a CPU, and of the sums on every machine.
+    use_threads(part.encode.threads or resources.cpus)
+    subject = _subject(part, resources)
     inputs = _sample(part.storage, part.uri)
     facts, before = subject.facts, subject.measured.seconds()
     width, settings = facts["width"], part.layers
@@ -260,19 +277,29 @@ def run_part(part: SweepPart, resources: TaskResources) -> int:
 
 
 def merge_parts(parts: Sequence[SweepPart]) -> tuple[SweepFacts, list[dict[str, float]]]:
-    """The metrics of every layer over all parts, layer by layer: one layer's moments are in memory at a time."""
+    """The metrics of every layer over all parts, which are fetched and added up one after the other.
+
+    Raises:
+        UserError: parts were computed in different ways, or no input could be run.
+    """
+    found: list[SweepFacts] = []
+    moments: list[LayerMoments] = []
     with TemporaryDirectory(prefix="marc-sweep-") as name:
-        files = [Path(name) / f"{part.number}" for part in parts]
-        for part, file in zip(parts, files, strict=True):
+        file = Path(name) / "part"
+        for part in parts:
             part.storage.fetch(part.file, file)
-        opened = [safe_open(file, framework="pt") for file in files]
-        facts = _summed([SweepFacts(**json.loads(_metadata(file)["facts"])) for file in opened])
-        metrics = []
-        for layer in range(facts.layers + 1):
-            first, *rest = (_moments(file, layer) for file in opened)
-            for other in rest:
-                first.merge(other)
-            metrics.append({key: float(value) for key, value in asdict(first.figures()).items()})
+            with safe_open(file, framework="pt") as opened:
+                found.append(SweepFacts(**json.loads(_metadata(opened)["facts"])))
+                for layer in range(found[-1].layers + 1):
+                    own = _moments(opened, layer)
+                    if layer < len(moments):
+                        moments[layer].merge(own)
+                    else:
+                        moments.append(own)
+    facts = _summed(found, parts[0])
+    metrics = []
+    while moments:
+        metrics.append({key: float(value) for key, value in asdict(moments.pop(0).figures()).items()})
     return facts, metrics
 
 
@@ -288,22 +315,51 @@ def _moments(file: Any, layer: int) -> LayerMoments:  # noqa: ANN401 - safetenso
     )
 
 
-def _summed(found: Sequence[SweepFacts]) -> SweepFacts:
+def _summed(found: Sequence[SweepFacts], part: SweepPart) -> SweepFacts:
     first = found[0]
-    return SweepFacts(
-        **{key: getattr(first, key) for key in ("layers", "width", "max_tokens", "dtype", "device", "weights_bytes")},
-        inputs=sum(facts.inputs for facts in found),
-        left_out=sum(facts.left_out for facts in found),
-        left_out_because=next((facts.left_out_because for facts in found if facts.left_out), ""),
+    ways = sorted({f"{facts.dtype} on {facts.device.partition(':')[0]}" for facts in found})
+    if len(ways) > 1:
+        raise UserError(
+            f"parts of the sweep were computed in different ways, {' and '.join(ways)}: set encode.dtype and "
+            f"encode.device, so that all workers do the same, or delete {part.uri}"
+        )
+    left_out = sum(facts.left_out for facts in found)
+    because = next((facts.left_out_because for facts in found if facts.left_out), "")
+    inputs = sum(facts.inputs for facts in found)
+    if left_out == inputs:
+        raise UserError(f"none of {inputs} {'images' if part.images else 'texts'} can be run; the first: {because}")
+    return replace(
+        first,
+        inputs=inputs,
+        left_out=left_out,
+        left_out_because=because,
         seconds=np.sum([facts.seconds for facts in found], axis=0).tolist(),
     )
 
 
-@lru_cache(maxsize=1)
-def _subject(
-    train: TrainSettings, encode: EncodeSettings, layers: LayerSettings, resources: TaskResources, *, images: bool
-) -> Subject:
-    return (Images if images else Texts)(train, encode, layers, resources)
+def require_kind(backbone: str, *, images: bool) -> None:
+    """Refuse a backbone that cannot read the inputs, before anything long begins.
+
+    Raises:
+        UserError: it has no tokenizer, or no image processor.
+    """
+    if images:
+        load_processor(backbone)
+    else:
+        load_tokenizer(backbone)
+
+
+def _subject(part: SweepPart, resources: TaskResources) -> Subject:
+    """The model of a part; the last one is kept, and let go before another is loaded."""
+    wanted = (part.train, part.encode, part.layers, part.images, resources)
+    if wanted not in _SUBJECTS:
+        _SUBJECTS.clear()
+        made = Images if part.images else Texts
+        _SUBJECTS[wanted] = made(part.train, part.encode, part.layers, resources)
+    return _SUBJECTS[wanted]
+
+
+_SUBJECTS: dict[tuple[object, ...], Subject] = {}
 
 
 @lru_cache(maxsize=1)

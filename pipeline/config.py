@@ -236,7 +236,6 @@ class Settings(BaseSettings):
         frozen=True,
         env_prefix=PREFIX,
         env_nested_delimiter="__",
-        nested_model_default_partial_update=True,
     )
 
     catalogue: CatalogueSettings

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import entry
-from pipeline.config import CatalogueSettings, Settings, absolute_uri, load_settings, parse_ds, placeholders
+from pipeline.config import (
+    CatalogueSettings,
+    Settings,
+    TrainSettings,
+    absolute_uri,
+    load_settings,
+    parse_ds,
+    placeholders,
+)
 from pipeline.errors import CorruptFile, GateRefused, PipelineError, Superseded, UserError
 
 GOOD = 'catalogue: {uri: "in/{ds}.csv", template: "{title}. {genres}"}\n'
@@ -307,3 +315,16 @@ def test_a_variable_that_overrides_no_key_is_refused(config: Path, monkeypatch: 
     monkeypatch.setenv("MARC_BUKETS", "4")
     with pytest.raises(UserError, match="MARC_BUKETS overrides no key"):
         load(config, GOOD)
+
+
+def test_what_a_section_leaves_open_is_not_taken_for_configured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What somebody adopted may fill it."""
+    path = tmp_path / "marc.yaml"
+    path.write_text("catalogue: {uri: x, template: '{title}'}\ntrain: {dim: 8}\n")
+    monkeypatch.setenv("MARC_TRAIN__POOLING", "mean")
+    settings = load_settings(path)
+    assert settings.train.model_fields_set == {"dim", "pooling"}
+    assert settings.layers.model_fields_set == set()
+    assert (settings.train.dim, settings.train.epochs) == (8, TrainSettings().epochs)

@@ -106,6 +106,7 @@ def test_a_training_ends_in_a_current_bundle_and_says_what_it_is(trained: tuple[
     assert (said["bundle"], said["uri"]) == (bundle.version, bundle.uri)
     assert bundle.card.compressor.kind == said["compressor"]["kind"] == "bottleneck"
     assert bundle.card.training["training_id"] == world.training_id
+    assert bundle.card.training["layers_from"] == "clicks"
     assert (bundle.card.dim, bundle.card.width, bundle.card.template) == (8, WIDTH, "{title}. {genres}")
     texts = ["{title}. {genres}".format(**item(number)) for number in range(ITEMS)]
     encoder = load_encoder(STORAGE, bundle.uri, bundle.version, world.settings.encode, TaskResources())
@@ -158,6 +159,7 @@ def test_other_settings_train_another_bundle_on_the_same_states(
         5,
         world.training_id,
     )
+    assert other["training"]["layers_from"] == "configuration"
     assert world.current().version == said["bundle"], "not promoted"
 
 

@@ -249,8 +249,7 @@ class Settings(BaseSettings):
     encode: EncodeSettings = EncodeSettings()
     audit: AuditSettings = AuditSettings()
     index: IndexSettings = IndexSettings()
-    # A factory, not a default: of that every key would count as set.
-    train: TrainSettings = Field(default_factory=TrainSettings)
+    train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     layers: LayerSettings = LayerSettings()
     retention: RetentionSettings = RetentionSettings()

@@ -71,6 +71,11 @@ def adopted_uri(settings: Settings) -> str:
     return join(settings.bundle_uri, "adopted", f"{name}.json")
 
 
+def adopted(settings: Settings) -> Adopted | None:
+    """The recommendation that somebody adopted for the configured backbone."""
+    return read_contract(storage_of(settings), adopted_uri(settings), Adopted)
+
+
 def reviewed(settings: Settings) -> tuple[Settings, Decision]:
     """Settings with layers and pooling as adopted, where the configuration leaves them open; and what decided.
 
@@ -79,7 +84,7 @@ def reviewed(settings: Settings) -> tuple[Settings, Decision]:
     train = settings.train
     if train.layers is not None:
         return settings, "configuration"
-    found = read_contract(storage_of(settings), adopted_uri(settings), Adopted)
+    found = adopted(settings)
     if found is not None:
         advised = found.recommendation
         if "pooling" not in train.model_fields_set or train.pooling == advised.pooling:

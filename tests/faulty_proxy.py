@@ -42,6 +42,7 @@ class FaultyProxy:
         faults: kinds to choose from.
         stall_s: how long a stalled answer takes until it is dropped.
         port: to listen on; 0: any.
+        most: requests that are disturbed at all; None: no limit.
     """
 
     def __init__(
@@ -53,12 +54,13 @@ class FaultyProxy:
         faults: Sequence[str] = FAULTS,
         stall_s: float = 3.0,
         port: int = 0,
+        most: int | None = None,
     ) -> None:
         parts = urlsplit(target)
         if parts.scheme != "http" or parts.hostname not in {"127.0.0.1", "localhost"} or parts.port is None:
             raise ValueError(f"{target!r} is not http://127.0.0.1:PORT")
         self.upstream = (parts.hostname, parts.port)
-        self.rate, self.faults, self.stall_s = rate, tuple(faults), stall_s
+        self.rate, self.faults, self.stall_s, self.most = rate, tuple(faults), stall_s, most
         self.counts: Counter[str] = Counter()
         self._random, self._lock = random.Random(seed), threading.Lock()  # noqa: S311
         self._server = _Server(("127.0.0.1", port), _Handler)
@@ -76,7 +78,9 @@ class FaultyProxy:
     def draw(self) -> str:
         """What happens to the next request."""
         with self._lock:
-            chosen = self._random.choice(self.faults) if self._random.random() < self.rate else PASSED
+            struck = self.counts.total() - self.counts[PASSED]
+            fails = self._random.random() < self.rate and (self.most is None or struck < self.most)
+            chosen = self._random.choice(self.faults) if fails else PASSED
             self.counts[chosen] += 1
             return chosen
 

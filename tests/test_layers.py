@@ -23,11 +23,11 @@ from pipeline.config import LayerSettings, Settings, load_settings
 from pipeline.errors import UserError
 from pipeline.evaluation import FOLDS
 from pipeline.layer_findings import METRICS, choose_layer
-from pipeline.layers import adopt, judge_layers, layers_stage, publish_report, report_folder
+from pipeline.layers import adopt, judge_layers, publish_report, report_folder
 from pipeline.model.bundle import open_bundle
 from pipeline.model.entropy import dataset_entropy
 from pipeline.storage import Storage
-from pipeline.training_run import identify, layers_from, reviewed, with_train
+from pipeline.training_run import adopted_uri, identify, reviewed, with_train
 from pipeline.training_set import open_training_set
 from schemas.layers import Adopted, JudgedLayer, JudgedModel, LayerReport, Recommendation
 
@@ -224,7 +224,7 @@ def test_what_goes_in_names_the_report(judged: tuple[World, dict[str, Any]]) -> 
     settings = judged[0].settings
 
     def named(settings: Settings, **options: Any) -> str:
-        return module._report_id(module._candidates(settings, ds=DS, **options))
+        return module._report_id(module._candidates(settings, ds=DS, **options), DS)
 
     assert named(settings) == judged[1]["report_id"]
     values: dict[str, Any] = {
@@ -272,13 +272,13 @@ def test_as_a_stage_it_gives_the_same_report_for_the_training_that_was_announced
 ) -> None:
     settings, report = twin().settings, report_of(judged[1])
     announced = identify(settings, ds=DS).training_id
-    assert layers_stage(None, settings, ds=DS, expected=announced) == report  # type: ignore[arg-type]  # it is read
+    assert judge_layers(settings, ds=DS, expected=announced) == report
     with pytest.raises(UserError, match="changed while the training was under way"):
-        layers_stage(None, settings, ds=DS, expected="0" * 32)  # type: ignore[arg-type]
+        judge_layers(settings, ds=DS, expected="0" * 32)
     folder = Path(publish_report(settings, report))
     assert folder == Path(report_folder(settings, report))
     assert {path.name for path in folder.iterdir()} == {Path(name).name for name in judged[1]["files"]}
-    assert layers_stage(None, settings, ds=DS, expected=announced) == report, "the page lies beside it"  # type: ignore[arg-type]
+    assert judge_layers(settings, ds=DS, expected=announced) == report, "the page lies beside it"
 
 
 # --- without clicks
@@ -342,7 +342,7 @@ def test_of_a_backbone_that_was_not_judged_nothing_can_be_adopted(
         "--out",
         str(plain.root / "o"),
     )
-    assert "recommends nothing for train.backbone" in plain.mistake(*arguments, "--adopt")
+    assert "judge that one, or configure another first" in plain.mistake(*arguments, "--adopt")
     assert training_run.adopted(plain.settings) is None
 
 
@@ -395,43 +395,43 @@ def test_an_adopted_recommendation_is_what_trainings_keep(
     assert record.report_id == said["report_id"]
     trained = world.marc.json("train", "--ds", DS, *QUICK)
     assert (trained["layers_kept"], trained["pooling"]) == (record.recommendation.layers, record.recommendation.pooling)
-    assert trained["training"]["layers_from"] == f"report {said['report_id']}"
+    assert trained["training"]["layers_from"] == "adopted"
     # Asked again, layers are judged as before: what is adopted has no say in it.
     assert report_of(world.layers("--ds", DS)) == report_of(judged[1])
 
 
 def test_layers_and_pooling_that_clicks_would_not_choose_are_kept_once_adopted(twin: Callable[..., World]) -> None:
     world = twin()
-    record = adopted_by_hand(world.settings)
+    adopted_by_hand(world.settings)
     trained = world.marc.json("train", "--ds", DS, *QUICK)
     assert (trained["layers_kept"], trained["pooling"]) == (3, "last")
-    assert trained["training"]["layers_from"] == f"report {record.report_id}"
+    assert trained["training"]["layers_from"] == "adopted"
 
 
 def test_a_pca_without_clicks_keeps_all_layers_until_another_number_is_adopted(plain: World) -> None:
     before = plain.marc.json("train", "--ds", DS)
     assert (before["layers_kept"], before["training"]["layers_from"]) == (LAYERS, "all")
-    record = adopted_by_hand(plain.settings, layers=2, pooling="cls")
+    adopted_by_hand(plain.settings, layers=2, pooling="cls")
     try:
         after = plain.marc.json("train", "--ds", DS)
         assert (after["layers_kept"], after["pooling"]) == (2, "cls")
-        assert after["training"]["layers_from"] == f"report {record.report_id}"
+        assert after["training"]["layers_from"] == "adopted"
         bundle = open_bundle(STORAGE, plain.settings.bundle_uri)
         assert bundle.version == after["bundle"], "a record beside the bundles is taken for none of them"
     finally:
-        (Path(plain.settings.bundle_uri) / "layers.json").unlink()
+        Path(adopted_uri(plain.settings)).unlink()
 
 
 @pytest.mark.parametrize(
     ("train", "advice", "kept", "source"),
     [
-        ("", {}, (3, "last"), "report 0123456789abcdef"),
-        (", pooling: last", {}, (3, "last"), "report 0123456789abcdef"),
+        ("", {}, (3, "last"), "adopted"),
+        (", pooling: last", {}, (3, "last"), "adopted"),
         (", pooling: mean", {}, (None, "mean"), "clicks"),
         (", layers: 2", {}, (2, "mean"), "configuration"),
         (", layers: 3", {}, (3, "mean"), "configuration"),
         (", layers: 2, pooling: last", {}, (2, "last"), "configuration"),
-        (", compressor: pca", {}, (3, "last"), "report 0123456789abcdef"),
+        (", compressor: pca", {}, (3, "last"), "adopted"),
         ("", {"backbone": "/another/model"}, (None, "mean"), "clicks"),
         (", compressor: pca", {"backbone": "/another/model"}, (None, "mean"), "all"),
         (", layers: 1", None, (1, "mean"), "configuration"),
@@ -445,13 +445,12 @@ def test_the_configuration_wins_over_what_is_adopted(
     settings = make_world(tmp_path, backbones["bert"], train=train).settings
     if advice is not None:
         adopted_by_hand(settings, **advice)
-    found = reviewed(settings)
+    found, decision = reviewed(settings)
     assert (found.train.layers, found.train.pooling) == kept
-    assert layers_from(found) == source
-    assert reviewed(found) == found, "once is enough"
+    assert decision == source
     assert ("have no say" in caplog.text) == (train == ", pooling: mean")
     # An option of the command line is a configuration.
-    assert reviewed(with_train(settings, {"layers": 4})).train.layers == 4
+    assert reviewed(with_train(settings, {"layers": 4}))[0].train.layers == 4
 
 
 # --- images
@@ -504,9 +503,9 @@ def test_mistakes_that_need_no_work_to_be_found(
     cases = [
         ((), one_of_two),
         (("--ds", DS, "--images", str(tmp_path)), one_of_two),
-        (("--images", str(empty)), f"{empty} holds 0 files"),
-        (("--images", str(tmp_path)), f"{tmp_path} holds 1 files"),
-        (("--images", str(tmp_path / "nowhere")), "nowhere holds 0 files"),
+        (("--images", str(empty)), f"{empty} holds 0 images"),
+        (("--images", str(tmp_path)), f"{tmp_path} holds 1 images"),
+        (("--images", str(tmp_path / "nowhere")), "nowhere holds 0 images"),
         (("--ds", "2030-01-01"), "no catalogue for 2030-01-01"),
         (("--ds", "today"), "'today' is no date"),
         (("--ds", DS, "--pooling", "max"), "train: pooling: Input should be 'mean', 'last' or 'cls'"),
@@ -522,14 +521,14 @@ def test_an_unknown_backbone_is_the_users_mistake(
 ) -> None:
     world = judged[0] if clicks else plain
     line = world.mistake("layers", "--ds", DS, "--backbone", "/no/such/model", "--out", str(tmp_path))
-    assert "cannot load backbone '/no/such/model'" in line
+    assert "cannot load the tokenizer of '/no/such/model'" in line
 
 
 def test_a_language_model_sees_no_images(
     plain: World, backbones: dict[str, str], pictures: Path, tmp_path: Path
 ) -> None:
     line = plain.mistake("layers", "--images", str(pictures), "--out", str(tmp_path))
-    assert "takes input_ids: it is no vision model" in line
+    assert "cannot load the image processor of" in line
 
 
 def test_a_catalogue_of_one_text_has_nothing_to_tell_apart(backbones: dict[str, str], tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _nothing_kept() -> None:
     """A process keeps the model and the sample of its last part; here every part may be another's."""
-    sweep._subject.cache_clear()
+    sweep._SUBJECTS.clear()
     sweep._sample.cache_clear()
 
 
@@ -301,7 +301,7 @@ def test_parts_of_one_process_are_timed_each_on_its_own(backbones: dict[str, str
     alone = [merge_parts([part])[0].seconds for part in parts]
     np.testing.assert_allclose(np.sum(alone, axis=0), whole.seconds)
     # The model that the process kept went on counting.
-    subject = sweep._subject(parts[0].train, parts[0].encode, parts[0].layers, ONE_CORE, images=False)
+    subject = sweep._subject(parts[0], ONE_CORE)
     np.testing.assert_allclose(subject.measured.seconds(), whole.seconds)
 
 

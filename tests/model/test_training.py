@@ -95,7 +95,12 @@ def test_the_card_tells_what_was_trained(bundle: Bundle) -> None:
     assert (card.pooling, card.max_tokens, card.width, card.dim) == ("mean", MAX_TOKENS, WIDTH, 8)
     assert card.normalised
     assert card.template == TEMPLATE
-    assert card.training == {"regime": "pca", "texts": len(TEXTS), "fingerprint": fingerprint(sorted(TEXTS))}
+    assert card.training == {
+        "regime": "pca",
+        "layers_from": "configuration",
+        "texts": len(TEXTS),
+        "fingerprint": fingerprint(sorted(TEXTS)),
+    }
     assert 0 < card.metrics["explained_variance"] < 1
     assert check_bundle(STORAGE, bundle) == []
 

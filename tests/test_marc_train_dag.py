@@ -15,11 +15,12 @@ from tiny_models import save_tiny_backbone
 from pipeline.config import load_settings
 from pipeline.model.bundle import current_version, open_bundle
 from pipeline.storage import Storage
+from schemas.layers import LayerReport
 from schemas.promotion import Comparison, TrainingRun
 
 pytestmark = [pytest.mark.airflow, pytest.mark.spark]
 
-STAGES = ["identify", "hidden_states", "train_marc", "evaluate_marc", "promote"]
+STAGES = ["identify", "hidden_states", "evaluate_layers", "train_marc", "evaluate_marc", "promote"]
 SHAPE = """
 import json, sys
 sys.path.insert(0, "dags")
@@ -54,13 +55,13 @@ def test_one_stage_follows_the_other_and_promotion_ends_the_run(shape: dict[str,
         assert STAGES[place + 1] in shape["tasks"][stage]
     # Beside the chain, promote reads what identify announced.
     assert shape["tasks"] == {
-        "identify": ["hidden_states", "promote"], "hidden_states": ["train_marc"], "train_marc": ["evaluate_marc"],
-        "evaluate_marc": ["promote"], "promote": [],
+        "identify": ["hidden_states", "promote"], "hidden_states": ["evaluate_layers"],
+        "evaluate_layers": ["train_marc"], "train_marc": ["evaluate_marc"], "evaluate_marc": ["promote"], "promote": [],
     }  # fmt: skip
 
 
 def test_every_stage_is_a_job_that_gets_what_identify_announced(shape: dict[str, Any], repository: Path) -> None:
-    assert shape["jobs"].keys() == shape["arguments"].keys() == set(STAGES[1:4])
+    assert shape["jobs"].keys() == shape["arguments"].keys() == set(STAGES[1:-1])
     for stage, path in shape["jobs"].items():
         assert Path(path) == repository / "jobs" / f"{stage}.py"
         assert Path(path).is_file()
@@ -109,6 +110,12 @@ def test_a_run_trains_judges_and_promotes_a_bundle(airflow: Airflow, config: Pat
     assert bundle.card.training["training_id"] == trained.training_id == folder.name
     comparison = Comparison.model_validate_json((folder / "comparisons" / f"{bundle.version}.json").read_bytes())
     assert (comparison.candidate, comparison.current, comparison.problems) == (bundle.version, None, [])
+    (judged,) = (Path(settings.work_uri) / "layers" / "reports").iterdir()
+    report = LayerReport.model_validate_json((judged / "layers.json").read_bytes())
+    assert (report.report_id, report.ds, [model.basis for model in report.models]) == (judged.name, DS, ["clicks"])
+    assert {"layers.html", "layers.md", "auc_by_depth.png"} <= {path.name for path in judged.iterdir()}
+    # Judged, and not adopted: the configuration says how many layers are kept.
+    assert (trained.layers, bundle.card.training["layers_from"]) == (2, "configuration")
 
 
 @pytest.mark.slow

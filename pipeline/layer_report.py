@@ -183,11 +183,10 @@ def _measured(report: LayerReport) -> Iterator[str]:
 
 def _markdown(report: LayerReport, plots: Sequence[str]) -> str:
     lines = ["# Layers", ""]
-    lines += [
-        f"**Keep layer {one.layers} of {markdown_text(one.backbone)} with {one.pooling} pooling.** {one.reason}"
-        for one in report.recommendations
-    ]
-    lines += ["", *(f"- {markdown_text(finding)}" for finding in report.findings), ""]
+    for one in report.recommendations:
+        advice = f"**Keep layer {one.layers} of {markdown_text(one.backbone)} with {one.pooling} pooling.**"
+        lines += [f"{advice} {one.reason}", ""]
+    lines += [*(f"- {markdown_text(finding)}" for finding in report.findings), ""]
     lines += [line for name in plots for line in (f"![{TITLES[name]}]({name})", "")]
     for model in report.models:
         lines += [f"## {markdown_text(_name(model, report))}", "", _how(model), ""]

@@ -66,7 +66,7 @@ def test_every_stage_is_a_job_that_gets_what_identify_announced(shape: dict[str,
         assert Path(path) == repository / "jobs" / f"{stage}.py"
         assert Path(path).is_file()
     for arguments in shape["arguments"].values():
-        assert arguments[::2] == ["--config", "--ds", "--training-id"]
+        assert arguments[::2] == ["--config", "--ds", "--training-id", "--decided"]
         assert all("task_ids='identify'" in value for value in arguments[1::2])
     assert shape["policies"] == [True] * len(STAGES)
 

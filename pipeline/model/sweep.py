@@ -217,6 +217,8 @@ class Images:
         """Rows of images [n, L + 1, D + 3]; zeros, and the reason, for those that give NaN or infinity."""
         rows = np.zeros((len(images), self.facts["layers"] + 1, self.facts["width"] + len(TOKEN_FIGURES)), np.float32)
         failed: dict[int, str] = {}
+        if not images:
+            return rows, failed
         with suppress(Unencodable):
             rows[:] = self._encoder.encode(images)
             return rows, failed

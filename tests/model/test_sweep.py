@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer
 
 from pipeline.config import EncodeSettings, LayerSettings, TrainSettings
-from pipeline.errors import Unencodable, UserError
+from pipeline.errors import UserError
 from pipeline.model import encoder, sweep
 from pipeline.model.backbone import load_backbone
 from pipeline.model.entropy import dataset_entropy, effective_rank, spectrum, unit_rows
@@ -396,10 +397,26 @@ def test_a_text_of_which_only_a_view_fails_is_left_out_as_well(
 def test_where_nothing_can_be_encoded_it_is_no_matter_of_single_texts(
     backbones: dict[str, str], tmp_path: Path
 ) -> None:
-    (part,) = parts_of(tmp_path, backbones["bert"], [f"{POISON} {text}" for text in SOME])
-    with pytest.raises(Unencodable, match=r"none of 7 texts can be encoded; the first: .*no token for this"):
-        run_part(part, ONE_CORE)
-    assert not Path(part.file).exists()
+    good = SOME[:7]
+    bad = [f"{POISON} {text}" for text in good]
+    parts = parts_of(tmp_path, backbones["bert"], bad, [[0]], bounds=[0, 7])
+    with pytest.raises(UserError, match=r"none of 7 texts can be run; the first: .*no token for this"):
+        swept(parts)
+    # A block of nothing else among others costs only itself.
+    facts, found = swept(parts_of(tmp_path / "more", backbones["bert"], [*bad, *good], [[0], [1]], bounds=[0, 7, 14]))
+    alone = swept(parts_of(tmp_path / "alone", backbones["bert"], good, [[0]], bounds=[0, 7]))[1]
+    assert (facts.inputs, facts.left_out) == (14, 7)
+    assert found[1]["dataset_entropy"] == pytest.approx(alone[1]["dataset_entropy"], abs=1e-5)
+
+
+def test_parts_that_were_computed_in_different_ways_are_refused(backbones: dict[str, str], tmp_path: Path) -> None:
+    """Two workers, of which one multiplies in bfloat16, or a sweep that goes on on another machine."""
+    parts = parts_of(tmp_path, backbones["bert"], SOME, [[0], [1]], bounds=[0, 4, 7])
+    run_part(parts[0], ONE_CORE)
+    other = replace(parts[1], encode=parts[1].encode.model_copy(update={"dtype": "bfloat16"}))
+    run_part(other, ONE_CORE)
+    with pytest.raises(UserError, match=r"bfloat16 on cpu and float32 on cpu: set encode\.dtype"):
+        merge_parts(parts)
 
 
 def test_a_broken_image_is_left_out_with_its_views(
@@ -430,8 +447,8 @@ def test_a_block_without_a_single_image_names_the_first_file(backbones: dict[str
     for path in paths:
         path.write_text("no image")
     (part,) = parts_of(tmp_path / "sweep", backbones["vit"], list(map(str, paths)), [[0]], bounds=[0, 3], images=True)
-    with pytest.raises(UserError, match=f"none of 3 images can be read; the first: {paths[0]}: "):
-        run_part(part, ONE_CORE)
+    with pytest.raises(UserError, match=f"none of 3 images can be run; the first: {paths[0]}: "):
+        swept([part])
 
 
 @pytest.mark.parametrize("architecture", ["bert", "mamba"])

@@ -54,7 +54,7 @@ nightly: setup ## Run the DAG marc_nightly for DS, on the example catalogue unle
 	$(BIN)/marc summary --ds $(DS) --since $$started
 
 test: setup ## Run the tests, two files at a time
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup ## Run the tests that the default suite leaves out
 	@$(BIN)/python -m pytest -m slow

@@ -17,13 +17,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In several processes a file's tests stay together, for its fixtures, and so do those of the one S3 server."""
-    served = {item.path for item in items if "s3_server" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("s3" if item.path in served else str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """Root of the repository."""
@@ -39,9 +32,9 @@ def netflix() -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a real S3 server's clients; one server for the whole run, a bucket for each module."""
+    """The environment of a real S3 server's clients; a machine has one at a time, and modules may run side by side."""
     from s3_server import running_s3
 
     with running_s3(SHARED / "tools" / "ceph-s3", tmp_path_factory.mktemp("s3") / "server") as environment:

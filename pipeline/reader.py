@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,12 @@ class UnknownItems(UserError, KeyError):
 
 
 def open_release(
-    uri: str | Path, *, ds: str | None = None, release_id: str | None = None, storage: Storage | None = None
+    uri: str | Path,
+    *,
+    ds: str | None = None,
+    release_id: str | None = None,
+    at: datetime | None = None,
+    storage: Storage | None = None,
 ) -> "OpenRelease":
     """Open a release for reading: the newest, that of a date, or one by id.
 
@@ -52,14 +58,18 @@ def open_release(
         uri: the feature table, local or ``s3://``.
         ds: date of the snapshot, ``YYYY-MM-DD``.
         release_id: exactly this release.
+        at: what was the newest, or that of the date, at this moment; with a time zone.
         storage: S3 endpoint and region; credentials come from the standard AWS chain.
 
     Raises:
         UserError: there is no such release.
+        ReleaseGone: what was seen at that moment is not known any more.
     """
     storage = storage or Storage()
     uri = str(uri) if is_s3(str(uri)) else str(Path(uri).absolute())
-    return OpenRelease(release_log.find_release(storage, uri, ds=ds, release_id=release_id), uri=uri, storage=storage)
+    return OpenRelease(
+        release_log.find_release(storage, uri, ds=ds, release_id=release_id, at=at), uri=uri, storage=storage
+    )
 
 
 class OpenRelease:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 
 from pipeline import feature_table
 from pipeline.delta import COMMIT_ERRORS, open_or_create, open_table
-from pipeline.errors import DiskFull, Superseded, UserError
+from pipeline.errors import DiskFull, ReleaseGone, Superseded, UserError
 from pipeline.storage import Storage, disk_full_names, join
 from schemas.release import FORMAT_VERSION, RELEASES, Release
 
@@ -102,13 +103,25 @@ def newest(releases: Iterable[Release], *, ds: str | None = None) -> Release | N
     return live[max(live)] if live else None
 
 
-def find_release(storage: Storage, table_uri: str, *, ds: str | None = None, release_id: str | None = None) -> Release:
-    """One release by id, by date, or the newest.
+def find_release(
+    storage: Storage,
+    table_uri: str,
+    *,
+    ds: str | None = None,
+    release_id: str | None = None,
+    at: datetime | None = None,
+) -> Release:
+    """One release by id, by date, or the newest; with ``at``, as readers saw it at that moment.
 
     Raises:
         UserError: there is none; the message says what there is.
+        ReleaseGone: what was seen at that moment is not in the log any more.
     """
     found = read_log(storage, table_uri)
+    if at is not None:
+        if release_id is not None:
+            raise UserError("a release is named by its id or by a moment, not by both")
+        return _seen_at(found, at, ds=ds)
     live = live_releases(found.releases)
     if not live:
         raise UserError(f"no release at {table_uri} yet; the nightly run publishes one")
@@ -124,6 +137,29 @@ def find_release(storage: Storage, table_uri: str, *, ds: str | None = None, rel
     if ds is not None and release.ds != ds:
         raise UserError(f"release {release_id} is of {release.ds}, not of {ds}")
     return release
+
+
+def _seen_at(found: ReleaseLog, at: datetime, *, ds: str | None) -> Release:
+    """What readers saw at a moment, of one ds or of the latest that there was."""
+    if at.tzinfo is None:
+        raise UserError(f"the moment {at} has no time zone; use datetime(..., tzinfo=UTC)")
+    seen = newest((release for release in found.releases if release.created_at <= at), ds=ds)
+    # What was published next on a date names what readers saw of it until then.
+    following: dict[str, Release] = {}
+    for release in found.releases:
+        if release.created_at > at and (release.ds not in following or release.turn < following[release.ds].turn):
+            following[release.ds] = release
+    for day, release in following.items():
+        concerned = day == ds if ds is not None else seen is None or day >= seen.ds
+        if concerned and release.supersedes is not None and found.find(release.supersedes) is None:
+            raise ReleaseGone(
+                f"what readers of {day} saw at {at.isoformat()} is not known any more: retention gave up release "
+                f"{release.supersedes}"
+            )
+    if seen is None:
+        wanted = f"release of {ds}" if ds is not None else "release"
+        raise UserError(f"no {wanted} at {found.table_uri} was there at {at.isoformat()}")
+    return seen
 
 
 def append(

@@ -1177,3 +1177,58 @@ def test_whatever_happens_in_whatever_order_readers_have_what_they_should(
     for event in story:
         told.take(event)
         told.check()
+
+
+# --- what was seen at a moment
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_readers_saw_at_a_moment_is_found_as_long_as_it_is_known(site: Site, seed: int) -> None:
+    """Against what a reader opened then; once retention forgets, the same or nothing, never another release."""
+    days, draw = ["2026-11-18", "2026-11-19", "2026-11-20"], np.random.default_rng(seed)
+    seen: list[tuple[datetime, dict[str | None, str]]] = []
+    for turn in range(9):
+        if turn > 2 and draw.random() < 0.3:
+            back(site, log_of(site)[int(draw.integers(len(log_of(site))))])
+        else:
+            ds = days[int(draw.integers(len(days)))]
+            site.publish(items(5, seed=turn), ds=ds, plan_id=f"{turn:032x}")
+        live = release_log.live_releases(log_of(site))
+        then: dict[str | None, str] = {ds: release.release_id for ds, release in live.items()}
+        then[None] = open_release(site.table_uri).facts.release_id
+        seen.append((max(release.created_at for release in log_of(site)), then))
+
+    def found(moment: datetime, ds: str | None) -> str | None:
+        try:
+            return open_release(site.table_uri, ds=ds, at=moment).facts.release_id
+        except ReleaseGone:
+            return "gone"
+        except UserError:
+            return None
+
+    for moment, then in seen:
+        for ds in (None, *days):
+            assert found(moment, ds) == then.get(ds)
+            assert found(moment + timedelta(microseconds=1), ds) in {
+                then.get(ds),
+                *(later.get(ds) for _, later in seen),
+            }
+    assert found(seen[0][0] - timedelta(days=1), None) is None
+    with pytest.raises(UserError, match="has no time zone"):
+        open_release(site.table_uri, at=datetime(2026, 11, 20))
+    with pytest.raises(UserError, match="not by both"):
+        open_release(site.table_uri, release_id=seen[-1][1][None], at=seen[0][0])
+
+    # Every date keeps its last release: of the others, an older date's could be taken for what was the newest.
+    for hours in (0, 30, 60, 90):
+        sweep(site, hours, LEAST.model_copy(update={"days": len(days)}))
+    known = ids(*log_of(site))
+    gone = 0
+    for moment, then in seen:
+        for ds in (None, *days):
+            answer = found(moment, ds)
+            assert answer in {then.get(ds), "gone", None}
+            assert answer != "gone" or then.get(ds) not in known or ds is None
+            gone += answer != then.get(ds)
+    assert gone
+    assert found(seen[-1][0], None) == seen[-1][1][None]

@@ -1,6 +1,6 @@
 """What a ranker imports: open a release, read its vectors, ask for neighbours. Needs no torch, pyspark or airflow."""
 
-import hashlib
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -267,14 +267,20 @@ class OpenRelease:
         return merged
 
     def _read_shard(self, file: PublishedFile) -> Any:
-        uri = join(self.facts.index_uri, file.path)
-        try:
-            data = self._storage.read(uri)
-        except FileNotFoundError:
-            raise MissingFile(f"{uri} is missing; run `marc verify` and restore the file") from None
-        if hashlib.sha256(data).hexdigest() != file.sha256:
-            raise CorruptFile(f"{uri} does not match its SHA-256; run `marc verify` and restore the file")
-        return faiss.deserialize_index(np.frombuffer(data, np.uint8))
+        """One index file, every block verified, then mapped into memory: FAISS reads the pages that it needs."""
+        root = self.facts.index_uri
+        if not is_s3(root):
+            require_blocks(self._storage, root, file)
+            return faiss.read_index(join(root, file.path), faiss.IO_FLAG_MMAP_IFC)
+        with tempfile.TemporaryDirectory(prefix="marc-index-") as folder:
+            path = Path(folder) / file.path
+            try:
+                self._storage.fetch(join(root, file.path), path)
+            except FileNotFoundError:
+                raise MissingFile(f"{join(root, file.path)} is missing; run `marc verify` and restore it") from None
+            require_blocks(Storage(), folder, file)
+            # What is mapped stays when its name goes.
+            return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
 
     def _item_ids(self, rows: NDArray[np.int64]) -> NDArray[np.object_]:
         """Item ids of row ids, None where a row id is FAISS's -1."""

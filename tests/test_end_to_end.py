@@ -180,6 +180,15 @@ def test_a_pinned_reader_keeps_its_release_when_the_next_night_is_published(nigh
     assert open_release(nights.marc.table).facts.ds == SECOND
 
 
+def test_files_of_a_moment_are_those_that_readers_saw_then(nights: Nights) -> None:
+    """Of the moment when the first night was published, whatever came later."""
+    first = min(nights.marc.json("releases")["releases"], key=lambda release: str(release["created_at"]))
+    then = nights.marc.json("files", "--at", first["created_at"])
+    assert (then["release_id"], then["ds"]) == (first["release_id"], FIRST)
+    assert then["files"] == open_release(nights.marc.table, release_id=first["release_id"]).files()
+    assert then["files"] != nights.marc.json("files")["files"]
+
+
 def test_the_same_rows_come_from_pyarrow_pandas_polars_duckdb_and_spark(nights: Nights, spark: Any) -> None:
     import duckdb
     import pandas as pd
@@ -301,6 +310,9 @@ BAD: dict[str, tuple[str, str, list[str], str]] = {
     "header only": ("{{ds}}.csv", "header.csv", ["run", "--ds", FIRST], "is empty"),
     "unknown item": ("", "", ["lookup", "--item", "nobody"], "'nobody'"),
     "no release of the date": ("", "", ["files", "--ds", "2020-01-01"], "no release of 2020-01-01"),
+    "a moment before all": ("", "", ["files", "--at", "2020-01-01T00:00:00+00:00"], "was there at 2020-01-01T00:00:00"),
+    "no moment": ("", "", ["lookup", "--item", "a", "--at", "yesterday"], "'yesterday' is no moment"),
+    "a moment without a time zone": ("", "", ["files", "--at", "2026-11-20T06:00"], "has no time zone"),
     "two queries": ("", "", ["lookup", "--item", "a", "--text", "b"], "exactly one"),
 }
 

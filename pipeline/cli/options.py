@@ -15,6 +15,10 @@ from pipeline.config import Settings, load_settings
 
 Ds = Annotated[str, typer.Option("--ds", help="Date of the snapshot, YYYY-MM-DD.")]
 MaybeDs = Annotated[str | None, typer.Option("--ds", help="Date of the snapshot; default: the newest release.")]
+At = Annotated[
+    str | None,
+    typer.Option("--at", help="As readers saw it at this moment: 2026-11-20T06:00:00+00:00."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 

@@ -1,5 +1,6 @@
 """Commands that read what was published: files, lookup, verify, releases, summary."""
 
+from datetime import datetime
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ import typer
 from numpy.typing import NDArray
 
 from pipeline import feature_table, release_log
-from pipeline.cli.options import Ds, Json, MaybeDs, State, print_json, print_lines, print_table
+from pipeline.cli.options import At, Ds, Json, MaybeDs, State, print_json, print_lines, print_table
 from pipeline.config import Settings, parse_ds
 from pipeline.errors import CorruptFile, UserError
 from pipeline.run import planned_and_actual, storage_of, workspace_of
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 SHOWN_CHARACTERS = 90
 
 
-def files(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) -> None:
+def files(context: typer.Context, ds: MaybeDs = None, at: At = None, as_json: Json = False) -> None:
     """Print the Parquet files of a release, one a line, for readers that bring their own engine."""
-    release = _open(context.ensure_object(State).settings, ds)
+    release = _open(context.ensure_object(State).settings, ds, at)
     if as_json:
         print_json({"release_id": release.facts.release_id, "ds": release.facts.ds, "files": release.files()})
     else:
@@ -40,13 +41,14 @@ def lookup(
     vector: Annotated[Path | None, typer.Option("--vector", help="Neighbours of the vectors in a .npy file.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Neighbours per query.")] = 10,
     ds: MaybeDs = None,
+    at: At = None,
     as_json: Json = False,
 ) -> None:
     """Find the nearest items of an item, a text or vectors."""
     settings = context.ensure_object(State).settings
     if sum(option is not None for option in (item, text, vector)) != 1:
         raise UserError("give exactly one of --item, --text and --vector")
-    release = _open(settings, ds)
+    release = _open(settings, ds, at)
     if item is not None:
         queries = release.vectors([item])
     elif text is not None:
@@ -205,10 +207,22 @@ def _states(releases: list[Release]) -> dict[str, str]:
     return kinds | {r.release_id: f"retired {r.retired_at:%Y-%m-%d %H:%M}" for r in releases if r.retired_at}
 
 
-def _open(settings: Settings, ds: str | None) -> "OpenRelease":
+def _open(settings: Settings, ds: str | None, at: str | None = None) -> "OpenRelease":
     from pipeline.reader import open_release
 
-    return open_release(settings.table_uri, ds=parse_ds(ds) if ds else None, storage=storage_of(settings))
+    return open_release(
+        settings.table_uri,
+        ds=parse_ds(ds) if ds else None,
+        at=_moment(at) if at else None,
+        storage=storage_of(settings),
+    )
+
+
+def _moment(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"--at {text!r} is no moment; write 2026-11-20T06:00:00+00:00") from None
 
 
 def _opened(settings: Settings, release: Release) -> "OpenRelease":

@@ -23,6 +23,7 @@ from pipeline.plots import (
     legend,
     new_figure,
     save,
+    signed,
     tidy,
 )  # fmt: skip
 from schemas.evaluation import Evaluation, Family, Summary
@@ -174,7 +175,7 @@ def _place(summary: Summary) -> tuple[int, int]:
 
 
 def _row(s: Summary) -> str:
-    difference = UNKNOWN if s.difference is None else f"{_signed(s.difference)} {_interval(s.low, s.high)}".strip()
+    difference = UNKNOWN if s.difference is None else f"{signed(s.difference)} {_interval(s.low, s.high)}".strip()
     cells = [
         s.system,
         s.family,
@@ -196,11 +197,7 @@ def _with_deviation(mean: float, deviation: float) -> str:
 
 
 def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"({_signed(low)} to {_signed(high)})"
-
-
-def _signed(figure: float) -> str:
-    return f"{figure:+.4f}".replace("-", "−")
+    return "" if low is None or high is None else f"({signed(low)} to {signed(high)})"
 
 
 # Plots

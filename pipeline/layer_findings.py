@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 from pipeline.model.statistics import paired_difference
+from pipeline.plots import signed
 from schemas.layers import Basis, JudgedLayer, JudgedModel, MetricChoice, Recommendation
 
 MANY_LAYERS = 12
@@ -211,12 +212,12 @@ def _advantage(model: JudgedModel) -> list[str]:
     difference = paired_difference(dict(enumerate(layer.test_auc)), dict(enumerate(final.test_auc)))
     shown, interval = "has no interval to judge by", ""
     if difference is not None and difference.low is not None and difference.high is not None:
-        interval = f" (95 % interval {_signed(difference.low)} to {_signed(difference.high)}, {difference.seeds} seeds)"
+        interval = f" (95 % interval {signed(difference.low)} to {signed(difference.high)}, {difference.seeds} seeds)"
         shown = "is there" if difference.low > 0 else "is not shown"
         shown = "is not there, on the contrary" if difference.high < 0 else shown
     return [
         f"The mid-layer advantage {shown}: layer {layer.layer}, chosen without the test part, has test AUC "
-        f"{_auc(layer)}, the final layer {_auc(final)}, {_signed(mean_auc(layer) - mean_auc(final))}{interval}."
+        f"{_auc(layer)}, the final layer {_auc(final)}, {signed(mean_auc(layer) - mean_auc(final))}{interval}."
     ]
 
 
@@ -258,7 +259,7 @@ def _metrics(model: JudgedModel) -> list[str]:
     return [
         f"Of the metrics, which see no click, {titles[cheap.metric].title} chooses best: layer {cheap.layer}, at a "
         f"loss of {cheap.lost_auc:.4f} of test AUC. {titles[strong.metric].title} goes with the test AUC most closely: "
-        f"Spearman {_signed(strong.correlation or 0.0, 2)} over the layers."
+        f"Spearman {signed(strong.correlation or 0.0, 2)} over the layers."
     ]
 
 
@@ -290,10 +291,6 @@ def _score(model: JudgedModel) -> float:
 def _auc(layer: JudgedLayer) -> str:
     spread = std_auc(layer)
     return f"{mean_auc(layer):.4f}" + ("" if math.isnan(spread) else f" ± {spread:.4f}")
-
-
-def _signed(figure: float, digits: int = 4) -> str:
-    return f"{figure:+.{digits}f}".replace("-", "−")
 
 
 def _spearman(figures: Mapping[int, float], aucs: Mapping[int, float]) -> float | None:

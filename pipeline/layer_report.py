@@ -21,6 +21,7 @@ from pipeline.plots import (
     new_figure,
     plot_text,
     save,
+    signed,
     svg,
     tidy,
 )
@@ -97,7 +98,7 @@ def choice_rows(model: JudgedModel) -> tuple[list[str], list[list[str]]]:
             choice.better,
             UNKNOWN if choice.layer is None else str(choice.layer),
             UNKNOWN if choice.lost_auc is None else f"{choice.lost_auc:.4f}",
-            UNKNOWN if choice.correlation is None else _signed(choice.correlation),
+            UNKNOWN if choice.correlation is None else signed(choice.correlation, 2),
         ]
         for choice in model.choices
     ]
@@ -331,7 +332,3 @@ def _figure(value: float) -> str:
 def _megabytes(size: int) -> str:
     found = size / MEGABYTE
     return f"{found:,.0f}" if found >= 10 else f"{found:.2f}"
-
-
-def _signed(figure: float) -> str:
-    return f"{figure:+.2f}".replace("-", "−")

@@ -174,7 +174,7 @@ def adopt(settings: Settings, report: LayerReport) -> Adopted:
 
 def report_folder(settings: Settings, report: LayerReport) -> str:
     """Folder of a report in the work area."""
-    return join(settings.work_uri, "layers", "reports", report.report_id)
+    return _report_folder(settings, report.report_id)
 
 
 def publish_report(settings: Settings, report: LayerReport) -> str:
@@ -256,8 +256,12 @@ def _report_id(candidates: Sequence[_Candidate], ds: str) -> str:
     return _digest([ds, [one.sweep_id for one in candidates], clicks])
 
 
+def _report_folder(settings: Settings, report_id: str) -> str:
+    return join(settings.work_uri, "layers", "reports", report_id)
+
+
 def _report_uri(settings: Settings, report_id: str) -> str:
-    return join(settings.work_uri, "layers", "reports", report_id, REPORT)
+    return join(_report_folder(settings, report_id), REPORT)
 
 
 def _sweep(

@@ -157,6 +157,11 @@ class Section:
     folded: bool = False
 
 
+def signed(figure: float, digits: int = 4) -> str:
+    """A figure with its sign, minus as people print it."""
+    return f"{figure:+.{digits}f}".replace("-", "−")
+
+
 def markdown_text(text: str) -> str:
     """A text that is no part of Markdown's or HTML's own signs, on one line."""
     for sign in "\\`*_[]<>|#":

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.model.statistics import Key, PairedDifference, figures_of, paired_difference, runs_of
+from pipeline.plots import signed
 from schemas.evaluation import Family, Summary, SystemScore
 
 FULL_WIDTH = "final-full"
@@ -173,11 +174,11 @@ def _verdict(difference: PairedDifference | None, above: str, below: str, neithe
 def _words(difference: PairedDifference | None) -> str:
     if difference is None:
         return "without a seed in common"
-    mean = _signed(difference.mean)
+    mean = signed(difference.mean)
     if difference.low is None or difference.high is None or difference.p_value is None:
         return f"{mean} (one seed)"
     p_value = "p < 0.001" if difference.p_value < 0.001 else f"p = {difference.p_value:.3f}"
-    interval = f"{_signed(difference.low)} to {_signed(difference.high)}"
+    interval = f"{signed(difference.low)} to {signed(difference.high)}"
     return f"{mean} (95 % interval {interval}, {p_value}, {difference.seeds} seeds)"
 
 
@@ -187,7 +188,7 @@ def _users(summary: Summary, difference: PairedDifference | None, *, sign: int =
         return ""
     low, high = sorted((sign * summary.user_low, sign * summary.user_high))
     doubt = ", so other users might not show it" if low <= 0 <= high and _is_shown(difference) else ""
-    return f"; with the test users drawn anew {_signed(low)} to {_signed(high)}{doubt}"
+    return f"; with the test users drawn anew {signed(low)} to {signed(high)}{doubt}"
 
 
 def _is_shown(difference: PairedDifference) -> bool:
@@ -196,8 +197,4 @@ def _is_shown(difference: PairedDifference) -> bool:
 
 def _in_deviations(one: Summary, other: Summary) -> str:
     pooled = math.sqrt((one.auc_std**2 + other.auc_std**2) / 2)
-    return f", {_signed((one.auc - other.auc) / pooled, 1)} pooled standard deviations" if pooled > 0 else ""
-
-
-def _signed(figure: float, digits: int = 4) -> str:
-    return f"{figure:+.{digits}f}".replace("-", "−")
+    return f", {signed((one.auc - other.auc) / pooled, 1)} pooled standard deviations" if pooled > 0 else ""

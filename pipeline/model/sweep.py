@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -103,16 +103,6 @@ class SweepFacts:
     seconds: list[float]
 
 
-class Subject(Protocol):
-    """A model that is swept, and how its inputs and their views reach it."""
-
-    measured: MeasuredLayers
-    facts: dict[str, Any]
-
-    def run(self, inputs: Sequence[str], first: int) -> "Swept":
-        """All layers of some inputs, the first of which has that number in the sample."""
-
-
 @dataclass(frozen=True)
 class Swept:
     """What a block of n inputs is to the model.
@@ -131,11 +121,8 @@ class Swept:
 class Texts:
     """Texts through a language model, as the nights run it."""
 
-    def __init__(
-        self, train: TrainSettings, encode: EncodeSettings, layers: LayerSettings, resources: TaskResources
-    ) -> None:
-        device = choose_device(encode, resources)
-        dtype = choose_dtype(encode, device)
+    def __init__(self, part: SweepPart, device: torch.device, dtype: torch.dtype) -> None:
+        train, layers = part.train, part.layers
         backbone = load_backbone(train.backbone, dtype=dtype)
         tokenizer, max_tokens = cutting_tokenizer(backbone, train)
         self.measured = MeasuredLayers(backbone, train.pooling, order=layers.order)
@@ -149,7 +136,7 @@ class Texts:
             head=torch.nn.Identity(),
             device=device,
             dtype=dtype,
-            token_budget=encode.token_budget,
+            token_budget=part.encode.token_budget,
         )
 
     def run(self, inputs: Sequence[str], first: int) -> Swept:
@@ -177,11 +164,8 @@ class Texts:
 class Images:
     """Images through a vision model."""
 
-    def __init__(
-        self, train: TrainSettings, encode: EncodeSettings, layers: LayerSettings, resources: TaskResources
-    ) -> None:
-        device = choose_device(encode, resources)
-        dtype = choose_dtype(encode, device)
+    def __init__(self, part: SweepPart, device: torch.device, dtype: torch.dtype) -> None:
+        train, layers = part.train, part.layers
         backbone = load_vision(train.backbone, dtype=dtype)
         self.measured = MeasuredLayers(backbone, train.pooling, order=layers.order)
         self.facts = _facts(backbone, device, dtype, max_tokens=0)
@@ -351,17 +335,17 @@ def require_kind(backbone: str, *, images: bool) -> None:
         load_tokenizer(backbone)
 
 
-def _subject(part: SweepPart, resources: TaskResources) -> Subject:
+def _subject(part: SweepPart, resources: TaskResources) -> Texts | Images:
     """The model of a part; the last one is kept, and let go before another is loaded."""
     wanted = (part.train, part.encode, part.layers, part.images, resources)
     if wanted not in _SUBJECTS:
         _SUBJECTS.clear()
-        made = Images if part.images else Texts
-        _SUBJECTS[wanted] = made(part.train, part.encode, part.layers, resources)
+        device = choose_device(part.encode, resources)
+        _SUBJECTS[wanted] = (Images if part.images else Texts)(part, device, choose_dtype(part.encode, device))
     return _SUBJECTS[wanted]
 
 
-_SUBJECTS: dict[tuple[object, ...], Subject] = {}
+_SUBJECTS: dict[tuple[object, ...], Texts | Images] = {}
 
 
 @lru_cache(maxsize=1)

@@ -111,7 +111,11 @@ class IndexSettings(Section):
     factory: str = Field("auto", description="auto, or a FAISS factory string.")
     target_recall: float = Field(0.95, gt=0, le=1)
     k: int = Field(10, ge=1)
-    recall_queries: int = Field(1000, ge=1)
+    recall_queries: int = Field(1000, ge=1, description="Held-out items that the recall is measured on.")
+    memory_mib: float | None = Field(None, gt=0, description="Most that a process may take to build or search it.")
+    shard_mib: float = Field(512.0, gt=0, description="Of a larger index every task makes a shard of this size.")
+    merge_mib: float = Field(2048.0, ge=0, description="Shards are merged into one file up to this size.")
+    seed: int = Field(1234, ge=0, description="Of the samples for training and for the recall.")
     max_changed: float = Field(0.2, ge=0, description="Share of its vectors that may change before it is built anew.")
     max_drift: float = Field(0.25, ge=0, description="Standard deviations that the mean may move before that, too.")
 

@@ -49,11 +49,16 @@ class IndexReader:
 
     def row_ids(self) -> NDArray[np.int64]:
         """Row ids in the index, in no particular order."""
-        return np.concatenate([_shard_ids(self._read_shard(file)) for file in self._facts.index_files])
+        return np.concatenate([_shard_ids(shard) for shard in self._shards])
+
+    @cached_property
+    def _shards(self) -> list[Any]:
+        root = self._facts.index_uri
+        return [mapped(self._storage, root, file) for file in self._facts.index_files]
 
     @cached_property
     def _index(self) -> Any:
-        shards = [self._read_shard(file) for file in self._facts.index_files]
+        shards = self._shards
         if len(shards) == 1:
             return shards[0]
         merged: Any = faiss.IndexShards(self._facts.dim)
@@ -63,21 +68,41 @@ class IndexReader:
             merged.add_shard(shard)
         return merged
 
-    def _read_shard(self, file: PublishedFile) -> Any:
-        """One index file, every block verified, then mapped into memory: FAISS reads the pages that it needs."""
-        root = self._facts.index_uri
-        if not is_s3(root):
-            require_blocks(self._storage, root, file)
-            return faiss.read_index(join(root, file.path), faiss.IO_FLAG_MMAP_IFC)
-        with tempfile.TemporaryDirectory(prefix="marc-index-") as folder:
-            path = Path(folder) / file.path
-            try:
-                self._storage.fetch(join(root, file.path), path)
-            except FileNotFoundError:
-                raise MissingFile(f"{join(root, file.path)} is missing; run `marc verify` and restore it") from None
-            require_blocks(Storage(), folder, file)
-            # What is mapped stays when its name goes.
-            return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+
+def mapped(storage: Storage, root: str, file: PublishedFile) -> Any:
+    """One index file, every block verified, then mapped into memory: FAISS reads the pages that it needs.
+
+    FAISS aborts the process where a mapped index is to grow; see :func:`loaded`.
+
+    Raises:
+        CorruptFile: it is missing or differs from its checksum.
+    """
+    return _opened(storage, root, file, faiss.IO_FLAG_MMAP_IFC)
+
+
+def loaded(storage: Storage, root: str, file: PublishedFile) -> Any:
+    """One index file, every block verified, read into memory: it may be changed.
+
+    Raises:
+        CorruptFile: it is missing or differs from its checksum.
+    """
+    return _opened(storage, root, file, 0)
+
+
+def _opened(storage: Storage, root: str, file: PublishedFile, flags: int) -> Any:
+    if not is_s3(root):
+        require_blocks(storage, root, file)
+        return faiss.read_index(join(root, file.path), flags)
+    with tempfile.TemporaryDirectory(prefix="marc-index-") as folder:
+        path = Path(folder) / file.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            storage.fetch(join(root, file.path), path)
+        except FileNotFoundError:
+            raise MissingFile(f"{join(root, file.path)} is missing; run `marc verify` and restore it") from None
+        require_blocks(Storage(), folder, file)
+        # What is mapped stays when its name goes.
+        return faiss.read_index(str(path), flags)
 
 
 def _shard_ids(shard: Any) -> NDArray[np.int64]:

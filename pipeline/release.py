@@ -234,7 +234,7 @@ def _require_verdicts(
 def _require_files(
     storage: Storage, plan: Plan, receipts: Sequence[Receipt], index: IndexReceipt, *, table_uri: str
 ) -> None:
-    problems = [check_file(storage, index.uri, file) for file in index.files]
+    problems = [check_file(storage, index.uri, file) for file in (*index.files, index.queries_file)]
     bundle = open_bundle(storage, plan.bundle_uri)
     problems += check_bundle(storage, bundle)
     if bundle.version != plan.bundle:
@@ -293,7 +293,11 @@ def _describe(
         index_files=index.files,
         index_factory=index.factory,
         index_nprobe=index.nprobe,
+        index_ef_search=index.ef_search,
+        index_faiss=index.faiss,
         index_build=index.build,
+        index_figures=index.figures,
+        index_queries=index.queries_file,
         k=index.k,
         recall=index.recall,
         recall_queries=index.queries,

@@ -7,15 +7,16 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.config import Settings, default_config, load_settings, parse_ds
 from pipeline.errors import Superseded, UserError
-from pipeline.storage import Storage
+from pipeline.resources import TaskResources
+from pipeline.storage import Storage, join
 from pipeline.workspace import Workspace, files_digest
 from schemas.plan import Plan
 from schemas.receipt import AuditReport, IndexReceipt, Receipt, day_moments
@@ -24,12 +25,16 @@ from schemas.release import Release
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+    from pipeline.index.make import Run
     from pipeline.plan import PlanIdentity
     from pipeline.retention import Removal
 
 # Every round that meets a rival, one of the rivals has published: so many may publish one day at once.
 PUBLISH_TRIES = 32
 PUBLISH_PAUSE_SECONDS = 0.5
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +240,7 @@ def index_stage(settings: Settings, plan_id: str) -> IndexReceipt:
     if (
         built
         and built.files_digest == files_digest(files)
-        and index.satisfies(built, settings.index, storage=workspace.storage)
+        and index.satisfies(built, settings.index, dim=plan.dim, storage=workspace.storage)
     ):
         log.info("index: stands already")
         return built
@@ -246,16 +251,35 @@ def index_stage(settings: Settings, plan_id: str) -> IndexReceipt:
             storage=workspace.storage,
             table_uri=settings.table_uri,
             index_uri=settings.index_uri,
+            work_uri=join(workspace.uri, "index"),
             plan_id=plan_id,
             bundle=plan.bundle,
             buckets=plan.buckets,
             moments=day_moments(report.gained, report.lost, live),
             dim=plan.dim,
             settings=settings.index,
+            run=_on_spark(settings),
         )
         workspace.write_index(built)
-    log.info("index: %s, recall@%d %.4f over %s queries", built.factory, built.k, built.recall, f"{built.queries:,}")
+    figures = built.figures
+    log.info(
+        "index: %s, recall@%d %.4f over %s queries (of all %.4f to %.4f), %.2f ms a query, %s together in a second",
+        built.factory, built.k, built.recall, f"{built.queries:,}", figures.recall_low, figures.recall_high,
+        figures.latency_ms, f"{figures.queries_per_second:,.0f}",
+    )  # fmt: skip
     return built
+
+
+def _on_spark(settings: Settings) -> "Run":
+    """Shards of an index as Spark tasks; a session starts when there are some."""
+
+    def run(function: Callable[[T, TaskResources], R], tasks: Sequence[T], *, weight: Callable[[T], int]) -> list[R]:
+        from pipeline.session import run_buckets, spark_session
+
+        with spark_session(settings.spark, storage=settings.storage, name="marc index") as spark:
+            return run_buckets(spark, function, tasks, label="index", weight=weight, unit="vectors", each="shards")
+
+    return run
 
 
 def release_stage(settings: Settings, plan_id: str) -> Release:

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from schemas.catalogue import Change, Reason
 from schemas.files import Contract, PublishedFile
-from schemas.release import IndexBuild, Release
+from schemas.release import IndexBuild, IndexFigures, Release
 
 
 class Receipt(Contract):
@@ -148,14 +148,18 @@ class IndexReceipt(Contract):
     Attributes:
         plan_id: the plan that it was made for.
         files_digest: names the exact set of table files that it holds.
-        uri: folder of the files.
+        uri: folder of all indexes, which the files' paths are relative to.
         files: index files with checksums.
+        queries_file: queries of the recall, with their exact neighbours.
         factory: FAISS factory string.
         nprobe: inverted lists visited per query; None for an index without lists.
+        ef_search: how widely a graph is searched; None without a graph.
+        faiss: version that wrote it.
         build: when it was last built from scratch.
         k: neighbours that recall was measured at.
         recall: measured recall@k against exact search.
-        queries: how many queries measured it.
+        queries: how many held-out items measured it.
+        figures: what was predicted of it, and measured.
         seconds: wall time of build and measurement.
     """
 
@@ -163,10 +167,26 @@ class IndexReceipt(Contract):
     files_digest: str
     uri: str
     files: tuple[PublishedFile, ...] = Field(min_length=1)
+    queries_file: PublishedFile
     factory: str
     nprobe: int | None
+    ef_search: int | None
+    faiss: str
     build: IndexBuild
     k: int
     recall: float
     queries: int
+    figures: IndexFigures
     seconds: float
+
+
+class TrainedIndex(Contract):
+    """A trained, empty index, of which the shards of a plan are made.
+
+    Attributes:
+        digest: names what it was trained on, and as what.
+        file: where it is in the work area.
+    """
+
+    digest: str
+    file: PublishedFile

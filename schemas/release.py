@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from schemas.files import Contract, PublishedFile
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class IndexBuild(Contract):
@@ -18,12 +18,31 @@ class IndexBuild(Contract):
         nprobe: inverted lists that the recall asked for then; None for an index without lists.
         mean: of those vectors, length d.
         changed: vectors removed and added since.
+        tombstones: of the removed, those that the index cannot let go of: they are marked, and never found.
     """
 
     items: int
     nprobe: int | None
     mean: tuple[float, ...]
     changed: int = 0
+    tombstones: int = 0
+
+
+class IndexFigures(Contract):
+    """What was predicted of an index, and measured.
+
+    Attributes:
+        memory_bytes: most that a process was predicted to hold while it builds all of it, beyond what it imports.
+        recall_low, recall_high: where the recall over all items lies, at 99 % confidence.
+        latency_ms: of one query alone, median.
+        queries_per_second: of many queries together.
+    """
+
+    memory_bytes: int
+    recall_low: float
+    recall_high: float
+    latency_ms: float
+    queries_per_second: float
 
 
 class Release(Contract):
@@ -45,9 +64,13 @@ class Release(Contract):
         dim, buckets, template: table settings.
         bundle, bundle_uri, bundle_file: version and folder of the bundle; its ``bundle.json``, whose
             checksum covers every other file of the folder.
-        index_uri, index_files, index_factory, index_nprobe: FAISS index.
+        index_uri, index_files, index_factory: FAISS index; several files are its shards, of buckets in order.
+        index_nprobe, index_ef_search: how widely it is searched: inverted lists visited, or efSearch of a graph.
+        index_faiss: version of FAISS that wrote it.
         index_build: when it was last built from scratch.
-        k, recall, recall_queries: measured recall@k against exact search.
+        index_figures: what was predicted of it, and measured.
+        index_queries: queries of the recall, with their exact neighbours.
+        k, recall, recall_queries: recall@k against exact search, measured on so many held-out items.
         items, new, changed, reused, deleted: counts of the day; ``reused`` are vectors that were there before.
         quarantined: rows of the plan: after a backfill of some buckets, those of these buckets.
         encoded, tokens: texts and tokens that went through the model.
@@ -81,7 +104,11 @@ class Release(Contract):
     index_files: tuple[PublishedFile, ...]
     index_factory: str
     index_nprobe: int | None
+    index_ef_search: int | None
+    index_faiss: str
     index_build: IndexBuild
+    index_figures: IndexFigures
+    index_queries: PublishedFile
     k: int
     recall: float
     recall_queries: int
@@ -126,6 +153,17 @@ _BUILD = pa.struct(
         ("nprobe", pa.int32()),
         ("mean", pa.list_(pa.float64())),
         ("changed", pa.int64()),
+        ("tombstones", pa.int64()),
+    ]
+)
+
+_FIGURES = pa.struct(
+    [
+        ("memory_bytes", pa.int64()),
+        ("recall_low", pa.float64()),
+        ("recall_high", pa.float64()),
+        ("latency_ms", pa.float64()),
+        ("queries_per_second", pa.float64()),
     ]
 )
 
@@ -154,7 +192,11 @@ RELEASES = pa.schema(
         ("index_files", pa.list_(_FILE)),
         ("index_factory", pa.string()),
         ("index_nprobe", pa.int32()),
+        ("index_ef_search", pa.int32()),
+        ("index_faiss", pa.string()),
         ("index_build", _BUILD),
+        ("index_figures", _FIGURES),
+        ("index_queries", _FILE),
         ("k", pa.int32()),
         ("recall", pa.float64()),
         ("recall_queries", pa.int32()),

@@ -31,7 +31,7 @@ from schemas.feature_table import file_schema
 from schemas.files import PublishedFile
 from schemas.identity import content_hash, row_id
 from schemas.plan import Plan
-from schemas.release import IndexBuild, Release
+from schemas.release import IndexBuild, IndexFigures, Release
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -347,6 +347,10 @@ def _release(settings: Settings, current: Bundle, files: Sequence[PublishedFile]
         index_files=(),
         index_factory="Flat",
         index_nprobe=None,
+        index_ef_search=None,
+        index_faiss="",
+        index_figures=IndexFigures(memory_bytes=0, recall_low=1, recall_high=1, latency_ms=0, queries_per_second=0),
+        index_queries=PublishedFile(path="queries", bytes=0, sha256=""),
         index_build=IndexBuild(items=0, nprobe=None, mean=(0.0,) * DIM),
         k=10,
         recall=1.0,

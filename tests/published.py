@@ -18,7 +18,7 @@ from pipeline.errors import CorruptFile
 from pipeline.feature_table import day_files, read_rows, write_bucket_file
 from pipeline.model.bundle import Bundle, save_bundle
 from pipeline.resources import TaskResources
-from pipeline.storage import Storage
+from pipeline.storage import Storage, join
 from pipeline.workspace import Workspace, receipts_digest
 from schemas.bundle import BundleCard, CompressorCard
 from schemas.catalogue import ITEMS, Change
@@ -285,6 +285,7 @@ class Encoded:
             storage=self.site.storage,
             table_uri=self.site.table_uri,
             index_uri=self.site.index_uri,
+            work_uri=join(self.workspace.uri, "index"),
             plan_id=self.plan.plan_id,
             bundle=self.plan.bundle,
             buckets=self.plan.buckets,

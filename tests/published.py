@@ -275,7 +275,7 @@ class Encoded:
         self.workspace.write_audit(report)
         return report
 
-    def index(self, settings: IndexSettings | None = None) -> IndexReceipt:
+    def index(self, settings: IndexSettings | None = None, *, run: index.Run = index.in_turn) -> IndexReceipt:
         log = release_log.read_log(self.site.storage, self.site.table_uri)
         live = log.live(self.plan.ds) if self.plan.chosen else None
         report = self.workspace.read_audit() or self.audit()
@@ -292,6 +292,7 @@ class Encoded:
             moments=day_moments(report.gained, report.lost, live),
             dim=self.site.dim,
             settings=settings or IndexSettings(),
+            run=run,
         )
         self.workspace.write_index(built)
         return built

@@ -1,6 +1,7 @@
 """The FAISS index of one release: verified, mapped into memory, searched as one whatever files it has."""
 
 import tempfile
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import MissingFile
+from pipeline.errors import MissingFile, UserError
+from pipeline.index_search import Choice, Found, IndexSearch, set_width
 from pipeline.integrity import require_blocks
 from pipeline.storage import Storage, is_s3, join
 from schemas.files import PublishedFile
@@ -30,43 +32,44 @@ class IndexReader:
         self._facts = facts
         self._storage = storage
 
-    def search(self, queries: Matrix, k: int) -> tuple[Matrix, NDArray[np.int64]]:
-        """Scores and row ids [n, ≥ k], best first, -1 where there are no more.
-
-        At least k neighbours, and as many more as tie with the k-th: which of them count is not FAISS's to say.
+    def search(self, queries: Matrix, k: int, choice: Choice | None = None, *, widest: bool = False) -> Iterator[Found]:
+        """The best k of each query, and all that tie with the k-th; see :meth:`IndexSearch.search`.
 
         Raises:
+            UserError: this FAISS is older than the one that wrote the index.
             CorruptFile: a file is missing or differs from its checksum.
         """
-        depth = k
-        while True:
-            depth = min(depth + 1, self._facts.items)
-            scores, rows = self._index.search(queries, depth)
-            # An index that finds fewer says -1: there is nothing more to come.
-            if depth == self._facts.items or np.all((rows[:, -1] < 0) | (scores[:, -1] < scores[:, k - 1])):
-                return scores, rows
-            depth *= 2
+        return self._search.search(queries, k, choice, widest=widest)
+
+    @property
+    def scans_exactly(self) -> bool:
+        """Whether a search that is wide enough is an exact one."""
+        return self._search.scans_exactly
 
     def row_ids(self) -> NDArray[np.int64]:
-        """Row ids in the index, in no particular order."""
-        return np.concatenate([_shard_ids(shard) for shard in self._shards])
+        """Row ids of the vectors that are alive, in no particular order."""
+        found = np.concatenate([_shard_ids(shard) for shard in self._shards])
+        return found[found >= 0]
+
+    @cached_property
+    def sorted_row_ids(self) -> NDArray[np.int64]:
+        """Row ids of the vectors that are alive."""
+        return np.sort(self.row_ids())
+
+    @cached_property
+    def _search(self) -> IndexSearch:
+        build = self._facts.index_build
+        return IndexSearch(self._shards, items=self._facts.items, tombstones=build.tombstones)
 
     @cached_property
     def _shards(self) -> list[Any]:
-        root = self._facts.index_uri
-        return [mapped(self._storage, root, file) for file in self._facts.index_files]
-
-    @cached_property
-    def _index(self) -> Any:
-        shards = self._shards
-        if len(shards) == 1:
-            return shards[0]
-        merged: Any = faiss.IndexShards(self._facts.dim)
-        # The shards bring our row ids: they must not be numbered one after the other.
-        merged.successive_ids = False
+        facts = self._facts
+        _require_faiss(facts)
+        shards = [mapped(self._storage, facts.index_uri, file) for file in facts.index_files]
         for shard in shards:
-            merged.add_shard(shard)
-        return merged
+            # A shard that a night left alone may have been stored when another width was enough.
+            set_width(shard, facts.index_nprobe or facts.index_ef_search)
+        return shards
 
 
 def mapped(storage: Storage, root: str, file: PublishedFile) -> Any:
@@ -103,6 +106,21 @@ def _opened(storage: Storage, root: str, file: PublishedFile, flags: int) -> Any
         require_blocks(Storage(), folder, file)
         # What is mapped stays when its name goes.
         return faiss.read_index(str(path), flags)
+
+
+def _require_faiss(facts: Release) -> None:
+    """Files of a newer FAISS may be read wrongly by an older one; patch releases leave the format alone."""
+    if facts.index_faiss and _major_minor(faiss.__version__) < _major_minor(facts.index_faiss):
+        wanted = ".".join(map(str, _major_minor(facts.index_faiss)))
+        raise UserError(
+            f"the index of release {facts.release_id} was written by FAISS {facts.index_faiss}, this is "
+            f"{faiss.__version__}; pip install 'faiss-cpu>={wanted}'"
+        )
+
+
+def _major_minor(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _shard_ids(shard: Any) -> NDArray[np.int64]:

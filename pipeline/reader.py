@@ -1,6 +1,6 @@
 """What a ranker imports: open a release, read its vectors, ask for neighbours. Needs no torch, pyspark or airflow."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -10,8 +10,9 @@ import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
 from pipeline import release_log
-from pipeline.errors import MissingFile, ReleaseGone, UserError
+from pipeline.errors import MissingFile, ReleaseGone
 from pipeline.index_reader import IndexReader
+from pipeline.neighbours import Neighbours
 from pipeline.storage import Storage, is_s3
 from pipeline.table_reader import TableReader, UnknownItems
 from schemas.release import Release
@@ -67,6 +68,7 @@ class OpenRelease:
         self._storage = storage
         self._table = TableReader(facts, uri=uri, storage=storage)
         self._index = IndexReader(facts, storage=storage)
+        self._neighbours = Neighbours(facts, table=self._table, index=self._index)
 
     def __repr__(self) -> str:
         return f"<release {self.facts.release_id} of {self.facts.ds}: {self.facts.items:,} items × {self.facts.dim}>"
@@ -104,36 +106,71 @@ class OpenRelease:
         with self._unless_gone():
             return self._table.vectors(ids)
 
-    def search(self, queries: Matrix, k: int = 10) -> tuple[NDArray[np.object_], Matrix]:
+    def search(
+        self,
+        queries: Matrix,
+        k: int = 10,
+        *,
+        within: Iterable[str] | None = None,
+        without: Iterable[str] | None = None,
+        rerank: int = 0,
+    ) -> tuple[NDArray[np.object_], Matrix]:
         """Nearest items by inner product.
+
+        A filter loses no neighbour because the index is searched narrowly: the fewer items may be found, the wider
+        it is searched, and what it still lacks is found by the table's vectors. Of few items ``within`` an index
+        that is approximate even then (compressed vectors, a graph), all are scored by the table's vectors.
+
+        The same queries give the same answer whatever they are asked together with; where the index is exact
+        (``Flat``), FAISS multiplies batches of 20 and more in another way, and scores may differ in their last bits.
 
         Args:
             queries: float32 [n, d], or one vector [d]; normalised like the table's.
             k: neighbours per query, at most the number of items.
+            within: only these item ids may be found; those that the release does not hold match nothing.
+            without: none of these item ids is found.
+            rerank: so many candidates of the index, at least k, are scored anew with the table's vectors and the
+                best k of them returned; 0 for the index's own scores.
 
         Returns:
-            Item ids [n, k] and scores [n, k], best first; equal scores are ordered by item id.
+            Item ids [n, k] and scores [n, k], best first; equal scores are ordered by item id. Places for which
+            there is no neighbour hold None and -inf, last.
 
         Raises:
-            UserError: wrong dimension, NaN, or k out of range.
-            CorruptFile: the index differs from its checksum.
+            UserError: wrong dimension, NaN, k out of range, rerank below k, or a FAISS older than the index.
+            CorruptFile: the index, or a file of the table, differs from its checksum.
             ReleaseGone: retention gave the release up, and the grace period is over.
         """
-        queries = np.atleast_2d(np.ascontiguousarray(queries, dtype=np.float32))
-        if queries.ndim != 2 or queries.shape[1] != self.facts.dim:
-            raise UserError(f"queries have shape {queries.shape}, the release needs [n, {self.facts.dim}]")
-        if not np.isfinite(queries).all():
-            raise UserError("queries hold NaN or infinity")
-        if not 1 <= k <= self.facts.items:
-            raise UserError(f"k is {k}, the release holds {self.facts.items} items")
-        if not len(queries):
-            return np.empty((0, k), object), np.empty((0, k), np.float32)
         with self._unless_gone():
-            scores, rows = self._index.search(queries, k)
-            names = self._table.item_ids(rows)
-        # The index may return fewer than k neighbours (narrow inverted lists): those places stay empty, last.
-        order = np.array([_ranked(s, n)[:k] for s, n in zip(scores, names, strict=True)])
-        return np.take_along_axis(names, order, axis=1), np.take_along_axis(scores, order, axis=1)
+            return self._neighbours.search(queries, k, within=within, without=without, rerank=rerank)
+
+    def similar(
+        self,
+        ids: Sequence[str],
+        k: int = 10,
+        *,
+        within: Iterable[str] | None = None,
+        without: Iterable[str] | None = None,
+        rerank: int = 0,
+    ) -> tuple[NDArray[np.object_], Matrix]:
+        """Nearest items of items, each one itself left out; otherwise as :meth:`search`.
+
+        Args:
+            ids: the items [n]; they may be neighbours of one another.
+            k: neighbours per item, at most the number of items; of all others one place stays empty.
+            within: only these item ids may be found.
+            without: none of these item ids is found.
+            rerank: candidates that are scored anew with the table's vectors.
+
+        Returns:
+            Item ids [n, k] and scores [n, k].
+
+        Raises:
+            UnknownItems: some ids are not in the release.
+            UserError, CorruptFile, ReleaseGone: as :meth:`search`.
+        """
+        with self._unless_gone():
+            return self._neighbours.similar(ids, k, within=within, without=without, rerank=rerank)
 
     def index_row_ids(self) -> NDArray[np.int64]:
         """Row ids in the index, in no particular order."""
@@ -152,8 +189,3 @@ class OpenRelease:
                 f"release {self.facts.release_id} of {self.facts.ds} is gone: retention gave it up and its grace "
                 "period is over; open the newest one"
             ) from None
-
-
-def _ranked(scores: NDArray[np.float32], names: NDArray[np.object_]) -> NDArray[np.int64]:
-    order = sorted(range(len(scores)), key=lambda i: (names[i] is None, -scores[i], names[i] or ""))
-    return np.array(order, dtype=np.int64)

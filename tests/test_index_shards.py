@@ -12,8 +12,9 @@ from published import BUCKETS, DIM, Encoded, Site, Vectors, flip, in_buckets, it
 from pipeline import index
 from pipeline.config import AuditSettings, IndexSettings
 from pipeline.feature_table import day_files
-from pipeline.index.faiss_index import fill, new_index, search
+from pipeline.index.faiss_index import fill, new_index
 from pipeline.index.shards import files_of, shard_of
+from pipeline.index_search import IndexSearch
 from pipeline.reader import open_release
 from pipeline.release import roll_back
 from pipeline.resources import TaskResources
@@ -98,7 +99,7 @@ def test_an_index_in_shards_answers_as_one_over_all_vectors(site: Site, factory:
     for shard in shards:
         if lists := faiss.try_extract_index_ivf(shard):
             lists.nprobe = several.index_nprobe
-    scores, found = search(shards, queries, 10)
+    scores, found = IndexSearch(shards, items=2000, tombstones=0).nearest(queries, 10)
     names, same = release.search(queries, 10)
     by_row = {row_id(item): item for item in VECTORS}
     np.testing.assert_allclose(same, scores, rtol=1e-6)
@@ -125,7 +126,9 @@ def test_shards_up_to_a_size_are_merged_into_one_file_and_leave_nothing(site: Si
     queries = np.stack(list(VECTORS.values())[:50])
     for part in (one, *shards):
         faiss.extract_index_ivf(part).nprobe = 16
-    np.testing.assert_array_equal(one.search(queries, 12)[0], search(shards, queries, 12)[0])
+    np.testing.assert_array_equal(
+        one.search(queries, 12)[0], IndexSearch(shards, items=2000, tombstones=0).nearest(queries, 12)[0]
+    )
     assert one.ntotal == 2000
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"plan", "encode", "audit", "index", "release", "reader", "retention"}
 FOUNDATIONS = {
     "errors", "config", "storage", "integrity", "workspace", "feature_table", "release_log", "resources", "catalogue",
-    "table_reader", "index_reader",
+    "table_reader", "index_reader", "index_search", "neighbours",
     "interactions", "training_set", "catalogue_text",
 }  # fmt: skip
 DRIVERS = {"run", "train", "training_run", "promotion", "layers", "cli", "session", "entry", "verify"}
@@ -24,7 +24,7 @@ HEAVY = {
     "kornia": ("pipeline.model",),
     "PIL": ("pipeline.model",),
     "mteb": ("pipeline.model",),
-    "faiss": ("pipeline.index", "pipeline.index_reader"),
+    "faiss": ("pipeline.index", "pipeline.index_reader", "pipeline.index_search"),
     "pyspark": ("pipeline.session", "jobs"),
     "py4j": ("pipeline.session",),
     "airflow": ("dags",),

@@ -9,7 +9,8 @@ import faiss
 
 from pipeline.config import IndexSettings
 from pipeline.errors import UserError
-from pipeline.index.faiss_index import graph_of, lists_of, new_index, vectors_for_training
+from pipeline.index.faiss_index import new_index, vectors_for_training
+from pipeline.index_search import graph_of, lists_of
 
 EXACT_BELOW = 20_000
 TRAIN_POINTS_PER_LIST = 40

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UserError
+from pipeline.index_search import lists_of
 
-WIDEST_GRAPH_SEARCH = 1024
-NARROWEST_GRAPH_SEARCH = 16
 TRAIN_ITERATIONS = 6
 REMOVED = -1
 
@@ -39,18 +38,6 @@ def new_index(factory: str, dim: int) -> Any:
         lists.cp.niter = TRAIN_ITERATIONS
         lists.cp.min_points_per_centroid = 1
     return index
-
-
-def lists_of(index: Any) -> Any:
-    """The inverted lists' own index inside an index; None where there are none."""
-    return faiss.try_extract_index_ivf(index)
-
-
-def graph_of(index: Any) -> Any:
-    """The HNSW index inside an index; None where there is none."""
-    while isinstance(index, faiss.IndexIDMap | faiss.IndexPreTransform):
-        index = faiss.downcast_index(index.index)
-    return index if isinstance(index, faiss.IndexHNSW) else None
 
 
 def vectors_for_training(index: Any, *, at_least: int, per_list: int) -> int:
@@ -144,38 +131,6 @@ def mergeable(index: Any) -> bool:
     return isinstance(faiss.downcast_InvertedLists(kept), faiss.ArrayInvertedLists)
 
 
-def width_of(index: Any) -> int | None:
-    """How widely an index searches: lists that are probed (nprobe) or efSearch of a graph; None if it has no choice."""
-    if (lists := lists_of(index)) is not None:
-        return int(lists.nprobe)
-    graph = graph_of(index)
-    return int(graph.hnsw.efSearch) if graph is not None else None
-
-
-def set_width(index: Any, width: int | None) -> None:
-    """Set what :func:`width_of` tells; None leaves it alone."""
-    if width is None:
-        return
-    if (lists := lists_of(index)) is not None:
-        lists.nprobe = width
-    elif (graph := graph_of(index)) is not None:
-        graph.hnsw.efSearch = width
-
-
-def widths(index: Any) -> tuple[int, int] | None:
-    """The narrowest and the widest search; None if there is no choice."""
-    if (lists := lists_of(index)) is not None:
-        return 1, int(lists.nlist)
-    return (NARROWEST_GRAPH_SEARCH, WIDEST_GRAPH_SEARCH) if graph_of(index) is not None else None
-
-
-def trained_empty(index: Any) -> Any:
-    """A copy of an index without its vectors."""
-    copy = faiss.clone_index(index)
-    copy.reset()
-    return copy
-
-
 def reason(error: RuntimeError) -> str:
     """FAISS's own words without the C++ location in front."""
     return re.sub(r"^.*\.(?:cpp|h):\d+: (?:Error: )?", "", str(error), flags=re.DOTALL).strip().splitlines()[0]
@@ -264,35 +219,3 @@ def _mark_removed(index: Any, removed: Ids) -> int:
     known[gone] = REMOVED
     faiss.copy_array_to_vector(known, index.id_map)
     return int(gone.sum())
-
-
-def search(indexes: Sequence[Any], queries: Matrix, k: int, *, marked: bool = False) -> tuple[Matrix, Ids]:
-    """The best of several indexes together.
-
-    Args:
-        indexes: each holds a part of the vectors.
-        queries: [q, d].
-        k: neighbours per query.
-        marked: whether some vectors are marked as removed, which are not found then.
-
-    Returns:
-        Scores and row ids [q, k], best first; -inf and -1 where there are no more.
-    """
-    found = [_search(index, queries, k, marked=marked) for index in indexes]
-    scores = np.concatenate([scores for scores, _ in found], axis=1)
-    ids = np.concatenate([ids for _, ids in found], axis=1)
-    scores = np.where(ids < 0, -np.inf, scores).astype(np.float32)
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(scores, best, axis=1), np.take_along_axis(ids, best, axis=1)
-
-
-def _search(index: Any, queries: Matrix, k: int, *, marked: bool) -> tuple[Matrix, Ids]:
-    graph = graph_of(index)
-    if not marked or graph is None:
-        scores, ids = index.search(queries, k)
-        return scores, ids
-    living = faiss.IDSelectorRange(0, np.iinfo(np.int64).max)
-    kinds: Any = faiss
-    chosen = kinds.SearchParametersHNSW(sel=living, efSearch=graph.hnsw.efSearch)
-    scores, ids = index.search(queries, k, params=chosen)
-    return scores, ids

@@ -17,18 +17,7 @@ from numpy.typing import NDArray
 from pipeline.config import IndexSettings
 from pipeline.errors import CorruptFile, GateRefused, UserError
 from pipeline.index.choice import MEBIBYTE, WORKING_BYTES, Choice, choose
-from pipeline.index.faiss_index import (
-    graph_of,
-    lists_of,
-    merge,
-    mergeable,
-    new_index,
-    reason,
-    search,
-    set_width,
-    width_of,
-    widths,
-)  # fmt: skip
+from pipeline.index.faiss_index import merge, mergeable, new_index, reason
 from pipeline.index.recall import (
     Neighbours,
     Queries,
@@ -62,6 +51,7 @@ from pipeline.index.shards import (
 )  # fmt: skip
 from pipeline.index.source import Source
 from pipeline.index_reader import loaded, mapped
+from pipeline.index_search import IndexSearch, graph_of, lists_of, set_width, width_of, widths
 from pipeline.integrity import check_file, describe_file
 from pipeline.resources import TaskResources, machine
 from pipeline.storage import Storage, join
@@ -245,7 +235,9 @@ class _Made:
 
     def search(self, vectors: Matrix, k: int) -> tuple[Matrix, Ids]:
         """Scores and row ids [q, k]."""
-        return search(self.indexes, vectors, k, marked=self.build.tombstones > 0)
+        dead = self.build.tombstones
+        items = sum(index.ntotal for index in self.indexes) - dead
+        return IndexSearch(self.indexes, items=items, tombstones=dead).nearest(vectors, k)
 
 
 @dataclass(frozen=True)

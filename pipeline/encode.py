@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 WINDOW_TEXTS = 8192
 WINDOW_ROWS = 65_536
 WINDOW_BYTES = 64 * 1024 * 1024
+BATCH_ROWS = 1024
 PROGRESS_SECONDS = 10.0
 ENCODE_PREFIX = "encode-"
 CARRIED = ["item_id", "vector", "content_hash", "bundle", "encoded_at"]
@@ -335,7 +336,7 @@ def _batches(task: EncodeTask, columns: Sequence[str] | None = None) -> Iterator
     """The bucket's planned items, some at a time."""
     filesystem, path = task.workspace.storage.filesystem(task.workspace.items_uri(task.work.bucket, task.base))
     with pq.ParquetFile(path, filesystem=filesystem) as file:
-        for batch in file.iter_batches(feature_table.ROW_GROUP_ROWS, columns=list(columns or ITEMS.names)):
+        for batch in file.iter_batches(BATCH_ROWS, columns=list(columns or ITEMS.names)):
             yield pa.Table.from_batches([batch])
 
 

@@ -20,14 +20,24 @@ from pipeline.errors import Superseded
 from pipeline.integrity import describe_file, open_verified
 from pipeline.storage import STAGED_PREFIX, Storage, join
 from pipeline.workspace import PLAN_KEY_CHARS, plan_key
-from schemas.feature_table import PARTITION_COLUMNS, bucket_number, file_schema, partition_path, table_schema
+from schemas.feature_table import (
+    LAYOUT_FOOTER,
+    PARTITION_COLUMNS,
+    PLAIN_COLUMNS,
+    PLAIN_LAYOUT,
+    bucket_number,
+    file_schema,
+    partition_path,
+    table_schema,
+)
 from schemas.files import PublishedFile
 from schemas.plan import Plan
 from schemas.receipt import Receipt
 from schemas.release import Release
 
-# Small enough that a look-up of a few ids reads little, large enough that the footer stays small.
-ROW_GROUP_ROWS = 1024
+# A row group is one page of vectors: of this size, or of so many rows, beyond which pyarrow begins another page.
+PAGE_BYTES = 4 << 20
+ROW_GROUP_ROWS = 16_384
 APP = "marc-pipeline"
 LOG_FOLDER = "_delta_log"
 PLAN_FOOTER = "marc.plan_id"
@@ -66,25 +76,27 @@ def write_bucket_file(
         What was written; None for no rows, which need no file.
     """
     folder = partition_path(ds, bucket)
+    schema, group = file_schema(dim), row_group_rows(dim)
     with storage.staged(join(table_uri, folder, "part")) as staged:
         with (
             pq.ParquetWriter(
                 staged,
-                file_schema(dim).with_metadata(footer),
-                compression="zstd",
+                schema.with_metadata({**footer, LAYOUT_FOOTER: PLAIN_LAYOUT}),
+                # Spark's default Parquet reader refuses BYTE_STREAM_SPLIT; zstd on plain floats saves 7 %.
+                compression=dict.fromkeys(schema.names, "zstd") | dict.fromkeys(PLAIN_COLUMNS, "none"),
                 use_dictionary=False,
-                # Plain floats: Spark's default Parquet reader refuses BYTE_STREAM_SPLIT, which would save 5 %.
+                data_page_size=2 * PAGE_BYTES,
                 write_page_checksum=True,
                 store_schema=True,
             ) as writer,
             ThreadPoolExecutor(1, thread_name_prefix="write") as pool,
         ):
             rows, written = 0, None
-            for table in tables:
+            for table in _whole_groups(tables, group):
                 if written is not None:
                     written.result()
                 rows += table.num_rows
-                written = pool.submit(writer.write_table, table, ROW_GROUP_ROWS)
+                written = pool.submit(writer.write_table, table, group)
             if written is not None:
                 written.result()
         if not rows:
@@ -93,6 +105,27 @@ def write_bucket_file(
         path = f"{folder}/part-{plan_key(plan_id)}-{described.sha256[:16]}.parquet"
         storage.publish(staged, join(table_uri, path))
     return described.model_copy(update={"path": path})
+
+
+def row_group_rows(dim: int) -> int:
+    """Rows of a row group, of vectors of length ``dim``."""
+    return max(1, min(ROW_GROUP_ROWS, PAGE_BYTES // (4 * dim)))
+
+
+def _whole_groups(tables: Iterable[pa.Table], group: int) -> Iterator[pa.Table]:
+    """The same rows in tables of whole row groups, the last one aside."""
+    held: list[pa.Table] = []
+    rows = 0
+    for table in tables:
+        held.append(table)
+        rows += table.num_rows
+        if rows >= group:
+            whole = pa.concat_tables(held)
+            rows %= group
+            yield whole.slice(0, whole.num_rows - rows)
+            held = [whole.slice(whole.num_rows - rows)]
+    if rows:
+        yield pa.concat_tables(held)
 
 
 def commit_day(storage: Storage, table_uri: str, files: Sequence[PublishedFile], *, dim: int, ds: str) -> int:

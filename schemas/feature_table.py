@@ -3,6 +3,10 @@
 import pyarrow as pa
 
 PARTITION_COLUMNS = ("ds", "bucket")
+# A footer with this entry says that these columns lie bare in the file, so that rows are found by their number: plain,
+# not compressed, one page a row group. To any other reader it is Parquet like all.
+LAYOUT_FOOTER, PLAIN_LAYOUT = "marc.layout", "plain-pages"
+ROW_ID_COLUMN, VECTOR_COLUMN = PLAIN_COLUMNS = ("row_id", "vector.list.element")
 
 
 def file_schema(dim: int) -> pa.Schema:

@@ -486,6 +486,7 @@ def windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     texts, rows = request.param
     monkeypatch.setattr("pipeline.encode.WINDOW_TEXTS", texts)
     monkeypatch.setattr("pipeline.encode.WINDOW_ROWS", rows)
+    monkeypatch.setattr("pipeline.encode.BATCH_ROWS", 2)
     monkeypatch.setattr(feature_table, "ROW_GROUP_ROWS", 2)
     return texts, rows
 
@@ -588,7 +589,7 @@ def test_damage_that_shows_late_is_encoded_too_and_leaves_no_half_file(night: Ni
 def test_progress_is_told_while_a_bucket_is_under_way(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.encode.PROGRESS_SECONDS", 0)
     monkeypatch.setattr("pipeline.encode.WINDOW_TEXTS", 4)
-    monkeypatch.setattr(feature_table, "ROW_GROUP_ROWS", 4)
+    monkeypatch.setattr("pipeline.encode.BATCH_ROWS", 4)
     told: list[int] = []
     write = Workspace.write_progress
     monkeypatch.setattr(Workspace, "write_progress", lambda *given: (told.append(given[2]), write(*given)))

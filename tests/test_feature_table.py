@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from published import BUCKETS, DIM, DS, Encoded, Meeting, Site, Vectors, bucket_rows, flip, items
 
 from pipeline.errors import CorruptFile, Superseded
@@ -26,6 +28,7 @@ from pipeline.feature_table import (
     plan_id_of,
     plan_of,
     read_rows,
+    row_group_rows,
     write_bucket_file,
 )
 from pipeline.integrity import check_file
@@ -117,28 +120,68 @@ def test_a_written_file_reads_back_row_for_row(site: Site) -> None:
     assert chosen.replace_schema_metadata() == rows.select(["vector", "item_id"])
 
 
-def test_columns_are_packed_with_zstd_in_small_row_groups_and_nothing_is_a_dictionary(site: Site) -> None:
-    rows = bucket_rows(items(2 * ROW_GROUP_ROWS + 5), bundle="b")
-    file = write(site, rows)
-    parquet = pq.ParquetFile(Path(site.table_uri) / file.path)
-    metadata = parquet.metadata
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+def groups_of(path: Path) -> list[pq.RowGroupMetaData]:
+    metadata = pq.read_metadata(path)
+    return [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+
+
+def test_row_ids_and_vectors_lie_bare_and_the_other_columns_are_packed_with_zstd(site: Site) -> None:
+    file = write(site, bucket_rows(items(2 * ROW_GROUP_ROWS + 5), bundle="b"))
+    groups = groups_of(Path(site.table_uri) / file.path)
     assert [group.num_rows for group in groups] == [ROW_GROUP_ROWS, ROW_GROUP_ROWS, 5]
     for group in groups:
         columns = [group.column(number) for number in range(group.num_columns)]
-        assert {column.compression for column in columns} == {"ZSTD"}
+        bare = {column.path_in_schema for column in columns if column.compression == "UNCOMPRESSED"}
+        assert bare == {"row_id", "vector.list.element"}
+        assert {column.compression for column in columns} == {"ZSTD", "UNCOMPRESSED"}
         assert not any(column.has_dictionary_page for column in columns)
         assert {encoding for column in columns for encoding in column.encodings} <= {"PLAIN", "RLE"}
-    assert {b"marc.bundle": b"b", b"marc.dim": b"8"}.items() <= parquet.metadata.metadata.items()
+    metadata = pq.read_metadata(Path(site.table_uri) / file.path).metadata
+    assert {b"marc.bundle": b"b", b"marc.dim": b"8", b"marc.layout": b"plain-pages"}.items() <= metadata.items()
+
+
+@pytest.mark.parametrize(
+    ("dim", "rows"), [(1, 16_384), (64, 16_384), (256, 4096), (1024, 1024), (4096, 256), (2**21, 1)]
+)
+def test_a_row_group_holds_no_more_vectors_than_fit_into_one_page(dim: int, rows: int) -> None:
+    assert row_group_rows(dim) == rows
+
+
+@settings(deadline=None, database=None, max_examples=30)
+@given(sizes=st.lists(st.integers(0, 11), max_size=8), group=st.integers(1, 7))
+def test_row_groups_are_whole_however_the_rows_come(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], group: int
+) -> None:
+    site = Site(tmp_path_factory.mktemp("groups"))
+    rows = bucket_rows(items(sum(sizes)), bundle="b")
+    edges = [0, *itertools.accumulate(sizes)]
+    tables = [rows.slice(start, end - start) for start, end in itertools.pairwise(edges)]
+    facts: dict[str, Any] = {"dim": DIM, "ds": DS, "bucket": 0, "plan_id": "p" * 16, "footer": {}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.feature_table.ROW_GROUP_ROWS", group)
+        file = write_bucket_file(site.storage, site.table_uri, iter(tables), **facts)
+        whole = write_bucket_file(site.storage, site.table_uri, [rows], **facts)
+    assert file == whole
+    if file is None:
+        assert rows.num_rows == 0
+        return
+    assert read_rows(site.storage, site.table_uri, file).replace_schema_metadata() == rows
+    *full, last = [part.num_rows for part in groups_of(Path(site.table_uri) / file.path)]
+    assert full == [group] * len(full)
+    assert 0 < last <= group
 
 
 @pytest.mark.spark
 def test_spark_reads_the_files_with_its_default_reader(site: Site, spark: "SparkSession") -> None:
     # It refuses BYTE_STREAM_SPLIT: "Unsupported encoding".
     vectors = items(ROW_GROUP_ROWS + 5)
-    file = write(site, bucket_rows(vectors, bundle="b"))
-    rows = spark.read.parquet(f"{site.table_uri}/{file.path}").collect()
-    assert {row["item_id"]: row["vector"] for row in rows} == {item: row.tolist() for item, row in vectors.items()}
+    rows = bucket_rows(vectors, bundle="b")
+    file = write(site, rows)
+    read = spark.read.parquet(f"{site.table_uri}/{file.path}")
+    assert "ColumnarToRow" in read._jdf.queryExecution().executedPlan().toString()  # type: ignore[operator]
+    assert [(row["row_id"], row["item_id"], row["vector"]) for row in read.collect()] == list(
+        zip(*(rows[name].to_pylist() for name in ("row_id", "item_id", "vector")), strict=True)
+    )
 
 
 def test_vectors_are_fixed_size_lists_on_disk_and_nothing_may_be_null(site: Site) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +53,76 @@ def check_file(storage: Storage, root: str, published: PublishedFile) -> str | N
     return None
 
 
-class _VerifiedFile(io.RawIOBase):
-    """Random access to one file, block by block, each verified whenever it is read."""
+def require_block(data: memoryview, block: int, uri: str, published: PublishedFile) -> None:
+    """Verify one block of a published file.
 
-    def __init__(self, source: pa.NativeFile, uri: str, published: PublishedFile) -> None:
-        self._source, self._uri, self._published = source, uri, published
-        self._position = 0
-        if source.size() != published.bytes:
-            raise CorruptFile(f"{uri} has {source.size():,} bytes, the release says {published.bytes:,}")
+    Args:
+        data: its bytes.
+        block: its number.
+        uri: of the file, for the error.
+        published: with the checksums.
+
+    Raises:
+        CorruptFile: it differs.
+    """
+    expected = published.blocks[block * BLOCK_DIGEST_CHARS : (block + 1) * BLOCK_DIGEST_CHARS]
+    if xxhash.xxh3_64_hexdigest(data) != expected:
+        raise CorruptFile(
+            f"{uri} differs from its checksum in block {block} (bytes from {block * BLOCK_BYTES:,}); "
+            "run `marc verify` and restore the file"
+        )
+
+
+def require_size(size: int, uri: str, published: PublishedFile) -> None:
+    """Refuse a file of another size than its release says.
+
+    Raises:
+        CorruptFile: it has.
+    """
+    if size != published.bytes:
+        raise CorruptFile(f"{uri} has {size:,} bytes, the release says {published.bytes:,}")
+
+
+@contextmanager
+def missing_named(uri: str) -> Iterator[None]:
+    """Say that a file is missing as one of a release.
+
+    Raises:
+        MissingFile: it is.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise MissingFile(f"{uri} is missing; the release cannot be read without it") from None
+
+
+def open_published(storage: Storage, root: str, published: PublishedFile) -> pa.NativeFile:
+    """Open one published file, of the size that its release says; nothing is verified.
+
+    Raises:
+        CorruptFile: it is missing or has another size.
+    """
+    uri = join(root, published.path)
+    filesystem, path = storage.filesystem(uri)
+    with missing_named(uri):
+        source = filesystem.open_input_file(path)
+    require_size(source.size(), uri, published)
+    return source
+
+
+class RandomAccess(io.RawIOBase):
+    """Seeking and reading for pyarrow, over a method that gives the bytes of any range.
+
+    Args:
+        size: of the file, in bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size, self._position = size, 0
+
+    def view(self, start: int, end: int) -> memoryview:
+        """Bytes from ``start`` to before ``end``, which lies within the file; a slice where that saves a copy."""
+        raise NotImplementedError
 
     def readable(self) -> bool:
         return True
@@ -70,37 +134,40 @@ class _VerifiedFile(io.RawIOBase):
         return self._position
 
     def size(self) -> int:
-        return self._published.bytes
+        return self._size
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._published.bytes}[whence]
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         self._position = max(0, start + offset)
         return self._position
 
     def read(self, count: int | None = -1) -> Any:  # noqa: ANN401 - bytes or, without a copy, a buffer's slice
-        end = self._published.bytes
+        end = self._size
         if count is not None and count >= 0:
             end = min(end, self._position + count)
         if end <= self._position:
             return b""
-        first, last = self._position // BLOCK_BYTES, (end - 1) // BLOCK_BYTES
-        start = first * BLOCK_BYTES
-        size = min((last + 1) * BLOCK_BYTES, self._published.bytes) - start
-        buffer = self._source.read_at(size, start)
-        self._verify(memoryview(buffer), first, last)
-        wanted = memoryview(buffer)[self._position - start : end - start]
+        wanted = self.view(self._position, end)
         self._position = end
         return wanted
 
-    def _verify(self, data: memoryview, first: int, last: int) -> None:
+
+class _VerifiedFile(RandomAccess):
+    """Random access to one file, block by block, each verified whenever it is read."""
+
+    def __init__(self, source: pa.NativeFile, uri: str, published: PublishedFile) -> None:
+        super().__init__(published.bytes)
+        self._source, self._uri, self._published = source, uri, published
+
+    def view(self, start: int, end: int) -> memoryview:
+        first, last = start // BLOCK_BYTES, (end - 1) // BLOCK_BYTES
+        offset = first * BLOCK_BYTES
+        size = min((last + 1) * BLOCK_BYTES, self._published.bytes) - offset
+        data = memoryview(self._source.read_at(size, offset))
         for block in range(first, last + 1):
             piece = data[(block - first) * BLOCK_BYTES : (block - first + 1) * BLOCK_BYTES]
-            expected = self._published.blocks[block * BLOCK_DIGEST_CHARS : (block + 1) * BLOCK_DIGEST_CHARS]
-            if xxhash.xxh3_64_hexdigest(piece) != expected:
-                raise CorruptFile(
-                    f"{self._uri} differs from its checksum in block {block} (bytes from {block * BLOCK_BYTES:,}); "
-                    "run `marc verify` and restore the file"
-                )
+            require_block(piece, block, self._uri, self._published)
+        return data[start - offset : end - offset]
 
     def close(self) -> None:
         if not self.closed:
@@ -132,10 +199,4 @@ def require_blocks(storage: Storage, root: str, published: PublishedFile) -> Non
 
 
 def _verified_file(storage: Storage, root: str, published: PublishedFile) -> _VerifiedFile:
-    uri = join(root, published.path)
-    filesystem, path = storage.filesystem(uri)
-    try:
-        source = filesystem.open_input_file(path)
-    except FileNotFoundError:
-        raise MissingFile(f"{uri} is missing; the release cannot be read without it") from None
-    return _VerifiedFile(source, uri, published)
+    return _VerifiedFile(open_published(storage, root, published), join(root, published.path), published)

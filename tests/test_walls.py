@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"plan", "encode", "audit", "index", "release", "reader", "retention"}
 FOUNDATIONS = {
     "errors", "config", "storage", "integrity", "workspace", "feature_table", "release_log", "resources", "catalogue",
-    "table_reader", "index_reader", "index_search", "neighbours",
+    "table_reader", "index_reader", "index_search", "neighbours", "table_file", "mapped_file", "plain_pages",
     "interactions", "training_set", "catalogue_text",
 }  # fmt: skip
 DRIVERS = {"run", "train", "training_run", "promotion", "layers", "cli", "session", "entry", "verify"}

@@ -3,9 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
@@ -53,8 +56,9 @@ def open_release(
 class OpenRelease:
     """One release, pinned: whatever is published later, these are the rows and vectors of this generation.
 
-    Files are verified against the release's checksums: block by block as look-ups read them, whole before the
-    first dataset is handed out, and the index before FAISS reads it.
+    Files are verified against the release's checksums: each block the first time that this object reads it, all of
+    them before the first dataset is handed out, and the index before FAISS reads it. Local files are mapped into
+    memory; blocks of files on S3 are kept in temporary files, which go with this object.
 
     Args:
         facts: the release's row in the log.
@@ -72,6 +76,10 @@ class OpenRelease:
 
     def __repr__(self) -> str:
         return f"<release {self.facts.release_id} of {self.facts.ds}: {self.facts.items:,} items × {self.facts.dim}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What is mapped into memory stays here: another process opens the same files.
+        return partial(OpenRelease, uri=self._uri, storage=self._storage), (self.facts,)
 
     def __len__(self) -> int:
         return self.facts.items
@@ -96,7 +104,7 @@ class OpenRelease:
     def vectors(self, ids: Sequence[str]) -> Matrix:
         """Vectors float32 [n, d] of items, rows in the order asked; repeated ids give repeated rows.
 
-        Reads only the buckets, and within them the row groups, that can hold the ids.
+        Of the buckets that can hold the items, all ids are read once, and the blocks of the vectors that are asked for.
 
         Raises:
             UnknownItems: some ids are not in the release.
@@ -105,6 +113,52 @@ class OpenRelease:
         """
         with self._unless_gone():
             return self._table.vectors(ids)
+
+    def numpy(self) -> tuple[pa.ChunkedArray, Matrix]:
+        """Everything: item ids [n], one chunk per file, and vectors float32 [n, d], one array of the caller's own.
+
+        Raises:
+            CorruptFile: a file is missing or differs from its checksum.
+            ReleaseGone: retention gave the release up, and the grace period is over.
+        """
+        with self._unless_gone():
+            return self._table.numpy()
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Everything, or some columns of it, as an Arrow table with the columns of :meth:`dataset`, one chunk per file.
+
+        What takes Arrow without a copy (numpy, polars, DuckDB, torch by way of numpy) shares its memory.
+
+        Raises:
+            UserError: a column that the table does not have.
+            CorruptFile: a file is missing or differs from its checksum.
+            ReleaseGone: retention gave the release up, and the grace period is over.
+        """
+        with self._unless_gone():
+            return self._table.table(columns)
+
+    def batches(self, size: int, *, seed: int | None = None) -> Iterator[tuple[pa.Array, Matrix]]:
+        """Item ids [size] and vectors float32 [size, d] for training: every item once, the last batch may be smaller.
+
+        Memory is that of one bucket.
+
+        Args:
+            size: rows of a batch.
+            seed: the buckets come in a shuffled order, and their rows within each; the same seed gives the same order
+                whatever process reads this release. None: the order of the files.
+
+        Raises:
+            UserError: size is not positive.
+            CorruptFile: a file is missing or differs from its checksum; raised when its turn comes.
+            ReleaseGone: retention gave the release up, and the grace period is over.
+        """
+        if size < 1:
+            raise UserError(f"size is {size}; a batch has at least one row")
+        return self._batches(size, seed)
+
+    def _batches(self, size: int, seed: int | None) -> Iterator[tuple[pa.Array, Matrix]]:
+        with self._unless_gone():
+            yield from self._table.batches(size, seed=seed)
 
     def search(
         self,

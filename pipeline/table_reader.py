@@ -1,19 +1,22 @@
-"""The Parquet files of one release, verified as they are read: rows, vectors by item id, item ids by row id."""
+"""The Parquet files of one release, verified as they are read: rows, vectors by item or row id, item ids by row id."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
+from itertools import accumulate
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import CorruptFile, MissingFile, UserError
-from pipeline.integrity import open_verified, require_blocks
-from pipeline.storage import Storage, join
+from pipeline.integrity import require_blocks
+from pipeline.mapped_file import MappedFile
+from pipeline.storage import Storage, is_s3, join
+from pipeline.table_file import TableFile
 from schemas.feature_table import bucket_number, table_schema
 from schemas.files import PublishedFile
 from schemas.identity import row_id
@@ -22,6 +25,8 @@ from schemas.release import Release
 VERIFY_THREADS = 4
 
 Matrix = NDArray[np.float32]
+R = TypeVar("R")
+S = TypeVar("S")
 
 
 class UnknownItems(UserError, KeyError):
@@ -51,7 +56,7 @@ class TableReader:
         self._uri = uri
         self._storage = storage
         self._verified = False
-        self._names: dict[int, tuple[NDArray[np.int64], pa.Array]] = {}
+        self._opened: dict[str, TableFile] = {}
 
     def files(self) -> list[str]:
         """Uris of the Parquet files, for readers that bring their own engine (and check nothing)."""
@@ -84,21 +89,21 @@ class TableReader:
             UnknownItems: some ids are not in the release.
             CorruptFile: a file differs from its checksum.
         """
-        out = np.empty((len(ids), self._facts.dim), np.float32)
-        by_bucket: dict[int, list[int]] = {}
-        for place, item in enumerate(ids):
-            by_bucket.setdefault(row_id(item) % self._facts.buckets, []).append(place)
-        missing: list[str] = []
-        for bucket, places in by_bucket.items():
-            wanted = pa.array([ids[place] for place in places], pa.string())
-            found = self._rows_of(bucket, wanted)
-            where = pc.index_in(wanted, value_set=found["item_id"].combine_chunks())
-            missing += wanted.filter(pc.is_null(where)).to_pylist()
-            if not missing:
-                vectors = found["vector"].combine_chunks().flatten().to_numpy().reshape(-1, self._facts.dim)
-                out[places] = vectors[where.to_numpy()]
-        if missing:
-            raise UnknownItems(missing, self._facts.release_id)
+        asked = pa.array(ids, pa.string())
+        out, known = self._vectors_of(np.fromiter(map(row_id, ids), np.int64, len(ids)), asked)
+        if not known.all():
+            raise UnknownItems(asked.filter(pa.array(~known)).to_pylist(), self._facts.release_id)
+        return out
+
+    def vectors_of_rows(self, row_ids: NDArray[np.int64]) -> Matrix:
+        """Vectors float32 [n, d] of row ids [n], in the order asked.
+
+        Raises:
+            CorruptFile: the table lacks a row id, or a file differs from its checksum.
+        """
+        out, known = self._vectors_of(row_ids, None)
+        if not known.all():
+            raise self._lacking()
         return out
 
     def vectors_of_rows(self, row_ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -115,28 +120,156 @@ class TableReader:
         Raises:
             CorruptFile: the table lacks a row id, or a file differs from its checksum.
         """
-        out = np.full(rows.shape, None, dtype=object)
-        for bucket in np.unique(rows[rows >= 0] % self._facts.buckets).tolist():
-            known, names = self._bucket_names(bucket)
-            places = np.nonzero((rows >= 0) & (rows % self._facts.buckets == bucket))
-            at = np.minimum(np.searchsorted(known, rows[places]), len(known) - 1)
-            if not np.array_equal(known[at], rows[places]):
-                raise CorruptFile(
-                    f"the index of release {self._facts.release_id} holds ids that its table lacks; run `marc verify`"
-                )
-            out[places] = names.take(pa.array(at)).to_pylist()
-        return out
+        out = np.full(rows.size, None, dtype=object)
+        flat = rows.reshape(-1)
+        given = np.flatnonzero(flat >= 0)
+        known = np.zeros(len(given), bool)
 
-    def _bucket_names(self, bucket: int) -> tuple[NDArray[np.int64], pa.Array]:
-        if bucket not in self._names:
-            tables = []
-            for file in self._files_of(bucket):
-                with open_verified(self._storage, self._uri, file) as source:
-                    rows = pq.ParquetFile(source).read(columns=["item_id", "row_id"])
-                    tables.append(rows.replace_schema_metadata())
-            names = pa.concat_tables(tables).sort_by("row_id")
-            self._names[bucket] = names["row_id"].to_numpy(), names["item_id"].combine_chunks()
-        return self._names[bucket]
+        def name(file: TableFile, places: NDArray[np.int64]) -> None:
+            at = file.find(flat[given[places]])
+            found = at >= 0
+            known[places[found]] = True
+            out[given[places[found]]] = file.item_ids.take(pa.array(at[found])).to_numpy(zero_copy_only=False)
+
+        self._in_their_files(flat[given], name)
+        if not known.all():
+            raise self._lacking()
+        return out.reshape(rows.shape)
+
+    def numpy(self) -> tuple[pa.ChunkedArray, Matrix]:
+        """Item ids and vectors float32 [n, d] of all rows, in the order of the files.
+
+        Raises:
+            CorruptFile: a file is missing or differs from its checksum.
+        """
+        out = np.empty((sum(file.rows for file in self._facts.table_files), self._facts.dim), np.float32)
+        ends = accumulate(file.rows for file in self._facts.table_files)
+
+        def read(file: PublishedFile, end: int) -> pa.Array:
+            opened = self._open(file, keep=False)
+            opened.copy_vectors(out[end - file.rows : end])
+            return opened.item_ids
+
+        names = _at_once(read, list(zip(self._facts.table_files, ends, strict=True)))
+        return pa.chunked_array(names, pa.string()), out
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Columns of all rows, those of the dataset by default, in the order of the files.
+
+        Raises:
+            UserError: a column that the table does not have.
+            CorruptFile: a file is missing or differs from its checksum.
+        """
+        schema = table_schema(self._facts.dim)
+        columns = schema.names if columns is None else list(columns)
+        if unknown := [name for name in columns if name not in schema.names]:
+            raise UserError(f"the table has no column {', '.join(unknown)}; it has {', '.join(schema.names)}")
+        held = [name for name in columns if name not in ("vector", "ds", "bucket")]
+
+        def read(file: PublishedFile) -> pa.Table:
+            opened = self._open(file, keep=False)
+            made = dict(zip(held, opened.read(held).columns, strict=True))
+            made["ds"] = pa.repeat(self._facts.ds, file.rows)
+            made["bucket"] = pa.repeat(pa.scalar(bucket_number(file.path), pa.int32()), file.rows)
+            if "vector" in columns:
+                flat = pa.array(opened.vectors().reshape(-1))
+                made["vector"] = pa.FixedSizeListArray.from_arrays(flat, type=schema.field("vector").type)
+            return pa.table([made[name] for name in columns], schema=wanted)
+
+        wanted = pa.schema([schema.field(name) for name in columns])
+        tables = _at_once(read, [(file,) for file in self._facts.table_files])
+        return pa.concat_tables(tables) if tables else wanted.empty_table()
+
+    def batches(self, size: int, *, seed: int | None = None) -> Iterator[tuple[pa.Array, Matrix]]:
+        """Item ids [size] and vectors float32 [size, d], every item once; the last batch may be smaller.
+
+        One file is in memory at a time.
+
+        Args:
+            size: rows of a batch, at least 1.
+            seed: shuffles the files, and the rows of each; None: all in the order of the files.
+
+        Raises:
+            CorruptFile: a file is missing or differs from its checksum.
+        """
+        files = list(self._facts.table_files)
+        random = None if seed is None else np.random.default_rng(seed)
+        if random:
+            files = [files[number] for number in random.permutation(len(files))]
+        held: list[tuple[pa.Array, Matrix]] = []
+        room = size
+        for file in files:
+            opened = self._open(file, keep=False)
+            names, vectors = opened.item_ids, opened.vectors()
+            order = random.permutation(len(names)) if random else None
+            start = 0
+            while start < len(names):
+                end = min(start + room, len(names))
+                if order is None:
+                    held.append((names.slice(start, end - start), vectors[start:end]))
+                else:
+                    held.append((names.take(pa.array(order[start:end])), vectors[order[start:end]]))
+                room -= end - start
+                start = end
+                if not room:
+                    yield _joined(held)
+                    held, room = [], size
+        if held:
+            yield _joined(held)
+
+    def _vectors_of(self, row_ids: NDArray[np.int64], names: pa.Array | None) -> tuple[Matrix, NDArray[np.bool_]]:
+        """Vectors [n, d] of row ids, and which of them there are: of items with these names, where some are given.
+
+        The hash of an id that is not here may be that of one that is: hardly by chance (1 in 10^13 for a million
+        items), but whoever chooses ids can make it so.
+        """
+        out = np.empty((len(row_ids), self._facts.dim), np.float32)
+        known = np.zeros(len(row_ids), bool)
+
+        def take(file: TableFile, places: NDArray[np.int64]) -> None:
+            at = file.find(row_ids[places])
+            places, at = places[at >= 0], at[at >= 0]
+            if names is not None:
+                same = pc.equal(file.item_ids.take(pa.array(at)), names.take(pa.array(places))).to_numpy(
+                    zero_copy_only=False
+                )
+                places, at = places[same], at[same]
+            file.take_vectors(at, out, places)
+            known[places] = True
+
+        self._in_their_files(row_ids, take)
+        return out, known
+
+    def _in_their_files(self, row_ids: NDArray[np.int64], act: Callable[[TableFile, NDArray[np.int64]], None]) -> None:
+        """Call ``act`` with every file that may hold some of the row ids [n], and the places of those in [0, n)."""
+        buckets = row_ids % self._facts.buckets
+        order = np.argsort(buckets, kind="stable")
+        numbers, starts = np.unique(buckets[order], return_index=True)
+        asked = [
+            (file, order[start:end])
+            for number, start, end in zip(numbers.tolist(), starts, [*starts[1:], len(order)], strict=False)
+            for file in self._by_bucket.get(number, [])
+        ]
+        if is_s3(self._uri) or any(file.path not in self._opened for file, _ in asked):
+            _at_once(lambda file, places: act(self._open(file), places), asked)
+        else:
+            for file, places in asked:
+                act(self._opened[file.path], places)
+
+    def _open(self, file: PublishedFile, *, keep: bool = True) -> TableFile:
+        """A file; what is known of it stays, unless it would fill a disk with what was fetched of it from S3."""
+        if file.path in self._opened:
+            return self._opened[file.path]
+        opened = TableFile(MappedFile(self._storage, self._uri, file), rows=file.rows, dim=self._facts.dim)
+        if keep or not is_s3(self._uri):
+            # Of two threads that open the same file, one stays.
+            opened = self._opened.setdefault(file.path, opened)
+        return opened
+
+    def _lacking(self) -> CorruptFile:
+        return CorruptFile(
+            f"the index of release {self._facts.release_id} holds ids that its table lacks; run `marc verify`"
+        )
 
     def _verify_files(self) -> None:
         if self._verified:
@@ -152,22 +285,6 @@ class TableReader:
     def _is_here(self, file: PublishedFile) -> bool:
         return self._storage.stat(join(self._uri, file.path)) is not None
 
-    def _rows_of(self, bucket: int, wanted: pa.Array) -> pa.Table:
-        """Candidate rows (item_id, vector) of one bucket: the row groups whose id range meets the wanted ids."""
-        tables = [pa.table({"item_id": pa.array([], pa.string()), "vector": _no_vectors(self._facts.dim)})]
-        names = sorted(wanted.to_pylist(), key=str.encode)
-        for file in self._files_of(bucket):
-            with open_verified(self._storage, self._uri, file) as source:
-                parquet = pq.ParquetFile(source)
-                groups = _groups_with(parquet.metadata, names)
-                if groups:
-                    rows = parquet.read_row_groups(groups, columns=["item_id", "vector"])
-                    tables.append(rows.replace_schema_metadata().cast(tables[0].schema))
-        return pa.concat_tables(tables)
-
-    def _files_of(self, bucket: int) -> list[PublishedFile]:
-        return self._by_bucket.get(bucket, [])
-
     @cached_property
     def _by_bucket(self) -> dict[int, list[PublishedFile]]:
         found: dict[int, list[PublishedFile]] = {}
@@ -176,20 +293,13 @@ class TableReader:
         return found
 
 
-def _no_vectors(dim: int) -> pa.Array:
-    return pa.array([], table_schema(dim).field("vector").type)
+def _at_once(action: Callable[..., R], arguments: Sequence[tuple[object, ...]]) -> list[R]:
+    """Call in a few threads: checksums, copies and requests release the interpreter's lock. Raises what one raised."""
+    with ThreadPoolExecutor(VERIFY_THREADS, thread_name_prefix="read") as pool:
+        return list(pool.map(lambda given: action(*given), arguments))
 
 
-def _groups_with(metadata: pq.FileMetaData, names: Sequence[str]) -> list[int]:
-    """Row groups whose range of item ids, compared as bytes, holds one of the sorted names."""
-    keys = [name.encode() for name in names]
-    groups = []
-    for number in range(metadata.num_row_groups):
-        statistics = metadata.row_group(number).column(0).statistics
-        if statistics is None or not statistics.has_min_max:
-            groups.append(number)
-            continue
-        low, high = statistics.min.encode(), statistics.max.encode()
-        if any(low <= key <= high for key in keys):
-            groups.append(number)
-    return groups
+def _joined(parts: Sequence[tuple[pa.Array, Matrix]]) -> tuple[pa.Array, Matrix]:
+    if len(parts) == 1:
+        return parts[0]
+    return pa.concat_arrays([names for names, _ in parts]), np.concatenate([vectors for _, vectors in parts])

@@ -224,6 +224,7 @@ def test_the_files_footer_says_which_model_made_it(night: Night) -> None:
         "marc.template": card.template,
         "marc.plan_id": night.plan_id,
         "marc.ds": DS,
+        "marc.layout": "plain-pages",
     }
 
 

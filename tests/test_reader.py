@@ -1,6 +1,7 @@
 """What a ranker relies on: the rows, vectors and neighbours of one release, every byte verified."""
 
 import itertools
+import pickle
 import random
 import subprocess
 import sys
@@ -363,6 +364,81 @@ def test_readers_that_know_partitions_find_ds_and_bucket_in_the_paths(whole: Ope
     assert rows["bucket"].to_pylist() == [number % BUCKETS for number in rows["row_id"].to_pylist()]
 
 
+# --- everything
+
+
+def test_everything_as_numpy_is_every_row_in_the_order_of_the_files(large: OpenRelease) -> None:
+    ids, vectors = large.numpy()
+    assert ids.to_pylist() == large.dataset().to_table(columns=["item_id"])["item_id"].to_pylist()
+    assert sorted(ids.to_pylist()) == sorted(LARGE_IDS)
+    assert (vectors.dtype, vectors.flags.c_contiguous, vectors.flags.owndata) == (np.float32, True, True)
+    np.testing.assert_array_equal(vectors, np.stack([LARGE[i] for i in ids.to_pylist()]))
+    vectors[:] = 0
+    np.testing.assert_array_equal(large.numpy()[1], np.stack([LARGE[i] for i in ids.to_pylist()]))
+
+
+def test_the_table_is_the_dataset_read_whole(large: OpenRelease) -> None:
+    assert large.table() == large.dataset().to_table()
+    columns = ["bucket", "vector", "item_id"]
+    assert large.table(columns) == large.dataset().to_table(columns=columns)
+    assert large.table(["ds"]) == large.dataset().to_table(columns=["ds"])
+    assert large.table([]).num_columns == 0
+    with pytest.raises(UserError, match=r"the table has no column price; it has item_id, row_id, vector, "):
+        large.table(["item_id", "price"])
+
+
+def test_torch_polars_and_numpy_share_the_memory_that_was_read(large: OpenRelease) -> None:
+    import torch
+
+    _, vectors = large.numpy()
+    assert torch.from_numpy(vectors).data_ptr() == vectors.ctypes.data
+    table = large.table(["item_id", "vector"])
+    frame = pl.from_arrow(table, rechunk=False)
+    assert isinstance(frame, pl.DataFrame)
+    parts = zip(table["vector"].chunks, frame["vector"].get_chunks(), strict=True)
+    for chunk, series in parts:
+        assert np.shares_memory(chunk.flatten().to_numpy(), series.to_numpy(allow_copy=False))
+    assert frame["item_id"].to_list() == table["item_id"].to_pylist()
+
+
+@QUICK
+@given(size=st.integers(1, 7000), seed=st.none() | st.integers(0, 2**32))
+def test_batches_hold_every_item_once_with_its_own_vector(large: OpenRelease, size: int, seed: int | None) -> None:
+    size = max(size, 20)
+    sizes, ids = [], []
+    for names, vectors in large.batches(size, seed=seed):
+        assert (vectors.dtype, vectors.shape) == (np.float32, (len(names), LARGE_DIM))
+        np.testing.assert_array_equal(vectors, np.stack([LARGE[i] for i in names.to_pylist()]))
+        sizes.append(len(names))
+        ids += names.to_pylist()
+    assert sizes == [size] * (6000 // size) + [6000 % size] * (6000 % size > 0)
+    assert sorted(ids) == sorted(LARGE_IDS)
+    assert (ids == large.numpy()[0].to_pylist()) == (seed is None)
+
+
+def test_the_same_seed_gives_the_same_order_and_another_another(large_site: Site, large: OpenRelease) -> None:
+    def order(release: OpenRelease, seed: int, size: int = 100) -> list[str]:
+        return [item for names, _ in release.batches(size, seed=seed) for item in names.to_pylist()]
+
+    assert order(large, 7) == order(open_release(large_site.table_uri), 7) == order(large, 7, size=999)
+    assert order(large, 7) != order(large, 8)
+    # Bucket after bucket, either of them first.
+    assert {row_id(order(large, seed)[0]) % 2 for seed in range(8)} == {0, 1}
+
+
+def test_batches_of_no_rows_are_refused_at_once(large: OpenRelease) -> None:
+    with pytest.raises(UserError, match="size is 0; a batch has at least one row"):
+        large.batches(0)
+
+
+def test_an_open_release_travels_to_another_process(large: OpenRelease) -> None:
+    large.vectors(LARGE_IDS[:3])
+    large.search(LARGE[LARGE_IDS[0]], k=1)
+    there = pickle.loads(pickle.dumps(large))  # noqa: S301
+    assert there.facts == large.facts
+    np.testing.assert_array_equal(there.vectors(LARGE_IDS[:3]), large.vectors(LARGE_IDS[:3]))
+
+
 # --- damage
 
 
@@ -378,8 +454,9 @@ def test_a_flipped_byte_anywhere_in_a_table_file_is_refused_when_all_is_read(
     try:
         with pytest.raises(CorruptFile, match=f"{published.path} differs from its checksum in block"):
             open_release(large_site.table_uri).dataset()
-        with pytest.raises(CorruptFile, match=f"{published.path} differs from its checksum in block"):
-            large.vectors(LARGE_IDS)
+        for read in (OpenRelease.numpy, OpenRelease.table, lambda release: release.vectors(LARGE_IDS)):
+            with pytest.raises(CorruptFile, match=f"{published.path} differs from its checksum in block"):
+                read(open_release(large_site.table_uri))
     finally:
         flip(path, offset)
 
@@ -393,7 +470,7 @@ def test_with_a_flipped_byte_a_lookup_gives_the_true_vector_or_refuses(
     path, offset = Path(large_site.table_uri) / published.path, int(place * published.bytes)
     flip(path, offset, 1)
     try:
-        found = large.vectors([item])
+        found = open_release(large_site.table_uri).vectors([item])
     except CorruptFile as error:
         assert published.path in str(error)  # noqa: PT017 - either outcome is right
     else:
@@ -407,17 +484,40 @@ def test_a_flipped_byte_in_the_other_bucket_disturbs_no_lookup(large_site: Site,
     published = next(f for f in large.facts.table_files if "bucket=1/" in f.path)
     flip(Path(large_site.table_uri) / published.path, 100)
     try:
-        np.testing.assert_array_equal(large.vectors(ids), np.stack([LARGE[i] for i in ids]))
+        fresh = open_release(large_site.table_uri)
+        np.testing.assert_array_equal(fresh.vectors(ids), np.stack([LARGE[i] for i in ids]))
     finally:
         flip(Path(large_site.table_uri) / published.path, 100)
+
+
+def test_every_way_to_read_everything_verifies_every_byte_that_it_hands_out(
+    large_site: Site, large: OpenRelease
+) -> None:
+    published = large.facts.table_files[1]
+    group = pq.read_metadata(Path(large_site.table_uri) / published.path).row_group(0)
+    chunk = next(group.column(n) for n in range(6) if group.column(n).path_in_schema == "vector.list.element")
+    path, offset = Path(large_site.table_uri) / published.path, chunk.data_page_offset + chunk.total_compressed_size - 1
+    flip(path, offset)
+    try:
+        for read in (OpenRelease.numpy, OpenRelease.table, lambda release: list(release.batches(100, seed=1))):
+            with pytest.raises(CorruptFile, match=f"{published.path} differs from its checksum in block"):
+                read(open_release(large_site.table_uri))
+    finally:
+        flip(path, offset)
 
 
 def test_a_missing_table_file_is_named(small: OpenRelease) -> None:
     Path(small.files()[2]).unlink()
     with pytest.raises(CorruptFile, match=r"bucket=2/.* is missing"):
         small.dataset().to_table()
-    with pytest.raises(CorruptFile, match=r"bucket=2/.* is missing"):
-        small.vectors(list(items(40)))
+    for read in (
+        lambda: small.vectors(list(items(40))),
+        small.numpy,
+        small.table,
+        lambda: list(small.batches(7)),
+    ):
+        with pytest.raises(CorruptFile, match=r"bucket=2/.* is missing"):
+            read()
 
 
 @pytest.mark.parametrize("place", [0.0, 0.01, 0.3, 0.77, 0.999])
@@ -508,6 +608,9 @@ WAYS_TO_READ = {
     "vectors": lambda release: release.vectors(["item-0"]),
     "dataset": lambda release: release.dataset(),
     "search": lambda release: release.search(items(40)["item-0"]),
+    "numpy": lambda release: release.numpy(),
+    "table": lambda release: release.table(["item_id"]),
+    "batches": lambda release: list(release.batches(5)),
 }
 
 
@@ -588,7 +691,8 @@ def test_reading_needs_no_torch_no_spark_and_no_airflow(small: OpenRelease, repo
         "from pipeline.reader import open_release\n"
         "release = open_release(sys.argv[1])\n"
         "names, _ = release.search(release.vectors(['item-3']), k=1)\n"
-        "heavy = {'torch', 'pyspark', 'airflow', 'transformers', 'boto3'} & set(sys.modules)\n"
+        "release.numpy(), release.table(), list(release.batches(9, seed=1))\n"
+        "heavy = {'torch', 'pyspark', 'airflow', 'transformers', 'boto3', 'polars'} & set(sys.modules)\n"
         "print(names[0, 0], release.dataset().count_rows(), sorted(heavy))\n"
     )
     uri = small.files()[0].split("/ds=")[0]

@@ -1,0 +1,99 @@
+"""Where a column's values lie in a Parquet file that holds them as memory does: plain, unpacked, one page a row group.
+
+pyarrow reads row groups whole. Of such a column the values are the end of its chunk: behind the page's header and the
+levels of its lists, one after the other, as Parquet's specification says. So a row is found by its number.
+"""
+
+from collections.abc import Callable
+
+import pyarrow.parquet as pq
+
+HEADER_BYTES = 1024
+LEVELS_PREFIX = 4
+DATA_PAGE, PLAIN = 0, 0
+# Thrift's compact protocol: types of fields.
+TRUE, FALSE, BYTE, I16, I64, BINARY, STRUCT = 1, 2, 3, 4, 6, 8, 12
+
+Read = Callable[[int, int], memoryview]
+Fields = dict[int, "int | Fields"]
+
+
+def values_start(metadata: pq.FileMetaData, group: int, column: int, *, row_bytes: int, read: Read) -> int | None:
+    """Offset in the file of a column's first value in a row group; None unless its values lie there bare.
+
+    Every assumption is checked: one page that fills the chunk, not compressed, plain values, none of them missing, and
+    as many bytes of them as the rows have.
+
+    Args:
+        metadata: of the file.
+        group: number of the row group.
+        column: number of the column among the file's leaves.
+        row_bytes: size of one row's values.
+        read: bytes of the file, from one offset to before another.
+    """
+    chunk, leaf = metadata.row_group(group).column(column), metadata.schema.column(column)
+    if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page:
+        return None
+    start, end = chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size
+    try:
+        header, size = _fields(bytes(read(start, min(start + HEADER_BYTES, end))), 0)
+    except (IndexError, ValueError):
+        return None
+    page = header.get(5)
+    if not isinstance(page, dict) or header.get(1) != DATA_PAGE or header.get(2) != header.get(3):
+        return None
+    if page.get(1) != chunk.num_values or page.get(2) != PLAIN or header.get(3) != end - start - size:
+        return None
+    values = start + size
+    for levels in (leaf.max_repetition_level, leaf.max_definition_level):
+        if levels and values + LEVELS_PREFIX <= end:
+            values += LEVELS_PREFIX + int.from_bytes(read(values, values + LEVELS_PREFIX), "little")
+    # Where a value is missing, or a list empty, there are fewer.
+    return values if end - values == metadata.row_group(group).num_rows * row_bytes else None
+
+
+def _fields(data: bytes, at: int) -> tuple[Fields, int]:
+    """Integers of a struct in Thrift's compact protocol, by the number of their field, and where it ends.
+
+    Raises:
+        ValueError: it holds what no page's header does.
+        IndexError: it ends too early.
+    """
+    found: Fields = {}
+    number = 0
+    while head := data[at]:
+        at += 1
+        if step := head >> 4:
+            number += step
+        else:
+            number, at = _signed(data, at)
+        kind = head & 0x0F
+        if kind in {TRUE, FALSE}:
+            found[number] = int(kind == TRUE)
+        elif kind == BYTE:
+            found[number], at = data[at], at + 1
+        elif I16 <= kind <= I64:
+            found[number], at = _signed(data, at)
+        elif kind == BINARY:
+            length, at = _unsigned(data, at)
+            at += length
+        elif kind == STRUCT:
+            found[number], at = _fields(data, at)
+        else:
+            raise ValueError(f"a field of type {kind}")
+    return found, at + 1
+
+
+def _unsigned(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def _signed(data: bytes, at: int) -> tuple[int, int]:
+    value, at = _unsigned(data, at)
+    return (value >> 1) ^ -(value & 1), at

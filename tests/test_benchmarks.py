@@ -1,4 +1,4 @@
-"""The benchmarks of the encoder, the worker and the layers' measures are commands that work, on a handful of texts."""
+"""The benchmarks of encoder, worker, reader and the layers' measures are commands that work, on a handful of items."""
 
 import csv
 import json
@@ -71,3 +71,14 @@ def test_the_memory_of_layers(repository: Path, tmp_path: Path) -> None:
     assert [layer["texts"] for layer in figures["figures"]] == [50, 50, 50]
     assert figures["peak_mb"] >= figures["before_mb"] > 0
     assert figures["held_mb"] * 2**20 == 3 * 50 * (1 + 2) * 16 * 4
+
+
+def test_reading(repository: Path, tmp_path: Path) -> None:
+    command, found = repository / "tests" / "benchmarks" / "reading.py", tmp_path / "figures.json"
+    options = ["--items=500", "--dim=8", "--buckets=2", "--asked=20", "--runs=2", "--json", str(found)]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    subprocess.run([sys.executable, str(command), *options], check=True, env=environment)
+    figures = json.loads(found.read_text())
+    assert {len(runs) for runs in figures["seconds"].values()} == {2, 18}
+    assert all(seconds > 0 for runs in figures["seconds"].values() for seconds in runs)
+    assert figures["numpy_speed"] > 0

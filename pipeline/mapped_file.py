@@ -32,12 +32,12 @@ class MappedFile:
         published: with the checksums.
 
     Raises:
-        CorruptFile: it is missing or has another size.
+        CorruptFile: it is missing or has another size; later, when a block differs, or what is still to fetch is gone.
     """
 
     def __init__(self, storage: Storage, root: str, published: PublishedFile) -> None:
         self.uri = join(root, published.path)
-        self._published = published
+        self._storage, self._published = storage, published
         self._verified = np.zeros(-(-published.bytes // BLOCK_BYTES), bool)
         self._source: pa.NativeFile | None = None
         if is_s3(self.uri):
@@ -103,7 +103,14 @@ class MappedFile:
 
     def _fetch(self, source: pa.NativeFile, blocks: range) -> None:
         start = blocks.start * BLOCK_BYTES
-        data = memoryview(source.read_at(min(blocks.stop * BLOCK_BYTES, self.bytes) - start, start))
+        with missing_named(self.uri):
+            try:
+                data = memoryview(source.read_at(min(blocks.stop * BLOCK_BYTES, self.bytes) - start, start))
+            except OSError as error:
+                # Of an object that was removed since it was opened, pyarrow only says that it cannot be read.
+                if self._storage.stat(self.uri) is None:
+                    raise FileNotFoundError(self.uri) from error
+                raise
         for number, block in enumerate(blocks):
             piece = data[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
             require_block(piece, block, self.uri, self._published)

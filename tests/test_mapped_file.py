@@ -18,7 +18,7 @@ from pipeline import mapped_file
 from pipeline.errors import CorruptFile, DiskFull, MissingFile
 from pipeline.integrity import describe_file
 from pipeline.mapped_file import GAP_BLOCKS, REQUEST_BLOCKS, MappedFile, requests
-from pipeline.storage import Storage
+from pipeline.storage import Storage, StoredObject
 from schemas.files import BLOCK_BYTES, PublishedFile
 
 NAME = "folder/blocks.bin"
@@ -36,6 +36,10 @@ class FolderAsS3(Storage):
     """A store whose bucket is a folder."""
 
     folder: str = ""
+
+    def stat(self, uri: str) -> StoredObject | None:
+        path = Path(self.folder, uri.removeprefix("s3://bucket/"))
+        return StoredObject(uri=uri, bytes=path.stat().st_size) if path.is_file() else None
 
     def filesystem(self, uri: str) -> tuple[pafs.FileSystem, str]:
         local = pafs.SubTreeFileSystem(self.folder, pafs.LocalFileSystem())
@@ -222,3 +226,19 @@ def test_a_full_disk_is_said_and_does_not_end_the_process(
     monkeypatch.setattr(mapped_file.os, "pwrite", full)
     with pytest.raises(DiskFull, match=r"temporary copy of s3://bucket/folder/blocks.bin"):
         file.view(0, 10)
+
+
+def test_an_object_that_was_removed_since_is_missing_and_one_that_cannot_be_read_is_not(
+    own: Path, published: PublishedFile
+) -> None:
+    class Broken:
+        def read_at(self, *_: Any) -> bytes:
+            raise OSError("AWS Error NO_SUCH_KEY during GetObject operation")
+
+    file = mapped(own, published, "s3")
+    file._source = Broken()
+    with pytest.raises(OSError, match="NO_SUCH_KEY"):
+        file.view(0, 1)
+    (own / NAME).unlink()
+    with pytest.raises(MissingFile, match=r"blocks.bin is missing"):
+        file.view(0, 1)

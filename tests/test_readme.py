@@ -4,11 +4,19 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from published import Site, items
 
 from pipeline.config import Settings, load_settings
+from pipeline.reader import open_release
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
 
 COMMANDS = {
     "plan",
@@ -67,6 +75,35 @@ def test_the_python_example_runs(readme: str, tmp_path: Path) -> None:
     code += "print(names.shape, [row[0] for row in names] == ids)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "(2, 10) True"
+
+
+def test_the_examples_of_reading_everything_run(readme: str, tmp_path: Path) -> None:
+    Site(tmp_path).publish(items(40))
+    code = "\n".join(blocks(readme, "python")[:2])
+    # The release was made now, not then.
+    code = code.replace("datetime(2026, 11, 20, 12, tzinfo=UTC)", "datetime.now(UTC)")
+    code = code.replace("data/example/item_vectors", f"{tmp_path}/item_vectors")
+    code += "print(weights.shape, frame.shape, len(ids), then)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("torch.Size([40, 8]) (40, 2) 40 <release ")
+
+
+@pytest.mark.spark
+def test_the_joins_of_the_readme_give_every_click_its_vector(
+    readme: str, tmp_path: Path, spark: "SparkSession"
+) -> None:
+    vectors = items(40)
+    Site(tmp_path).publish(vectors)
+    clicked = [(f"user-{number % 7}", f"item-{number}") for number in range(0, 60, 2)]
+    table = pa.table({"user_id": [user for user, _ in clicked], "item_id": [item for _, item in clicked]})
+    pq.write_table(table, tmp_path / "interactions.parquet")
+    names = {"duckdb": duckdb, "spark": spark, "release": open_release(tmp_path / "item_vectors")}
+    exec(blocks(readme, "python")[2].replace("data/example", str(tmp_path)), names)  # noqa: S102
+    expected = [(user, item, vectors[item].tolist()) for user, item in clicked if item in vectors]
+    here = [tuple(row.values()) for row in names["here"].to_pylist()]
+    there = [tuple(row) for row in names["there"].collect()]
+    assert len(expected) == 20
+    assert sorted(here) == sorted(there) == sorted(expected)
 
 
 def test_every_command_that_the_readme_names_exists_and_explains_itself(readme: str) -> None:

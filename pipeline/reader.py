@@ -13,7 +13,7 @@ import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
 from pipeline import release_log
-from pipeline.errors import MissingFile, ReleaseGone
+from pipeline.errors import MissingFile, ReleaseGone, UserError
 from pipeline.index_reader import IndexReader
 from pipeline.neighbours import Neighbours
 from pipeline.storage import Storage, is_s3

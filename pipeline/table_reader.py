@@ -106,14 +106,6 @@ class TableReader:
             raise self._lacking()
         return out
 
-    def vectors_of_rows(self, row_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Vectors float32 [n, d] of row ids, in the order asked.
-
-        Raises:
-            CorruptFile: the table lacks a row id, or a file differs from its checksum.
-        """
-        return self.vectors(self.item_ids(row_ids).tolist())
-
     def item_ids(self, rows: NDArray[np.int64]) -> NDArray[np.object_]:
         """Item ids of row ids, in their shape; None where a row id is FAISS's -1.
 

@@ -163,8 +163,10 @@ class Neighbours:
         scores, rows = _filled(found, k)
         names = self._table.item_ids(rows[:, :k])
         equal = (scores[:, 1 : k + 1] == scores[:, :k][:, : scores.shape[1] - 1]) & (rows[:, 1 : k + 1] >= 0)
-        tied = np.flatnonzero(equal.any(axis=1))
-        best = scores[:, :k].copy()
+        tied, best = np.flatnonzero(equal.any(axis=1)), scores[:, :k]
+        if not len(tied):
+            return names, best
+        best = best.copy()
         for place, own in zip(tied, self._table.item_ids(rows[tied]), strict=True):
             last = int((rows[place] >= 0).sum())
             order = sorted(range(last), key=lambda i: (-scores[place, i], own[i]))[:k]
@@ -185,7 +187,9 @@ def _row_ids(items: Iterable[str], name: str) -> Iterator[int]:
 
 def _filled(found: Found, k: int) -> tuple[Matrix, Ids]:
     """Scores and row ids, at least k wide."""
-    missing = ((0, 0), (0, max(0, k - found.scores.shape[1])))
+    if found.scores.shape[1] >= k:
+        return found.scores, found.rows
+    missing = ((0, 0), (0, k - found.scores.shape[1]))
     return (
         np.pad(found.scores, missing, constant_values=-np.inf),
         np.pad(found.rows, missing, constant_values=-1),

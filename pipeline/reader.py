@@ -69,7 +69,7 @@ class OpenRelease:
     def __init__(self, facts: Release, *, uri: str, storage: Storage) -> None:
         self.facts = facts
         self._uri = uri
-        self._storage = storage
+        self.storage = storage
         self._table = TableReader(facts, uri=uri, storage=storage)
         self._index = IndexReader(facts, storage=storage)
         self._neighbours = Neighbours(facts, table=self._table, index=self._index)
@@ -237,7 +237,7 @@ class OpenRelease:
         try:
             yield
         except MissingFile:
-            if release_log.read_log(self._storage, self._uri).find(self.facts.release_id):
+            if release_log.read_log(self.storage, self._uri).find(self.facts.release_id):
                 raise
             raise ReleaseGone(
                 f"release {self.facts.release_id} of {self.facts.ds} is gone: retention gave it up and its grace "

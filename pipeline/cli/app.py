@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import layers, learn, make, read
+from pipeline.cli import layers, learn, lookup, make, read
 from pipeline.cli.options import State
 from pipeline.config import DEFAULT_CONFIG
 from pipeline.entry import configure_logging, reported_errors
@@ -46,7 +46,7 @@ app.command()(layers.scores)
 app.command()(layers.mteb)
 app.command()(make.example)
 app.command()(read.files)
-app.command()(read.lookup)
+app.command()(lookup.lookup)
 app.command()(read.verify)
 app.command()(read.releases)
 app.command()(read.summary)

@@ -1,80 +1,28 @@
-"""Commands that read what was published: files, lookup, verify, releases, summary."""
+"""Commands that read what was published: files, verify, releases, summary."""
 
 from datetime import datetime
-from pathlib import Path
-from textwrap import shorten
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-import pyarrow.parquet as pq
 import typer
-from numpy.typing import NDArray
 
-from pipeline import feature_table, release_log
+from pipeline import release_log
 from pipeline.cli.options import At, Ds, Json, MaybeDs, State, print_json, print_lines, print_table
 from pipeline.config import Settings, parse_ds
 from pipeline.errors import CorruptFile, UserError
 from pipeline.run import planned_and_actual, storage_of, workspace_of
-from schemas.feature_table import bucket_number
-from schemas.identity import row_id
 from schemas.release import Release
 
 if TYPE_CHECKING:
     from pipeline.reader import OpenRelease
 
-SHOWN_CHARACTERS = 90
-
 
 def files(context: typer.Context, ds: MaybeDs = None, at: At = None, as_json: Json = False) -> None:
     """Print the Parquet files of a release, one a line, for readers that bring their own engine."""
-    release = _open(context.ensure_object(State).settings, ds, at)
+    release = open_chosen(context.ensure_object(State).settings, ds, at)
     if as_json:
         print_json({"release_id": release.facts.release_id, "ds": release.facts.ds, "files": release.files()})
     else:
         print_lines(release.files())
-
-
-def lookup(
-    context: typer.Context,
-    item: Annotated[str | None, typer.Option("--item", help="Neighbours of this item.")] = None,
-    text: Annotated[str | None, typer.Option("--text", help="Neighbours of a text (needs the extra 'model').")] = None,
-    vector: Annotated[Path | None, typer.Option("--vector", help="Neighbours of the vectors in a .npy file.")] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours per query.")] = 10,
-    ds: MaybeDs = None,
-    at: At = None,
-    as_json: Json = False,
-) -> None:
-    """Find the nearest items of an item, a text or vectors."""
-    settings = context.ensure_object(State).settings
-    if sum(option is not None for option in (item, text, vector)) != 1:
-        raise UserError("give exactly one of --item, --text and --vector")
-    release = _open(settings, ds, at)
-    if item is not None:
-        queries = release.vectors([item])
-    elif text is not None:
-        queries = _encode(settings, release.facts, text)
-    else:
-        queries = _load(vector)
-    # An item is its own nearest neighbour: one more is asked for and it is left out.
-    wanted = min(k + 1, len(release)) if item is not None else min(k, len(release))
-    found = [
-        [(name, float(score)) for name, score in zip(names, scores, strict=True) if name is not None and name != item][
-            :k
-        ]
-        for names, scores in zip(*release.search(queries, wanted), strict=True)
-    ]
-    texts = _texts(settings, release, [name for row in found for name, _ in row])
-    if as_json:
-        results = [[{"item_id": name, "score": score, "text": texts.get(name)} for name, score in row] for row in found]
-        print_json({"release_id": release.facts.release_id, "ds": release.facts.ds, "neighbours": results})
-        return
-    for number, row in enumerate(found):
-        rows = [
-            [str(rank), name, f"{score:.4f}", _shortened(texts.get(name, ""))]
-            for rank, (name, score) in enumerate(row, start=1)
-        ]
-        title = f"Query {number}" if len(found) > 1 else f"Nearest to {item or text or vector}"
-        print_table(title, ["rank", "item", "score", "text"], rows, right=(0, 2))
 
 
 def verify(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) -> None:
@@ -125,7 +73,7 @@ def summary(
 ) -> None:
     """Say what the release of a date holds, where it is, and show one look-up."""
     settings = context.ensure_object(State).settings
-    release = _open(settings, ds).facts
+    release = open_chosen(settings, ds).facts
     fresh = since is None or release.created_at.timestamp() >= since
     if as_json:
         print_json({**release.facts(), "fresh": fresh})
@@ -157,6 +105,18 @@ def print_summary(settings: Settings, release: Release, *, fresh: bool) -> None:
     print_table(f"Release {release.release_id} of {release.ds}", ["", ""], facts)
 
 
+def open_chosen(settings: Settings, ds: str | None, at: str | None = None) -> "OpenRelease":
+    """The release that the options name, as the reader opens it."""
+    from pipeline.reader import open_release
+
+    return open_release(
+        settings.table_uri,
+        ds=parse_ds(ds) if ds else None,
+        at=_moment(at) if at else None,
+        storage=storage_of(settings),
+    )
+
+
 def _planned(settings: Settings, release: Release) -> str:
     plan, seconds = workspace_of(settings, release.plan_id).read_plan(), release.seconds.get("encode", 0.0)
     if plan is None:
@@ -167,36 +127,9 @@ def _planned(settings: Settings, release: Release) -> str:
 def _example(settings: Settings, release: Release) -> str:
     opened = _opened(settings, release)
     first = opened.dataset().head(1, columns=["item_id"])["item_id"][0].as_py()
-    names, scores = opened.search(opened.vectors([first]), min(4, release.items))
-    near = ", ".join(f"{n} ({s:.3f})" for n, s in zip(names[0], scores[0], strict=True) if n != first)
+    names, scores = opened.similar([first], min(3, release.items))
+    near = ", ".join(f"{n} ({s:.3f})" for n, s in zip(names[0], scores[0], strict=True) if n is not None)
     return f"marc lookup --item {first} -k 3  →  {near}"
-
-
-def _texts(settings: Settings, release: "OpenRelease", ids: list[str]) -> dict[str, str]:
-    """Texts of items, as far as the work areas of the plans that made the files still hold them."""
-    storage = storage_of(settings)
-    wanted = {row_id(item) % release.facts.buckets for item in ids}
-    found: dict[str, str] = {}
-    for file in release.facts.table_files:
-        if (bucket := bucket_number(file.path)) not in wanted:
-            continue
-        workspace = workspace_of(settings, feature_table.plan_id_of(storage, settings.table_uri, file))
-        plan = workspace.read_plan()
-        if plan is None:
-            continue
-        filesystem, path = storage.filesystem(workspace.items_uri(bucket, plan.base_release))
-        try:
-            rows = pq.read_table(
-                path, filesystem=filesystem, columns=["item_id", "text"], filters=[("item_id", "in", ids)]
-            )
-        except FileNotFoundError:
-            continue
-        found.update(zip(rows["item_id"].to_pylist(), rows["text"].to_pylist(), strict=True))
-    return found
-
-
-def _shortened(text: str) -> str:
-    return shorten(text, SHOWN_CHARACTERS, placeholder=" …")
 
 
 def _states(releases: list[Release]) -> dict[str, str]:
@@ -205,17 +138,6 @@ def _states(releases: list[Release]) -> dict[str, str]:
     kinds = {r.release_id: "live" if r.release_id in live else "superseded" for r in releases}
     kinds |= {r.release_id: "withdrawal" for r in releases if r.withdrawn}
     return kinds | {r.release_id: f"retired {r.retired_at:%Y-%m-%d %H:%M}" for r in releases if r.retired_at}
-
-
-def _open(settings: Settings, ds: str | None, at: str | None = None) -> "OpenRelease":
-    from pipeline.reader import open_release
-
-    return open_release(
-        settings.table_uri,
-        ds=parse_ds(ds) if ds else None,
-        at=_moment(at) if at else None,
-        storage=storage_of(settings),
-    )
 
 
 def _moment(text: str) -> datetime:
@@ -229,24 +151,3 @@ def _opened(settings: Settings, release: Release) -> "OpenRelease":
     from pipeline.reader import OpenRelease
 
     return OpenRelease(release, uri=settings.table_uri, storage=storage_of(settings))
-
-
-def _load(path: Path | None) -> NDArray[np.float32]:
-    try:
-        loaded: Any = np.load(str(path), allow_pickle=False)
-        return np.asarray(loaded, dtype=np.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--vector {path}: {error}") from None
-
-
-def _encode(settings: Settings, release: Release, text: str) -> NDArray[np.float32]:
-    try:
-        from pipeline.model.encoder import load_encoder
-    except ModuleNotFoundError as error:
-        raise UserError(f"--text needs the model: pip install 'marc-pipeline[model]' ({error})") from None
-    from pipeline.resources import TaskResources
-
-    if not text.strip():
-        raise UserError("--text is empty")
-    encoder = load_encoder(storage_of(settings), release.bundle_uri, release.bundle, settings.encode, TaskResources())
-    return encoder.encode([text]).vectors

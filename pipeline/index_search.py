@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import faiss
@@ -80,6 +81,15 @@ class IndexSearch:
         plain = isinstance(self._inner, faiss.IndexFlat | faiss.IndexIVFFlat)
         return bool(plain) and not any(isinstance(link, faiss.IndexPreTransform) for link in _chain(self._shards[0]))
 
+    @cached_property
+    def _same_lists(self) -> bool:
+        """Whether several parts have inverted lists around the same centroids: which to probe is found out once."""
+        if len(self._shards) == 1 or not all(isinstance(shard, faiss.IndexIVF) for shard in self._shards):
+            return False
+        first, *others = (faiss.serialize_index(shard.quantizer) for shard in self._shards)
+        tuned = {shard.nprobe for shard in self._shards}
+        return len(tuned) == 1 and all(np.array_equal(first, other) for other in others)
+
     def search(self, queries: Matrix, k: int, choice: Choice | None = None, *, widest: bool = False) -> Iterator[Found]:
         """The best k of each query, and all that tie with the k-th: which of these count is not FAISS's to say.
 
@@ -135,7 +145,7 @@ class IndexSearch:
     def _once(self, queries: Matrix, depth: int, choice: Choice | None, width: int) -> tuple[Matrix, Ids]:
         """Scores and row ids [n, depth] over all parts."""
         if choice is None and not self._tombstones:
-            found = [shard.search(queries, depth) for shard in self._shards]
+            found = self._unrestricted(queries, depth)
         elif isinstance(self._inner, faiss.IndexIVF | faiss.IndexHNSW | faiss.IndexFlat | faiss.IndexScalarQuantizer):
             selector = self._selector(choice)
             # A part translates the selector inside its parameters: each has its own.
@@ -148,6 +158,13 @@ class IndexSearch:
             order = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
             scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
         return scores, rows
+
+    def _unrestricted(self, queries: Matrix, depth: int) -> list[tuple[Matrix, Ids]]:
+        """Scores and row ids [n, depth] of each part, searched as it was tuned."""
+        if not self._same_lists:
+            return [shard.search(queries, depth) for shard in self._shards]
+        near, lists = self._inner.quantizer.search(queries, self._inner.nprobe)
+        return [shard.search_preassigned(queries, depth, lists, near) for shard in self._shards]
 
     def _selector(self, choice: Choice | None) -> Any:
         alive = faiss.IDSelectorRange(0, MAX_ROW_ID)

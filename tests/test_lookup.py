@@ -297,10 +297,14 @@ def parts_of(whole: Any, count: int) -> list[Any]:
     return parts
 
 
+@pytest.mark.usefixtures("none_are_few")
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "IVF16,SQ8", "IVF16_HNSW8,Flat", "PCA6,IVF16,Flat"])
 @pytest.mark.parametrize("filters", [{}, {"within": IDS[::2]}, {"without": IDS[::3]}])
-def test_several_files_with_the_same_lists_answer_as_one(tmp_path: Path, filters: dict[str, list[str]]) -> None:
-    one = build("IVF16,Flat", WHOLE)
-    one.nprobe = 2
+def test_several_files_with_the_same_lists_answer_as_one(
+    tmp_path: Path, factory: str, filters: dict[str, list[str]]
+) -> None:
+    one = build(factory, WHOLE)
+    faiss.try_extract_index_ivf(one).nprobe = 2
     answers = []
     for name, indexes in (("one", [one]), ("parts", parts_of(one, 3))):
         (tmp_path / name).mkdir()

@@ -277,6 +277,12 @@ def test_an_item_among_many_equal_ones_is_not_its_own_neighbour(tmp_path: Path) 
     assert release.similar(["item-30"], 3, rerank=3)[0].tolist() == [["item-00", "item-01", "item-02"]]
 
 
+def test_of_all_items_one_place_stays_empty(published: Published) -> None:
+    names, scores = published("Flat", 1).similar(["item-007"], len(IDS))
+    assert sorted(names[0, :-1]) == [item for item in IDS if item != "item-007"]
+    assert (names[0, -1], scores[0, -1]) == (None, -np.inf)
+
+
 def test_similar_items_of_unknown_ones_are_refused(published: Published) -> None:
     with pytest.raises(UnknownItems, match="'nobody'"):
         published("Flat", 1).similar(["item-001", "nobody"])
@@ -349,6 +355,21 @@ def test_dead_vectors_are_never_found_and_take_no_ones_place(
             assert np.isfinite(own[: len(found)]).all()
         if factory == "Flat":
             assert rows_of((names, scores)) == [naive(query, WHOLE, k, allowed) for query in DRAWN[:30]]
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8", "PQ4x4", "SQ8"])
+@pytest.mark.parametrize("only", [None, True, False])
+def test_the_index_alone_steps_over_the_dead(factory: str, only: bool | None) -> None:
+    # The best of every query are dead: nothing but the index is asked for the living.
+    dead = {f"dead-{copy}-{item}": 2 * vector for copy in range(2) for item, vector in WHOLE.items()}
+    search = IndexSearch([with_dead(factory, dead)], items=300, tombstones=600)
+    rows = np.sort([row_id(item) for item in IDS[::2]])
+    choice = None if only is None else Choice(rows, only=only, count=150)
+    parts = list(search.search(DRAWN[:30], 10, choice))
+    assert sorted(place for part in parts for place in part.places) == list(range(30))
+    for part in parts:
+        assert (part.rows[:, :10] >= 0).all()
+        assert only is None or (np.isin(part.rows[:, :10], rows) == only).all()
 
 
 # --- how wide

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, Protocol, TypeVar
 
 import faiss
@@ -235,9 +235,12 @@ class _Made:
 
     def search(self, vectors: Matrix, k: int) -> tuple[Matrix, Ids]:
         """Scores and row ids [q, k]."""
+        return self._together.nearest(vectors, k)
+
+    @cached_property
+    def _together(self) -> IndexSearch:
         dead = self.build.tombstones
-        items = sum(index.ntotal for index in self.indexes) - dead
-        return IndexSearch(self.indexes, items=items, tombstones=dead).nearest(vectors, k)
+        return IndexSearch(self.indexes, items=sum(index.ntotal for index in self.indexes) - dead, tombstones=dead)
 
 
 @dataclass(frozen=True)

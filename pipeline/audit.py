@@ -15,6 +15,7 @@ from pipeline import feature_table
 from pipeline.config import AuditSettings
 from pipeline.errors import CorruptFile, GateRefused
 from pipeline.integrity import require_blocks
+from pipeline.precision import round_mantissas, rounding_error
 from pipeline.resources import TaskResources
 from pipeline.workspace import Workspace, receipts_digest
 from schemas.catalogue import ITEMS, Reason
@@ -45,6 +46,7 @@ class AuditTask:
     dim: int
     buckets: int
     normalised: bool
+    mantissa_bits: int
     base: str | None
     work: BucketPlan
     receipt: Receipt
@@ -71,6 +73,7 @@ def audit_tasks(
             dim=plan.dim,
             buckets=plan.buckets,
             normalised=normalised,
+            mantissa_bits=plan.mantissa_bits,
             base=plan.base_release,
             work=work,
             receipt=receipt,
@@ -227,9 +230,17 @@ def _vector_problems(task: AuditTask, rows: pa.Table) -> list[str]:
     zero: NDArray[np.bool_] = np.equal(norms, 0)
     if zero.any():
         problems.append(f"{int(zero.sum())} vectors are zero, the first is of item {_first(rows, zero)}")
-    skewed: NDArray[np.bool_] = finite & ~zero & (np.abs(norms - 1) > UNIT_TOLERANCE)
+    skewed: NDArray[np.bool_] = (
+        finite & ~zero & (np.abs(norms - 1) > UNIT_TOLERANCE + rounding_error(task.mantissa_bits))
+    )
     if task.normalised and skewed.any():
         problems.append(f"{int(skewed.sum())} vectors have no unit length, the first is of item {_first(rows, skewed)}")
+    finer: NDArray[np.bool_] = finite & (round_mantissas(vectors, task.mantissa_bits) != vectors).any(axis=1)
+    if finer.any():
+        problems.append(
+            f"{int(finer.sum())} vectors have more than {task.mantissa_bits} mantissa bits, the first is of item "
+            f"{_first(rows, finer)}"
+        )
     return problems
 
 

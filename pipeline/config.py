@@ -17,6 +17,7 @@ from pydantic_settings import (
 
 from pipeline.errors import UserError
 from schemas.bundle import Pooling
+from schemas.feature_table import MANTISSA_BITS
 
 DEFAULT_CONFIG = "marc.yaml"
 PREFIX = "MARC_"
@@ -249,6 +250,9 @@ class Settings(BaseSettings):
     work_uri: str = "{root}/work"
     bundle_uri: str = "{root}/bundles"
     buckets: int = Field(16, ge=1, le=65_536)
+    mantissa_bits: int = Field(
+        MANTISSA_BITS, ge=1, le=MANTISSA_BITS, description="Of every number of a vector that are stored; 23: all."
+    )
     interactions: InteractionSettings = InteractionSettings()
     encode: EncodeSettings = EncodeSettings()
     audit: AuditSettings = AuditSettings()

@@ -58,6 +58,7 @@ class EncodeTask:
     bundle_uri: str
     base: str | None
     planned_at: datetime
+    mantissa_bits: int
     work: BucketPlan
 
     def counts(self, receipt: Receipt) -> bool:
@@ -89,6 +90,7 @@ def pending_tasks(workspace: Workspace, plan: Plan, *, table_uri: str, settings:
             bundle_uri=plan.bundle_uri,
             base=plan.base_release,
             planned_at=plan.created_at,
+            mantissa_bits=plan.mantissa_bits,
             work=work,
         )
         for work in plan.work
@@ -297,6 +299,7 @@ def _write(run: _Run) -> PublishedFile | None:
         bucket=task.work.bucket,
         plan_id=task.workspace.plan_id,
         footer=_footer(task, run.card),
+        mantissa_bits=task.mantissa_bits,
     )
 
 

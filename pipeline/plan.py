@@ -80,6 +80,7 @@ class PlanIdentity:
         source: the day's catalogue.
         bundle: what encodes: the current one; that of the day's release where only some buckets are chosen.
         buckets: number of buckets; that of the day's release where only some are chosen.
+        mantissa_bits: that vectors are stored with.
         chosen: buckets of a backfill; None for the whole day.
         recompute: whether vectors of unchanged texts are computed anew as well.
     """
@@ -89,6 +90,7 @@ class PlanIdentity:
     source: CatalogueSource
     bundle: Bundle
     buckets: int
+    mantissa_bits: int
     chosen: tuple[int, ...] | None = None
     recompute: bool = False
 
@@ -104,7 +106,15 @@ class BucketContext:
     bundle_uri: str
     max_tokens: int
     base: Release | None
+    mantissa_bits: int
     recompute: bool = False
+
+    @property
+    def carries_over(self) -> bool:
+        """Whether a vector of the base release can stand for the one that would be computed."""
+        # Bits that were not stored do not come back.
+        too_coarse = self.base is not None and self.base.mantissa_bits < self.mantissa_bits
+        return not (self.recompute or too_coarse)
 
 
 @dataclass(frozen=True)
@@ -166,11 +176,18 @@ def identify(
     wanted = settings.catalogue
     parts = [
         FORMAT_VERSION, ds, files, source.format, wanted.id_column, wanted.updated_at_column, wanted.template,
-        bundle.version, buckets, some, _recomputed(seen, some) if recompute else None,
+        bundle.version, buckets, settings.mantissa_bits, some, _recomputed(seen, some) if recompute else None,
     ]  # fmt: skip
     plan_id = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     return PlanIdentity(
-        plan_id=plan_id, ds=ds, source=source, bundle=bundle, buckets=buckets, chosen=some, recompute=recompute
+        plan_id=plan_id,
+        ds=ds,
+        source=source,
+        bundle=bundle,
+        buckets=buckets,
+        mantissa_bits=settings.mantissa_bits,
+        chosen=some,
+        recompute=recompute,
     )
 
 
@@ -188,6 +205,11 @@ def _require_replaceable(settings: Settings, live: Release, chosen: Sequence[int
         raise UserError(
             f"release {live.release_id} of {live.ds} was made with template {live.template!r}, the configuration says "
             f"{settings.catalogue.template!r}: backfill the whole day"
+        )
+    if live.mantissa_bits != settings.mantissa_bits:
+        raise UserError(
+            f"release {live.release_id} of {live.ds} stores {live.mantissa_bits} mantissa bits, the configuration says "
+            f"{settings.mantissa_bits}: backfill the whole day"
         )
 
 
@@ -214,8 +236,8 @@ def make_plan(
     found = release_log.read_log(storage, settings.table_uri)
     live, last = found.live(identity.ds), found.last(identity.ds)
     base = base_release(found.releases, ds=identity.ds)
-    wanted = (identity.bundle.version, identity.buckets, settings.catalogue.template)
-    if identity.chosen and (live is None or (live.bundle, live.buckets, live.template) != wanted):
+    wanted = (identity.bundle.version, identity.buckets, settings.catalogue.template, identity.mantissa_bits)
+    if identity.chosen and (live is None or (live.bundle, live.buckets, live.template, live.mantissa_bits) != wanted):
         raise Superseded(f"the release of {identity.ds} was replaced a moment ago; run again to start from the new one")
     earlier = workspace.read_plan()
     names = (base and base.release_id, last and last.release_id)
@@ -228,6 +250,11 @@ def make_plan(
             "bundle %s was trained on template %r, the catalogue uses %r", bundle.version, bundle.card.template,
             settings.catalogue.template,
         )  # fmt: skip
+    if base and base.mantissa_bits < identity.mantissa_bits:
+        log.warning(
+            "release %s stores %d mantissa bits, %d are wanted: every text is encoded anew", base.release_id,
+            base.mantissa_bits, identity.mantissa_bits,
+        )  # fmt: skip
     context = BucketContext(
         workspace=workspace,
         table_uri=settings.table_uri,
@@ -236,6 +263,7 @@ def make_plan(
         bundle_uri=bundle.uri,
         max_tokens=bundle.card.max_tokens,
         base=base,
+        mantissa_bits=identity.mantissa_bits,
         recompute=identity.recompute,
     )
     rows = catalogue.read_rows(spark, identity.source, settings.catalogue, storage=storage)
@@ -369,7 +397,7 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
         # Last night's damage must not stop tonight: without something to carry over, the bucket is encoded whole.
         log.warning("bucket %d is encoded whole: %s", bucket, error)
         lost, files, previous = files, (), _previous_rows(context, bucket, ())
-    change, deleted = compare(items, previous, bundle=None if context.recompute else context.bundle)
+    change, deleted = compare(items, previous, bundle=context.bundle if context.carries_over else None)
     if context.base and context.base.buckets == context.buckets:
         # Of files that cannot be read the log still says how many items they held: a gate must not be blind to that.
         deleted += max(0, sum(file.rows for file in lost) - items.num_rows)
@@ -548,6 +576,7 @@ def _assemble(
         dim=identity.bundle.card.dim,
         template=settings.catalogue.template,
         buckets=context.buckets,
+        mantissa_bits=context.mantissa_bits,
         chosen=identity.chosen,
         base_release=context.base.release_id if context.base else None,
         live_release=last.release_id if last else None,

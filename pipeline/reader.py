@@ -79,7 +79,7 @@ class OpenRelease:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What is mapped into memory stays here: another process opens the same files.
-        return partial(OpenRelease, uri=self._uri, storage=self._storage), (self.facts,)
+        return partial(OpenRelease, uri=self._uri, storage=self.storage), (self.facts,)
 
     def __len__(self) -> int:
         return self.facts.items

@@ -90,7 +90,7 @@ def require_unmoved(found: ReleaseLog, plan: Plan) -> Release | None:
 def _contents(release: Release, chosen: Sequence[int]) -> tuple[object, ...]:
     """What some buckets of a release are: the same files, made in the same way."""
     paths = {file.path for file in release.table_files if bucket_number(file.path) in chosen}
-    return release.bundle, release.buckets, release.template, paths
+    return release.bundle, release.buckets, release.template, release.mantissa_bits, paths
 
 
 def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
@@ -286,6 +286,8 @@ def _describe(
         dim=plan.dim,
         buckets=plan.buckets,
         template=plan.template,
+        mantissa_bits=plan.mantissa_bits,
+        bytes_per_item=sum(file.bytes for file in files) / max(1, items),
         bundle=plan.bundle,
         bundle_uri=plan.bundle_uri,
         bundle_file=open_bundle(workspace.storage, plan.bundle_uri).card_file,

@@ -257,6 +257,7 @@ def index_stage(settings: Settings, plan_id: str) -> IndexReceipt:
             buckets=plan.buckets,
             moments=day_moments(report.gained, report.lost, live),
             dim=plan.dim,
+            mantissa_bits=plan.mantissa_bits,
             settings=settings.index,
             run=_on_spark(settings),
         )

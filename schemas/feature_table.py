@@ -7,6 +7,8 @@ PARTITION_COLUMNS = ("ds", "bucket")
 # not compressed, one page a row group. To any other reader it is Parquet like all.
 LAYOUT_FOOTER, PLAIN_LAYOUT = "marc.layout", "plain-pages"
 ROW_ID_COLUMN, VECTOR_COLUMN = PLAIN_COLUMNS = ("row_id", "vector.list.element")
+MANTISSA_BITS = 23
+"""Explicit mantissa bits of a float32: all that a vector is computed with."""
 
 
 def file_schema(dim: int) -> pa.Schema:

@@ -5,7 +5,7 @@ from datetime import datetime
 
 from schemas.files import Contract, PublishedFile
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class SourceFile(Contract):
@@ -56,6 +56,7 @@ class Plan(Contract):
         dim: length d of the vectors.
         template: text template that was rendered.
         buckets: number of buckets of the table.
+        mantissa_bits: that vectors are rounded to when they are written.
         chosen: buckets of a backfill, which leaves all others as they are; None for the whole day.
         base_release: release that the catalogue was compared with; None on the first night.
         live_release: the last release of this ds when the plan was made, also one that withdrew it: what it will
@@ -80,6 +81,7 @@ class Plan(Contract):
     dim: int
     template: str
     buckets: int
+    mantissa_bits: int
     chosen: tuple[int, ...] | None
     base_release: str | None
     live_release: str | None
@@ -103,7 +105,7 @@ class Plan(Contract):
 
     @property
     def changed(self) -> int:
-        """Items whose text, or whose bundle, changed."""
+        """Items whose text or bundle changed, or whose vector is not precise enough to be carried over."""
         return sum(b.changed for b in self.work)
 
     @property

@@ -61,7 +61,8 @@ class Release(Contract):
         supersedes: release that readers of the same ds saw before; None for the first.
         table_uri, table_version: Delta table and the version that made the files visible.
         table_files: Parquet files of the snapshot, relative to ``table_uri``.
-        dim, buckets, template: table settings.
+        dim, buckets, template, mantissa_bits: table settings.
+        bytes_per_item: size of the table's files divided by the items; 0 for none.
         bundle, bundle_uri, bundle_file: version and folder of the bundle; its ``bundle.json``, whose
             checksum covers every other file of the folder.
         index_uri, index_files, index_factory: FAISS index; several files are its shards, of buckets in order.
@@ -97,6 +98,8 @@ class Release(Contract):
     dim: int
     buckets: int
     template: str
+    mantissa_bits: int
+    bytes_per_item: float
     bundle: str
     bundle_uri: str
     bundle_file: PublishedFile
@@ -132,7 +135,8 @@ class Release(Contract):
         """What a scheduler or a script wants to know of a release: the fields of ``marc run --json``."""
         names = (
             "release_id", "ds", "table_version", "bundle", "items", "new", "changed", "reused", "deleted",
-            "quarantined", "encoded", "tokens", "recall", "seconds", "table_uri", "index_uri",
+            "quarantined", "encoded", "tokens", "mantissa_bits", "bytes_per_item", "recall", "seconds", "table_uri",
+            "index_uri",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -185,6 +189,8 @@ RELEASES = pa.schema(
         ("dim", pa.int32()),
         ("buckets", pa.int32()),
         ("template", pa.string()),
+        ("mantissa_bits", pa.int32()),
+        ("bytes_per_item", pa.float64()),
         ("bundle", pa.string()),
         ("bundle_uri", pa.string()),
         ("bundle_file", _FILE),

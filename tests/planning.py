@@ -341,6 +341,8 @@ def _release(settings: Settings, current: Bundle, files: Sequence[PublishedFile]
         table_files=tuple(files),
         dim=DIM,
         template=settings.catalogue.template,
+        mantissa_bits=settings.mantissa_bits,
+        bytes_per_item=0.0,
         bundle_uri=current.uri,
         bundle_file=current.card_file,
         index_uri=settings.index_uri,
@@ -381,4 +383,5 @@ def bucket_context(settings: Settings, base: Release | None) -> BucketContext:
         bundle_uri=bundle.uri,
         max_tokens=bundle.card.max_tokens,
         base=base,
+        mantissa_bits=settings.mantissa_bits,
     )

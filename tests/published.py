@@ -22,7 +22,7 @@ from pipeline.storage import Storage, join
 from pipeline.workspace import Workspace, receipts_digest
 from schemas.bundle import BundleCard, CompressorCard
 from schemas.catalogue import ITEMS, Change
-from schemas.feature_table import file_schema
+from schemas.feature_table import MANTISSA_BITS, file_schema
 from schemas.files import PublishedFile
 from schemas.identity import content_hash, row_id
 from schemas.plan import BucketPlan, Plan
@@ -152,6 +152,7 @@ class Site:
         quarantined: Mapping[str, int] | None = None,
         weights: str = "weights",
         chosen: tuple[int, ...] | None = None,
+        mantissa_bits: int = MANTISSA_BITS,
         alter: Alter = lambda _bucket, rows: rows,
     ) -> "Encoded":
         """What plan and encode leave behind for these items: plan, planned items, files and receipts.
@@ -165,6 +166,7 @@ class Site:
             quarantined: rows by reason.
             weights: content of the bundle.
             chosen: buckets that are replaced in the day's release; items of others are left out. None: the whole day.
+            mantissa_bits: that vectors are stored with.
             alter: what goes wrong: changes the rows of a bucket before they are written.
         """
         bundle = self.bundle(weights)
@@ -193,6 +195,7 @@ class Site:
             dim=self.dim,
             template=TEMPLATE,
             buckets=buckets,
+            mantissa_bits=mantissa_bits,
             chosen=chosen,
             base_release=base.release_id if base else None,
             live_release=last.release_id if last else None,
@@ -218,6 +221,7 @@ class Site:
                 bucket=number,
                 plan_id=plan.plan_id,
                 footer={"marc.bundle": bundle.version, "marc.dim": str(self.dim)},
+                mantissa_bits=mantissa_bits,
             )
             workspace.write_receipt(receipt_for(plan, number, file))
         return Encoded(self, workspace, workspace.write_plan(plan, replacing=workspace.read_plan()))
@@ -232,9 +236,18 @@ class Site:
         index: IndexSettings | None = None,
         base: Release | None = None,
         chosen: tuple[int, ...] | None = None,
+        mantissa_bits: int = MANTISSA_BITS,
     ) -> Release:
         """All stages."""
-        encoded = self.encoded(vectors, ds=ds, plan_id=plan_id, buckets=buckets, base=base, chosen=chosen)
+        encoded = self.encoded(
+            vectors,
+            ds=ds,
+            plan_id=plan_id,
+            buckets=buckets,
+            base=base,
+            chosen=chosen,
+            mantissa_bits=mantissa_bits,
+        )
         encoded.audit()
         encoded.index(index)
         return encoded.release()
@@ -291,6 +304,7 @@ class Encoded:
             buckets=self.plan.buckets,
             moments=day_moments(report.gained, report.lost, live),
             dim=self.site.dim,
+            mantissa_bits=self.plan.mantissa_bits,
             settings=settings or IndexSettings(),
             run=run,
         )

@@ -29,12 +29,13 @@ from pipeline.model import encoder
 from pipeline.model.bundle import Bundle, save_bundle
 from pipeline.model.encoder import load_encoder
 from pipeline.model.tokens import token_ids
+from pipeline.precision import round_mantissas
 from pipeline.resources import TaskResources
 from pipeline.storage import Storage
 from pipeline.workspace import Workspace
 from schemas.bundle import BundleCard
 from schemas.catalogue import ITEMS, QUARANTINE, Change
-from schemas.feature_table import file_schema
+from schemas.feature_table import MANTISSA_BITS, file_schema
 from schemas.files import PublishedFile
 from schemas.identity import content_hash, row_id
 from schemas.plan import BucketPlan, Plan
@@ -60,6 +61,7 @@ class Night:
     folder: Path
     bundle: Bundle
     plan_id: str = "0123456789abcdef0123456789abcdef"
+    mantissa_bits: int = MANTISSA_BITS
 
     @property
     def table(self) -> Path:
@@ -70,7 +72,13 @@ class Night:
         return Workspace(STORAGE, str(self.folder / "work"), self.plan_id)
 
     def base_file(
-        self, texts: dict[str, str], *, bucket: int = BUCKET, seed: int = 0, bundle: str | None = None
+        self,
+        texts: dict[str, str],
+        *,
+        bucket: int = BUCKET,
+        seed: int = 0,
+        bundle: str | None = None,
+        mantissa_bits: int = MANTISSA_BITS,
     ) -> PublishedFile:
         """A file of the release before, with random vectors: a carried vector cannot be a computed one."""
         ids = sorted(texts)
@@ -88,7 +96,15 @@ class Night:
         }
         rows = pa.table(columns, schema=schema)
         written = feature_table.write_bucket_file(
-            STORAGE, str(self.table), [rows], dim=DIM, ds=BASE_DS, bucket=bucket, plan_id="base" * 8, footer={}
+            STORAGE,
+            str(self.table),
+            [rows],
+            dim=DIM,
+            ds=BASE_DS,
+            bucket=bucket,
+            plan_id="base" * 8,
+            footer={},
+            mantissa_bits=mantissa_bits,
         )
         assert written is not None
         return written
@@ -133,6 +149,7 @@ class Night:
             dim=DIM,
             template="{title}",
             buckets=16,
+            mantissa_bits=self.mantissa_bits,
             chosen=None,
             base_release=None,
             live_release=None,
@@ -223,6 +240,7 @@ def test_the_files_footer_says_which_model_made_it(night: Night) -> None:
         "marc.normalised": "true",
         "marc.template": card.template,
         "marc.plan_id": night.plan_id,
+        "marc.mantissa_bits": "23",
         "marc.ds": DS,
         "marc.layout": "plain-pages",
     }
@@ -295,6 +313,27 @@ def test_a_bucket_without_any_change_is_carried_over_whole_and_loads_no_model(
     assert night.read(receipt.file).equals(night.read(base))
     assert (receipt.encoded, receipt.reused, receipt.tokens, receipt.padded_tokens) == (0, 10, 0, 0)
     assert (receipt.device, receipt.model_seconds) == ("none", 0)
+
+
+@pytest.mark.parametrize("before", [10, 12, MANTISSA_BITS])
+def test_computed_and_carried_vectors_are_stored_with_the_plans_precision(
+    tmp_path: Path, bundle: Bundle, before: int
+) -> None:
+    night = Night(tmp_path, bundle, mantissa_bits=10)
+    texts = {f"old-{number}": TEXTS[number] for number in range(8)}
+    base = night.base_file(texts, mantissa_bits=before)
+    items: list[Item] = [(i, text, Change.UNCHANGED) for i, text in texts.items()]
+    items += [(f"new-{number}", text, Change.NEW) for number, text in enumerate(TEXTS[10:20])]
+    receipt = night.run(night.work(items, previous=[base]))
+    assert (receipt.encoded, receipt.reused) == (10, 8)
+    found = vectors(night.read(receipt.file))
+    assert np.array_equal(found, round_mantissas(found, 10))
+    assert np.array_equal(found[10:], round_mantissas(vectors(night.read(base)), 10))
+    direct = night.direct(TEXTS[10:20])
+    np.testing.assert_allclose(found[:10], direct, rtol=2**-11 + 1e-3, atol=1e-6)
+    assert not np.array_equal(direct, round_mantissas(direct, 10))
+    assert receipt.file is not None
+    assert pq.read_metadata(night.table / receipt.file.path).metadata[b"marc.mantissa_bits"] == b"10"
 
 
 def test_vectors_are_carried_over_from_several_files_when_the_number_of_buckets_changed(night: Night) -> None:

@@ -485,6 +485,10 @@ def test_the_base_is_the_latest_release_of_the_date_or_before_else_the_earliest_
 # --- what names a plan
 
 
+def precise(wanted: Settings, bits: int) -> Settings:
+    return wanted.model_copy(update={"mantissa_bits": bits})
+
+
 def plan_id(wanted: Settings, ds: str = DS) -> str:
     return identify(wanted, ds=ds, storage=STORAGE).plan_id
 
@@ -500,6 +504,7 @@ def test_a_plan_id_changes_with_everything_that_changes_the_plan(tmp_path: Path)
         "bundle": lambda: plan_id(settings_at(tmp_path, path, seed=1)),
         "template": lambda: plan_id(settings_at(tmp_path, path, template="{title}.")),
         "buckets": lambda: plan_id(settings_at(tmp_path, path, buckets=5)),
+        "mantissa bits": lambda: plan_id(precise(settings_at(tmp_path, path), 22)),
         "id column": lambda: plan_id(settings_at(tmp_path, path, id_column="title")),
         "updated_at": lambda: plan_id(settings_at(tmp_path, path, updated_at_column="title")),
         "as CSV": lambda: plan_id(settings_at(tmp_path, both, format="csv")),
@@ -744,6 +749,33 @@ def test_buckets_of_a_day_that_was_made_with_another_template_are_the_users_erro
     assert identify(now, ds=DS, storage=STORAGE).chosen is None
 
 
+@pytest.mark.parametrize(("before", "now"), [(23, 10), (10, 23), (10, 11)])
+def test_buckets_of_a_day_that_was_stored_with_another_precision_are_the_users_error(
+    tmp_path: Path, before: int, now: int
+) -> None:
+    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
+    live = planning.publish(precise(wanted, before), BEFORE)
+    said = f"release {live.release_id} of {DS} stores {before} mantissa bits, .* says {now}: backfill the whole day"
+    with pytest.raises(UserError, match=said):
+        identify(precise(wanted, now), ds=DS, storage=STORAGE, chosen=(0,))
+    assert identify(precise(wanted, now), ds=DS, storage=STORAGE).mantissa_bits == now
+    assert identify(precise(wanted, before), ds=DS, storage=STORAGE, chosen=(0,)).chosen == (0,)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "carried"), [(23, 10, True), (10, 10, True), (12, 10, True), (10, 12, False), (22, 23, False)]
+)
+def test_vectors_are_carried_over_where_they_are_stored_as_precisely_as_is_wanted(
+    spark: "SparkSession", tmp_path: Path, before: int, now: int, carried: bool
+) -> None:
+    wanted = precise(settings_at(tmp_path, write_day(tmp_path, TODAY)), now)
+    planning.publish(precise(wanted, before), BEFORE)
+    day = plan_day(spark, wanted)
+    assert day.changes == naive_changes(BEFORE, TODAY, same_bundle=carried)[0]
+    assert day.plan.mantissa_bits == now
+    assert (day.plan.unchanged > 0) is carried
+
+
 def test_buckets_of_a_date_without_a_release_are_planned_as_the_whole_date(
     spark: "SparkSession", tmp_path: Path
 ) -> None:
@@ -831,6 +863,9 @@ def test_buckets_of_a_release_that_was_replaced_meanwhile_are_not_planned(
     now = planning.publish(wanted, {**BEFORE, "one more": "text"})
     assert make_plan(spark, wanted, identity, storage=STORAGE).live_release == now.release_id
     planning.publish(wanted, BEFORE, buckets=5)
+    with pytest.raises(Superseded, match="was replaced a moment ago"):
+        make_plan(spark, wanted, identity, storage=STORAGE)
+    planning.publish(precise(wanted, 10), BEFORE)
     with pytest.raises(Superseded, match="was replaced a moment ago"):
         make_plan(spark, wanted, identity, storage=STORAGE)
     planning.publish(settings_at(tmp_path, path, seed=1), BEFORE)

@@ -705,6 +705,10 @@ def withdrawn(site: Site) -> None:
     roll_back(site.storage, site.table_uri, log_of(site)[0].release_id)
 
 
+def with_another_precision(site: Site) -> None:
+    site.publish(DAY, plan_id="another", mantissa_bits=10)
+
+
 def with_another_template(site: Site) -> None:
     live = log_of(site)[-1]
     other = live.model_copy(update={"release_id": "other", "turn": live.turn + 1, "template": "{brand}"})
@@ -713,7 +717,14 @@ def with_another_template(site: Site) -> None:
 
 @pytest.mark.parametrize(
     "published_since",
-    [by_another_bundle, into_another_number_of_buckets, as_a_whole, withdrawn, with_another_template],
+    [
+        by_another_bundle,
+        into_another_number_of_buckets,
+        as_a_whole,
+        withdrawn,
+        with_another_template,
+        with_another_precision,
+    ],
 )
 def test_some_buckets_are_not_put_into_a_day_that_is_another_one_now(
     site: Site, published_since: Callable[[Site], None]

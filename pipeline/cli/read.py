@@ -10,6 +10,7 @@ from pipeline.cli.options import At, Ds, Json, MaybeDs, State, print_json, print
 from pipeline.config import Settings, parse_ds
 from pipeline.errors import CorruptFile, UserError
 from pipeline.run import planned_and_actual, storage_of, workspace_of
+from schemas.feature_table import MANTISSA_BITS
 from schemas.release import Release
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def print_summary(settings: Settings, release: Release, *, fresh: bool) -> None:
     facts = [
         ["done", done],
         ["items", f"{release.items:,} vectors of {release.dim} dimensions, bundle {release.bundle}"],
-        ["table", f"{release.table_uri} (version {release.table_version}, {len(release.table_files)} files)"],
+        ["table", f"{release.table_uri} ({_table(release)})"],
         ["index", f"{release.index_uri} ({release.index_factory}, recall@{release.k} {release.recall:.4f})"],
         *([["quarantine", release.quarantine_uri]] if release.quarantine_uri else []),
         *([["time", seconds]] if fresh else []),
@@ -115,6 +116,14 @@ def open_chosen(settings: Settings, ds: str | None, at: str | None = None) -> "O
         at=_moment(at) if at else None,
         storage=storage_of(settings),
     )
+
+
+def _table(release: Release) -> str:
+    facts = [f"version {release.table_version}", f"{len(release.table_files)} files"]
+    facts.append(f"{release.bytes_per_item:,.0f} bytes per item")
+    if release.mantissa_bits < MANTISSA_BITS:
+        facts.append(f"{release.mantissa_bits} mantissa bits")
+    return ", ".join(facts)
 
 
 def _planned(settings: Settings, release: Release) -> str:

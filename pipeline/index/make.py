@@ -118,6 +118,7 @@ def make_index(
     buckets: int,
     moments: Moments,
     dim: int,
+    mantissa_bits: int,
     settings: IndexSettings,
     run: Run = in_turn,
 ) -> IndexReceipt:
@@ -135,6 +136,7 @@ def make_index(
         buckets: of the table.
         moments: of the vectors.
         dim: length of the vectors.
+        mantissa_bits: that they were rounded to.
         settings: factory, k, the recall to reach, and how far an index may be patched.
         run: how the shards of a large index are shared out.
 
@@ -146,7 +148,7 @@ def make_index(
     started = time.monotonic()
     source = Source(storage, table_uri, tuple(files), dim)
     choice = choose(source.items, dim, settings)
-    job = _Job(source, choice, bundle, buckets, moments, index_uri, work_uri, plan_id, settings, run)
+    job = _Job(source, choice, bundle, buckets, mantissa_bits, moments, index_uri, work_uri, plan_id, settings, run)
     try:
         made = _patched(job, base)
         found = _measured(made, job)
@@ -192,6 +194,7 @@ class _Job:
     choice: Choice
     bundle: str
     buckets: int
+    mantissa_bits: int
     moments: Moments
     index_uri: str
     work_uri: str
@@ -308,6 +311,10 @@ def _patchable(job: _Job, base: Release | None) -> Release:
         raise _Unfit("there is no release to start from")
     if (base.bundle, base.dim, base.buckets) != (job.bundle, job.source.dim, job.buckets):
         raise _Unfit(f"release {base.release_id} has another bundle, or other buckets")
+    if base.mantissa_bits != job.mantissa_bits:
+        raise _Unfit(
+            f"release {base.release_id} has vectors of {base.mantissa_bits} mantissa bits, not {job.mantissa_bits}"
+        )
     if base.index_factory != job.choice.factory:
         raise _Unfit(f"release {base.release_id} has {base.index_factory}, {job.choice.factory} is wanted")
     if base.index_uri != job.index_uri:

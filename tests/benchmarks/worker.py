@@ -46,6 +46,7 @@ from pipeline.session import run_buckets, spark_session
 from pipeline.storage import Storage
 from pipeline.workspace import Workspace
 from schemas.catalogue import ITEMS, Change
+from schemas.feature_table import MANTISSA_BITS
 from schemas.identity import content_hash, row_id
 from schemas.plan import BucketPlan
 from schemas.receipt import Receipt
@@ -99,6 +100,7 @@ def plan(folder: Path, bundle: Bundle, texts: Sequence[str], buckets: int) -> li
                 bundle_uri=bundle.uri,
                 base=None,
                 planned_at=datetime.now(UTC),
+                mantissa_bits=MANTISSA_BITS,
                 work=BucketPlan(bucket=bucket, **counts, tokens=characters, characters=characters),
             )
         )

@@ -1,4 +1,4 @@
-"""The benchmarks of encoder, worker, reader and the layers' measures are commands that work, on a handful of items."""
+"""The benchmarks are commands that work, on a handful of texts."""
 
 import csv
 import json
@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_train import make_world
+from test_training_set import DS
+from tiny_models import save_tiny_backbone
 
 pytestmark = pytest.mark.slow
 
@@ -82,3 +85,19 @@ def test_reading(repository: Path, tmp_path: Path) -> None:
     assert {len(runs) for runs in figures["seconds"].values()} == {2, 18}
     assert all(seconds > 0 for runs in figures["seconds"].values() for seconds in runs)
     assert figures["numpy_speed"] > 0
+
+
+@pytest.mark.spark
+@pytest.mark.usefixtures("spark")
+def test_the_precision_of_stored_vectors(repository: Path, tmp_path: Path) -> None:
+    world = make_world(tmp_path, save_tiny_backbone(tmp_path / "backbone"))
+    world.marc.json("train", "--ds", DS)
+    command, found = repository / "tests" / "benchmarks" / "mantissa.py", tmp_path / "figures.json"
+    options = ["--config", str(world.marc.config), "--ds", DS, "--bits", "23,10,1", "--seeds", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    subprocess.run([sys.executable, str(command), *options, "--json", str(found)], check=True, env=environment)
+    whole, some, one = json.loads(found.read_text())
+    assert [cost["bits"] for cost in (whole, some, one)] == [23, 10, 1]
+    assert whole["recall"] == 1.0 >= some["recall"] > one["recall"] > 0
+    assert whole["vector_bytes"] > some["vector_bytes"] > one["vector_bytes"] > 0
+    assert all(cost["bytes_per_item"] > cost["vector_bytes"] and len(cost["aucs"]) == 2 for cost in (whole, some, one))

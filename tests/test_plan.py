@@ -871,7 +871,7 @@ def test_buckets_of_a_release_that_was_replaced_meanwhile_are_not_planned(
     planning.publish(settings_at(tmp_path, path, seed=1), BEFORE)
     with pytest.raises(Superseded, match="was replaced a moment ago"):
         make_plan(spark, wanted, identity, storage=STORAGE)
-    gone = live.model_copy(update={"release_id": "gone", "turn": 5, "withdrawn": True})
+    gone = live.model_copy(update={"release_id": "gone", "turn": 6, "withdrawn": True})
     assert release_log.append(STORAGE, wanted.table_uri, [gone])
     with pytest.raises(Superseded, match="was replaced a moment ago"):
         make_plan(spark, wanted, identity, storage=STORAGE)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 import traceback
@@ -15,15 +16,20 @@ from typing import Any
 import numpy as np
 import pyarrow.dataset as pads
 import pytest
+from numpy.typing import NDArray
+from tiny_models import cosines
 
 from pipeline.cli import main
 from pipeline.example_data import MESSY_ROWS, write_catalogue
 from pipeline.model.bundle import local_bundle
 from pipeline.model.encoder import load_encoder
+from pipeline.precision import round_mantissas
 from pipeline.reader import open_release
 from schemas.release import Release
 
 pytestmark = [pytest.mark.spark, pytest.mark.usefixtures("spark")]
+
+Matrix = NDArray[np.float32]
 
 ITEMS = 500
 FIRST, SECOND = "2026-11-20", "2026-11-21"
@@ -359,6 +365,44 @@ def test_a_refused_gate_gives_exit_code_3_and_publishes_nothing(nights: Nights, 
     assert done.returncode == 3, done.stderr
     assert "max_quarantined_fraction" in done.stderr
     assert [release.release_id for release in releases(nights)] == before
+
+
+def test_nights_of_other_precisions_are_other_releases_and_none_mixes_them(nights: Nights, tmp_path: Path) -> None:
+    marc = Marc(tmp_path, CONFIG + f"bundle_uri: {nights.marc.root}/data/bundles\n")
+    for ds in (FIRST, SECOND):
+        write_catalogue(tmp_path / "catalogue", ds=ds, items=ITEMS)
+
+    def night(ds: str, bits: int) -> tuple[dict[str, Any], dict[str, Any], Matrix]:
+        done = marc.call("run", "--ds", ds, "--json", env={"MARC_MANTISSA_BITS": str(bits)})
+        assert done.returncode == 0, done.stderr
+        rows = open_release(marc.table, ds=ds).dataset().to_table().sort_by("item_id")
+        vectors = np.array(rows["vector"].to_pylist(), np.float32)
+        assert np.array_equal(vectors, round_mantissas(vectors, bits))
+        return json.loads(done.stdout), dict(zip(rows["item_id"].to_pylist(), vectors, strict=True)), vectors
+
+    first, old, _ = night(FIRST, 10)
+    assert (first["mantissa_bits"], first["encoded"]) == (10, nights.first["encoded"])
+    assert first["bytes_per_item"] < nights.first["bytes_per_item"]
+    second, new, vectors = night(SECOND, 10)
+    assert [second[name] for name in ("reused", "encoded")] == [nights.second[name] for name in ("reused", "encoded")]
+    assert sum(item in old and np.array_equal(new[item], old[item]) for item in new) >= second["reused"] > 0
+
+    coarser, _, found = night(SECOND, 7)
+    assert (coarser["release_id"] != second["release_id"], coarser["encoded"]) == (True, 0)
+    assert np.array_equal(found, round_mantissas(vectors, 7))
+    finer, _, found = night(SECOND, 12)
+    # What was stored with fewer bits is no vector of more: all is as the other nights computed it.
+    assert (finer["reused"], finer["changed"]) == (0, finer["items"])
+    whole = nights.open(SECOND).dataset().to_table().sort_by("item_id")
+    assert cosines(found, np.array(whole["vector"].to_pylist(), np.float32)).min() > 0.9999
+    assert not np.array_equal(found, round_mantissas(found, 11))
+
+    refused = marc.call("backfill", "--ds", SECOND, "--bucket", "1", env={"MARC_MANTISSA_BITS": "7"})
+    assert refused.returncode == 2
+    assert "stores 12 mantissa bits, the configuration says 7: backfill the whole day" in refused.stderr
+    shown = " ".join(marc.call("summary", "--ds", SECOND).stdout.split())
+    assert re.search(r"[\d,]+ bytes per item, 12 mantissa bits\)", shown)
+    assert marc.call("verify", "--ds", SECOND).returncode == 0
 
 
 def test_variables_override_the_configuration(nights: Nights) -> None:

@@ -101,3 +101,17 @@ def test_the_precision_of_stored_vectors(repository: Path, tmp_path: Path) -> No
     assert whole["recall"] == 1.0 >= some["recall"] > one["recall"] > 0
     assert whole["vector_bytes"] > some["vector_bytes"] > one["vector_bytes"] > 0
     assert all(cost["bytes_per_item"] > cost["vector_bytes"] and len(cost["aucs"]) == 2 for cost in (whole, some, one))
+
+
+def test_the_index_beside_itself_patched(repository: Path, tmp_path: Path) -> None:
+    command = repository / "tests" / "benchmarks" / "index_build.py"
+    options = ("--items", "3000", "--dim", "16", "--repeats", "1", "--factory", "IVF32,Flat", "--patch", ".01")
+    found = figures(command, tmp_path, *options)
+    (ours,) = found["builders"]
+    patched, anew = found["patch"]
+    assert (patched["changed"], anew["changed"]) == (60, 0)
+    for one in (ours, patched, anew):
+        assert one["factory"] == "IVF32,Flat"
+        assert all(seconds > 0 for seconds in one["seconds"])
+        assert all(setting["recall"] >= 0.95 for setting in one["tuned"])
+        assert one["typical"]["tuned one_by_one"] > 0

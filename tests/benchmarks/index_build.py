@@ -470,7 +470,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=64, help="of the PCA; a bundle has its own")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", "--runs", type=int, default=5)
     parser.add_argument("--peer-python", metavar="PYTHON", help="a Python that has autofaiss; without it we are alone")
     parser.add_argument("--bundle", metavar="URI", help="what encodes the texts (default: a PCA, fitted on them)")
     parser.add_argument("--noise", type=float, default=0.5, help="its norm, relative to the vector's")

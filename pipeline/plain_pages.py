@@ -40,15 +40,13 @@ def values_start(metadata: pq.FileMetaData, group: int, column: int, *, row_byte
     except (IndexError, ValueError):
         return None
     page = header.get(5)
-    if not isinstance(page, dict) or header.get(1) != DATA_PAGE or header.get(2) != header.get(3):
-        return None
-    if page.get(1) != chunk.num_values or page.get(2) != PLAIN or header.get(3) != end - start - size:
+    if not isinstance(page, dict) or (header.get(1), page.get(1), page.get(2)) != (DATA_PAGE, chunk.num_values, PLAIN):
         return None
     values = start + size
     for levels in (leaf.max_repetition_level, leaf.max_definition_level):
         if levels and values + LEVELS_PREFIX <= end:
             values += LEVELS_PREFIX + int.from_bytes(read(values, values + LEVELS_PREFIX), "little")
-    # Where a value is missing, or a list empty, there are fewer.
+    # Were a value missing, a list empty, or another page behind this one, the size would be another.
     return values if end - values == metadata.row_group(group).num_rows * row_bytes else None
 
 

@@ -27,6 +27,8 @@ from schemas.receipt import AuditReport, BucketAudit, Moments, Receipt, day_mome
 from schemas.release import Release
 
 UNIT_TOLERANCE = 1e-3
+# The index multiplies in float32, which ends at 3.4e38 and begins at 1.4e-45.
+LONGEST, SMALLEST_SQUARE = 1e19, 2.0**-149
 # So many texts may fail whatever share they are: a quiet night has few to encode.
 FEW = 10
 COLUMNS = ["item_id", "row_id", "vector", "content_hash", "bundle"]
@@ -226,10 +228,17 @@ def _vector_problems(task: AuditTask, rows: pa.Table) -> list[str]:
     if not finite.all():
         broken = int((~finite).sum())
         problems.append(f"{broken} vectors hold NaN or infinity, the first is of item {_first(rows, ~finite)}")
-    norms: Matrix = np.linalg.norm(vectors, axis=1)
-    zero: NDArray[np.bool_] = np.equal(norms, 0)
+    squares = np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)
+    norms: NDArray[np.float64] = np.sqrt(squares)
+    zero: NDArray[np.bool_] = squares < SMALLEST_SQUARE
     if zero.any():
         problems.append(f"{int(zero.sum())} vectors are zero, the first is of item {_first(rows, zero)}")
+    long: NDArray[np.bool_] = finite & (norms > LONGEST)
+    if long.any():
+        problems.append(
+            f"{int(long.sum())} vectors are too long for inner products in float32, the first is of item "
+            f"{_first(rows, long)}"
+        )
     skewed: NDArray[np.bool_] = (
         finite & ~zero & (np.abs(norms - 1) > UNIT_TOLERANCE + rounding_error(task.mantissa_bits))
     )

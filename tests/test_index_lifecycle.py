@@ -467,7 +467,7 @@ def drawn_edits(draw: random.Random) -> list[Edit]:
 
 def patched_in_a_row(site: Site, factory: str, steps: int) -> int:
     """A seeded sequence in which hardly an index is built anew, so that what patches leave behind would pile up."""
-    draw = random.Random(steps)  # noqa: S311 - no secret
+    draw = random.Random(f"{factory} {steps}")  # noqa: S311 - no secret
     told = Lifecycle(site, factory, coded=factory == CODED, wide=True)
     told.start(drawn_edits(draw))
     for _ in range(steps):
@@ -482,6 +482,10 @@ def patched_in_a_row(site: Site, factory: str, steps: int) -> int:
             told.backfill(which, sorted(chosen), drawn_edits(draw))
         else:
             told.day(what, which, drawn_edits(draw))
+        told.check()
+    # To the first of all, and forth again.
+    for which in (0, len(told.pinned) - 1):
+        told.back(which)
         told.check()
     told.check_all()
     return told.patched[factory]

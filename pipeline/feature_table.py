@@ -254,18 +254,6 @@ def read_rows(
         return pq.ParquetFile(source).read(columns=list(columns) if columns else None)
 
 
-def iter_rows(storage: Storage, table_uri: str, file: PublishedFile, *, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """Rows of one published file, a row group at a time, every byte verified.
-
-    Raises:
-        CorruptFile: missing, or a byte differs from the checksum.
-    """
-    with open_verified(storage, table_uri, file) as source:
-        parquet = pq.ParquetFile(source)
-        for number in range(parquet.num_row_groups):
-            yield parquet.read_row_group(number, columns=list(columns))
-
-
 def plan_id_of(storage: Storage, table_uri: str, file: PublishedFile) -> str:
     """The plan that made a file, from its footer; empty where it does not say.
 

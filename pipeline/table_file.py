@@ -1,6 +1,6 @@
 """One Parquet file of the feature table, open for reading: its rows by number, by row id, or all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
@@ -62,12 +62,19 @@ class TableFile:
 
     def copy_vectors(self, out: Matrix) -> None:
         """Write the vectors of all rows into ``out`` [n, d]."""
-        self._require_chunks(VECTOR_COLUMN)
-        for group, (start, end) in enumerate(pairwise(self._starts.tolist())):
-            if self._vectors_at is None:
-                out[start:end] = self._decoded(group)
-            else:
-                self._copy(int(self._vectors_at[group]), out[start:end])
+        self._copy_groups(range(len(self._groups)), out)
+
+    def batches(self, size: int) -> Iterator[tuple[Rows, Matrix]]:
+        """Row ids [n] and vectors float32 [n, d] of all rows, copies of whole row groups of ``size`` rows or more."""
+        row_ids, begun = self.row_ids(), 0
+        for group, end in enumerate(self._starts[1:].tolist()):
+            if end - self._starts[begun] < size and end < self.rows:
+                continue
+            start = int(self._starts[begun])
+            out = np.empty((end - start, self._dim), np.float32)
+            self._copy_groups(range(begun, group + 1), out)
+            yield row_ids[start:end], out
+            begun = group + 1
 
     def take_vectors(self, at: Rows, out: Matrix, places: Rows) -> None:
         """Write the vectors of rows by number, ``at`` [n], into those rows of ``out`` that ``places`` [n] names."""
@@ -100,11 +107,12 @@ class TableFile:
     @cached_property
     def _by_row_id(self) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
         """Row ids, ascending, and the number of the row that has each: 12 bytes a row."""
-        row_ids = self._row_ids()
+        row_ids = self.row_ids()
         order = np.argsort(row_ids)
         return row_ids[order], order.astype(np.uint32)
 
-    def _row_ids(self) -> NDArray[np.int64]:
+    def row_ids(self) -> NDArray[np.int64]:
+        """Row ids [n] of all rows, a copy."""
         if self._row_ids_at is None:
             found: NDArray[np.int64] = self.read(["row_id"])["row_id"].to_numpy()
             return found
@@ -113,6 +121,17 @@ class TableFile:
         for group, (start, end) in enumerate(pairwise(self._starts.tolist())):
             self._copy(int(self._row_ids_at[group]), out[start:end])
         return out
+
+    def _copy_groups(self, groups: range, out: Matrix) -> None:
+        """Write the vectors of row groups that follow one another into ``out``."""
+        self._require_chunks(VECTOR_COLUMN, groups)
+        first = int(self._starts[groups.start])
+        for group in groups:
+            rows = out[int(self._starts[group]) - first : int(self._starts[group + 1]) - first]
+            if self._vectors_at is None:
+                rows[:] = self._decoded(group)
+            else:
+                self._copy(int(self._vectors_at[group]), rows)
 
     def _copy(self, place: int, out: NDArray[Any]) -> None:
         out.reshape(-1).view(np.uint8)[:] = np.frombuffer(self._file.view(place, place + out.nbytes), np.uint8)
@@ -138,8 +157,9 @@ class TableFile:
         ]
         return None if None in found else np.array(found)
 
-    def _require_chunks(self, leaf: str) -> None:
-        """All chunks of a column at once, so that a store is asked for them in few requests."""
-        chunks = [group.column(self._leaves[leaf]) for group in self._groups]
+    def _require_chunks(self, leaf: str, groups: range | None = None) -> None:
+        """All chunks of a column, or some of them, at once, so that a store is asked for them in few requests."""
+        chosen = self._groups if groups is None else self._groups[groups.start : groups.stop]
+        chunks = [group.column(self._leaves[leaf]) for group in chosen]
         begin = np.array([chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks])
         self._file.require(begin, begin + [chunk.total_compressed_size for chunk in chunks])

@@ -18,7 +18,7 @@ from published import BUCKETS, DIM, NOON, Alter, Encoded, Site, Vector, Vectors,
 from pipeline.config import AuditSettings, IndexSettings
 from pipeline.errors import CorruptFile, GateRefused, UserError
 from pipeline.feature_table import day_files
-from pipeline.index import EXACT_BELOW, choose, satisfies
+from pipeline.index import satisfies
 from pipeline.integrity import check_file
 from pipeline.reader import open_release
 from pipeline.verify import verify
@@ -182,18 +182,6 @@ def test_a_damaged_table_file_is_no_source_of_an_index(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[::-1])
     with pytest.raises(CorruptFile, match=file.path):
         encoded.index()
-
-
-def test_small_tables_are_searched_exactly_and_large_ones_by_lists_of_about_four_roots() -> None:
-    settings = IndexSettings()
-    assert {choose(count, DIM, settings).factory for count in (0, 1, EXACT_BELOW - 1)} == {"Flat"}
-    for count in (EXACT_BELOW, 100_000, 1_000_000, 7_654_321, 10**9):
-        name, kind = choose(count, DIM, settings).factory.split(",")
-        lists = int(name.removeprefix("IVF").removesuffix("_HNSW32"))
-        assert kind == "Flat"
-        assert lists.bit_count() == 1
-        assert 1 / math.sqrt(2) <= lists / (4 * math.sqrt(count)) <= math.sqrt(2)
-    assert choose(10**9, DIM, IndexSettings(factory="HNSW32")).factory == "HNSW32"
 
 
 def test_an_index_stands_only_while_it_is_what_the_settings_ask_for(encoded: Encoded) -> None:

@@ -99,7 +99,8 @@ def satisfies(built: IndexReceipt, settings: IndexSettings, *, dim: int, storage
     """Whether an index that was built before is what the settings ask for now, every byte of it in place."""
     items = sum(file.rows for file in built.files) - built.build.tombstones
     return (
-        (built.factory, built.k) == (choose(items, dim, settings).factory, settings.k)
+        built.factory in {choice.factory for choice in choose(items, dim, settings)}
+        and built.k == settings.k
         and built.recall >= settings.target_recall
         and not any(check_file(storage, built.uri, file) for file in built.files)
     )
@@ -147,17 +148,12 @@ def make_index(
     """
     started = time.monotonic()
     source = Source(storage, table_uri, tuple(files), dim)
-    choice = choose(source.items, dim, settings)
-    job = _Job(source, choice, bundle, buckets, mantissa_bits, moments, index_uri, work_uri, plan_id, settings, run)
-    try:
-        made = _patched(job, base)
-        found = _measured(made, job)
-        _require_healthy(made, found, job)
-    except _Unfit as reason_why:
-        log.info("index: built anew, %s", reason_why)
-        made = _built(job)
-        found = _measured(made, job)
-        _require_recall(found, job)
+    choices = choose(source.items, dim, settings)
+    jobs = [
+        _Job(source, choice, bundle, buckets, mantissa_bits, moments, index_uri, work_uri, plan_id, settings, run)
+        for choice in choices
+    ]
+    job, made, found = _made_for(jobs, base)
     indexed, queries_file = _stored(made, found, job), _store_queries(made.queries, job)
     build = made.build if made.build.changed else made.build.model_copy(update={"nprobe": found.nprobe})
     storage.remove(join(index_uri, part.path) for part in made.parts)
@@ -216,6 +212,27 @@ class _Job:
         """Row ids of the recall's queries, and how many of them are held out."""
         held, asked = held_out(self.items, self.settings.recall_queries)
         return sampled(self.source, asked, self.settings.seed), held
+
+
+def _made_for(jobs: Sequence["_Job"], base: Release | None) -> tuple["_Job", "_Made", "_Measured"]:
+    """The index, patched or built; of several that would suit, the first one that reaches the recall."""
+    job = next((job for job in jobs if base and job.choice.factory == base.index_factory), jobs[0])
+    try:
+        made = _patched(job, base)
+        found = _measured(made, job)
+        _require_healthy(made, found, job)
+    except _Unfit as why:
+        log.info("index: built anew, %s", why)
+    else:
+        return job, made, found
+    for job in jobs:
+        made = _built(job)
+        found = _measured(made, job)
+        if found.recall.mean >= job.settings.target_recall:
+            break
+        log.warning("index: recall@%d of %s is only %.4f", job.settings.k, job.choice.factory, found.recall.mean)
+    _require_recall(found, job)
+    return job, made, found
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pipeline.index.source import Source
 
 # Neighbours beyond k that are kept: of those that tie with the k-th all count, and what leaves is replaced from them.
 SPARE = 32
+# Of the best score: what rounding may set two equal ones apart.
 TIE_TOLERANCE = 1e-6
 # Share of intervals that hold the recall over all items, and the normal distribution's quantile for it.
 CONFIDENCE, QUANTILE = 0.99, 2.5758293
@@ -158,7 +159,7 @@ def known(near: Neighbours, k: int, items: int) -> NDArray[np.bool_]:
     k = min(k, items - 1)
     if not k:
         return np.ones(len(near.ids), np.bool_)
-    certain: NDArray[np.bool_] = near.scores[:, k - 1] > near.floor + TIE_TOLERANCE
+    certain: NDArray[np.bool_] = near.scores[:, k - 1] - _tolerance(near.scores) > near.floor
     return certain | np.isneginf(near.floor)
 
 
@@ -180,7 +181,7 @@ def recalled(queries: Queries, search: Search, k: int, items: int, *, held: bool
     _, found = search(queries.vectors[chosen], k + 1)
     found = _first(np.where(found == own[:, None], -1, found), k)
     scores = near.scores[chosen]
-    fits = np.where(scores >= scores[:, k - 1 : k] - TIE_TOLERANCE, near.ids[chosen], -2)
+    fits = np.where(scores >= (scores[:, k - 1] - _tolerance(scores))[:, None], near.ids[chosen], -2)
     hits = (found[:, :, None] == fits[:, None, :]).any(axis=2).sum(axis=1)
     shares: NDArray[np.float64] = hits / k
     return shares
@@ -225,6 +226,12 @@ def from_bytes(data: bytes) -> Queries:
     with np.load(io.BytesIO(data), allow_pickle=False) as held:
         near = Neighbours(held["near_ids"], held["near_scores"], held["floor"])
         return Queries(held["ids"], held["vectors"], int(held["held"]), near)
+
+
+def _tolerance(scores: Matrix) -> Matrix:
+    """By how much scores [q, n], the best of each query first, may differ and still be equal [q]."""
+    found: Matrix = np.float32(TIE_TOLERANCE) * np.abs(scores[:, 0])
+    return found
 
 
 def _floor(scores: Matrix, depth: int) -> Matrix:

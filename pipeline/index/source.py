@@ -8,10 +8,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline import feature_table
+from pipeline.mapped_file import MappedFile
 from pipeline.storage import Storage
+from pipeline.table_file import TableFile
 from schemas.feature_table import bucket_number
 from schemas.files import PublishedFile
+
+BATCH_ROWS = 65_536
 
 Matrix = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -43,29 +46,30 @@ class Source:
         return replace(self, files=tuple(files))
 
     def batches(self) -> Iterator[tuple[Ids, Matrix]]:
-        """Row ids [n] and vectors [n, d], a row group at a time, in the same order every time."""
+        """Row ids [n] and vectors [n, d], some row groups at a time, in the same order every time."""
         for file in self.files:
-            yield from self._batches(file)
+            yield from self.open(file).batches(BATCH_ROWS)
 
     def row_ids(self, file: PublishedFile) -> Ids:
         """Row ids of one file, in its order."""
-        rows = feature_table.read_rows(self.storage, self.table_uri, file, columns=["row_id"])
-        found: Ids = rows["row_id"].to_numpy()
-        return found
+        return self.open(file).row_ids()
 
     def take(self, wanted: Ids) -> Matrix:
         """Vectors [n, d] of row ids that are in the files, in the order asked."""
         out = np.empty((len(wanted), self.dim), np.float32)
-        order = np.argsort(wanted)
+        if not len(wanted):
+            return out
         for file in self.files:
-            _, places, rows = np.intersect1d(wanted[order], self.row_ids(file), assume_unique=True, return_indices=True)
-            if len(places):
-                out[order[places]] = np.concatenate([vectors for _, vectors in self._batches(file)])[rows]
+            opened = self.open(file)
+            places = pc.index_in(pa.array(opened.row_ids()), value_set=pa.array(wanted))
+            at = np.flatnonzero(places.is_valid().to_numpy(zero_copy_only=False))
+            if len(at):
+                opened.take_vectors(at, out, places.drop_null().to_numpy())
         return out
 
-    def _batches(self, file: PublishedFile) -> Iterator[tuple[Ids, Matrix]]:
-        for rows in feature_table.iter_rows(self.storage, self.table_uri, file, columns=["row_id", "vector"]):
-            yield rows["row_id"].to_numpy(), matrix(rows, self.dim)
+    def open(self, file: PublishedFile) -> TableFile:
+        """One of the files, as far as it is read."""
+        return TableFile(MappedFile(self.storage, self.table_uri, file), rows=file.rows, dim=self.dim)
 
 
 @dataclass(frozen=True)
@@ -97,34 +101,21 @@ def changes(source: Source, before: Sequence[PublishedFile]) -> Iterator[Changes
         yield _bucket_changes(source, old.get(bucket), new.get(bucket))
 
 
-def matrix(rows: pa.Table, dim: int) -> Matrix:
-    """Vectors [n, d] of rows of the table."""
-    found: Matrix = rows["vector"].combine_chunks().flatten().to_numpy().reshape(-1, dim)
-    return found
-
-
 def _bucket_changes(source: Source, old: PublishedFile | None, new: PublishedFile | None) -> Changes:
-    before, after = _keys(source, old), _keys(source, new)
-    ids = after["row_id"].to_numpy()
-    same = _same(before, after)
-    removed = np.setdiff1d(before["row_id"].to_numpy(), ids[same], assume_unique=True)
-    if new is None or same.all():
-        return Changes(removed, np.empty(0, np.int64), np.empty((0, source.dim), np.float32))
-    rows = feature_table.read_rows(source.storage, source.table_uri, new, columns=["vector"])
-    return Changes(removed, ids[~same], matrix(rows, source.dim)[~same])
+    before, held = _contents(source, old)
+    ids, vectors = _contents(source, new)
+    where = pc.index_in(pa.array(ids), value_set=pa.array(before))
+    known = where.is_valid().to_numpy(zero_copy_only=False)
+    same = np.zeros(len(ids), np.bool_)
+    # Bit for bit: whatever its text or its time says, an index holds the vector.
+    rows = held.view(np.uint32)[where.drop_null().to_numpy()]
+    same[known] = (vectors.view(np.uint32)[known] == rows).all(axis=1)
+    return Changes(np.setdiff1d(before, ids[same], assume_unique=True), ids[~same], vectors[~same])
 
 
-def _keys(source: Source, file: PublishedFile | None) -> pa.Table:
-    """What tells one vector from another without reading it: row id, content, and when it was encoded."""
-    columns = ["row_id", "content_hash", "encoded_at"]
+def _contents(source: Source, file: PublishedFile | None) -> tuple[Ids, Matrix]:
+    """Row ids [n] and vectors [n, d] of a bucket."""
     if file is None:
-        return feature_table.empty_rows(source.dim).select(columns)
-    return feature_table.read_rows(source.storage, source.table_uri, file, columns=columns)
-
-
-def _same(before: pa.Table, after: pa.Table) -> NDArray[np.bool_]:
-    """Which rows of ``after`` hold the vector that ``before`` holds under the same id: carried over, not encoded."""
-    where = pc.index_in(after["row_id"], value_set=before["row_id"].combine_chunks())
-    equal = [pc.equal(after[name], before[name].take(where)) for name in ("content_hash", "encoded_at")]
-    found: NDArray[np.bool_] = pc.fill_null(pc.and_(*equal), fill_value=False).to_numpy()
-    return found
+        return np.empty(0, np.int64), np.empty((0, source.dim), np.float32)
+    opened = source.open(file)
+    return opened.row_ids(), opened.vectors()

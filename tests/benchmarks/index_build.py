@@ -257,6 +257,7 @@ class Day:
             "base": base.model_dump(mode="json") if base else None,
             "table_uri": self.settings.table_uri,
             "index_uri": self.settings.index_uri,
+            "work_uri": f"{self.settings.work_uri}/index",
             "plan_id": content_hash(self.ds),
             "bundle": self.bundle,
             "buckets": self.settings.buckets,
@@ -276,7 +277,9 @@ class Day:
                 "index_files": receipt.files,
                 "index_factory": receipt.factory,
                 "index_nprobe": receipt.nprobe,
+                "index_ef_search": receipt.ef_search,
                 "index_build": receipt.build,
+                "index_queries": receipt.queries_file,
                 "items": len(self.catalogue.vectors),
             }
         )

@@ -32,11 +32,13 @@ def ours(order: Order) -> Build:
             storage=Storage(),
             table_uri=order["table_uri"],
             index_uri=order["index_uri"],
+            work_uri=order["work_uri"],
             plan_id=order["plan_id"],
             bundle=order["bundle"],
             buckets=order["buckets"],
             moments=Moments.model_validate(order["moments"]),
             dim=order["dim"],
+            mantissa_bits=23,
             settings=IndexSettings.model_validate(order["settings"]),
         )
         (file,) = receipt.files

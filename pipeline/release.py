@@ -56,7 +56,8 @@ def is_whole(storage: Storage, release: Release, *, table_uri: str, chosen: Sequ
     """Whether every byte of a release's index, and of its table files (of some buckets), is as it was published."""
     files = [file for file in release.table_files if chosen is None or bucket_number(file.path) in chosen]
     problems = [problem for file in files if (problem := check_file(storage, table_uri, file))]
-    problems += [problem for file in release.index_files if (problem := check_file(storage, release.index_uri, file))]
+    indexes = (*release.index_files, release.index_queries)
+    problems += [problem for file in indexes if (problem := check_file(storage, release.index_uri, file))]
     for problem in problems:
         log.warning("release %s is damaged: %s", release.release_id, problem)
     return not problems

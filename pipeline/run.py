@@ -366,7 +366,7 @@ def _go_through(settings: Settings, identity: "PlanIdentity", already: Release |
         plan_stage(spark, settings, identity)
         encode_stage(spark, settings, identity.plan_id)
         audit_stage(spark, settings, identity.plan_id)
-    index_stage(settings, identity.plan_id)
+        index_stage(settings, identity.plan_id)
     return Outcome(release=release_stage(settings, identity.plan_id), fresh=True)
 
 

@@ -25,7 +25,7 @@ def _file_problems(storage: Storage, release: Release, table_uri: str) -> Iterat
     for file in release.table_files:
         if problem := check_file(storage, table_uri, file):
             yield problem
-    for file in release.index_files:
+    for file in (*release.index_files, release.index_queries):
         if problem := check_file(storage, release.index_uri, file):
             yield problem
     if problem := check_file(storage, release.bundle_uri, release.bundle_file):

@@ -136,9 +136,14 @@ class Release(Contract):
         names = (
             "release_id", "ds", "table_version", "bundle", "items", "new", "changed", "reused", "deleted",
             "quarantined", "encoded", "tokens", "mantissa_bits", "bytes_per_item", "recall", "seconds", "table_uri",
-            "index_uri",
+            "index_uri", "index_factory", "index_bytes_per_item",
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | self.index_figures.model_dump()
+
+    @property
+    def index_bytes_per_item(self) -> float:
+        """Size of the index's files divided by the items; 0 for none."""
+        return sum(file.bytes for file in self.index_files) / max(1, self.items)
 
 
 _FILE = pa.struct(

@@ -18,6 +18,7 @@ from pipeline.index_search import IndexSearch
 from pipeline.reader import open_release
 from pipeline.release import roll_back
 from pipeline.resources import TaskResources
+from pipeline.run import index_stage
 from pipeline.verify import verify
 from schemas.feature_table import bucket_number
 from schemas.identity import row_id
@@ -195,10 +196,16 @@ def test_a_backfilled_bucket_changes_the_shard_that_holds_it_and_no_other(site: 
         assert reader.search(vector, 1)[0].item() == item
 
 
-def test_a_night_without_a_change_shares_the_index_files_of_the_night_before(site: Site) -> None:
-    base = release_of(site, VECTORS, LISTS.model_copy(update={"shard_mib": 9}), ds="2026-11-19")
-    night = release_of(site, VECTORS, LISTS.model_copy(update={"shard_mib": 9}), base=base)
-    assert night.index_files == base.index_files
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_night_without_a_change_has_the_index_of_the_night_before_in_files_of_its_own(
+    site: Site, shards: int
+) -> None:
+    settings = LISTS if shards == 2 else LISTS.model_copy(update={"shard_mib": 9})
+    base = release_of(site, VECTORS, settings, ds="2026-11-19")
+    night = release_of(site, VECTORS, settings, base=base)
+    assert len(base.index_files) == shards
+    assert [file.sha256 for file in night.index_files] == [file.sha256 for file in base.index_files]
+    assert not {file.path for file in night.index_files} & {file.path for file in base.index_files}
     assert verify(site.storage, night, table_uri=site.table_uri) == []
 
 
@@ -284,3 +291,22 @@ def test_files_of_a_shard_are_those_of_its_buckets(site: Site) -> None:
     parts = [files_of(files, number, buckets=BUCKETS, of=3) for number in range(3)]
     assert [file for part in parts for file in part] == list(files)
     assert [[bucket_number(file.path) for file in part] for part in parts] == [[0, 1], [2], [3]]
+
+
+@pytest.mark.spark
+def test_shards_are_made_by_spark_tasks(site: Site, spark: Any) -> None:
+    encoded = site.encoded(VECTORS)
+    assert encoded.audit(LAX).problems == ()
+    settings = site.settings.model_copy(update={"index": LISTS})
+    receipt = index_stage(settings, encoded.plan.plan_id)
+    assert len(receipt.files) == 2
+    assert spark.sparkContext.statusTracker().getJobIdsForGroup(None)
+    release = encoded.release()
+    assert verify(site.storage, release, table_uri=site.table_uri) == []
+    # A night later both are patched by tasks as well.
+    day = {item: -vector if number < 20 else vector for number, (item, vector) in enumerate(VECTORS.items())}
+    encoded = site.encoded(day, ds="2026-11-21", base=release)
+    assert encoded.audit(LAX).problems == ()
+    receipt = index_stage(settings, encoded.plan.plan_id)
+    assert (len(receipt.files), receipt.build.changed) == (2, 40)
+    assert verify(site.storage, encoded.release(), table_uri=site.table_uri) == []

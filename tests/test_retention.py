@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from published import BUCKETS, DS, Encoded, Meeting, Site, Vector, Vectors, in_buckets, items
 
 from pipeline import feature_table, release, release_log, retention, run, storage
-from pipeline.config import AuditSettings, RetentionSettings
+from pipeline.config import AuditSettings, IndexSettings, RetentionSettings
 from pipeline.errors import PipelineError, ReleaseGone, Superseded, UserError
 from pipeline.feature_table import committed_files
 from pipeline.reader import OpenRelease, open_release
@@ -99,7 +99,7 @@ def everything(site: Site) -> dict[str, tuple[int, str]]:
 def files_of(site: Site, *releases: Release) -> set[str]:
     """What releases name, as paths."""
     table = {f"{site.table_uri}/{file.path}" for one in releases for file in one.table_files}
-    return table | {f"{one.index_uri}/{file.path}" for one in releases for file in one.index_files}
+    return table | {f"{one.index_uri}/{f.path}" for one in releases for f in (*one.index_files, one.index_queries)}
 
 
 def committed(site: Site, ds: str | None = None) -> set[str]:
@@ -370,6 +370,19 @@ def test_files_that_two_releases_share_stay_as_long_as_one_of_them(site: Site) -
     plans = {path.name for path in (site.root / "work" / "plans").iterdir()}
     assert plans == {third.plan_id}
     assert_readable(site, third)
+
+
+def test_shards_that_two_releases_share_stay_as_long_as_one_of_them(site: Site) -> None:
+    settings = IndexSettings(factory="IVF2,Flat", shard_mib=1e-4, merge_mib=0, max_changed=1, max_drift=9)
+    first = site.publish(VECTORS, plan_id="first", index=settings)
+    second = site.publish(one_changed(VECTORS, 1), plan_id="second", chosen=(1,), base=first, index=settings)
+    shared = set(first.index_files) & set(second.index_files)
+    assert len(shared) == BUCKETS - 1
+    done = sweep(site, 1, AT_ONCE)
+    assert done.forgotten == (first.release_id,)
+    assert not {f"{site.index_uri}/{file.path}" for file in shared} & set(done.files)
+    assert f"{site.index_uri}/{first.index_files[1].path}" in done.files
+    assert_readable(site, second)
 
 
 def test_a_plan_that_was_published_twice_keeps_its_files(site: Site) -> None:

@@ -97,7 +97,7 @@ def print_summary(settings: Settings, release: Release, *, fresh: bool) -> None:
         ["done", done],
         ["items", f"{release.items:,} vectors of {release.dim} dimensions, bundle {release.bundle}"],
         ["table", f"{release.table_uri} ({_table(release)})"],
-        ["index", f"{release.index_uri} ({release.index_factory}, recall@{release.k} {release.recall:.4f})"],
+        ["index", f"{release.index_uri} ({_index(release)})"],
         *([["quarantine", release.quarantine_uri]] if release.quarantine_uri else []),
         *([["time", seconds]] if fresh else []),
         *([["encode", _planned(settings, release)]] if fresh and release.tokens else []),
@@ -116,6 +116,17 @@ def open_chosen(settings: Settings, ds: str | None, at: str | None = None) -> "O
         at=_moment(at) if at else None,
         storage=storage_of(settings),
     )
+
+
+def _index(release: Release) -> str:
+    figures, facts = release.index_figures, [release.index_factory]
+    recall = f"recall@{release.k} {release.recall:.4f}"
+    if figures.recall_low < figures.recall_high:
+        recall += f" (of all items {figures.recall_low:.4f} to {figures.recall_high:.4f})"
+    facts += [recall, f"{figures.latency_ms:.2f} ms a query", f"{release.index_bytes_per_item:,.0f} bytes per item"]
+    if release.index_build.tombstones:
+        facts.append(f"{release.index_build.tombstones:,} tombstones")
+    return ", ".join(facts)
 
 
 def _table(release: Release) -> str:

@@ -102,7 +102,7 @@ def satisfies(built: IndexReceipt, settings: IndexSettings, *, dim: int, storage
         built.factory in {choice.factory for choice in choose(items, dim, settings)}
         and built.k == settings.k
         and built.recall >= settings.target_recall
-        and not any(check_file(storage, built.uri, file) for file in built.files)
+        and not any(check_file(storage, built.uri, file) for file in (*built.files, built.queries_file))
     )
 
 

@@ -212,7 +212,7 @@ def patch_shard(task: PatchTask, resources: TaskResources) -> Patched:
 
 
 def patched(task: PatchTask) -> Patched:
-    """Patch one shard; where nothing changed its file stays what it is.
+    """Patch one shard; one whose table files are the release's is the release's too.
 
     Raises:
         Unpatchable: too much changed, or FAISS cannot do it.
@@ -227,13 +227,15 @@ def patched(task: PatchTask) -> Patched:
     removed, added = _all(found, "removed", np.int64), _all(found, "added", np.int64)
     vectors = np.concatenate([np.empty((0, task.source.dim), np.float32), *(one.vectors for one in found)])
     near = nearest(task.asked.ids, task.asked.vectors, [(added, vectors)], task.asked.depth)
-    if not (len(removed) or len(added)):
+    same = not (len(removed) or len(added))
+    # Files of a release that shares none of the table's files may be given up before this one is published.
+    if same and {file.path for file in task.before} == {file.path for file in task.source.files}:
         return Patched(task.number, None, task.file, removed, 0, 0, near)
     try:
         index = mapped(task.source.storage, task.root, task.file)
-        if not mergeable(index):
+        if not (same or mergeable(index)):
             index = loaded(task.source.storage, task.root, task.file)
-        marked = patch(index, removed, added, vectors)
+        marked = 0 if same else patch(index, removed, added, vectors)
     except RuntimeError as error:
         raise Unpatchable(reason(error)) from None
     return Patched(task.number, index, None, removed, len(added), marked, near)

@@ -11,7 +11,8 @@ whitened PCA that is fitted on some of them first. Every copy is its vector plus
 Our side starts from the Parquet files that the encode stage writes, and verifies them; it ends with a published index
 whose recall is measured. The peer starts from one .npy file and ends with an index file and its own measurements; it
 runs in the Python of ``--peer-python`` (``pip install autofaiss``), once with its defaults and once with as many
-inverted lists as ours. Memory is the highest of the process beyond what its imports take.
+inverted lists as ours. Memory is the highest of the process beyond what its imports
+take; where a machine is shared, processor seconds say most. Ratios (×) are to the first line.
 
 Recall is measured here, the same way for everybody, against exact search in NumPy, with vectors as queries that no
 index holds: as the builder left its index, and again with the search parameter that first reaches the target, where
@@ -207,9 +208,10 @@ def item_id(number: int) -> str:
 
 @dataclass(frozen=True)
 class Built:
-    """What a builder's process answered."""
+    """What a builder's process answered; ``processor`` are the seconds of all its threads."""
 
     seconds: float
+    processor: float
     peak_mb: float
     factory: str
     path: Path
@@ -400,6 +402,7 @@ class Measured:
     name: str
     factory: str = ""
     seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
     peak_mb: list[float] = field(default_factory=list)
     megabytes: float = 0.0
     changed: int = 0
@@ -409,17 +412,19 @@ class Measured:
     def add(self, built: Built, searched: Searched, target: float) -> None:
         self.factory, self.changed = built.factory, built.changed
         self.seconds.append(built.seconds)
+        self.processor.append(built.processor)
         self.peak_mb.append(built.peak_mb)
         self.megabytes = built.path.stat().st_size / 2**20
         self.as_built.append(searched.setting())
         self.tuned.append(searched.tuned(target))
+        print(f"{self.name}: {built.seconds:.1f} s", file=sys.stderr, flush=True)  # noqa: T201 - minutes pass between lines
         # Every round starts from nothing.
         built.path.unlink()
 
     @property
     def typical(self) -> dict[str, float]:
         """Medians of all rounds."""
-        rounds = {"seconds": self.seconds, "peak_mb": self.peak_mb}
+        rounds = {name: getattr(self, name) for name in ("seconds", "processor", "peak_mb")}
         for kind in ("as_built", "tuned"):
             for name in ("parameter", "recall", "one_by_one", "together"):
                 values = [getattr(setting, name) for setting in getattr(self, kind)]
@@ -541,28 +546,29 @@ def show(console: Console, title: str, found: Sequence[Measured], given: argpars
         title=f"{title}; medians of {given.repeats} rounds\n{CORES} cores of {cpu()}, faiss {faiss.__version__}",
         title_justify="left",
     )
-    at = f"at recall {given.recall:g}"
-    columns = ("seconds", "of the first", "peak MB", "of the first", "MB on disk", "set to", f"recall@{given.k}")
-    for column in ("", "index", *columns, f"{at}: set to", "queries/s, one by one", "in thousands"):
+    tuned = f"set to {given.recall:g}"
+    columns = "seconds,×,CPU s,×,peak MB,×,MB on disk,×,left at,recall"
+    queries = "queries/s by one,×,by 1000,×"
+    for column in ("", "index", *columns.split(","), tuned, *queries.split(",")):
         table.add_column(column, justify="right" if column not in {"", "index"} else "left")
-    first = found[0].typical
+    first = found[0]
     for one in found:
         own = one.typical
-        table.add_row(
-            one.name,
-            one.factory,
-            f"{own['seconds']:.1f}",
-            f"{own['seconds'] / first['seconds']:.2f}",
-            f"{own['peak_mb']:,.0f}",
-            f"{own['peak_mb'] / first['peak_mb']:.2f}",
-            f"{one.megabytes:,.1f}",
-            shown(own.get("as_built parameter")),
-            f"{own['as_built recall']:.4f}",
-            f"{shown(own.get('tuned parameter'))} ({own['tuned recall']:.4f})",
-            f"{own['tuned one_by_one']:,.0f}",
-            f"{own['tuned together']:,.0f}",
-        )
+        cells = [one.name, one.factory]
+        for name, digits in (("seconds", 1), ("processor", 1), ("peak_mb", 0)):
+            cells += beside(own[name], first.typical[name], digits)
+        cells += beside(one.megabytes, first.megabytes, 1)
+        cells += [shown(own.get("as_built parameter")), f"{own['as_built recall']:.4f}"]
+        cells.append(f"{shown(own.get('tuned parameter'))} ({own['tuned recall']:.4f})")
+        for name in ("tuned one_by_one", "tuned together"):
+            cells += beside(own[name], first.typical[name], 0)
+        table.add_row(*cells)
     console.print(table)
+
+
+def beside(value: float, first: float, digits: int) -> tuple[str, str]:
+    """A figure and its ratio to the first line's."""
+    return f"{value:,.{digits}f}", f"{value / first:.2f}"
 
 
 def shown(parameter: float | None) -> str:

@@ -117,6 +117,7 @@ def test_a_recall_that_the_cap_does_not_allow_is_refused_and_says_so(
     monkeypatch.setattr("pipeline.index.choice.EXACT_BELOW", 100)
     # What training takes must not hide what the index does.
     monkeypatch.setattr("pipeline.index.choice.TRAIN_POINTS_PER_LIST", 1)
+    monkeypatch.setattr("pipeline.index.choice.LEAST_POINTS_PER_LIST", 1)
     monkeypatch.setattr("pipeline.index.choice.TRAIN_POINTS_MIN", 100)
     encoded = Site(tmp_path, normalised=False).encoded({i: 1e-9 * vector for i, vector in items(500).items()})
     half, whole = choose(500, 8, IndexSettings())

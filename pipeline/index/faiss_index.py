@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pipeline.errors import UserError
 from pipeline.index_search import lists_of
 
-TRAIN_ITERATIONS = 6
+TRAIN_ITERATIONS = 4
 REMOVED = -1
 
 Matrix = NDArray[np.float32]
@@ -34,7 +34,7 @@ def new_index(factory: str, dim: int) -> Any:
     except RuntimeError as error:
         raise UserError(f"index.factory {factory!r} makes no index of {dim} dimensions: {reason(error)}") from None
     if (lists := lists_of(index)) is not None:
-        # More iterations move the recall by less than the sample does.
+        # Time is better spent on a larger sample than on more iterations.
         lists.cp.niter = TRAIN_ITERATIONS
         lists.cp.min_points_per_centroid = 1
     return index

@@ -92,7 +92,7 @@ def write_bucket_file(
                 staged,
                 schema.with_metadata({**footer, LAYOUT_FOOTER: PLAIN_LAYOUT, PRECISION_FOOTER: str(mantissa_bits)}),
                 # zstd on whole floats saves 7 %.
-                compression=dict.fromkeys(schema.names, "zstd") | dict.fromkeys(plain, "none"),
+                compression=dict.fromkeys((*schema.names, VECTOR_COLUMN), "zstd") | dict.fromkeys(plain, "none"),
                 use_dictionary=False,
                 # Spark's default Parquet reader refuses it; of whole floats it would save 5 % more.
                 use_byte_stream_split=False if plain == PLAIN_COLUMNS else [VECTOR_COLUMN],

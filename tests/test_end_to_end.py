@@ -400,7 +400,7 @@ def test_nights_of_other_precisions_are_other_releases_and_none_mixes_them(night
     refused = marc.call("backfill", "--ds", SECOND, "--bucket", "1", env={"MARC_MANTISSA_BITS": "7"})
     assert refused.returncode == 2
     assert "stores 12 mantissa bits, the configuration says 7: backfill the whole day" in refused.stderr
-    shown = " ".join(marc.call("summary", "--ds", SECOND).stdout.split())
+    shown = " ".join(re.sub("[│┃]", " ", marc.call("summary", "--ds", SECOND).stdout).split())
     assert re.search(r"[\d,]+ bytes per item, 12 mantissa bits\)", shown)
     assert marc.call("verify", "--ds", SECOND).returncode == 0
 

@@ -50,10 +50,10 @@ def test_a_factory_string_is_taken_as_it_is() -> None:
     ("mib", "recall", "expected"),
     [
         (1000, 0.95, ["IVF2048,SQfp16", "IVF2048,Flat"]),
-        (256, 0.95, ["IVF2048,SQfp16"]),
-        (180, 0.95, ["IVF2048,SQ8"]),
-        (140, 0.85, ["IVF2048,PQ32x8"]),
-        (180, 0.85, ["IVF2048,SQ8"]),
+        (300, 0.95, ["IVF2048,SQfp16"]),
+        (256, 0.95, ["IVF2048,SQ8"]),
+        (210, 0.85, ["IVF2048,PQ32x8"]),
+        (256, 0.85, ["IVF2048,SQ8"]),
     ],
 )
 def test_under_a_cap_the_most_faithful_index_that_fits_is_taken(mib: float, recall: float, expected: list[str]) -> None:

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from published import BUCKETS, DIM, DS, Site, bucket_rows, in_buckets, items
 
 from pipeline import release_log
+from pipeline.config import IndexSettings
 from pipeline.errors import Superseded
 from pipeline.feature_table import read_rows, write_bucket_file
-from pipeline.index import IndexSettings
 from pipeline.precision import round_mantissas, round_vectors, rounding_error
 from pipeline.reader import open_release
 from pipeline.storage import Storage

@@ -104,13 +104,14 @@ def changes(source: Source, before: Sequence[PublishedFile]) -> Iterator[Changes
 def _bucket_changes(source: Source, old: PublishedFile | None, new: PublishedFile | None) -> Changes:
     before, held = _contents(source, old)
     ids, vectors = _contents(source, new)
-    where = pc.index_in(pa.array(ids), value_set=pa.array(before))
-    known = where.is_valid().to_numpy(zero_copy_only=False)
-    same = np.zeros(len(ids), np.bool_)
+    found = pc.index_in(pa.array(ids), value_set=pa.array(before))
+    known = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))
+    where = found.drop_null().to_numpy()
     # Bit for bit: whatever its text or its time says, an index holds the vector.
-    rows = held.view(np.uint32)[where.drop_null().to_numpy()]
-    same[known] = (vectors.view(np.uint32)[known] == rows).all(axis=1)
-    return Changes(np.setdiff1d(before, ids[same], assume_unique=True), ids[~same], vectors[~same])
+    equal = (vectors.view(np.uint32)[known] == held.view(np.uint32)[where]).all(axis=1)
+    fresh, left = np.ones(len(ids), np.bool_), np.ones(len(before), np.bool_)
+    fresh[known[equal]], left[where[equal]] = False, False
+    return Changes(before[left], ids[fresh], vectors[fresh])
 
 
 def _contents(source: Source, file: PublishedFile | None) -> tuple[Ids, Matrix]:

@@ -130,4 +130,4 @@ def _shard_ids(shard: Any) -> NDArray[np.int64]:
     inverted = lists.invlists
     sizes = [inverted.list_size(number) for number in range(lists.nlist)]
     ids = [faiss.rev_swig_ptr(inverted.get_ids(n), size).copy() for n, size in enumerate(sizes) if size]
-    return np.concatenate(ids)
+    return np.concatenate([np.empty(0, np.int64), *ids])

@@ -8,7 +8,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -244,7 +244,7 @@ def index_stage(settings: Settings, plan_id: str) -> IndexReceipt:
     ):
         log.info("index: stands already")
         return built
-    with _timed(workspace, "index"):
+    with _timed(workspace, "index"), _on_spark(settings) as shared_out:
         built = index.make_index(
             files,
             base=live or found.find(plan.base_release),
@@ -259,7 +259,7 @@ def index_stage(settings: Settings, plan_id: str) -> IndexReceipt:
             dim=plan.dim,
             mantissa_bits=plan.mantissa_bits,
             settings=settings.index,
-            run=_on_spark(settings),
+            run=shared_out,
         )
         workspace.write_index(built)
     figures = built.figures
@@ -271,16 +271,24 @@ def index_stage(settings: Settings, plan_id: str) -> IndexReceipt:
     return built
 
 
-def _on_spark(settings: Settings) -> "Run":
-    """Shards of an index as Spark tasks; a session starts when there are some."""
+@contextmanager
+def _on_spark(settings: Settings) -> "Iterator[Run]":
+    """Shards of an index as Spark tasks; one session, which starts when there are some."""
+    with ExitStack() as held:
+        sessions: list[SparkSession] = []
 
-    def run(function: Callable[[T, TaskResources], R], tasks: Sequence[T], *, weight: Callable[[T], int]) -> list[R]:
-        from pipeline.session import run_buckets, spark_session
+        def run(
+            function: Callable[[T, TaskResources], R], tasks: Sequence[T], *, weight: Callable[[T], int]
+        ) -> list[R]:
+            from pipeline.session import run_buckets, spark_session
 
-        with spark_session(settings.spark, storage=settings.storage, name="marc index") as spark:
+            if not sessions:
+                named = spark_session(settings.spark, storage=settings.storage, name="marc index")
+                sessions.append(held.enter_context(named))
+            (spark,) = sessions
             return run_buckets(spark, function, tasks, label="index", weight=weight, unit="vectors", each="shards")
 
-    return run
+        yield run
 
 
 def release_stage(settings: Settings, plan_id: str) -> Release:

@@ -48,6 +48,11 @@ class TableFile:
         self._row_ids_at = self._values_of(ROW_ID_COLUMN, 8)
         self._vectors_at = self._values_of(VECTOR_COLUMN, 4 * dim)
 
+    @property
+    def group_rows(self) -> list[int]:
+        """Rows of each row group."""
+        return [group.num_rows for group in self._groups]
+
     def read(self, columns: Sequence[str]) -> pa.Table:
         """Columns of all rows."""
         for leaf in self._leaves.keys() & set(columns):
@@ -59,6 +64,18 @@ class TableFile:
         out = np.empty((self.rows, self._dim), np.float32)
         self.copy_vectors(out)
         return out
+
+    def groups(self) -> Iterator[Matrix]:
+        """Vectors float32 [n, d] of each row group: as they lie in the file, not copied, where they lie bare."""
+        self._require_chunks(VECTOR_COLUMN)
+        for group, (start, end) in enumerate(pairwise(self._starts.tolist())):
+            if self._vectors_at is None:
+                yield self._decoded(group)
+                continue
+            place = int(self._vectors_at[group])
+            lying = self._file.view(place, place + (end - start) * self._dim * 4)
+            # A map gives what lies unaligned as well as what does not.
+            yield np.frombuffer(lying, np.float32).reshape(-1, self._dim)
 
     def copy_vectors(self, out: Matrix) -> None:
         """Write the vectors of all rows into ``out`` [n, d]."""

@@ -89,6 +89,8 @@ class TableReader:
             UnknownItems: some ids are not in the release.
             CorruptFile: a file differs from its checksum.
         """
+        if strange := [name for name in ids if not _is_text(name)]:
+            raise UnknownItems(strange, self._facts.release_id)
         asked = pa.array(ids, pa.string())
         out, known = self._vectors_of(np.fromiter(map(row_id, ids), np.int64, len(ids)), asked)
         if not known.all():
@@ -249,11 +251,11 @@ class TableReader:
                 act(self._opened[file.path], places)
 
     def _open(self, file: PublishedFile, *, keep: bool = True) -> TableFile:
-        """A file; what is known of it stays, unless it would fill a disk with what was fetched of it from S3."""
+        """A file; what is known of it stays, for look-ups, unless everything is read once."""
         if file.path in self._opened:
             return self._opened[file.path]
         opened = TableFile(MappedFile(self._storage, self._uri, file), rows=file.rows, dim=self._facts.dim)
-        if keep or not is_s3(self._uri):
+        if keep:
             # Of two threads that open the same file, one stays.
             opened = self._opened.setdefault(file.path, opened)
         return opened
@@ -283,6 +285,15 @@ class TableReader:
         for file in self._facts.table_files:
             found.setdefault(bucket_number(file.path), []).append(file)
         return found
+
+
+def _is_text(name: str) -> bool:
+    """Whether an id can be one: halves of characters, as a shell makes them of strange bytes, cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _at_once(action: Callable[..., R], arguments: Sequence[tuple[object, ...]]) -> list[R]:

@@ -40,8 +40,8 @@ LISTS = 4
 K = 5
 
 FLAT, INVERTED, GRAPH, CODED = "Flat", "IVF4,Flat", "HNSW8", "IVF4,SQ8"
-# Graphs are asked to take no patch: which factories can is the index stage's to say.
-PATCHED = (FLAT, INVERTED, CODED)
+# As one file, and in a shard for every bucket.
+WHOLE, SPLIT = 512.0, 1e-4
 
 # Eight products of unit vectors, added up in float32.
 ROUNDING = (DIM + 1) * 2.0**-24
@@ -123,6 +123,7 @@ class Lifecycle:
         factory: of the index, where there are enough items for it.
         coded: items have vectors of the pool only, so that every factory's codes have a known resolution.
         wide: lists are probed until the recall is perfect, not as few as possible.
+        shard_mib: size of a shard of the index.
         held: by release.
         live: release by date, as readers see them.
         pinned: an open reader of each release, and what it answered when the release was new.
@@ -133,6 +134,7 @@ class Lifecycle:
     factory: str
     coded: bool = False
     wide: bool = False
+    shard_mib: float = WHOLE
     held: dict[str, Items] = field(default_factory=dict)
     live: dict[str, str] = field(default_factory=dict)
     pinned: dict[str, tuple[OpenRelease, list[Any]]] = field(default_factory=dict)
@@ -218,6 +220,8 @@ class Lifecycle:
                 k=K,
                 max_changed=max_changed,
                 max_drift=ANYTHING,
+                shard_mib=self.shard_mib,
+                merge_mib=0,
             )
         )
         made = encoded.release()
@@ -387,10 +391,12 @@ class AnySequence(RuleBasedStateMachine):
         assert self._lifecycle is not None
         return self._lifecycle
 
-    @initialize(factory=FACTORIES, wide=st.booleans(), coded=st.booleans(), edits=EDITS)
-    def start(self, factory: str, wide: bool, coded: bool, edits: list[Edit]) -> None:
+    @initialize(
+        factory=FACTORIES, wide=st.booleans(), coded=st.booleans(), shards=st.sampled_from([WHOLE, SPLIT]), edits=EDITS
+    )
+    def start(self, factory: str, wide: bool, coded: bool, shards: float, edits: list[Edit]) -> None:
         site = Site(Path(self._folder.name))
-        self._lifecycle = Lifecycle(site, factory, coded=coded or factory == CODED, wide=wide)
+        self._lifecycle = Lifecycle(site, factory, coded=coded or factory == CODED, wide=wide, shard_mib=shards)
         self._lifecycle.start(edits)
 
     @rule(how=st.sampled_from(DAYS), which=WHICH, edits=EDITS)
@@ -465,10 +471,10 @@ def drawn_edits(draw: random.Random) -> list[Edit]:
     ]
 
 
-def patched_in_a_row(site: Site, factory: str, steps: int) -> int:
+def patched_in_a_row(site: Site, factory: str, steps: int, shard_mib: float = WHOLE) -> int:
     """A seeded sequence in which hardly an index is built anew, so that what patches leave behind would pile up."""
     draw = random.Random(f"{factory} {steps}")  # noqa: S311 - no secret
-    told = Lifecycle(site, factory, coded=factory == CODED, wide=True)
+    told = Lifecycle(site, factory, coded=factory == CODED, wide=True, shard_mib=shard_mib)
     told.start(drawn_edits(draw))
     for _ in range(steps):
         what, which = (
@@ -491,12 +497,16 @@ def patched_in_a_row(site: Site, factory: str, steps: int) -> int:
     return told.patched[factory]
 
 
-@pytest.mark.parametrize("factory", PATCHED)
-def test_patch_upon_patch_leaves_nothing_behind(tmp_path: Path, factory: str) -> None:
-    assert patched_in_a_row(Site(tmp_path), factory, 16) >= 6
+@pytest.mark.parametrize(
+    ("factory", "shard_mib"),
+    [(FLAT, WHOLE), (INVERTED, WHOLE), (GRAPH, WHOLE), (CODED, WHOLE), (INVERTED, SPLIT), (GRAPH, SPLIT)],
+)
+def test_patch_upon_patch_leaves_nothing_behind(tmp_path: Path, factory: str, shard_mib: float) -> None:
+    assert patched_in_a_row(Site(tmp_path), factory, 16, shard_mib) >= 6
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shard_mib", [WHOLE, SPLIT])
 @pytest.mark.parametrize("factory", list(BLUR))
-def test_sixty_steps_in_a_row_leave_nothing_behind(tmp_path: Path, factory: str) -> None:
-    assert patched_in_a_row(Site(tmp_path), factory, 60) >= (25 if factory in PATCHED else 0)
+def test_sixty_steps_in_a_row_leave_nothing_behind(tmp_path: Path, factory: str, shard_mib: float) -> None:
+    assert patched_in_a_row(Site(tmp_path), factory, 60, shard_mib) >= 25

@@ -120,6 +120,7 @@ def test_shards_up_to_a_size_are_merged_into_one_file_and_leave_nothing(site: Si
     merged = made(encoded, LISTS.model_copy(update={"merge_mib": 1.0}), tasks)
     assert [task.number for task in tasks.done] == [0, 1]
     assert files_below(site.index_uri) == {file.path for file in (*merged.files, merged.queries_file)}
+    assert not list(Path(encoded.workspace.uri).rglob("shard-*.faiss"))
     (file,) = merged.files
     one = faiss.read_index(f"{site.index_uri}/{file.path}")
     several = made(encoded, LISTS)
@@ -215,6 +216,48 @@ def test_a_patch_whose_vectors_moved_too_many_is_given_up_at_the_first_bucket_th
     assert encoded.audit(LAX).problems == ()
     receipt = made(encoded, LISTS)
     assert (receipt.build.changed, receipt.build.items) == (0, 2000)
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_damaged_index_is_made_anew_by_the_backfill_of_any_bucket(site: Site, shards: int, damaged: int) -> None:
+    settings = LISTS if shards == 2 else LISTS.model_copy(update={"shard_mib": 9.0})
+    base = release_of(site, VECTORS, settings)
+    flip(Path(base.index_uri) / base.index_files[damaged % shards].path, 4000)
+    encoded = site.encoded(in_buckets(VECTORS, 0), plan_id="again", base=base, chosen=(0,))
+    assert encoded.audit(LAX).problems == ()
+    receipt = made(encoded, settings)
+    assert (receipt.build.changed, len(receipt.files)) == (0, shards)
+    assert verify(site.storage, encoded.release(), table_uri=site.table_uri) == []
+
+
+@pytest.mark.parametrize("factory", ["IVF4,Flat", "Flat", "HNSW8"])
+def test_a_shard_without_an_item_is_searched_and_verified(site: Site, factory: str) -> None:
+    vectors = {item: vector for item, vector in items(60).items() if row_id(item) % BUCKETS != 2}
+    settings = IndexSettings(factory=factory, target_recall=0.5, shard_mib=1e-4, merge_mib=0)
+    release = release_of(site, vectors, settings)
+    assert [file.rows > 0 for file in release.index_files] == [True, True, False, True]
+    assert verify(site.storage, release, table_uri=site.table_uri) == []
+    reader = open_release(site.table_uri)
+    some = list(vectors)[:5]
+    assert set(reader.search(vectors[some[0]], 5, within=some)[0].ravel()) == set(some)
+
+
+def test_parts_that_a_rival_tidied_up_are_made_once_more(site: Site) -> None:
+    encoded, settings = site.encoded(VECTORS), LISTS.model_copy(update={"merge_mib": 1.0})
+    tasks = Tasks()
+
+    def tidied(function: Any, given: Sequence[Any], *, weight: Any) -> list[Any]:
+        found = tasks(function, given, weight=weight)
+        if len(tasks.done) == 2:
+            for path in Path(encoded.workspace.uri, "index").rglob("shard-*.faiss"):
+                path.unlink()
+        return found
+
+    receipt = encoded.index(settings, run=tidied)
+    assert len(tasks.done) == 4
+    assert index.satisfies(receipt, settings, dim=DIM, storage=site.storage)
+    assert not list(Path(encoded.workspace.uri, "index").rglob("shard-*.faiss"))
 
 
 # --- tombstones

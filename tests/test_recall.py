@@ -93,8 +93,7 @@ def test_neighbours_stay_exact_while_items_come_and_go(seed: int, rounds: int, d
         for k in (1, 3):
             for row in np.flatnonzero(known(near, k, len(ids))).tolist():
                 best = naive(int(asked[row]), queries[row], ids, vectors)
-                tied = {i for s, i in best if s >= best[k - 1][0]}
-                assert tied <= set(near.ids[row].tolist())
+                np.testing.assert_allclose(near.scores[row, :k], [score for score, _ in best[:k]], rtol=1e-5, atol=1e-5)
 
 
 def test_of_a_query_whose_spare_neighbours_have_left_nothing_is_known() -> None:
@@ -152,11 +151,24 @@ def test_recall_counts_a_neighbour_that_ties_with_the_last_one_whichever_is_foun
 
     def found(*rows: int) -> float:
         answer = (np.zeros((1, len(rows)), np.float32), np.array([rows]))
-        return float(recalled(queries, lambda _v, _k: answer, 2, 5, held=True)[0])
+        take = lambda rows: vectors[rows]  # noqa: E731
+        return float(recalled(queries, lambda _v, _k: answer, take, 2, 5, held=True)[0])
 
     assert found(0, 1, 2) == found(0, 3, 1) == found(1, 3, -1) == 1.0
     assert found(0, 1, 4) == found(0, -1, 1) == found(1, 0, -1) == 0.5
     assert found(0, 4, -1) == found(-1, -1, -1) == 0.0
+
+
+def test_of_more_that_tie_than_are_kept_any_count_and_nothing_else() -> None:
+    vectors = np.eye(DIM, dtype=np.float32)[[0] * 200 + [1]]
+    ids = np.arange(201, dtype=np.int64)
+    queries = queries_of(ids, vectors, held=1, asked=1, k=3)
+    assert queries.near.ids.shape[1] < 100
+    assert known(queries.near, 3, 201).all()
+    for rows, expected in (((0, 197, 198, 199), 1.0), ((150, 200, 0, 151), 2 / 3), ((200, -1, -1, -1), 0.0)):
+        answer = (np.zeros((1, 4), np.float32), np.array([rows]))
+        shares = recalled(queries, lambda _v, _k, a=answer: a, lambda some: vectors[some], 3, 201, held=True)
+        assert shares.tolist() == [pytest.approx(expected)]
 
 
 def test_queries_that_are_held_out_and_the_others_are_asked_apart() -> None:
@@ -168,8 +180,10 @@ def test_queries_that_are_held_out_and_the_others_are_asked_apart() -> None:
         order = np.argsort(-(some @ vectors.T), axis=1)[:, :k]
         return np.take_along_axis(some @ vectors.T, order, axis=1), ids[order]
 
-    assert recalled(queries, search, 3, 40, held=True).tolist() == [1.0] * 7
-    assert recalled(queries, search, 3, 40, held=False).tolist() == [1.0] * 5
+    take = dict(zip(ids.tolist(), vectors, strict=True))
+    for held, expected in ((True, 7), (False, 5)):
+        shares = recalled(queries, search, lambda rows: np.stack([take[r] for r in rows]), 3, 40, held=held)
+        assert shares.tolist() == [1.0] * expected
     assert asked == [7, 5]
 
 

@@ -123,6 +123,8 @@ def merge(index: Any, parts: Sequence[Any]) -> None:
 
 def mergeable(index: Any) -> bool:
     """Whether an index is inverted lists, vectors transformed or not, in which codes lie one after the other."""
+    if index is None:
+        return False
     inside: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
     if not isinstance(inside, faiss.IndexIVF):
         return False

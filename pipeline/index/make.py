@@ -39,6 +39,7 @@ from pipeline.index.shards import (
     Asked,
     Patched,
     PatchTask,
+    Shard,
     ShardTask,
     Unpatchable,
     compare,
@@ -67,6 +68,7 @@ WIDENED = 2
 FINE = 8
 TIMED_ALONE = 100
 TRAINED = "trained"
+TRIES = 3
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -156,7 +158,7 @@ def make_index(
     job, made, found = _made_for(jobs, base)
     indexed, queries_file = _stored(made, found, job), _store_queries(made.queries, job)
     build = made.build if made.build.changed else made.build.model_copy(update={"nprobe": found.nprobe})
-    storage.remove(join(index_uri, part.path) for part in made.parts)
+    storage.remove(join(work_uri, part.path) for part in made.parts)
     return IndexReceipt(
         plan_id=plan_id,
         files_digest=files_digest(files),
@@ -207,6 +209,10 @@ class _Job:
     def items(self) -> int:
         """Vectors in the index."""
         return self.source.items
+
+    def recalled(self, made: "_Made", *, held: bool) -> NDArray[np.float64]:
+        """Recall of every query that is held out, or of those that are not."""
+        return recalled(made.queries, made.search, self.source.take, self.settings.k, self.items, held=held)
 
     def query_ids(self) -> tuple[Ids, int]:
         """Row ids of the recall's queries, and how many of them are held out."""
@@ -307,13 +313,12 @@ def _patched(job: _Job, base: Release | None) -> _Made:
         )
         for number, file in enumerate(base.index_files)
     ]
-    try:
-        found = [patched(tasks[0])] if of == 1 else job.run(patch_shard, tasks, weight=lambda task: task.source.items)
-    except (Unpatchable, CorruptFile) as error:
-        raise _Unfit(str(error)) from None
-    found.sort(key=lambda one: one.number)
+    found = _patched_shards(job, tasks)
     build = _build_after(job, base, found)
-    indexes = [mapped(job.storage, job.index_uri, one.file) if one.file else one.index for one in found]
+    try:
+        indexes = [mapped(job.storage, job.index_uri, one.file) if one.file else one.index for one in found]
+    except CorruptFile as error:
+        raise _Unfit(str(error)) from None
     if base.index_ef_search or base.index_nprobe:
         for index in indexes:
             set_width(index, base.index_nprobe or base.index_ef_search)
@@ -321,6 +326,21 @@ def _patched(job: _Job, base: Release | None) -> _Made:
     if total != job.items:
         raise _Unfit(f"patched, it holds {total:,} vectors, the table has {job.items:,}")
     return _Made(tuple(indexes), tuple(one.file for one in found), build, _queries_after(job, old, ids, held, found))
+
+
+def _patched_shards(job: _Job, tasks: Sequence[PatchTask]) -> list[Patched]:
+    """The shards in their order; one alone is not stored yet."""
+    if len(tasks) == 1:
+        try:
+            return [patched(tasks[0])]
+        except (Unpatchable, CorruptFile) as error:
+            raise _Unfit(str(error)) from None
+    found = []
+    for one in job.run(patch_shard, tasks, weight=lambda task: task.source.items):
+        if isinstance(one, str):
+            raise _Unfit(one)
+        found.append(one)
+    return sorted(found, key=lambda one: one.number)
 
 
 def _patchable(job: _Job, base: Release | None) -> Release:
@@ -339,7 +359,7 @@ def _patchable(job: _Job, base: Release | None) -> Release:
     drift = math.dist(job.moments.mean, base.index_build.mean) / math.sqrt(job.moments.variance or 1.0)
     if drift > job.settings.max_drift:
         raise _Unfit(f"the mean vector moved by {drift:.3f} standard deviations since it was built")
-    cap, memory = job.settings.memory_mib, WORKING_BYTES + 2 * job.choice.index_bytes
+    cap, memory = job.settings.memory_mib, WORKING_BYTES + 2 * max(file.bytes for file in base.index_files)
     if cap is not None and memory > cap * MEBIBYTE:
         raise _Unfit(f"to patch it takes {memory / MEBIBYTE:,.0f} MiB, index.memory_mib allows {cap:g}")
     return base
@@ -360,11 +380,14 @@ def _old_queries(job: _Job, base: Release) -> Queries:
     """Those of the base; none of them where they cannot be read, or are kept to another depth."""
     dim, depth = job.source.dim, depth_of(job.settings.k)
     none = Queries(np.empty(0, np.int64), np.empty((0, dim), np.float32), 0, nothing_near(0, depth))
-    file = base.index_queries
-    if problem := check_file(job.storage, base.index_uri, file):
-        log.warning("index: the recall's queries are drawn anew: %s", problem)
+    try:
+        data = job.storage.read(join(base.index_uri, base.index_queries.path))
+    except FileNotFoundError:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != base.index_queries.sha256:
+        log.warning("index: the recall's queries of release %s are damaged, and drawn anew", base.release_id)
         return none
-    old = from_bytes(job.storage.read(join(base.index_uri, file.path)))
+    old = from_bytes(data)
     return old if old.near.ids.shape[1] == depth else none
 
 
@@ -427,6 +450,10 @@ def _built(job: _Job) -> _Made:
         near = fill_and_compare(index, job.source, asked, job.choice.factory)
         return _Made((index,), (None,), build, Queries(ids, asked.vectors, held, near))
     trained = _kept_trained(job, ids) if job.choice.training else None
+    empty = loaded(job.storage, job.work_uri, trained) if trained else None
+    merged = job.choice.index_bytes <= job.settings.merge_mib * MEBIBYTE and mergeable(empty)
+    # Parts of what becomes one file are nobody's but this plan's.
+    root = job.work_uri if merged else job.index_uri
     tasks = [
         ShardTask(
             number=number,
@@ -435,22 +462,36 @@ def _built(job: _Job) -> _Made:
             factory=job.choice.factory,
             trained=trained,
             asked=asked,
-            index_uri=job.index_uri,
+            index_uri=root,
             plan_id=job.plan_id,
             work_uri=job.work_uri,
         )
         for number in range(shards)
     ]
-    found = sorted(job.run(make_shard, tasks, weight=lambda task: task.source.items), key=lambda shard: shard.number)
-    queries = Queries(ids, asked.vectors, held, reduce(combined, (shard.near for shard in found)))
+    found, indexes = _shards(job, tasks, root)
     files = tuple(shard.file for shard in found)
-    indexes = tuple(mapped(job.storage, job.index_uri, file) for file in files)
-    large = job.choice.index_bytes > job.settings.merge_mib * MEBIBYTE
-    if trained is None or large or not all(map(mergeable, indexes)):
+    queries = Queries(ids, asked.vectors, held, reduce(combined, (shard.near for shard in found)))
+    if not merged:
         return _Made(indexes, files, build, queries)
-    index = loaded(job.storage, job.work_uri, trained)
-    merge(index, indexes)
-    return _Made((index,), (None,), build, queries, parts=files)
+    merge(empty, indexes)
+    return _Made((empty,), (None,), build, queries, parts=files)
+
+
+def _shards(job: _Job, tasks: Sequence[ShardTask], root: str) -> tuple[list[Shard], tuple[Any, ...]]:
+    """The shards in their order, and mapped into memory.
+
+    Raises:
+        CorruptFile: they are not there, or damaged, however often they are made.
+    """
+    for tries in range(TRIES):
+        found = sorted(job.run(make_shard, tasks, weight=lambda task: task.source.items), key=lambda one: one.number)
+        try:
+            return found, tuple(mapped(job.storage, root, shard.file) for shard in found)
+        except CorruptFile:
+            # A rival with the same plan may have merged them meanwhile, and tidied up.
+            if tries == TRIES - 1:
+                raise
+    raise AssertionError("unreachable")
 
 
 def _trained(job: _Job, excluded: Ids) -> Any:
@@ -524,7 +565,7 @@ def _require_recall(found: _Measured, job: _Job) -> None:
 def _measured(made: _Made, job: _Job) -> _Measured:
     """Search no more widely than the recall asks for; how good, how quick that is."""
     _tune(made, job)
-    shares = recalled(made.queries, made.search, job.settings.k, job.items, held=True)
+    shares = job.recalled(made, held=True)
     held, width = made.queries.vectors[: made.queries.held], width_of(made.indexes[0])
     alone = [_seconds(made, held[n : n + 1], job.settings.k) for n in range(min(TIMED_ALONE, len(held)))]
     lists = lists_of(made.indexes[0]) is not None
@@ -553,7 +594,7 @@ def _tune(made: _Made, job: _Job) -> None:
     def reaches(width: int, *, held: bool) -> bool:
         for index in made.indexes:
             set_width(index, width)
-        return float(recalled(queries, made.search, settings.k, job.items, held=held).mean()) >= settings.target_recall
+        return float(job.recalled(made, held=held).mean()) >= settings.target_recall
 
     narrowest, widest = span
     # A patched index begins where it was, and is only ever widened.

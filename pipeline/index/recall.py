@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.index.source import Source
 
-# Neighbours beyond k that are kept: of those that tie with the k-th all count, and what leaves is replaced from them.
+# Neighbours beyond k that are kept: what leaves is replaced from them.
 SPARE = 32
 # Of the best score: what rounding may set two equal ones apart.
 TIE_TOLERANCE = 1e-6
@@ -19,12 +19,17 @@ TIE_TOLERANCE = 1e-6
 CONFIDENCE, QUANTILE = 0.99, 2.5758293
 # Tuned on a part of as many items as the recall is measured on.
 TUNED_ON = 0.5
+# Comparisons that are held in memory at a time.
+CELLS = 8_000_000
+# Row ids that there are not: of a place that counts for nothing, and of one where nothing was found.
+UNFIT, NOTHING = -2, -3
 MIXED = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 Matrix = NDArray[np.float32]
 Ids = NDArray[np.int64]
 # Vectors [q, d] and a depth to scores and row ids [q, depth], best first, -1 where there are no more.
 Search = Callable[[Matrix, int], tuple[Matrix, Ids]]
+Take = Callable[[Ids], Matrix]
 
 
 @dataclass(frozen=True)
@@ -155,35 +160,47 @@ def without(near: Neighbours, removed: Ids) -> Neighbours:
 
 
 def known(near: Neighbours, k: int, items: int) -> NDArray[np.bool_]:
-    """Of which queries the first k neighbours, and that no other ties with the last of them, is certain."""
+    """Of which queries the scores of the first k neighbours are certain, if not which of those that tie are listed."""
     k = min(k, items - 1)
     if not k:
         return np.ones(len(near.ids), np.bool_)
-    certain: NDArray[np.bool_] = near.scores[:, k - 1] - _tolerance(near.scores) > near.floor
-    return certain | np.isneginf(near.floor)
+    certain: NDArray[np.bool_] = near.scores[:, k - 1] >= near.floor
+    return certain
 
 
-def recalled(queries: Queries, search: Search, k: int, items: int, *, held: bool) -> NDArray[np.float64]:
+def recalled(queries: Queries, search: Search, take: Take, k: int, items: int, *, held: bool) -> NDArray[np.float64]:
     """Recall@k of every query, of those that are held out or of those that are not.
 
     Args:
         queries: with their exact neighbours.
         search: the index.
+        take: vectors [n, d] of row ids [n], for what ties with the last neighbour and is not listed.
         k: neighbours that count, fewer where there are fewer.
         items: in the index.
         held: which queries to ask.
     """
     chosen = slice(0, queries.held) if held else slice(queries.held, None)
-    own, near = queries.ids[chosen], queries.near
+    own, asked, near = queries.ids[chosen], queries.vectors[chosen], queries.near
     k = min(k, items - 1)
     if not k:
         return np.ones(len(own))
-    _, found = search(queries.vectors[chosen], k + 1)
+    _, found = search(asked, k + 1)
     found = _first(np.where(found == own[:, None], -1, found), k)
-    scores = near.scores[chosen]
-    fits = np.where(scores >= (scores[:, k - 1] - _tolerance(scores))[:, None], near.ids[chosen], -2)
-    hits = (found[:, :, None] == fits[:, None, :]).any(axis=2).sum(axis=1)
-    shares: NDArray[np.float64] = hits / k
+    ids, scores = near.ids[chosen], near.scores[chosen]
+    least = scores[:, k - 1] - _tolerance(scores)
+    fits = np.where(scores >= least[:, None], ids, UNFIT)
+    step = max(1, CELLS // (k * fits.shape[1]))
+    right = np.concatenate(
+        [(found[n : n + step, :, None] == fits[n : n + step, None, :]).any(axis=2) for n in range(0, len(found), step)]
+        or [np.zeros(found.shape, np.bool_)]
+    )
+    # Where the list ends among those that tie, what is not in it is judged by its own score.
+    open_end = least <= near.floor[chosen]
+    rows, places = np.nonzero(~right & (found >= 0) & open_end[:, None])
+    if len(rows):
+        others, which = np.unique(found[rows, places], return_inverse=True)
+        right[rows, places] = np.einsum("nd,nd->n", asked[rows], take(others)[which]) >= least[rows]
+    shares: NDArray[np.float64] = right.sum(axis=1) / k
     return shares
 
 
@@ -250,4 +267,4 @@ def _first(ids: Ids, k: int) -> Ids:
     """The first k of each row that are there, in their order."""
     order = np.argsort(ids < 0, axis=1, kind="stable")[:, :k]
     found: Ids = np.take_along_axis(ids, order, axis=1)
-    return np.where(found < 0, -3, found)
+    return np.where(found < 0, NOTHING, found)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import logging
+import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
+from pipeline.errors import CorruptFile, UserError
 from pipeline.index.faiss_index import fill, mergeable, new_index, patch, reason
 from pipeline.index.recall import Neighbours, combined, nearest, nothing_near
 from pipeline.index.source import Changes, Source, changes
@@ -27,6 +28,8 @@ from schemas.files import PublishedFile
 
 Matrix = NDArray[np.float32]
 Ids = NDArray[np.int64]
+
+PROGRESS_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -184,15 +187,20 @@ def fill_and_compare(index: Any, source: Source, asked: Asked, factory: str) -> 
     Raises:
         UserError: FAISS cannot add vectors to it.
     """
-    near, reading = asked.nothing(), 0
+    near, reading, told = asked.nothing(), 0, time.monotonic()
 
     def batches() -> Iterator[tuple[Ids, Matrix]]:
-        nonlocal near, reading
-        reading += 1
+        nonlocal near, reading, told
+        reading, read = reading + 1, 0
         for ids, vectors in source.batches():
             if reading == 1:
                 near = combined(near, nearest(asked.ids, asked.vectors, [(ids, vectors)], asked.depth))
             yield ids, vectors
+            read += len(ids)
+            if time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                doing = "compared" if reading == 1 else "added"
+                log.info("index: %s of %s vectors %s", f"{read:,}", f"{source.items:,}", doing)
 
     try:
         fill(index, batches)
@@ -201,10 +209,13 @@ def fill_and_compare(index: Any, source: Source, asked: Asked, factory: str) -> 
     return near
 
 
-def patch_shard(task: PatchTask, resources: TaskResources) -> Patched:
-    """Patch one shard and publish it."""
+def patch_shard(task: PatchTask, resources: TaskResources) -> Patched | str:
+    """Patch one shard and publish it; or say why it is not patched, which is no failure of the task."""
     faiss.omp_set_num_threads(resources.cpus)
-    done = patched(task)
+    try:
+        done = patched(task)
+    except (Unpatchable, CorruptFile) as error:
+        return str(error)
     if done.file is not None:
         return done
     file = store(done.index, task.source.storage, task.index_uri, folder=task.plan_id, name=f"shard-{task.number:04d}")
@@ -219,7 +230,7 @@ def patched(task: PatchTask) -> Patched:
         CorruptFile: a file differs from its checksum.
     """
     found, changed = list[Changes](), 0
-    for one in changes(task.source, task.before):
+    for one in changes(task.source, task.before, threads=faiss.omp_get_max_threads()):
         changed += len(one.removed) + len(one.added)
         if changed > task.allowance:
             raise Unpatchable(f"more than {task.allowance:,} more vectors changed")

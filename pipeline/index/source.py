@@ -1,6 +1,7 @@
 """The vectors that an index is made of, straight from the table's files, a batch at a time."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -87,21 +88,33 @@ class Changes:
     vectors: Matrix
 
 
-def changes(source: Source, before: Sequence[PublishedFile]) -> Iterator[Changes]:
+def changes(source: Source, before: Sequence[PublishedFile], *, threads: int = 1) -> Iterator[Changes]:
     """What changed since a release, bucket by bucket; buckets whose file stayed are left out.
 
     Args:
         source: the day's files.
         before: the release's files, of the same buckets.
+        threads: buckets to compare at a time.
     """
     common = {file.path for file in before} & {file.path for file in source.files}
     old = {bucket_number(file.path): file for file in before if file.path not in common}
     new = {bucket_number(file.path): file for file in source.files if file.path not in common}
-    for bucket in sorted(old.keys() | new.keys()):
-        yield _bucket_changes(source, old.get(bucket), new.get(bucket))
+    buckets = sorted(old.keys() | new.keys())
+    # Comparing and verifying leave the interpreter alone. So many at a time, lest what changed piles up unread.
+    for start in range(0, len(buckets), threads):
+        with ThreadPoolExecutor(threads, thread_name_prefix="compare") as pool:
+            yield from pool.map(
+                lambda bucket: _bucket_changes(source, old.get(bucket), new.get(bucket)),
+                buckets[start : start + threads],
+            )
 
 
 def _bucket_changes(source: Source, old: PublishedFile | None, new: PublishedFile | None) -> Changes:
+    if old is not None and new is not None:
+        one, other = source.open(old), source.open(new)
+        ids = other.row_ids()
+        if one.group_rows == other.group_rows and np.array_equal(one.row_ids(), ids):
+            return _exchanged(ids, one, other)
     before, held = _contents(source, old)
     ids, vectors = _contents(source, new)
     found = pc.index_in(pa.array(ids), value_set=pa.array(before))
@@ -112,6 +125,17 @@ def _bucket_changes(source: Source, old: PublishedFile | None, new: PublishedFil
     fresh, left = np.ones(len(ids), np.bool_), np.ones(len(before), np.bool_)
     fresh[known[equal]], left[where[equal]] = False, False
     return Changes(before[left], ids[fresh], vectors[fresh])
+
+
+def _exchanged(ids: Ids, old: TableFile, new: TableFile) -> Changes:
+    """What changed where the same items are in the same places: no vector is copied that stayed."""
+    different, vectors = [], []
+    for before, after in zip(old.groups(), new.groups(), strict=True):
+        differs = (before.view(np.uint32) != after.view(np.uint32)).any(axis=1)
+        different.append(differs)
+        vectors.append(after[differs])
+    changed = ids[np.concatenate(different)]
+    return Changes(changed, changed, np.concatenate(vectors))
 
 
 def _contents(source: Source, file: PublishedFile | None) -> tuple[Ids, Matrix]:

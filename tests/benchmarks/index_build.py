@@ -1,7 +1,8 @@
 """The index stage beside autofaiss: the same vectors on the same cores, fresh processes in turn, one table.
 
     python tests/benchmarks/index_build.py [--items 1000000] [--dim 64] [--repeats 5] [--peer-python PYTHON]
-        [--bundle URI] [--data FOLDER] [--noise .5] [--factory auto] [--patch .01]
+        [--bundle URI] [--data FOLDER] [--noise .5] [--factory auto]
+        [--memory-mib 256] [--patch .01]
 
 The material is a catalogue's real vectors, repeated with noise until there are enough: the texts of
 netflix_titles.csv, and of ml-latest-small where it is there, go through the bundle of ``--bundle``, or through a
@@ -441,7 +442,7 @@ def main() -> None:
         drawn = np.random.default_rng(given.seed).permutation(given.items + QUERIES) % len(real)
         vectors = noisy(real, drawn, given.noise, given.seed)
         catalogue, queries = Catalogue.of(vectors[: given.items]), vectors[given.items :]
-        index = IndexSettings(factory=given.factory, k=given.k, target_recall=given.recall)
+        index = IndexSettings(factory=given.factory, k=given.k, target_recall=given.recall, memory_mib=given.memory_mib)
         settings = settings_at(folder, "none", buckets=BUCKETS)
         bundle = open_bundle(STORAGE, settings.bundle_uri).version
         day = Day(settings, bundle, catalogue, catalogue.write(settings, bundle, ds=DS), DS)
@@ -483,6 +484,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bundle", metavar="URI", help="what encodes the texts (default: a PCA, fitted on them)")
     parser.add_argument("--noise", type=float, default=0.5, help="its norm, relative to the vector's")
     parser.add_argument("--factory", default="auto", help="index.factory of our side")
+    parser.add_argument("--memory-mib", type=float, help="index.memory_mib of our side (default: none)")
     parser.add_argument("--recall", type=float, default=0.95, help="the target")
     parser.add_argument("--k", type=int, default=10)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What reading a release costs: all of it beside pyarrow, which checks nothing, and a thousand items of it.
+"""What reading a release costs: all of it beside pyarrow, which checks nothing, a thousand items of it, and a query.
 
     python tests/benchmarks/reading.py [--items 1000000] [--dim 64] [--buckets 16] [--asked 1000] [--runs 7]
 
@@ -6,7 +6,8 @@ Rows with random unit vectors are written as a bucket's worker writes them; ever
 anew, so that it verifies every block that it touches. Measurements alternate, medians are shown, the files are in the
 page cache. pyarrow reads the same columns of the same files twice: as one dataset, and file after file through a memory
 map, the fastest way found. "First" is the first look-up of a release that was just opened; "later" are look-ups of
-other random items, of which some blocks were touched before and some not.
+other random items, of which some blocks were touched before and some not. The first query is all from the release log
+to the item ids of one vector's neighbours, the index verified and mapped on the way.
 """
 
 # ruff: noqa: E402 - run as a script, it must find its neighbours first
@@ -36,16 +37,21 @@ from published import DS, Site, items
 from rich.console import Console
 from rich.table import Table
 
+from pipeline import release_log
+from pipeline.config import IndexSettings
 from pipeline.feature_table import write_bucket_file
-from pipeline.reader import OpenRelease
+from pipeline.index import make_index
+from pipeline.reader import OpenRelease, open_release
 from schemas.feature_table import file_schema
 from schemas.identity import row_id
+from schemas.receipt import Moments
 
 COLUMNS = ["item_id", "vector"]
 LATER = 9
 TABLE, NUMPY, LOOKUP = "all columns, Arrow", "ids and vectors, numpy", "vectors of {} items"
 DATASET, MAPPED, OURS = "pyarrow, dataset", "pyarrow, mapped files", "ours, verified"
 FIRST, NEXT = "ours, first", "ours, later"
+QUERY = "neighbours of a vector"
 
 Seconds = dict[tuple[str, str], list[float]]
 
@@ -71,7 +77,7 @@ def main() -> None:
 
 
 def write_release(folder: Path, *, count: int, dim: int, buckets: int) -> OpenRelease:
-    """A release of ``item-0``, ``item-1``, …, its rows written directly: only the table's files are there."""
+    """A release of ``item-0``, ``item-1``, …, its rows written directly, with an index."""
     site = Site(folder, dim=dim)
     facts = site.publish(items(4, dim=dim), buckets=1)
     names = np.array([f"item-{number}" for number in range(count)], object)
@@ -84,8 +90,39 @@ def write_release(folder: Path, *, count: int, dim: int, buckets: int) -> OpenRe
         rows = bucket_of(names[chosen], hashes[chosen], dim=dim, seed=bucket)
         if file := write_bucket_file(site.storage, site.table_uri, [rows], **given):
             files.append(file)
-    facts = facts.model_copy(update={"table_files": tuple(files), "items": count, "buckets": buckets})
-    return OpenRelease(facts, uri=site.table_uri, storage=site.storage)
+    built = make_index(
+        files,
+        base=None,
+        storage=site.storage,
+        table_uri=site.table_uri,
+        index_uri=site.index_uri,
+        work_uri=str(folder / "work" / "index"),
+        plan_id="0" * 32,
+        bundle=facts.bundle,
+        buckets=buckets,
+        moments=Moments.of(count, [0.0] * dim, 1.0),
+        dim=dim,
+        mantissa_bits=facts.mantissa_bits,
+        # Of random vectors, which have no near neighbours, lists find half as they do almost all of others.
+        settings=IndexSettings(target_recall=0.5),
+    )
+    facts = facts.model_copy(
+        update={
+            "release_id": f"{facts.release_id}-large",
+            "turn": facts.turn + 1,
+            "table_files": tuple(files),
+            "items": count,
+            "buckets": buckets,
+            "index_uri": built.uri,
+            "index_files": built.files,
+            "index_queries": built.queries_file,
+            "index_factory": built.factory,
+            "index_nprobe": built.nprobe,
+            "index_build": built.build,
+        }
+    )
+    assert release_log.append(site.storage, site.table_uri, [facts])
+    return open_release(site.table_uri)
 
 
 def bucket_of(names: NDArray[np.object_], hashes: NDArray[np.int64], *, dim: int, seed: int) -> pa.Table:
@@ -119,7 +156,8 @@ def measure(release: OpenRelease, *, asked: int, runs: int) -> Seconds:
     }
     generator = np.random.default_rng(0)
     lookup = LOOKUP.format(f"{asked:,}")
-    found: Seconds = {key: [] for key in [*ways, (lookup, FIRST), (lookup, NEXT)]}
+    queries = generator.standard_normal((runs + 1, 1 + LATER, release.facts.dim), np.float32)
+    found: Seconds = {key: [] for key in [*ways, (lookup, FIRST), (lookup, NEXT), (QUERY, FIRST), (QUERY, NEXT)]}
     # One round unmeasured: libraries are loaded, and the files are in the page cache.
     for number in range(-1, runs):
         if number == 0:
@@ -130,11 +168,16 @@ def measure(release: OpenRelease, *, asked: int, runs: int) -> Seconds:
         for way in [FIRST] + LATER * [NEXT]:
             ids = [f"item-{chosen}" for chosen in generator.integers(0, len(release), asked)]
             found[lookup, way].append(timed(lambda ids=ids, opened=opened: opened.vectors(ids)))
+        first, *later = queries[number]
+        found[QUERY, FIRST].append(timed(lambda first=first: open_release(release._uri).search(first)))
+        opened.search(first)
+        for query in later:
+            found[QUERY, NEXT].append(timed(lambda query=query, opened=opened: opened.search(query)))
     return found
 
 
 def anew(release: OpenRelease) -> OpenRelease:
-    return OpenRelease(release.facts, uri=release._uri, storage=release._storage)
+    return OpenRelease(release.facts, uri=release._uri, storage=release.storage)
 
 
 def mapped(files: Sequence[str], columns: list[str] | None) -> pa.Table:

@@ -27,14 +27,14 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import Settings, load_settings
-from pipeline.feature_table import VECTOR_LEAF, read_rows, write_bucket_file
+from pipeline.feature_table import read_rows, write_bucket_file
 from pipeline.model.bundle import Bundle, open_bundle
 from pipeline.model.ctr import click_data, score_vectors
 from pipeline.model.encoder import load_encoder, use_threads
 from pipeline.resources import TaskResources
 from pipeline.storage import Storage
 from pipeline.training_set import TrainingSet, identify_training, open_training_set
-from schemas.feature_table import MANTISSA_BITS, file_schema
+from schemas.feature_table import MANTISSA_BITS, VECTOR_COLUMN, file_schema
 from schemas.identity import content_hash, row_id
 
 CONFIG = Path(__file__).resolve().parent / "ml-latest-small" / "marc.yaml"
@@ -158,7 +158,7 @@ def column_bytes(path: Path) -> int:
     metadata = pq.read_metadata(path)
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     columns = [group.column(number) for group in groups for number in range(group.num_columns)]
-    return sum(column.total_compressed_size for column in columns if column.path_in_schema == VECTOR_LEAF)
+    return sum(column.total_compressed_size for column in columns if column.path_in_schema == VECTOR_COLUMN)
 
 
 def recall(stored: Matrix, vectors: Matrix) -> float:

@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--buckets", type=int, default=64)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--changed", action="store_true", help="also plan against a release of which 1 % changed")
+    parser.add_argument("--changed", action="store_true", help="also plan against a release of which 1 %% changed")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--measure", choices=[BARE, PLAN, AGAIN], help=argparse.SUPPRESS)
     given = parser.parse_args()

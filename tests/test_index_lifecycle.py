@@ -506,7 +506,6 @@ def test_patch_upon_patch_leaves_nothing_behind(tmp_path: Path, factory: str, sh
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard_mib", [WHOLE, SPLIT])
-@pytest.mark.parametrize("factory", list(BLUR))
+@pytest.mark.parametrize(("factory", "shard_mib"), [(FLAT, WHOLE), (INVERTED, WHOLE), (GRAPH, SPLIT), (CODED, SPLIT)])
 def test_sixty_steps_in_a_row_leave_nothing_behind(tmp_path: Path, factory: str, shard_mib: float) -> None:
     assert patched_in_a_row(Site(tmp_path), factory, 60, shard_mib) >= 25

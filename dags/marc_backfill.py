@@ -5,20 +5,13 @@ from datetime import datetime
 from typing import Any
 
 from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOperator
-from airflow.sdk import Metadata, Param, dag, get_current_context, task
-from marc_stages import CONFIG, DEFAULT_ARGS, ITEM_VECTORS, RetryFromTheStart, submission
+from airflow.sdk import Metadata, Param, dag, task
 
-
-def arguments(day: dict[str, Any]) -> list[str]:
-    """Arguments of the job for one date."""
-    buckets = [word for bucket in day["buckets"] for word in ("--bucket", str(bucket))]
-    recompute = ["--recompute"] if day["recompute"] else []
-    return ["--config", day["config"], "--ds", day["ds"], "--plan-id", day["plan_id"], *buckets, *recompute]
-
-
-def date_param(title: str) -> Param:
-    """A date that must be given."""
-    return Param(None, type=["null", "string"], format="date", title=title, description="YYYY-MM-DD.")
+from pipeline.scheduler.events import ITEM_VECTORS, release_event
+from pipeline.scheduler.operators import backfill_arguments, submission
+from pipeline.scheduler.params import CONFIG, date_param, given_params
+from pipeline.scheduler.retries import DEFAULT_ARGS, RetryFromTheStart
+from pipeline.scheduler.tasks import identify_backfills
 
 
 @dag(
@@ -26,20 +19,14 @@ def date_param(title: str) -> Param:
     start_date=datetime(2026, 11, 1),
     default_args={**DEFAULT_ARGS, "retry_policy": RetryFromTheStart()},
     params={
-        "first": date_param("First date"),
-        "last": Param(
-            None,
-            type=["null", "string"],
-            format="date",
-            title="Last date",
-            description="YYYY-MM-DD; empty: the first date alone.",
-        ),
+        "first": date_param("YYYY-MM-DD.", title="First date"),
+        "last": date_param("YYYY-MM-DD; empty: the first date alone.", title="Last date"),
         "buckets": Param(
             [],
             type="array",
             items={"type": "integer", "minimum": 0},
             title="Buckets",
-            description="Replace only these, and no other file; empty: whole dates. Dates without a release run whole.",
+            description="Replace only these buckets; empty: whole dates. Dates without a release are run whole.",
         ),
         "recompute": Param(
             default=False,
@@ -53,37 +40,23 @@ def date_param(title: str) -> Param:
     doc_md=__doc__,
 )
 def marc_backfill() -> None:
-    """Wire the dates; what they do is in ``pipeline``."""
+    """Declare the tasks; :mod:`pipeline.scheduler` defines what they do."""
 
     @task
     def identify() -> list[dict[str, Any]]:
         """Name the plan of every date; a date without a catalogue ends the run before anything is started."""
-        from pipeline.errors import UserError
-        from pipeline.run import identify_backfills
-
-        params: Any = get_current_context()["params"]
-        if not params["first"]:
-            raise UserError("give the first date to backfill")
-        return identify_backfills(
-            first=params["first"],
-            last=params["last"] or params["first"],
-            buckets=params["buckets"],
-            recompute=params["recompute"],
-            config=params["config"],
-        )
+        return identify_backfills(**given_params("first", "last", "buckets", "recompute", "config"))
 
     @task(outlets=[ITEM_VECTORS])
     def announce(day: dict[str, Any]) -> Iterator[Metadata]:
-        """Put the facts of the release on the asset, for whoever is scheduled by it."""
-        from pipeline.run import release_facts
-
-        yield Metadata(ITEM_VECTORS, extra=release_facts(ds=day["ds"], config=day["config"]))
+        """Attach the facts of the release to the asset."""
+        yield release_event(ds=day["ds"], config=day["config"])
 
     days: Any = identify()
-    # One after the other: each has the whole of Spark.
-    submitted = SparkSubmitOperator.partial(**submission("backfill"), max_active_tis_per_dagrun=1).expand(
-        application_args=days.map(arguments)
-    )
+    # One date after the other: each may use all of Spark.
+    submitted = SparkSubmitOperator.partial(
+        **submission("backfill", dag_file=__file__), max_active_tis_per_dagrun=1
+    ).expand(application_args=days.map(backfill_arguments))
     submitted >> announce.expand(day=days)
 
 

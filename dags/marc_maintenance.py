@@ -1,10 +1,13 @@
-"""marc_maintenance: retire releases beyond retention, and remove what no release, reader or run needs any more."""
+"""marc_maintenance: retire releases beyond retention, and delete files that no release, reader or run needs."""
 
 from datetime import datetime
 from typing import Any
 
-from airflow.sdk import dag, get_current_context, task
-from marc_stages import CONFIG, DEFAULT_ARGS
+from airflow.sdk import dag, task
+
+from pipeline.scheduler.params import CONFIG, given_params
+from pipeline.scheduler.retries import DEFAULT_ARGS
+from pipeline.scheduler.tasks import vacuum_files
 
 
 @dag(
@@ -18,15 +21,12 @@ from marc_stages import CONFIG, DEFAULT_ARGS
     doc_md=__doc__,
 )
 def marc_maintenance() -> None:
-    """Wire the vacuum; what it does is in ``pipeline``."""
+    """Declare the vacuum; :mod:`pipeline.scheduler` defines what it does."""
 
     @task
     def vacuum() -> dict[str, Any]:
-        """Vacuum; what was retired, forgotten and removed."""
-        from pipeline.run import vacuum_for_scheduler
-
-        params: Any = get_current_context()["params"]
-        return vacuum_for_scheduler(config=params["config"])
+        """Vacuum; returns what was retired, forgotten and removed."""
+        return vacuum_files(**given_params("config"))
 
     vacuum()
 

@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
-from airflow.sdk import Metadata, dag, get_current_context, task
-from marc_stages import CONFIG, DEFAULT_ARGS, ITEM_VECTORS, ds_param, requested_ds, spark_stage
+from airflow.sdk import Metadata, dag, task
 
-PLAN = "ti.xcom_pull(task_ids='identify')"
-ARGUMENTS = [
-    *("--config", f"{{{{ {PLAN}['config'] }}}}"),
-    *("--ds", f"{{{{ {PLAN}['ds'] }}}}"),
-    *("--plan-id", f"{{{{ {PLAN}['plan_id'] }}}}"),
-]
+from pipeline.scheduler.events import ITEM_VECTORS, release_event
+from pipeline.scheduler.operators import identified_arguments, spark_stage
+from pipeline.scheduler.params import CONFIG, ds_param, requested
+from pipeline.scheduler.retries import DEFAULT_ARGS
+from pipeline.scheduler.tasks import identify_night
+
+STAGES = ("plan", "encode", "audit", "index", "release")
 
 
 @dag(
@@ -22,44 +23,35 @@ ARGUMENTS = [
     # Two nights at once are safe, but compete for the same machines.
     max_active_runs=1,
     default_args=DEFAULT_ARGS,
-    params={
-        "ds": ds_param("Snapshot to publish"),
-        "config": CONFIG,
-    },
+    params={"ds": ds_param("Snapshot to publish"), "config": CONFIG},
     tags=["marc"],
     doc_md=__doc__,
 )
 def marc_nightly() -> None:
-    """Wire the stages; what they do is in ``pipeline``."""
+    """Declare the tasks; :mod:`pipeline.scheduler` defines what they do."""
 
     @task
     def identify() -> dict[str, str]:
         """Name the plan of this date; a missing catalogue or bundle ends the run here."""
-        from pipeline.run import identify_for_scheduler
-
-        params: Any = get_current_context()["params"]
-        return identify_for_scheduler(ds=requested_ds(), config=params["config"])
+        return identify_night(**requested())
 
     @task.short_circuit
     def is_new(plan: dict[str, str]) -> bool:
-        """Skip everything when this very plan is published already."""
+        """Skip everything else when this plan is already published."""
         return plan["published"] == ""
 
     @task(outlets=[ITEM_VECTORS])
     def announce(plan: dict[str, str]) -> Iterator[Metadata]:
-        """Put the facts of the release on the asset, for whoever is scheduled by it."""
-        from pipeline.run import release_facts
+        """Attach the facts of the release to the asset."""
+        yield release_event(ds=plan["ds"], config=plan["config"])
 
-        yield Metadata(ITEM_VECTORS, extra=release_facts(ds=plan["ds"], config=plan["config"]))
-
-    plan_facts: Any = identify()
-    stages = [spark_stage(name, ARGUMENTS) for name in ("plan", "encode", "audit", "index", "release")]
-    first, *rest = stages
-    is_new(plan_facts) >> first
-    for stage in rest:
-        first >> stage
-        first = stage
-    first >> announce(plan_facts)
+    plan: Any = identify()
+    arguments = identified_arguments("config", "ds", "plan_id")
+    stages = [spark_stage(name, arguments, dag_file=__file__) for name in STAGES]
+    is_new(plan) >> stages[0]
+    for earlier, later in pairwise(stages):
+        earlier >> later
+    stages[-1] >> announce(plan)
 
 
 marc_nightly()

@@ -1,8 +1,6 @@
 """spark-submit entry point of the index stage."""
 
-from pipeline.entry import job
-from pipeline.run import index_stage
+from pipeline.jobs.nightly import index
 
 if __name__ == "__main__":
-    with job(__doc__) as called:
-        index_stage(called.settings, called.plan_id)
+    index()

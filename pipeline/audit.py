@@ -17,11 +17,11 @@ from pipeline.errors import CorruptFile, GateRefused
 from pipeline.integrity import require_blocks
 from pipeline.precision import round_mantissas, rounding_error
 from pipeline.resources import TaskResources
-from pipeline.workspace import Workspace, receipts_digest
+from pipeline.workspace import Workspace
 from schemas.catalogue import ITEMS, Reason
 from schemas.feature_table import bucket_number, file_schema
 from schemas.files import PublishedFile
-from schemas.identity import row_id
+from schemas.identity import receipts_digest, row_id
 from schemas.plan import BucketPlan, Plan
 from schemas.receipt import AuditReport, BucketAudit, Moments, Receipt, day_moments, quarantined_rows
 from schemas.release import Release

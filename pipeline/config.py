@@ -21,6 +21,7 @@ from schemas.feature_table import MANTISSA_BITS
 
 DEFAULT_CONFIG = "marc.yaml"
 PREFIX = "MARC_"
+CONFIG_VARIABLE = "MARC_CONFIG"
 # Sections whose values an error never repeats: they may hold what is secret.
 SECRETIVE = ("spark", "storage")
 
@@ -289,20 +290,24 @@ class Settings(BaseSettings):
         return self.catalogue.uri.format(ds=ds)
 
 
-def default_config(path: str = "") -> Path:
-    """The configuration file to use: the one given, else that of ``MARC_CONFIG``, else the project's own."""
-    return Path(path or os.environ.get("MARC_CONFIG") or Path(__file__).resolve().parent.parent / DEFAULT_CONFIG)
+def config_path(given: str | Path | None = None) -> Path:
+    """Absolute path of the configuration file: the given one, else ``MARC_CONFIG``, else the working directory's.
+
+    Command line, jobs and scheduler follow this one rule.
+    """
+    # Not resolved: a configuration that is mounted as a symbolic link belongs where the link is.
+    return Path(os.path.abspath(given or os.environ.get(CONFIG_VARIABLE) or DEFAULT_CONFIG))  # noqa: PTH100
 
 
-def load_settings(path: str | Path = DEFAULT_CONFIG) -> Settings:
-    """Read a configuration file and the ``MARC_…`` variables.
+def load_settings(given: str | Path | None = None) -> Settings:
+    """Read a configuration file, which :func:`config_path` finds, and the ``MARC_…`` variables.
 
     Raises:
         UserError: no such file, no YAML, an unknown key or a bad value; one line names the key.
     """
-    path = Path(path)
+    path = config_path(given)
     if not path.is_file():
-        raise UserError(f"no configuration at {path}; write one or pass --config FILE")
+        raise UserError(f"no configuration at {path}; write one, pass --config FILE or set {CONFIG_VARIABLE}")
 
     unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and not _is_key(name))
     if unknown:
@@ -322,8 +327,7 @@ def load_settings(path: str | Path = DEFAULT_CONFIG) -> Settings:
             return env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=path)
 
     try:
-        # Not resolved: a configuration that is mounted as a symbolic link belongs where the link is.
-        return FileSettings().resolved(Path(os.path.abspath(path)).parent)  # noqa: PTH100
+        return FileSettings().resolved(path.parent)
     except ValidationError as error:
         raise UserError(f"{path}: {describe(error)}") from None
     except (yaml.YAMLError, TypeError, ValueError) as error:
@@ -332,7 +336,7 @@ def load_settings(path: str | Path = DEFAULT_CONFIG) -> Settings:
 
 def _is_key(variable: str) -> bool:
     name = variable.removeprefix(PREFIX).split("__")[0].lower()
-    return name in Settings.model_fields or variable == "MARC_CONFIG"
+    return name in Settings.model_fields or variable == CONFIG_VARIABLE
 
 
 def describe(error: ValidationError) -> str:

@@ -20,7 +20,6 @@ from pipeline.errors import Superseded
 from pipeline.integrity import describe_file, open_verified
 from pipeline.precision import round_vectors
 from pipeline.storage import STAGED_PREFIX, Storage, join
-from pipeline.workspace import PLAN_KEY_CHARS, plan_key
 from schemas.feature_table import (
     LAYOUT_FOOTER,
     MANTISSA_BITS,
@@ -35,6 +34,7 @@ from schemas.feature_table import (
     table_schema,
 )
 from schemas.files import PublishedFile
+from schemas.identity import PLAN_KEY_CHARS, plan_key
 from schemas.plan import Plan
 from schemas.receipt import Receipt
 from schemas.release import Release

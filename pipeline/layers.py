@@ -1,7 +1,6 @@
 """The judgement of layers: metrics over a sample, AUC where there are clicks, one report, and what is adopted of it."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,22 +16,15 @@ import pyarrow.parquet as pq
 from pipeline import catalogue
 from pipeline.catalogue import CatalogueSource
 from pipeline.config import Settings, TrainSettings
+from pipeline.deployment import Deployment
 from pipeline.errors import UserError
 from pipeline.layer_findings import findings, kept, recommend
-from pipeline.run import storage_of
 from pipeline.storage import Storage, StoredObject, is_s3, join
-from pipeline.training_run import (
-    adopted_uri,
-    fold_scores,
-    identify,
-    reviewed,
-    run_id,
-    states_stage,
-    tested_layers,
-    with_train,
-)
+from pipeline.training_choices import adopted_uri, reviewed, with_train
+from pipeline.training_run import fold_scores, identify, run_id, states_stage, tested_layers
 from pipeline.training_set import TrainingIdentity, backbone_files, require_announced
 from pipeline.workspace import read_contract
+from schemas.identity import digest
 from schemas.layers import Adopted, JudgedLayer, JudgedModel, LayerReport
 
 if TYPE_CHECKING:
@@ -51,13 +43,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One backbone under one pooling, and what it is judged on."""
+    """One backbone with one pooling, and the data that it is judged on."""
 
-    settings: Settings
+    deployment: Deployment
     identity: TrainingIdentity | None
     source: CatalogueSource | None
     images: tuple[str, ...]
     sweep_id: str
+
+    @property
+    def settings(self) -> Settings:
+        return self.deployment.settings
 
     @property
     def train(self) -> TrainSettings:
@@ -69,12 +65,12 @@ class _Candidate:
 
     @property
     def swept_uri(self) -> str:
-        """What the parts come to; written once all of them are added up."""
+        """The merged metrics of all parts; written once every part is done."""
         return join(self.uri, SWEPT)
 
 
 def judge_layers(
-    settings: Settings,
+    deployment: Deployment,
     *,
     ds: str = "",
     images: str = "",
@@ -84,45 +80,46 @@ def judge_layers(
 ) -> LayerReport:
     """Judge every layer of one or several models on the catalogue of a date, and on its interactions if there are any.
 
-    Or on images, of which there are no clicks. A judgement is computed once; asked for again, it is read.
+    Images have no interactions. A report is computed once; a second call reads it.
 
     Args:
-        settings: the configuration.
+        deployment: settings and storage.
         ds: date of the catalogue.
-        images: folder of images, on this machine or where all of a cluster see it; instead of ``ds``.
-        backbones: to compare; default: that of the configuration.
-        poolings: of each of them; default: that of the configuration, or the adopted one.
+        images: folder of images that every machine of the cluster sees; instead of ``ds``.
+        backbones: backbones to compare; default: the configured one.
+        poolings: poolings of each backbone; default: the configured or the adopted one.
         expected: training_id that an earlier task of the same run announced.
 
     Raises:
         UserError: catalogue, interactions, backbone or settings cannot be used, or changed since then.
     """
     from pipeline.model.sweep import require_kind
-    from pipeline.session import hands_out_gpus, spark_session
+    from pipeline.session import configured_session, hands_out_gpus
 
+    settings, storage = deployment.settings, deployment.storage
     if bool(ds) == bool(images):
         raise UserError("layers are judged on the catalogue of a date or on a folder of images: give one of the two")
     paths = _image_paths(images, settings.layers.sample) if images else ()
-    candidates = _candidates(settings, ds=ds, images=paths, backbones=backbones, poolings=poolings)
+    candidates = _candidates(deployment, ds=ds, images=paths, backbones=backbones, poolings=poolings)
     for candidate in candidates:
         if expected is not None and candidate.identity is not None:
             require_announced(candidate.identity, expected)
     report_id = _report_id(candidates, ds)
-    done = read_contract(storage_of(settings), _report_uri(settings, report_id), LayerReport)
+    done = read_contract(storage, _report_uri(settings, report_id), LayerReport)
     if done is not None:
         log.info("layers: report %s stands already", report_id)
         return done
     for backbone in dict.fromkeys(candidate.train.backbone for candidate in candidates):
         require_kind(backbone, images=bool(images))
     name = f"marc layers {ds or images}"
-    with spark_session(settings.spark, storage=settings.storage, name=name, gpu_tasks=True) as spark:
-        models, inputs = _sweep(spark, settings, candidates, ds=ds)
-        # Click models need no GPU: where GPUs are handed out, they get a session in which they share one.
+    with configured_session(settings, name=name, gpu_tasks=True) as spark:
+        models, inputs = _sweep(spark, deployment, candidates, ds=ds)
+        # Click models need no GPU. Where Spark assigns GPUs to tasks, they run in a second session that shares one GPU.
         together = not hands_out_gpus(spark)
         if together:
             models = _with_clicks(spark, candidates, models)
     if not together:
-        with spark_session(settings.spark, storage=settings.storage, name=name) as spark:
+        with configured_session(settings, name=name) as spark:
             models = _with_clicks(spark, candidates, models)
     judged = [kept(model) for model in models]
     wanted = settings.layers.model_dump(exclude={"seed", "sample"})
@@ -137,7 +134,7 @@ def judge_layers(
         recommendations=recommend(judged),
         findings=findings(judged),
     )
-    storage_of(settings).write(_report_uri(settings, report_id), report.model_dump_json(indent=1).encode())
+    storage.write(_report_uri(settings, report_id), report.model_dump_json(indent=1).encode())
     return report
 
 
@@ -156,18 +153,19 @@ def require_adoptable(settings: Settings, *, backbones: Sequence[str], images: s
         raise UserError(f"train.layers is configured as {train.layers} and would win: remove it to adopt another")
 
 
-def adopt(settings: Settings, report: LayerReport) -> Adopted:
+def adopt(deployment: Deployment, report: LayerReport) -> Adopted:
     """Make a recommendation the default of trainings with the configured backbone: one atomic write.
 
     Raises:
         UserError: the report recommends nothing for that backbone.
     """
+    settings = deployment.settings
     found = [one for one in report.recommendations if one.backbone == settings.train.backbone]
     if not found:
         raise UserError(f"report {report.report_id} recommends nothing for train.backbone {settings.train.backbone!r}")
     now = datetime.now(UTC)
     record = Adopted(recommendation=found[0], report_id=report.report_id, ds=report.ds, adopted_at=now)
-    storage_of(settings).write(adopted_uri(settings), record.model_dump_json(indent=1).encode())
+    deployment.storage.write(adopted_uri(settings), record.model_dump_json(indent=1).encode())
     log.info("layers: adopted %d layers with %s pooling", record.recommendation.layers, record.recommendation.pooling)
     return record
 
@@ -177,11 +175,11 @@ def report_folder(settings: Settings, report: LayerReport) -> str:
     return _report_folder(settings, report.report_id)
 
 
-def publish_report(settings: Settings, report: LayerReport) -> str:
-    """Leave page, table and plots of a report beside its JSON in the work area; the folder's uri."""
+def publish_report(deployment: Deployment, report: LayerReport) -> str:
+    """Write page, table and plots of a report beside its JSON in the work area; returns the folder's uri."""
     from pipeline.layer_report import write_report
 
-    storage, uri = storage_of(settings), report_folder(settings, report)
+    storage, uri = deployment.storage, report_folder(deployment.settings, report)
     with TemporaryDirectory(prefix="marc-layers-") as name:
         for file in write_report(report, Path(name)):
             storage.write(join(uri, file.name), file.read_bytes())
@@ -190,40 +188,42 @@ def publish_report(settings: Settings, report: LayerReport) -> str:
 
 
 def _candidates(
-    settings: Settings,
+    deployment: Deployment,
     *,
     ds: str,
     images: tuple[str, ...] = (),
     backbones: Sequence[str] = (),
     poolings: Sequence[str] = (),
 ) -> list[_Candidate]:
-    storage, source = storage_of(settings), None
+    settings, storage, source = deployment.settings, deployment.storage, None
     if not images:
         source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
     found = []
     for backbone in dict.fromkeys(backbones or (settings.train.backbone,)):
-        usual = reviewed(with_train(settings, {"backbone": backbone}))[0].train.pooling
+        configured = deployment.with_settings(with_train(settings, {"backbone": backbone}))
+        usual = reviewed(configured)[0].settings.train.pooling
         for pooling in dict.fromkeys(poolings or (usual,)):
-            # What is kept today has no say in what should be.
+            # The layers that are kept today must not influence which should be kept.
             train = with_train(settings, {"backbone": backbone, "pooling": pooling}).train
-            own = settings.model_copy(update={"train": train.model_copy(update={"layers": None})})
+            open_train = train.model_copy(update={"layers": None})
+            own = deployment.with_settings(settings.model_copy(update={"train": open_train}))
             identity = identify(own, ds=ds) if source and settings.interactions.uri is not None else None
             inputs = _inputs(own, identity, source, images)
-            found.append(_Candidate(own, identity, source, images, _sweep_id(own, inputs)))
+            found.append(_Candidate(own, identity, source, images, _sweep_id(own.settings, inputs)))
     return found
 
 
 def _inputs(
-    settings: Settings, identity: TrainingIdentity | None, source: CatalogueSource | None, images: tuple[str, ...]
+    deployment: Deployment, identity: TrainingIdentity | None, source: CatalogueSource | None, images: tuple[str, ...]
 ) -> list[object]:
-    """What names the texts or the images that are judged."""
+    """Everything that identifies the texts or images that the layers are judged on."""
     if identity is not None:
         return [identity.training_id]
     if source is not None:
-        wanted = settings.catalogue
+        wanted = deployment.settings.catalogue
         files = sorted(file.digest for file in source.files)
         return [files, source.format, wanted.id_column, wanted.updated_at_column, wanted.template]
-    return [[path, Storage().content_digest(StoredObject(uri=path, bytes=0))] for path in images]
+    return [[path, deployment.storage.content_digest(StoredObject(uri=path, bytes=0))] for path in images]
 
 
 def _sweep_id(settings: Settings, inputs: list[object]) -> str:
@@ -232,7 +232,7 @@ def _sweep_id(settings: Settings, inputs: list[object]) -> str:
         FORMAT_VERSION, inputs, train.backbone, backbone_files(train.backbone), train.pooling, train.max_tokens,
         settings.encode.dtype, settings.layers.model_dump(),
     ]  # fmt: skip
-    return _digest(parts)
+    return digest(parts, chars=16)
 
 
 def _image_paths(folder: str, limit: int) -> tuple[str, ...]:
@@ -253,7 +253,7 @@ def _report_id(candidates: Sequence[_Candidate], ds: str) -> str:
         one.identity and [run_id(one.settings, one.identity.training_id), one.settings.evaluate.seeds]
         for one in candidates
     ]
-    return _digest([ds, [one.sweep_id for one in candidates], clicks])
+    return digest([ds, [one.sweep_id for one in candidates], clicks], chars=16)
 
 
 def _report_folder(settings: Settings, report_id: str) -> str:
@@ -265,17 +265,18 @@ def _report_uri(settings: Settings, report_id: str) -> str:
 
 
 def _sweep(
-    spark: "SparkSession", settings: Settings, candidates: Sequence[_Candidate], *, ds: str
+    spark: "SparkSession", deployment: Deployment, candidates: Sequence[_Candidate], *, ds: str
 ) -> tuple[list[JudgedModel], int]:
     """The metrics of every layer of every candidate, their parts side by side; and how many inputs they are of."""
     from pipeline.model.sweep import INPUT, SAMPLE, run_part
     from pipeline.session import run_buckets
 
-    storage, first, wanted = storage_of(settings), candidates[0], settings.layers
+    settings, storage = deployment.settings, deployment.storage
+    first, wanted = candidates[0], settings.layers
     inputs: list[str] = list(first.images)
     for candidate in candidates:
         if candidate.identity is not None:
-            made = states_stage(spark, candidate.settings, candidate.identity, dims=(candidate.train.dim,))
+            made = states_stage(spark, candidate.deployment, candidate.identity, dims=(candidate.train.dim,))
             inputs = inputs or _some(made.texts, wanted.sample)
     if first.source is not None and first.identity is None:
         inputs = catalogue.sample_texts(spark, first.source, settings.catalogue, storage=storage, limit=wanted.sample)
@@ -379,8 +380,8 @@ def _with_clicks(
             found.append(model)
             continue
         training_id = candidate.identity.training_id
-        folds = fold_scores(spark, candidate.settings, training_id)
-        tested = tested_layers(spark, candidate.settings, training_id)
+        folds = fold_scores(spark, candidate.deployment, training_id)
+        tested = tested_layers(spark, candidate.deployment, training_id)
         judged = [
             layer.model_copy(update={"test_auc": tested[layer.layer], "fold_auc": folds.get(layer.layer, [])})
             for layer in model.judged
@@ -396,7 +397,3 @@ def _some(texts: Sequence[str], limit: int) -> list[str]:
 
 def _hashed(text: str) -> bytes:
     return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
-
-
-def _digest(parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

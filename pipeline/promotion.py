@@ -1,4 +1,4 @@
-"""Promotion: a bundle is judged beside the current one, and becomes current by one atomic write, behind the gate."""
+"""Promotion: compare a bundle with the current one, and make it current by one atomic write if the gate passes it."""
 
 import logging
 import math
@@ -6,9 +6,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from pipeline.config import Settings
+from pipeline.deployment import Deployment
 from pipeline.errors import GateRefused, UserError
 from pipeline.resources import machine
-from pipeline.run import storage_of
 from pipeline.storage import join
 from pipeline.training_set import open_training_set, training_uri
 from pipeline.workspace import read_contract
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def compare_stage(spark: "SparkSession", settings: Settings, training_id: str, candidate: str) -> Comparison:
-    """Judge a bundle: beside the current one on the same split, by an audit of its vectors, and by its checksums."""
+def compare_stage(spark: "SparkSession", deployment: Deployment, training_id: str, candidate: str) -> Comparison:
+    """Compare a bundle with the current one on the same split, audit its vectors and verify its checksums."""
     from pipeline.evaluation import bundle_task, run_tasks
     from pipeline.model import gate
     from pipeline.model.bundle import current_version
 
-    storage = storage_of(settings)
+    settings, storage = deployment.settings, deployment.storage
     current = current_version(storage, settings.bundle_uri)
     training_set = open_training_set(storage, settings.work_uri, training_id)
-    # First: what is damaged or not finite has no vectors to judge.
+    # First, because a damaged bundle, or one with infinite weights, has no vectors to compare.
     problems = gate.problems(settings, training_set.texts, candidate, storage=storage, resources=machine())
     rival = current if current != candidate else None
     damage = gate.damage(settings, rival, storage=storage) if rival else []
     if damage:
-        log.warning("compare: the current bundle is no rival: %s", "; ".join(damage))
+        log.warning("compare: the current bundle is damaged and not compared: %s", "; ".join(damage))
     versions = [] if problems else [candidate, *([rival] if rival and not damage else [])]
     tasks = [bundle_task(settings, training_set, storage=storage, version=version) for version in versions]
     scores = [score for found in run_tasks(spark, tasks, label="compare") for score in found.scores]
@@ -56,21 +56,25 @@ def compare_stage(spark: "SparkSession", settings: Settings, training_id: str, c
         problems=problems,
     )
     storage.write(_comparison_uri(settings, training_id, candidate), comparison.model_dump_json(indent=1).encode())
-    beside = "there is no rival" if current_auc is None else f"the current one, {current}, {current_auc:.4f}"
+    beside = (
+        "there is no bundle to compare it with"
+        if current_auc is None
+        else f"the current one, {current}, {current_auc:.4f}"
+    )
     log.info("compare: bundle %s has AUC %.4f, %s", candidate, comparison.auc, beside)
     return comparison
 
 
-def promote_stage(settings: Settings, training_id: str, candidate: str) -> Comparison:
+def promote_stage(deployment: Deployment, training_id: str, candidate: str) -> Comparison:
     """Make a bundle the current one: one atomic write, behind the gate.
 
     Raises:
-        GateRefused: the comparison found a reason against it.
-        UserError: it was not compared, or not with what is current now.
+        GateRefused: the comparison found a reason against the bundle.
+        UserError: the bundle was not compared, or not with the bundle that is current now.
     """
     from pipeline.model.bundle import current_version, promote
 
-    storage = storage_of(settings)
+    settings, storage = deployment.settings, deployment.storage
     comparison = read_contract(storage, _comparison_uri(settings, training_id, candidate), Comparison)
     if comparison is None:
         raise UserError(f"bundle {candidate} was not evaluated on training set {training_id}; evaluate it first")

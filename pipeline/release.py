@@ -12,10 +12,11 @@ from pipeline.integrity import check_file
 from pipeline.model.bundle import check_bundle, open_bundle
 from pipeline.release_log import ReleaseLog
 from pipeline.storage import Storage, join
-from pipeline.workspace import Workspace, files_digest, receipts_digest
+from pipeline.workspace import Workspace
 from schemas.catalogue import Change
 from schemas.feature_table import bucket_number
 from schemas.files import PublishedFile
+from schemas.identity import files_digest, receipts_digest
 from schemas.plan import Plan
 from schemas.receipt import AuditReport, IndexReceipt, Receipt, day_moments, quarantined_rows
 from schemas.release import Release

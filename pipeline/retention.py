@@ -12,10 +12,12 @@ from pathlib import PurePosixPath
 from pipeline import feature_table, release_log
 from pipeline.config import RetentionSettings
 from pipeline.delta import COMMIT_ERRORS, open_table
+from pipeline.deployment import Deployment
 from pipeline.errors import Superseded
 from pipeline.storage import Storage, StoredObject, join
-from pipeline.workspace import PLAN_FILE, PLAN_KEY_CHARS, PLANS, plan_key
+from pipeline.workspace import PLAN_FILE, PLANS
 from schemas.feature_table import partition_ds
+from schemas.identity import PLAN_KEY_CHARS, plan_key
 from schemas.release import Release
 
 TRIES = 5
@@ -45,55 +47,46 @@ class Removal:
     bytes: int
 
 
-@dataclass(frozen=True)
-class Site:
-    """Where the files are that a vacuum looks at."""
+def vacuum(deployment: Deployment, *, now: datetime | None = None, dry_run: bool = False) -> Removal:
+    """Retire releases beyond retention, and delete files that no release, reader or run needs.
 
-    storage: Storage
-    table_uri: str
-    index_uri: str
-    work_uri: str
-
-
-def vacuum(site: Site, settings: RetentionSettings, *, now: datetime | None = None, dry_run: bool = False) -> Removal:
-    """Retire releases beyond retention, and remove what nobody needs any more.
-
-    A release is retired first and forgotten, with its files, by the first vacuum after the grace period: whoever has it
-    open reads on until then. Files that no release names are those of a run, and are removed when that run has written
-    nothing for the grace period. The log forgets before a file goes: killed at any moment, the next vacuum finishes.
+    A release is retired first. The first vacuum after the grace period removes it from the log and deletes its files;
+    until then, a reader that has it open can read on. Files that no release names belong to a run. They are deleted
+    when that run has written nothing for the grace period. The log entry goes before the files, so that the next vacuum
+    finishes the work of a vacuum that was killed.
 
     Args:
-        site: table, indexes and work area.
-        settings: retention and grace.
-        now: the moment that it is judged by.
-        dry_run: only say what would be done.
+        deployment: table, indexes and work area; its settings say what is kept, and for how long.
+        now: the time that retention and grace are counted from; default: the present.
+        dry_run: report what would be done, and change nothing.
 
     Raises:
         Superseded: other runs keep writing the release log.
     """
     now = now or datetime.now(UTC)
+    storage, table_uri, settings = deployment.storage, deployment.settings.table_uri, deployment.settings.retention
     rows: list[Release] | None = None
     for _ in range(TRIES):
-        found = release_log.read_log(site.storage, site.table_uri)
+        found = release_log.read_log(storage, table_uri)
         if rows == list(found.releases):
-            # The store took them, and its answer was lost.
+            # The last write succeeded, although its response was lost.
             break
         rows, retired, forgotten = _decide(found.releases, settings, now)
-        if dry_run or rows == list(found.releases) or release_log.replace(site.storage, found, rows):
+        if dry_run or rows == list(found.releases) or release_log.replace(storage, found, rows):
             break
     else:
-        raise Superseded(f"other runs keep writing the release log of {site.table_uri}; run again")
+        raise Superseded(f"other runs keep writing the release log of {table_uri}; run again")
     before = (now - timedelta(hours=settings.grace_hours)).timestamp()
-    doomed = _unneeded(site, rows, before=before)
+    doomed = _unneeded(deployment, rows, before=before)
     if not dry_run:
-        _let_go(site, doomed)
-        # First the plans, without which nothing is published; then those are spared that came back to life before.
+        _let_go(deployment, doomed)
+        # Plans are deleted first: a run without its plan cannot publish. Files of runs that wrote again are then kept.
         plans = [stored for stored in doomed if stored.uri.endswith(f"/{PLAN_FILE}")]
-        site.storage.remove(stored.uri for stored in plans)
-        still = {stored.uri for stored in _unneeded(site, rows, before=before)}
+        storage.remove(stored.uri for stored in plans)
+        still = {stored.uri for stored in _unneeded(deployment, rows, before=before)}
         doomed = [stored for stored in doomed if stored in plans or stored.uri in still]
-        site.storage.remove(stored.uri for stored in doomed)
-        _trim(site, settings, now)
+        storage.remove(stored.uri for stored in doomed)
+        _trim(deployment, now)
     return Removal(
         retired=tuple(release.release_id for release in retired),
         forgotten=tuple(release.release_id for release in forgotten),
@@ -127,20 +120,21 @@ def _decide(
     return rows, retired, forgotten
 
 
-def _unneeded(site: Site, rows: Sequence[Release], *, before: float) -> list[StoredObject]:
+def _unneeded(deployment: Deployment, rows: Sequence[Release], *, before: float) -> list[StoredObject]:
     """Files of table, indexes and plans that no row names, of runs that wrote nothing since ``before``."""
+    settings, storage = deployment.settings, deployment.storage
     tables = {file.path for row in rows for file in row.table_files}
-    # Of the index of a night that changed a part of it, files may be those of an earlier one.
+    # An index that was patched may share files with an earlier index.
     indexes = {file.path for row in rows for file in (*row.index_files, row.index_queries)}
-    # A plan's work area says what its release left out, and what its texts were: it stays as long as one of its files.
+    # A plan's work area holds the quarantine and the texts: it is kept as long as any file of the plan.
     works = {plan_key(row.plan_id) for row in rows} | {feature_table.plan_of(path) for path in tables}
     found = [
         (stored, plan, _within(stored, PARTITION_PARTS) in tables)
-        for stored in site.storage.list(site.table_uri, hidden=True)
+        for stored in storage.list(settings.table_uri, hidden=True)
         if (plan := feature_table.plan_of(stored.uri)) is not None
     ]
-    found += [(stored, plan, _within(stored, 2) in indexes) for stored, plan in _by_plan(site.storage, site.index_uri)]
-    found += [(s, plan, plan in works) for s, plan in _by_plan(site.storage, join(site.work_uri, PLANS))]
+    found += [(stored, plan, _within(stored, 2) in indexes) for stored, plan in _by_plan(storage, settings.index_uri)]
+    found += [(s, plan, plan in works) for s, plan in _by_plan(storage, join(settings.work_uri, PLANS))]
     active = {plan for stored, plan, _ in found if stored.modified >= before and plan}
     return [s for s, plan, needed in found if not needed and s.modified < before and plan not in active]
 
@@ -161,29 +155,30 @@ def _by_plan(storage: Storage, folder: str) -> list[tuple[StoredObject, str]]:
     return found
 
 
-def _let_go(site: Site, doomed: Sequence[StoredObject]) -> None:
+def _let_go(deployment: Deployment, doomed: Sequence[StoredObject]) -> None:
     """Take files that are about to be removed out of the Delta table's newest version, where a dead run left them."""
-    table = open_table(site.storage, site.table_uri)
+    table = open_table(deployment.storage, deployment.settings.table_uri)
     held = feature_table.committed_files(table) if table else set()
     for ds in sorted({partition_ds(path) for path in held & {_within(stored, PARTITION_PARTS) for stored in doomed}}):
-        release_log.settle(site.storage, site.table_uri, ds)
+        release_log.settle(deployment.storage, deployment.settings.table_uri, ds)
 
 
-def _trim(site: Site, settings: RetentionSettings, now: datetime) -> None:
+def _trim(deployment: Deployment, now: datetime) -> None:
     """Shorten the two Delta logs, and end uploads that nobody will end."""
-    releases = join(site.table_uri, release_log.FOLDER)
-    hours = math.ceil(max(settings.grace_hours, LOG_GRACE_HOURS))
+    settings, storage = deployment.settings, deployment.storage
+    releases = join(settings.table_uri, release_log.FOLDER)
+    hours = math.ceil(max(settings.retention.grace_hours, LOG_GRACE_HOURS))
 
     def shorten(uri: str) -> None:
-        if table := open_table(site.storage, uri):
+        if table := open_table(storage, uri):
             table.create_checkpoint()
             table.cleanup_metadata()
             # Files of the feature table are ours to remove; those of the log, which it has replaced, are Delta's.
             if uri == releases:
                 table.vacuum(retention_hours=hours, dry_run=False, enforce_retention_duration=False)
 
-    for uri in (site.table_uri, releases):
-        site.storage.repeated(uri, partial(shorten, uri), on=COMMIT_ERRORS)
-    before = (now - timedelta(hours=max(settings.grace_hours, LOG_GRACE_HOURS))).timestamp()
-    for uri in (site.table_uri, site.index_uri, site.work_uri):
-        site.storage.abort_uploads(uri, before=before)
+    for uri in (settings.table_uri, releases):
+        storage.repeated(uri, partial(shorten, uri), on=COMMIT_ERRORS)
+    before = (now - timedelta(hours=max(settings.retention.grace_hours, LOG_GRACE_HOURS))).timestamp()
+    for uri in (settings.table_uri, settings.index_uri, settings.work_uri):
+        storage.abort_uploads(uri, before=before)

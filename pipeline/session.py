@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from typing import TypeVar, cast
 
 from py4j.protocol import Py4JJavaError
@@ -19,7 +19,7 @@ from pyspark.ml.torch.distributor import TorchDistributor
 from pyspark.sql import SparkSession
 
 from pipeline import errors
-from pipeline.config import SparkSettings, StorageSettings
+from pipeline.config import Settings, SparkSettings, StorageSettings
 from pipeline.resources import TaskResources, machine
 
 T = TypeVar("T")
@@ -87,6 +87,13 @@ def spark_session(
             yield spark
     finally:
         spark.stop()
+
+
+def configured_session(
+    settings: Settings, *, name: str, gpu_tasks: bool = False
+) -> AbstractContextManager[SparkSession]:
+    """:func:`spark_session` with the Spark and S3 settings of a configuration."""
+    return spark_session(settings.spark, storage=settings.storage, name=name, gpu_tasks=gpu_tasks)
 
 
 def s3a_conf(storage: StorageSettings) -> dict[str, str]:

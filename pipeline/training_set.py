@@ -1,7 +1,5 @@
 """The training set: items, interactions and every layer's hidden states, made once and shared by all that learns."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from pipeline.integrity import check_file, describe_file
 from pipeline.interactions import Interactions, Split, find_interactions, named_items, read_interactions, split_by_time
 from pipeline.storage import Storage, StoredObject, is_s3, join
 from schemas.files import PublishedFile
+from schemas.identity import digest
 from schemas.training import FORMAT_VERSION, TrainingSetCard
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ def identify_training(settings: Settings, *, ds: str, storage: Storage) -> Train
         train.backbone, backbone_files(train.backbone), train.pooling, train.max_tokens, train.sample,
         settings.encode.dtype,
     ]  # fmt: skip
-    training_id = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    training_id = digest(parts)
     return TrainingIdentity(training_id=training_id, ds=ds, source=source)
 
 

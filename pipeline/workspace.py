@@ -1,26 +1,28 @@
 """The work area of one plan: where stages leave what they hand over, keyed by plan_id and bucket."""
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
 from pydantic import ValidationError
 
+from pipeline.deployment import Deployment
 from pipeline.errors import UserError
 from pipeline.storage import Storage, join
-from schemas.files import Contract, PublishedFile
+from schemas.files import Contract
 from schemas.plan import Plan
 from schemas.receipt import AuditReport, IndexReceipt, Receipt
 
 PLANS = "plans"
 PLAN_FILE = "plan.json"
-# What names a plan in the name of a table file; 64 bits.
-PLAN_KEY_CHARS = 16
 
 C = TypeVar("C", bound=Contract)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Workspace:
     storage: Storage
     root: str
     plan_id: str
+
+    @classmethod
+    def of(cls, deployment: Deployment, plan_id: str) -> "Workspace":
+        """The work area of a plan in a deployment."""
+        return cls(deployment.storage, deployment.settings.work_uri, plan_id)
 
     @property
     def uri(self) -> str:
@@ -156,6 +163,18 @@ class Workspace:
         value = json.dumps({"seconds": before + seconds}).encode()
         self.storage.write(join(self.uri, "seconds", f"{stage}.json"), value)
 
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Record and log how long a stage takes, also when it fails; a vacuum sees that the run is alive."""
+        started = time.monotonic()
+        self.sign_of_life()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - started
+            self.write_seconds(stage, seconds)
+            log.info("%s: %.1f s", stage, seconds)
+
     def read_seconds(self) -> dict[str, float]:
         """Wall time by stage so far."""
         found = {}
@@ -176,25 +195,6 @@ def read_contract(storage: Storage, uri: str, model: type[C]) -> C | None:
         return _parse(model, storage.read(uri))
     except FileNotFoundError:
         return None
-
-
-def plan_key(plan_id: str) -> str:
-    """The part of a plan's id that the names of its table files carry."""
-    return plan_id[:PLAN_KEY_CHARS]
-
-
-def receipts_digest(receipts: Sequence[Receipt]) -> str:
-    """Names an exact set of receipts: audit and release must have seen the same one."""
-    return _digest(sorted((r.bucket, r.file.sha256 if r.file else "") for r in receipts))
-
-
-def files_digest(files: Sequence[PublishedFile]) -> str:
-    """Names an exact set of table files: index and release must have seen the same one."""
-    return _digest(sorted((file.path, file.sha256) for file in files))
-
-
-def _digest(named: Sequence[tuple[int | str, str]]) -> str:
-    return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]
 
 
 def _json(model: Contract) -> bytes:

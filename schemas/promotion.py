@@ -1,28 +1,7 @@
-"""What a training run leaves behind: the bundle it made, how it went, and whether the bundle was promoted."""
-
-from pydantic import Field
+"""The comparison of a candidate bundle with the current one, which the promotion gate reads."""
 
 from schemas.evaluation import SystemScore
 from schemas.files import Contract
-
-
-class TrainingRun(Contract):
-    """A finished training.
-
-    Attributes:
-        training_id: the training set; run_id: that and the settings.
-        bundle: version of the bundle that it made.
-        layers: blocks that the bundle keeps; layer_auc: mean AUC of every layer within the training part, where the
-            layer was chosen by it.
-        history: one row per validation: epoch, step, loss terms, validation AUC.
-    """
-
-    training_id: str
-    run_id: str
-    bundle: str
-    layers: int
-    layer_auc: dict[int, float] = Field(default_factory=dict)
-    history: list[dict[str, float]]
 
 
 class Comparison(Contract):

@@ -1,4 +1,4 @@
-"""training_set.json: what a training set was made from; written last, so that the folder is whole."""
+"""What a training leaves in the work area: the card of its training set, and the run with the bundle it made."""
 
 from typing import Literal
 
@@ -11,7 +11,9 @@ FORMAT_VERSION: Literal[1] = 1
 
 
 class TrainingSetCard(Contract):
-    """Items with their texts, interactions, and the pooled hidden states of every layer of one backbone.
+    """training_set.json: items with texts, interactions, and pooled hidden states of every layer of one backbone.
+
+    It is written last: a folder that has a card is complete.
 
     Attributes:
         training_id: names all that went in; the folder's name.
@@ -40,3 +42,22 @@ class TrainingSetCard(Contract):
     interactions: int
     clicks: int
     files: dict[str, PublishedFile]
+
+
+class TrainingRun(Contract):
+    """A finished training.
+
+    Attributes:
+        training_id: the training set; run_id: that and the settings.
+        bundle: version of the bundle that it made.
+        layers: blocks that the bundle keeps; layer_auc: mean AUC of every layer within the training part, where the
+            layer was chosen by it.
+        history: one row per validation: epoch, step, loss terms, validation AUC.
+    """
+
+    training_id: str
+    run_id: str
+    bundle: str
+    layers: int
+    layer_auc: dict[int, float] = Field(default_factory=dict)
+    history: list[dict[str, float]]

@@ -19,12 +19,12 @@ from pipeline.feature_table import day_files, read_rows, write_bucket_file
 from pipeline.model.bundle import Bundle, save_bundle
 from pipeline.resources import TaskResources
 from pipeline.storage import Storage, join
-from pipeline.workspace import Workspace, receipts_digest
+from pipeline.workspace import Workspace
 from schemas.bundle import BundleCard, CompressorCard
 from schemas.catalogue import ITEMS, Change
 from schemas.feature_table import MANTISSA_BITS, file_schema
 from schemas.files import PublishedFile
-from schemas.identity import content_hash, row_id
+from schemas.identity import content_hash, receipts_digest, row_id
 from schemas.plan import BucketPlan, Plan
 from schemas.receipt import AuditReport, IndexReceipt, Receipt, day_moments
 from schemas.release import Release

@@ -22,8 +22,7 @@ from pipeline.index import satisfies
 from pipeline.integrity import check_file
 from pipeline.reader import open_release
 from pipeline.verify import verify
-from pipeline.workspace import files_digest
-from schemas.identity import row_id
+from schemas.identity import files_digest, row_id
 from schemas.receipt import IndexReceipt
 from schemas.release import Release
 

@@ -16,7 +16,8 @@ from pipeline.config import load_settings
 from pipeline.model.bundle import current_version, open_bundle
 from pipeline.storage import Storage
 from schemas.layers import LayerReport
-from schemas.promotion import Comparison, TrainingRun
+from schemas.promotion import Comparison
+from schemas.training import TrainingRun
 
 pytestmark = [pytest.mark.airflow, pytest.mark.spark]
 

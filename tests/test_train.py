@@ -27,7 +27,8 @@ from pipeline.resources import TaskResources
 from pipeline.session import distribute
 from pipeline.storage import Storage
 from pipeline.training_set import training_uri
-from schemas.promotion import Comparison, TrainingRun
+from schemas.promotion import Comparison
+from schemas.training import TrainingRun
 
 pytestmark = [
     pytest.mark.spark,
@@ -142,7 +143,7 @@ def test_a_second_training_trains_nothing_and_ends_in_the_same_bundle(
     done = world.marc.call("train", "--ds", DS, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == said
-    assert f"bundle {said['bundle']} stands already" in done.stderr
+    assert f"bundle {said['bundle']} exists already" in done.stderr
     assert "stands already" in done.stderr.split("bundle")[0], "the training set does, too"
     assert world.current().version == said["bundle"]
 

@@ -7,7 +7,7 @@ import typer
 
 from pipeline.cli import layers, learn, lookup, make, read
 from pipeline.cli.options import State
-from pipeline.config import DEFAULT_CONFIG
+from pipeline.config import CONFIG_VARIABLE, DEFAULT_CONFIG
 from pipeline.entry import configure_logging, reported_errors
 
 app = typer.Typer(
@@ -22,9 +22,10 @@ app = typer.Typer(
 @app.callback()
 def common(
     context: typer.Context,
-    config: Annotated[Path, typer.Option("--config", "-c", envvar="MARC_CONFIG", help="Configuration file.")] = Path(
-        DEFAULT_CONFIG
-    ),
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help=f"Configuration file; default: {CONFIG_VARIABLE}, else {DEFAULT_CONFIG}."),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:
     """Options of every command."""

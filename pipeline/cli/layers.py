@@ -42,20 +42,22 @@ def layers(
     from pipeline import layers as stages
     from pipeline.layer_report import choice_rows, layer_rows, write_report
 
-    settings = context.ensure_object(State).settings
+    deployment = context.ensure_object(State).deployment
+    settings = deployment.settings
     if sample is not None:
         settings = settings.model_copy(update={"layers": settings.layers.model_copy(update={"sample": sample})})
+        deployment = deployment.with_settings(settings)
     if adopt:
         stages.require_adoptable(settings, backbones=backbone or (), images=str(images or ""))
     report = stages.judge_layers(
-        settings,
+        deployment,
         ds=parse_ds(ds) if ds else "",
         images=str(images or ""),
         backbones=backbone or (),
         poolings=pooling or (),
     )
     written = [str(path) for path in write_report(report, out)]
-    adopted = stages.adopt(settings, report) if adopt else None
+    adopted = stages.adopt(deployment, report) if adopt else None
     if as_json:
         facts = json.loads(report.model_dump_json())
         print_json({**facts, "adopted": adopted is not None, "files": written})
@@ -100,7 +102,7 @@ def mteb(
     """Run MTEB's tasks on every layer of a backbone, each text computed once, and judge the scores."""
     from pipeline.model.mteb_layers import PAPER_TASKS, EveryLayer, find_tasks, run_tasks
     from pipeline.resources import machine
-    from pipeline.training_run import with_train
+    from pipeline.training_choices import with_train
 
     settings = context.ensure_object(State).settings
     train = with_train(settings, {"backbone": backbone, "pooling": pooling}).train

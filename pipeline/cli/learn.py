@@ -34,13 +34,13 @@ def train(
     """Train a bundle and make it the current one, if it is no worse than what is current."""
     from pipeline import train as stages
     from pipeline.model.bundle import open_bundle
-    from pipeline.run import storage_of
-    from pipeline.training_run import with_train
+    from pipeline.training_choices import with_train
 
-    settings = context.ensure_object(State).settings
+    deployment = context.ensure_object(State).deployment
+    settings = deployment.settings
     if if_none:
         try:
-            _print_bundle(open_bundle(storage_of(settings), settings.bundle_uri), as_json=as_json)
+            _print_bundle(open_bundle(deployment.storage, settings.bundle_uri), as_json=as_json)
         except UserError:
             pass
         else:
@@ -48,7 +48,8 @@ def train(
     given = {
         "compressor": compressor, "regime": regime, "dim": dim, "layers": layers, "seed": seed, "max_steps": max_steps,
     }  # fmt: skip
-    bundle = stages.train_bundle(with_train(settings, given), ds=parse_ds(ds), promote=promote)
+    wanted = deployment.with_settings(with_train(settings, given))
+    bundle = stages.train_bundle(wanted, ds=parse_ds(ds), promote=promote)
     _print_bundle(bundle, as_json=as_json)
 
 
@@ -65,13 +66,14 @@ def evaluate(
     """Compare MARC with every baseline and ablation on the interactions: a table, JSON and plots."""
     from pipeline import train as stages
     from pipeline.evaluation_report import write_report
-    from pipeline.training_run import with_train
+    from pipeline.training_choices import with_train
 
-    settings = with_train(context.ensure_object(State).settings, {"layers": layers})
+    deployment = context.ensure_object(State).deployment
+    settings = with_train(deployment.settings, {"layers": layers})
     wanted = {"seeds": seeds, "dims": tuple(dim) if dim else None}
     evaluate = settings.evaluate.model_copy(update={key: value for key, value in wanted.items() if value})
-    settings = settings.model_copy(update={"evaluate": evaluate})
-    found = stages.evaluate(settings, ds=parse_ds(ds), wanted=system or ())
+    deployment = deployment.with_settings(settings.model_copy(update={"evaluate": evaluate}))
+    found = stages.evaluate(deployment, ds=parse_ds(ds), wanted=system or ())
     written = [str(path) for path in write_report(found, out)]
     if as_json:
         # By way of the contract, which writes a NaN as text: bare, it is no JSON.
@@ -95,7 +97,7 @@ def promote(
     """Evaluate a bundle beside the current one, and make it current if it passes the gate (exit code 3 if not)."""
     from pipeline import train as stages
 
-    comparison = stages.evaluate_and_promote(context.ensure_object(State).settings, version, ds=parse_ds(ds))
+    comparison = stages.evaluate_and_promote(context.ensure_object(State).deployment, version, ds=parse_ds(ds))
     facts = comparison.model_dump(exclude={"scores", "problems"})
     if as_json:
         print_json(facts)
@@ -106,10 +108,9 @@ def promote(
 def demote(context: typer.Context, as_json: Json = False) -> None:
     """Make the bundle current again that was so before."""
     from pipeline.model.bundle import demote as step_back
-    from pipeline.run import storage_of
 
-    settings = context.ensure_object(State).settings
-    version = step_back(storage_of(settings), settings.bundle_uri)
+    deployment = context.ensure_object(State).deployment
+    version = step_back(deployment.storage, deployment.settings.bundle_uri)
     if as_json:
         print_json({"bundle": version})
     else:

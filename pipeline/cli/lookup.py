@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from pipeline import feature_table
 from pipeline.cli.options import At, Json, MaybeDs, State, print_json, print_table
 from pipeline.cli.read import open_chosen
-from pipeline.config import Settings
+from pipeline.config import EncodeSettings
+from pipeline.deployment import Deployment
 from pipeline.errors import UserError
-from pipeline.run import storage_of, workspace_of
+from pipeline.workspace import Workspace
 from schemas.feature_table import bucket_number
 from schemas.identity import row_id
 
@@ -58,7 +59,7 @@ def lookup(
     as_json: Json = False,
 ) -> None:
     """Find the nearest items of items, texts or vectors."""
-    settings = context.ensure_object(State).settings
+    deployment = context.ensure_object(State).deployment
     if sum(bool(option) for option in (item, items, text, vector)) != 1:
         raise UserError("give exactly one of --item, --items, --text and --vector; --item and --text may be repeated")
     if [items, within, without].count(STANDARD_INPUT) > 1:
@@ -69,12 +70,12 @@ def lookup(
         options["within"] = _ids(within, "--within")
     if without:
         options["without"] = _ids(without, "--without", may_be_empty=True)
-    release = open_chosen(settings, ds, at)
+    release = open_chosen(deployment, ds, at)
     k = min(k, len(release))
     if ids:
         asked, answer = ids, release.similar(ids, k, **options)
     elif text:
-        asked, answer = text, release.search(_encoded(settings, release, text), k, **options)
+        asked, answer = text, release.search(_encoded(deployment.settings.encode, release, text), k, **options)
     else:
         vectors = _load(vector)
         asked, answer = [f"row {row} of {vector}" for row in range(len(vectors))], release.search(vectors, k, **options)
@@ -82,18 +83,18 @@ def lookup(
         [(name, float(score)) for name, score in zip(names, scores, strict=True) if name is not None]
         for names, scores in zip(*answer, strict=True)
     ]
-    _print(settings, release, asked, found, as_json=as_json)
+    _print(deployment, release, asked, found, as_json=as_json)
 
 
 def _print(
-    settings: Settings,
+    deployment: Deployment,
     release: "OpenRelease",
     asked: list[str],
     found: list[list[tuple[str, float]]],
     *,
     as_json: bool,
 ) -> None:
-    texts = _texts(settings, release, sorted({name for row in found for name, _ in row}))
+    texts = _texts(deployment, release, sorted({name for row in found for name, _ in row}))
     if as_json:
         results = [[{"item_id": name, "score": score, "text": texts.get(name)} for name, score in row] for row in found]
         facts = {"release_id": release.facts.release_id, "ds": release.facts.ds}
@@ -135,21 +136,21 @@ def _load(path: Path | None) -> NDArray[np.float32]:
     return vectors
 
 
-def _encoded(settings: Settings, release: "OpenRelease", texts: list[str]) -> NDArray[np.float32]:
+def _encoded(settings: EncodeSettings, release: "OpenRelease", texts: list[str]) -> NDArray[np.float32]:
     from pipeline.text_lookup import encode_texts
 
-    return encode_texts(release, texts, settings=settings.encode)
+    return encode_texts(release, texts, settings=settings)
 
 
-def _texts(settings: Settings, release: "OpenRelease", ids: list[str]) -> dict[str, str]:
+def _texts(deployment: Deployment, release: "OpenRelease", ids: list[str]) -> dict[str, str]:
     """Texts of items, as far as the work areas of the plans that made the files still hold them."""
-    storage = storage_of(settings)
+    storage, table_uri = deployment.storage, deployment.settings.table_uri
     wanted = {row_id(item) % release.facts.buckets for item in ids}
     found: dict[str, str] = {}
     for file in release.facts.table_files:
         if (bucket := bucket_number(file.path)) not in wanted:
             continue
-        workspace = workspace_of(settings, feature_table.plan_id_of(storage, settings.table_uri, file))
+        workspace = Workspace.of(deployment, feature_table.plan_id_of(storage, table_uri, file))
         plan = workspace.read_plan()
         if plan is None:
             continue

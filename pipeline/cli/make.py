@@ -19,13 +19,15 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a run would do: items, tokens, time. Publishes nothing."""
-    from pipeline import run as stages
-    from pipeline.session import spark_session
+    from pipeline.plan_identity import identify
+    from pipeline.session import configured_session
+    from pipeline.stages import plan_stage
 
-    settings = context.ensure_object(State).settings
-    identity = stages.identify(settings, ds=parse_ds(ds))
-    with spark_session(settings.spark, storage=settings.storage, name=f"marc plan {ds}") as spark:
-        made = stages.plan_stage(spark, settings, identity)
+    deployment = context.ensure_object(State).deployment
+    settings = deployment.settings
+    identity = identify(deployment, ds=parse_ds(ds))
+    with configured_session(settings, name=f"marc plan {ds}") as spark:
+        made = plan_stage(spark, deployment, identity)
     unknown = sorted(set(bucket or []) - set(range(made.buckets)))
     if unknown:
         raise UserError(f"no bucket {unknown[0]}: the table has buckets 0 to {made.buckets - 1}")
@@ -39,15 +41,15 @@ def plan(
 
 def run(context: typer.Context, ds: Ds, as_json: Json = False) -> None:
     """Run all stages for a date and publish a release; a date that is published already is left as it is."""
-    from pipeline import run as stages
     from pipeline.cli.read import print_summary
+    from pipeline.run import run_all
 
-    settings = context.ensure_object(State).settings
-    outcome = stages.run_all(settings, ds=parse_ds(ds))
+    deployment = context.ensure_object(State).deployment
+    outcome = run_all(deployment, ds=parse_ds(ds))
     if as_json:
         print_json({**outcome.release.facts(), "fresh": outcome.fresh})
     else:
-        print_summary(settings, outcome.release, fresh=outcome.fresh)
+        print_summary(deployment, outcome.release, fresh=outcome.fresh)
 
 
 def backfill(
@@ -63,12 +65,12 @@ def backfill(
     from pipeline import run as stages
     from pipeline.cli.read import print_summary
 
-    settings = context.ensure_object(State).settings
-    outcome = stages.backfill(settings, ds=parse_ds(ds), buckets=bucket or (), recompute=recompute)
+    deployment = context.ensure_object(State).deployment
+    outcome = stages.backfill(deployment, ds=parse_ds(ds), buckets=bucket or (), recompute=recompute)
     if as_json:
         print_json({**outcome.release.facts(), "fresh": outcome.fresh})
     else:
-        print_summary(settings, outcome.release, fresh=outcome.fresh)
+        print_summary(deployment, outcome.release, fresh=outcome.fresh)
 
 
 def rollback(
@@ -77,10 +79,10 @@ def rollback(
     as_json: Json = False,
 ) -> None:
     """Make a release what readers see again; dates after it are withdrawn. Deletes nothing, and can be undone."""
-    from pipeline import run as stages
+    from pipeline.release import roll_back
 
-    settings = context.ensure_object(State).settings
-    rows = stages.roll_back(settings, release_id)
+    deployment = context.ensure_object(State).deployment
+    rows = roll_back(deployment.storage, deployment.settings.table_uri, release_id)
     if as_json:
         done = [
             {"release_id": r.release_id, "ds": r.ds, "withdrawn": r.withdrawn, "restores": r.restores} for r in rows
@@ -106,15 +108,15 @@ def vacuum(
     as_json: Json = False,
 ) -> None:
     """Retire releases beyond retention; remove files that no release, reader or run of the grace period needs."""
-    from pipeline import run as stages
+    from pipeline import retention
 
-    settings = context.ensure_object(State).settings
-    done = stages.vacuum(settings, dry_run=dry_run)
+    deployment = context.ensure_object(State).deployment
+    done = retention.vacuum(deployment, dry_run=dry_run)
     if as_json:
         print_json({**asdict(done), "dry_run": dry_run})
         return
     would = "would be " if dry_run else ""
-    kept = settings.retention
+    kept = deployment.settings.retention
     print_table(
         None,
         ["", ""],

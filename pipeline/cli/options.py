@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import Settings, load_settings
+from pipeline.deployment import Deployment, open_deployment
 
 Ds = Annotated[str, typer.Option("--ds", help="Date of the snapshot, YYYY-MM-DD.")]
 MaybeDs = Annotated[str | None, typer.Option("--ds", help="Date of the snapshot; default: the newest release.")]
@@ -27,14 +28,19 @@ PIPE_WIDTH = 160
 
 @dataclass(frozen=True)
 class State:
-    """What the options before the command say; the configuration is read when a command first needs it."""
+    """The options before the command. The configuration is read when a command first needs it."""
 
-    config: Path
+    config: Path | None
 
     @cached_property
+    def deployment(self) -> Deployment:
+        """Settings and storage."""
+        return open_deployment(load_settings(self.config))
+
+    @property
     def settings(self) -> Settings:
         """The configuration."""
-        return load_settings(self.config)
+        return self.deployment.settings
 
 
 def print_json(value: dict[str, Any]) -> None:

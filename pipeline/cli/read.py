@@ -7,9 +7,11 @@ import typer
 
 from pipeline import release_log
 from pipeline.cli.options import At, Ds, Json, MaybeDs, State, print_json, print_lines, print_table
-from pipeline.config import Settings, parse_ds
+from pipeline.config import parse_ds
+from pipeline.deployment import Deployment
 from pipeline.errors import CorruptFile, UserError
-from pipeline.run import planned_and_actual, storage_of, workspace_of
+from pipeline.stages import planned_and_actual
+from pipeline.workspace import Workspace
 from schemas.feature_table import MANTISSA_BITS
 from schemas.release import Release
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 def files(context: typer.Context, ds: MaybeDs = None, at: At = None, as_json: Json = False) -> None:
     """Print the Parquet files of a release, one a line, for readers that bring their own engine."""
-    release = open_chosen(context.ensure_object(State).settings, ds, at)
+    release = open_chosen(context.ensure_object(State).deployment, ds, at)
     if as_json:
         print_json({"release_id": release.facts.release_id, "ds": release.facts.ds, "files": release.files()})
     else:
@@ -30,10 +32,10 @@ def verify(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) ->
     """Check a release against its files, checksums and index, byte by byte. Exit code 1 when anything is wrong."""
     from pipeline.verify import verify as check
 
-    settings = context.ensure_object(State).settings
-    storage = storage_of(settings)
-    release = release_log.find_release(storage, settings.table_uri, ds=parse_ds(ds) if ds else None)
-    problems = check(storage, release, table_uri=settings.table_uri)
+    deployment = context.ensure_object(State).deployment
+    storage, table_uri = deployment.storage, deployment.settings.table_uri
+    release = release_log.find_release(storage, table_uri, ds=parse_ds(ds) if ds else None)
+    problems = check(storage, release, table_uri=table_uri)
     if as_json:
         print_json({"release_id": release.release_id, "ds": release.ds, "ok": not problems, "problems": problems})
     elif problems:
@@ -47,8 +49,8 @@ def verify(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) ->
 
 def releases(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) -> None:
     """List the releases, newest last, and what readers of each date see."""
-    settings = context.ensure_object(State).settings
-    found = release_log.read_releases(storage_of(settings), settings.table_uri)
+    deployment = context.ensure_object(State).deployment
+    found = release_log.read_releases(deployment.storage, deployment.settings.table_uri)
     if ds is not None:
         found = [release for release in found if release.ds == parse_ds(ds)]
     states = _states(found)
@@ -73,16 +75,16 @@ def summary(
     as_json: Json = False,
 ) -> None:
     """Say what the release of a date holds, where it is, and show one look-up."""
-    settings = context.ensure_object(State).settings
-    release = open_chosen(settings, ds).facts
+    deployment = context.ensure_object(State).deployment
+    release = open_chosen(deployment, ds).facts
     fresh = since is None or release.created_at.timestamp() >= since
     if as_json:
         print_json({**release.facts(), "fresh": fresh})
     else:
-        print_summary(settings, release, fresh=fresh)
+        print_summary(deployment, release, fresh=fresh)
 
 
-def print_summary(settings: Settings, release: Release, *, fresh: bool) -> None:
+def print_summary(deployment: Deployment, release: Release, *, fresh: bool) -> None:
     """What a person wants to read after a night."""
     if fresh:
         done = (
@@ -100,21 +102,21 @@ def print_summary(settings: Settings, release: Release, *, fresh: bool) -> None:
         ["index", f"{release.index_uri} ({_index(release)})"],
         *([["quarantine", release.quarantine_uri]] if release.quarantine_uri else []),
         *([["time", seconds]] if fresh else []),
-        *([["encode", _planned(settings, release)]] if fresh and release.tokens else []),
-        ["look-up", _example(settings, release)],
+        *([["encode", _planned(deployment, release)]] if fresh and release.tokens else []),
+        ["look-up", _example(deployment, release)],
     ]
     print_table(f"Release {release.release_id} of {release.ds}", ["", ""], facts)
 
 
-def open_chosen(settings: Settings, ds: str | None, at: str | None = None) -> "OpenRelease":
+def open_chosen(deployment: Deployment, ds: str | None, at: str | None = None) -> "OpenRelease":
     """The release that the options name, as the reader opens it."""
     from pipeline.reader import open_release
 
     return open_release(
-        settings.table_uri,
+        deployment.settings.table_uri,
         ds=parse_ds(ds) if ds else None,
         at=_moment(at) if at else None,
-        storage=storage_of(settings),
+        storage=deployment.storage,
     )
 
 
@@ -137,15 +139,15 @@ def _table(release: Release) -> str:
     return ", ".join(facts)
 
 
-def _planned(settings: Settings, release: Release) -> str:
-    plan, seconds = workspace_of(settings, release.plan_id).read_plan(), release.seconds.get("encode", 0.0)
+def _planned(deployment: Deployment, release: Release) -> str:
+    plan, seconds = Workspace.of(deployment, release.plan_id).read_plan(), release.seconds.get("encode", 0.0)
     if plan is None:
         return f"{release.tokens:,} tokens, {seconds:,.1f} s"
     return planned_and_actual(plan, tokens=release.tokens, seconds=seconds)
 
 
-def _example(settings: Settings, release: Release) -> str:
-    opened = _opened(settings, release)
+def _example(deployment: Deployment, release: Release) -> str:
+    opened = _opened(deployment, release)
     first = opened.dataset().head(1, columns=["item_id"])["item_id"][0].as_py()
     names, scores = opened.similar([first], min(3, release.items))
     near = ", ".join(f"{n} ({s:.3f})" for n, s in zip(names[0], scores[0], strict=True) if n is not None)
@@ -167,7 +169,7 @@ def _moment(text: str) -> datetime:
         raise UserError(f"--at {text!r} is no moment; write 2026-11-20T06:00:00+00:00") from None
 
 
-def _opened(settings: Settings, release: Release) -> "OpenRelease":
+def _opened(deployment: Deployment, release: Release) -> "OpenRelease":
     from pipeline.reader import OpenRelease
 
-    return OpenRelease(release, uri=settings.table_uri, storage=storage_of(settings))
+    return OpenRelease(release, uri=deployment.settings.table_uri, storage=deployment.storage)

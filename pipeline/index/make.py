@@ -56,9 +56,10 @@ from pipeline.index_search import IndexSearch, graph_of, lists_of, set_width, wi
 from pipeline.integrity import check_file, describe_file
 from pipeline.resources import TaskResources, machine
 from pipeline.storage import Storage, join
-from pipeline.workspace import files_digest, read_contract
+from pipeline.workspace import read_contract
 from schemas.feature_table import bucket_number
 from schemas.files import PublishedFile
+from schemas.identity import files_digest
 from schemas.receipt import IndexReceipt, Moments, TrainedIndex
 from schemas.release import IndexBuild, IndexFigures, Release
 

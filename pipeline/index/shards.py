@@ -22,9 +22,9 @@ from pipeline.index_reader import loaded, mapped
 from pipeline.integrity import check_file, describe_file
 from pipeline.resources import TaskResources
 from pipeline.storage import Storage, join
-from pipeline.workspace import files_digest
 from schemas.feature_table import bucket_number
 from schemas.files import PublishedFile
+from schemas.identity import files_digest
 
 Matrix = NDArray[np.float32]
 Ids = NDArray[np.int64]

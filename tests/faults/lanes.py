@@ -26,8 +26,7 @@ from pipeline import release_log, retention, run
 from pipeline.config import Settings, load_settings
 from pipeline.example_data import write_catalogue
 from pipeline.storage import Storage
-from pipeline.workspace import plan_key
-from schemas.identity import row_id
+from schemas.identity import plan_key, row_id
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -1,0 +1,1 @@
+"""The Spark jobs: one function for each file in ``jobs/``, which spark-submit runs."""

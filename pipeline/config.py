@@ -307,7 +307,7 @@ def load_settings(given: str | Path | None = None) -> Settings:
     """
     path = config_path(given)
     if not path.is_file():
-        raise UserError(f"no configuration at {path}; write one, pass --config FILE or set {CONFIG_VARIABLE}")
+        raise UserError(f"no configuration at {path}; write one, pass --config or set {CONFIG_VARIABLE}")
 
     unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and not _is_key(name))
     if unknown:

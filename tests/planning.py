@@ -21,8 +21,11 @@ import pyarrow.parquet as pq
 
 from pipeline import catalogue, feature_table, release_log
 from pipeline.config import CatalogueSettings, Settings
+from pipeline.deployment import open_deployment
 from pipeline.model.bundle import Bundle, open_bundle, promote, save_bundle
-from pipeline.plan import BucketContext, identify, make_plan
+from pipeline.plan import make_plan
+from pipeline.plan_bucket import BucketContext
+from pipeline.plan_identity import identify
 from pipeline.storage import Storage
 from pipeline.workspace import Workspace
 from schemas.bundle import BundleCard, CompressorCard
@@ -205,8 +208,9 @@ def plan_day(
     recompute: bool = False,
 ) -> Planned:
     """Plan a day, or some buckets. Without a session only a plan that stands already can come back."""
-    identity = identify(settings, ds=ds, storage=STORAGE, chosen=chosen, recompute=recompute)
-    plan = make_plan(spark, settings, identity, storage=STORAGE)  # type: ignore[arg-type]
+    deployment = open_deployment(settings)
+    identity = identify(deployment, ds=ds, chosen=chosen, recompute=recompute)
+    plan = make_plan(spark, deployment, identity)  # type: ignore[arg-type]
     return read_planned(settings, plan)
 
 

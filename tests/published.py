@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline import audit, index, release, release_log, run
+from pipeline import audit, index, release, release_log, stages
 from pipeline.config import AuditSettings, CatalogueSettings, IndexSettings, Settings
+from pipeline.deployment import Deployment
 from pipeline.errors import CorruptFile
 from pipeline.feature_table import day_files, read_rows, write_bucket_file
 from pipeline.model.bundle import Bundle, save_bundle
@@ -134,6 +135,10 @@ class Site:
             root=str(self.root),
             buckets=BUCKETS,
         )
+
+    @property
+    def deployment(self) -> Deployment:
+        return Deployment(self.settings, self.storage)
 
     def bundle(self, weights: str = "weights") -> Bundle:
         return tiny_bundle(self.bundles_uri, dim=self.dim, normalised=self.normalised, weights=weights)
@@ -316,7 +321,7 @@ class Encoded:
 
     def release_on_top(self) -> Release:
         """As a run publishes: where others did so meanwhile, with an index of what is there now."""
-        return run.release_stage(self.site.settings, self.plan.plan_id)
+        return stages.release_stage(self.site.deployment, self.plan.plan_id)
 
 
 def receipt_for(plan: Plan, bucket: int, file: PublishedFile | None) -> Receipt:

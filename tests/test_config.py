@@ -3,7 +3,7 @@
 import datetime
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import entry
+from pipeline.cli import main
 from pipeline.config import (
     CatalogueSettings,
     Settings,
@@ -21,6 +22,8 @@ from pipeline.config import (
     placeholders,
 )
 from pipeline.errors import CorruptFile, GateRefused, PipelineError, Superseded, UserError
+from pipeline.jobs.arguments import job
+from pipeline.scheduler.tasks import identify_night
 
 GOOD = 'catalogue: {uri: "in/{ds}.csv", template: "{title}. {genres}"}\n'
 
@@ -119,7 +122,9 @@ def test_bytes_that_are_no_utf8_are_the_users_mistake(config: Path) -> None:
 
 
 def test_a_missing_file_is_the_users_mistake(config: Path) -> None:
-    with pytest.raises(UserError, match=r"no configuration at .*marc.yaml; write one or pass --config FILE"):
+    with pytest.raises(
+        UserError, match=r"no configuration at .*marc.yaml; write one, pass --config or set MARC_CONFIG"
+    ):
         load_settings(config)
 
 
@@ -270,13 +275,63 @@ def test_any_other_error_keeps_its_traceback() -> None:
         raise ZeroDivisionError
 
 
+def command_line(given: str) -> None:
+    sys.argv = ["marc", *(["--config", given] if given else []), "releases"]
+    main()
+
+
+def spark_job(given: str) -> None:
+    sys.argv = ["job", *(["--config", given] if given else []), "--ds", "2026-11-20", "--plan-id", "p"]
+    with job("Does something."):
+        pass
+
+
+def scheduler(given: str) -> None:
+    entry.configure_logging()
+    with entry.reported_errors():
+        identify_night(ds="2026-11-20", config=given)
+
+
+@pytest.mark.usefixtures("_logging")
+@pytest.mark.parametrize("door", [command_line, spark_job, scheduler])
+@pytest.mark.parametrize(
+    ("given", "variable", "wanted"),
+    [
+        ("given.yaml", None, "given.yaml"),
+        ("given.yaml", "variable.yaml", "given.yaml"),
+        ("/elsewhere/given.yaml", "variable.yaml", "/elsewhere/given.yaml"),
+        ("", "variable.yaml", "variable.yaml"),
+        ("", "/elsewhere/variable.yaml", "/elsewhere/variable.yaml"),
+        ("", "", "marc.yaml"),
+        ("", None, "marc.yaml"),
+    ],
+)
+def test_every_door_finds_the_configuration_by_the_same_rule(
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    door: Callable[[str], None],
+    given: str,
+    variable: str | None,
+    wanted: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.chdir(config.parent)
+    if variable is not None:
+        monkeypatch.setenv("MARC_CONFIG", variable)
+    with pytest.raises(SystemExit) as left:
+        door(given)
+    assert left.value.code == 2
+    assert f"no configuration at {config.parent / wanted}; write one" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("_logging")
 def test_a_job_reads_its_arguments_and_its_configuration(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.write_text(GOOD)
     monkeypatch.setattr(sys, "argv", ["job", "--config", str(config), "--ds", "2026-11-20", "--plan-id", "p1"])
-    with entry.job("Does something.") as job:
-        assert (job.ds, job.plan_id) == ("2026-11-20", "p1")
-        assert job.settings.model_dump() == load_settings(config).model_dump()
+    with job("Does something.") as called:
+        assert (called.ds, called.plan_id) == ("2026-11-20", "p1")
+        assert called.deployment.settings.model_dump() == load_settings(config).model_dump()
 
 
 @pytest.mark.usefixtures("_logging")
@@ -284,7 +339,7 @@ def test_a_job_reads_its_arguments_and_its_configuration(config: Path, monkeypat
 def test_a_job_without_date_or_plan_exits_with_2(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     given = [word for name in ("--ds", "--plan-id") if name != missing for word in (name, "2026-11-20")]
     monkeypatch.setattr(sys, "argv", ["job", *given])
-    with pytest.raises(SystemExit) as left, entry.job("Does something."):
+    with pytest.raises(SystemExit) as left, job("Does something."):
         pass
     assert left.value.code == 2
 
@@ -295,7 +350,7 @@ def test_a_job_with_a_bad_date_exits_with_2_and_says_so_on_standard_error(
 ) -> None:
     config.write_text(GOOD)
     monkeypatch.setattr(sys, "argv", ["job", "--config", str(config), "--ds", "20261120", "--plan-id", "p"])
-    with pytest.raises(SystemExit) as left, entry.job("Does something."):
+    with pytest.raises(SystemExit) as left, job("Does something."):
         pass
     printed = capsys.readouterr()
     assert left.value.code == 2

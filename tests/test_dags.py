@@ -12,6 +12,7 @@ from tiny_models import save_tiny_backbone
 
 from pipeline import train
 from pipeline.config import load_settings
+from pipeline.deployment import open_deployment
 from pipeline.example_data import write_catalogue
 from pipeline.release_log import read_log, read_releases
 from pipeline.storage import Storage
@@ -91,7 +92,7 @@ def test_the_nightly_dag_publishes_and_announces_and_a_second_run_does_nothing(
     airflow: Airflow, config: Path, spark: Any
 ) -> None:
     settings = load_settings(config)
-    train.train_bundle(settings, ds=DS)
+    train.train_bundle(open_deployment(settings), ds=DS)
     first = airflow.call("dags", "test", "marc_nightly", DS, config=config)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     (release,) = read_releases(Storage(), settings.table_uri)
@@ -109,7 +110,7 @@ def test_past_dates_in_any_order_a_backfill_of_one_bucket_and_a_vacuum(
     airflow: Airflow, config: Path, spark: Any
 ) -> None:
     settings = load_settings(config)
-    train.train_bundle(settings, ds=DS)
+    train.train_bundle(open_deployment(settings), ds=DS)
     days = ["2026-11-12", "2026-11-10", "2026-11-11"]
     for day in days:
         write_catalogue(config.parent / "catalogue", ds=day, items=400)
@@ -140,7 +141,7 @@ def test_past_dates_in_any_order_a_backfill_of_one_bucket_and_a_vacuum(
 def test_a_backfill_of_dates_without_a_catalogue_names_them_and_starts_nothing(
     airflow: Airflow, config: Path, spark: Any
 ) -> None:
-    train.train_bundle(load_settings(config), ds=DS)
+    train.train_bundle(open_deployment(load_settings(config)), ds=DS)
     asked = json.dumps({"first": "2030-01-01", "last": "2030-01-02"})
     done = airflow.call("dags", "test", "marc_backfill", "--conf", asked, config=config)
     log = done.stdout + done.stderr
@@ -160,11 +161,9 @@ def test_what_the_user_must_mend_is_not_retried(airflow: Airflow, config: Path) 
 
 EVALUATE = """
 import json, sys
-sys.path.insert(0, "dags")
-from marc_stages import RetryWhatMayHeal
-from marc_stages import RetryFromTheStart
+from pipeline.scheduler.retries import RetryFromTheStart, RetryTransientFaults
 from pipeline.errors import CorruptFile, GateRefused, Superseded, UserError
-policy = RetryFromTheStart() if "from the start" in sys.argv else RetryWhatMayHeal()
+policy = RetryFromTheStart() if "from the start" in sys.argv else RetryTransientFaults()
 errors = {
     "exit 1": RuntimeError("Cannot execute: spark-submit. Error code is: 1."),
     "exit 2": RuntimeError("Cannot execute: spark-submit. Error code is: 2."),

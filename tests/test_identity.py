@@ -2,7 +2,8 @@
 
 import hashlib
 import random
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.feature_table import bucket_number, partition_path
-from schemas.identity import content_hash, row_id
+from schemas.files import PublishedFile
+from schemas.identity import content_hash, files_digest, plan_key, receipts_digest, row_id
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -44,6 +46,15 @@ def test_a_row_id_is_a_stable_positive_64_bit_number(item: str) -> None:
 @given(st.text())
 def test_a_content_hash_is_half_a_sha256(text: str) -> None:
     assert bytes.fromhex(content_hash(text)) == hashlib.sha256(text.encode()).digest()[:16]
+
+
+def test_sets_of_files_and_receipts_have_the_digests_that_earlier_runs_recorded() -> None:
+    """Another digest would make every finished stage run again."""
+    files = [PublishedFile(path=path, bytes=1, sha256=sha) for path, sha in (("part-1", "ab"), ("part-0", "cd"))]
+    assert files_digest(files) == files_digest(files[::-1]) == "cc2e28d00b1512b7e5dacd9859ddefa9"
+    receipts: list[Any] = [SimpleNamespace(bucket=1, file=None), SimpleNamespace(bucket=0, file=files[0])]
+    assert receipts_digest(receipts) == receipts_digest(receipts[::-1]) == "0c2126369730b793c1c9544fb4f0b664"
+    assert plan_key("0123456789abcdef0123456789abcdef") == "0123456789abcdef"
 
 
 @given(ds=st.dates().map(str), bucket=st.integers(0, 65_535), name=st.from_regex(r"part-[0-9a-f-]{1,40}\.parquet"))

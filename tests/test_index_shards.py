@@ -11,6 +11,7 @@ from published import BUCKETS, DIM, Encoded, Site, Vectors, flip, in_buckets, it
 
 from pipeline import index
 from pipeline.config import AuditSettings, IndexSettings
+from pipeline.deployment import open_deployment
 from pipeline.feature_table import day_files
 from pipeline.index.faiss_index import fill, new_index
 from pipeline.index.shards import files_of, shard_of
@@ -18,7 +19,7 @@ from pipeline.index_search import IndexSearch
 from pipeline.reader import open_release
 from pipeline.release import roll_back
 from pipeline.resources import TaskResources
-from pipeline.run import index_stage
+from pipeline.stages import index_stage
 from pipeline.verify import verify
 from schemas.feature_table import bucket_number
 from schemas.identity import row_id
@@ -341,7 +342,7 @@ def test_shards_are_made_by_spark_tasks(site: Site, spark: Any) -> None:
     encoded = site.encoded(VECTORS)
     assert encoded.audit(LAX).problems == ()
     settings = site.settings.model_copy(update={"index": LISTS})
-    receipt = index_stage(settings, encoded.plan.plan_id)
+    receipt = index_stage(open_deployment(settings), encoded.plan.plan_id)
     assert len(receipt.files) == 2
     assert spark.sparkContext.statusTracker().getJobIdsForGroup(None)
     release = encoded.release()
@@ -350,6 +351,6 @@ def test_shards_are_made_by_spark_tasks(site: Site, spark: Any) -> None:
     day = {item: -vector if number < 20 else vector for number, (item, vector) in enumerate(VECTORS.items())}
     encoded = site.encoded(day, ds="2026-11-21", base=release)
     assert encoded.audit(LAX).problems == ()
-    receipt = index_stage(settings, encoded.plan.plan_id)
+    receipt = index_stage(open_deployment(settings), encoded.plan.plan_id)
     assert (len(receipt.files), receipt.build.changed) == (2, 40)
     assert verify(site.storage, encoded.release(), table_uri=site.table_uri) == []

@@ -18,8 +18,9 @@ from test_training_set import CONFIG, DS, ITEMS, RATINGS, Shop, item, ratings, w
 from tiny_models import LAYERS, WIDTH, save_tiny_backbone, save_tiny_vision_backbone
 
 from pipeline import layers as module
-from pipeline import training_run
+from pipeline import training_choices
 from pipeline.config import LayerSettings, Settings, load_settings
+from pipeline.deployment import open_deployment
 from pipeline.errors import UserError
 from pipeline.evaluation import FOLDS
 from pipeline.layer_findings import METRICS, choose_layer
@@ -27,7 +28,8 @@ from pipeline.layers import adopt, judge_layers, publish_report, report_folder
 from pipeline.model.bundle import open_bundle
 from pipeline.model.entropy import dataset_entropy
 from pipeline.storage import Storage
-from pipeline.training_run import adopted_uri, identify, reviewed, with_train
+from pipeline.training_choices import adopted_uri, reviewed, with_train
+from pipeline.training_run import identify
 from pipeline.training_set import open_training_set
 from schemas.layers import Adopted, JudgedLayer, JudgedModel, LayerReport, Recommendation
 
@@ -172,7 +174,7 @@ def test_every_layer_has_the_auc_that_an_evaluation_gives_it(judged: tuple[World
 
 def test_metrics_are_those_of_the_states_that_trainings_learn_from(judged: tuple[World, dict[str, Any]]) -> None:
     world, said = judged
-    identity = identify(world.settings, ds=DS)
+    identity = identify(open_deployment(world.settings), ds=DS)
     training_set = open_training_set(STORAGE, world.settings.work_uri, identity.training_id)
     assert sorted(training_set.texts) == sorted(TEXTS)
     for layer in report_of(said).models[0].judged:
@@ -255,7 +257,7 @@ def test_what_users_did_later_has_no_part_in_the_choice(
     cut, rows = RATINGS * 4 // 5, ratings()
     later = [{**row, "rating": "2" if row["rating"] == "5" else "5"} for row in rows[cut:]]
     write_rows(tmp_path / "ratings.csv", rows[:cut] + later)
-    report, first = judge_layers(world.settings, ds=DS), report_of(judged[1])
+    report, first = judge_layers(open_deployment(world.settings), ds=DS), report_of(judged[1])
     assert report.report_id != first.report_id
     assert report.recommendations == first.recommendations
     for one, other in zip(report.models[0].judged, first.models[0].judged, strict=True):
@@ -271,14 +273,14 @@ def test_as_a_stage_it_gives_the_same_report_for_the_training_that_was_announced
     judged: tuple[World, dict[str, Any]], twin: Callable[..., World]
 ) -> None:
     settings, report = twin().settings, report_of(judged[1])
-    announced = identify(settings, ds=DS).training_id
-    assert judge_layers(settings, ds=DS, expected=announced) == report
+    announced = identify(open_deployment(settings), ds=DS).training_id
+    assert judge_layers(open_deployment(settings), ds=DS, expected=announced) == report
     with pytest.raises(UserError, match="changed while the training was under way"):
-        judge_layers(settings, ds=DS, expected="0" * 32)
-    folder = Path(publish_report(settings, report))
+        judge_layers(open_deployment(settings), ds=DS, expected="0" * 32)
+    folder = Path(publish_report(open_deployment(settings), report))
     assert folder == Path(report_folder(settings, report))
     assert {path.name for path in folder.iterdir()} == {Path(name).name for name in judged[1]["files"]}
-    assert judge_layers(settings, ds=DS, expected=announced) == report, "the page lies beside it"
+    assert judge_layers(open_deployment(settings), ds=DS, expected=announced) == report, "the page lies beside it"
 
 
 # --- without clicks
@@ -324,7 +326,9 @@ def test_parts_that_lie_there_are_summed_again_to_the_same(
     """As after a kill just before the end: only the report is missing."""
     Path(report_folder(plain.settings, compared), "layers.json").unlink()
     small = plain.settings.model_copy(update={"layers": plain.settings.layers.model_copy(update={"sample": 40})})
-    again = judge_layers(small, ds=DS, backbones=[backbones["bert"], backbones["mamba"]], poolings=["mean", "cls"])
+    again = judge_layers(
+        open_deployment(small), ds=DS, backbones=[backbones["bert"], backbones["mamba"]], poolings=["mean", "cls"]
+    )
     assert again == compared, "also the seconds"
 
 
@@ -343,7 +347,7 @@ def test_of_a_backbone_that_was_not_judged_nothing_can_be_adopted(
         str(plain.root / "o"),
     )
     assert "judge that one, or configure another first" in plain.mistake(*arguments, "--adopt")
-    assert training_run.adopted(plain.settings) is None
+    assert training_choices.adopted(open_deployment(plain.settings)) is None
 
 
 def test_people_read_tables(compared: LayerReport, plain: World, backbones: dict[str, str], tmp_path: Path) -> None:
@@ -380,7 +384,7 @@ def adopted_by_hand(settings: Settings, **changes: Any) -> Adopted:
         temperature=0.1, models=[model], recommendations=[advice], findings=[],
     )  # fmt: skip
     own = with_train(settings, {"backbone": advice.backbone})
-    return adopt(own, report)
+    return adopt(open_deployment(own), report)
 
 
 def test_an_adopted_recommendation_is_what_trainings_keep(
@@ -389,7 +393,7 @@ def test_an_adopted_recommendation_is_what_trainings_keep(
     world = twin()
     said = world.layers("--ds", DS, "--adopt")
     assert said["adopted"]
-    record = training_run.adopted(world.settings)
+    record = training_choices.adopted(open_deployment(world.settings))
     assert record is not None
     assert record.recommendation == report_of(judged[1]).recommendations[0]
     assert record.report_id == said["report_id"]
@@ -445,12 +449,12 @@ def test_the_configuration_wins_over_what_is_adopted(
     settings = make_world(tmp_path, backbones["bert"], train=train).settings
     if advice is not None:
         adopted_by_hand(settings, **advice)
-    found, decision = reviewed(settings)
-    assert (found.train.layers, found.train.pooling) == kept
+    found, decision = reviewed(open_deployment(settings))
+    assert (found.settings.train.layers, found.settings.train.pooling) == kept
     assert decision == source
     assert ("have no say" in caplog.text) == (train == ", pooling: mean")
     # An option of the command line is a configuration.
-    assert reviewed(with_train(settings, {"layers": 4}))[0].train.layers == 4
+    assert reviewed(open_deployment(with_train(settings, {"layers": 4})))[0].settings.train.layers == 4
 
 
 # --- images

@@ -26,7 +26,7 @@ SHAPE = """
 import json, sys
 sys.path.insert(0, "dags")
 import marc_train
-from marc_stages import RetryWhatMayHeal
+from pipeline.scheduler.retries import RetryTransientFaults
 dag = marc_train.marc_train()
 print(json.dumps({
     "id": dag.dag_id,
@@ -37,7 +37,7 @@ print(json.dumps({
     "params": {name: dag.params.get_param(name).schema for name in dag.params},
     "jobs": {task.task_id: task.application for task in dag.tasks if hasattr(task, "application")},
     "arguments": {task.task_id: task.application_args for task in dag.tasks if hasattr(task, "application_args")},
-    "policies": [isinstance(task.retry_policy, RetryWhatMayHeal) for task in dag.tasks],
+    "policies": [isinstance(task.retry_policy, RetryTransientFaults) for task in dag.tasks],
 }))
 """
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline import promotion, train
 from pipeline.config import Settings
+from pipeline.deployment import open_deployment
 from pipeline.errors import GateRefused, UserError
 from pipeline.model.bundle import (
     POINTER,
@@ -57,7 +58,7 @@ class Gate:
     def __init__(self, world: World) -> None:
         self.world = world
         self.settings = world.shop.settings(train={"layers": 2})
-        self.first = train.train_bundle(self.settings, ds=DS)
+        self.first = train.train_bundle(open_deployment(self.settings), ds=DS)
         self.training_id = world.training_id
 
     def variant(self, name: str, alter: Callable[[Weights], None] | None = None) -> str:
@@ -93,10 +94,10 @@ class Gate:
 
     def compare(self, version: str, settings: Settings | None = None) -> Comparison:
         with spark_session(self.settings.spark, name="tests") as spark:
-            return promotion.compare_stage(spark, settings or self.settings, self.training_id, version)
+            return promotion.compare_stage(spark, open_deployment(settings or self.settings), self.training_id, version)
 
     def promote(self, version: str) -> Comparison:
-        return promotion.promote_stage(self.settings, self.training_id, version)
+        return promotion.promote_stage(open_deployment(self.settings), self.training_id, version)
 
     def judge(self, version: str) -> Comparison:
         self.compare(version)
@@ -297,7 +298,7 @@ def test_a_shop_without_cold_items_promotes_as_well(tmp_path: Path, gate: Gate) 
     """No cold row in the test part: that figure is NaN, and must survive being written down."""
     world = make_world(tmp_path, gate.settings.train.backbone)
     world.shop.rated(ratings(cold=False))
-    bundle = train.train_bundle(world.shop.settings(train={"layers": 2}), ds=DS)
+    bundle = train.train_bundle(open_deployment(world.shop.settings(train={"layers": 2})), ds=DS)
     assert world.current() == bundle
 
 

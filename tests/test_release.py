@@ -13,7 +13,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
 from published import BUCKETS, DIM, DS, NOON, TEMPLATE, Encoded, Meeting, Site, Vector, Vectors, flip, in_buckets, items
 
-from pipeline import release, release_log, run
+from pipeline import release, release_log, stages
 from pipeline.config import AuditSettings, IndexSettings
 from pipeline.errors import CorruptFile, GateRefused, Superseded, UserError
 from pipeline.feature_table import committed_files
@@ -41,7 +41,7 @@ def site(tmp_path: Path) -> Site:
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rivals that met do not wait for long."""
-    monkeypatch.setattr(run, "PUBLISH_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(stages, "PUBLISH_PAUSE_SECONDS", 0.05)
 
 
 @pytest.fixture

@@ -21,8 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import BUCKETS, DS, Encoded, Meeting, Site, Vector, Vectors, in_buckets, items
 
-from pipeline import feature_table, release, release_log, retention, run, storage
-from pipeline.config import AuditSettings, IndexSettings, RetentionSettings
+from pipeline import feature_table, release, release_log, retention, stages, storage
+from pipeline.config import AuditSettings, CatalogueSettings, IndexSettings, RetentionSettings, Settings
+from pipeline.deployment import Deployment
 from pipeline.errors import PipelineError, ReleaseGone, Superseded, UserError
 from pipeline.feature_table import committed_files
 from pipeline.reader import OpenRelease, open_release
@@ -46,7 +47,7 @@ Action = Callable[[], Any]
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rivals that met do not wait for long; and no power fails here, nobody waits for the disk."""
-    monkeypatch.setattr(run, "PUBLISH_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(stages, "PUBLISH_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr(storage, "_flush", lambda _: None)
 
 
@@ -60,13 +61,13 @@ def after(hours: float) -> datetime:
     return datetime.now(UTC) + timedelta(hours=hours)
 
 
-def as_vacuumed(site: Site) -> retention.Site:
-    return retention.Site(site.storage, site.table_uri, site.index_uri, str(site.root / "work"))
+def as_vacuumed(site: Site, kept: RetentionSettings = LEAST) -> Deployment:
+    return Deployment(site.settings.model_copy(update={"retention": kept}), site.storage)
 
 
 def sweep(site: Site, hours: float, kept: RetentionSettings = LEAST, *, dry_run: bool = False) -> Removal:
     """A vacuum so many hours from now."""
-    return vacuum(as_vacuumed(site), kept, now=after(hours), dry_run=dry_run)
+    return vacuum(as_vacuumed(site, kept), now=after(hours), dry_run=dry_run)
 
 
 def log_of(site: Site) -> list[Release]:
@@ -179,7 +180,7 @@ def test_a_release_beyond_those_of_its_day_is_read_through_the_grace_and_gone_af
         OpenRelease(first, uri=site.table_uri, storage=site.storage),
     )
     before, now = files(site), after(1)
-    clock = partial(vacuum, as_vacuumed(site), LEAST)
+    clock = partial(vacuum, as_vacuumed(site))
 
     assert clock(now=now) == Removal(retired=(first.release_id,), forgotten=(), files=(), bytes=0)
     assert log_of(site) == [first.model_copy(update={"retired_at": now}), second]
@@ -493,7 +494,7 @@ def test_a_run_that_wrote_lately_keeps_every_file(site: Site, fresh: Callable[[E
     before, now = files(site), after(0)
     write_at(written_by(working) | written_by(dead), now - timedelta(hours=GRACE + 6))
     write_at(fresh(working), now - timedelta(hours=GRACE - 1))
-    done = vacuum(as_vacuumed(site), LEAST, now=now)
+    done = vacuum(as_vacuumed(site), now=now)
     assert set(done.files) == {path for path in before if dead.plan.plan_id[:16] in path}
     assert files(site).keys() == before.keys() - set(done.files)
     assert_readable(site, working.release())
@@ -574,8 +575,9 @@ def test_what_a_dead_run_committed_stays_while_a_release_names_it(site: Site) ->
 # --- how a site may be named
 
 
-def as_named(root: str) -> retention.Site:
-    return retention.Site(Storage(), f"{root}/item_vectors", f"{root}/indexes", f"{root}/work")
+def as_named(root: str) -> Deployment:
+    catalogue = CatalogueSettings(uri=f"{root}/no-catalogue", template="{title}")
+    return Deployment(Settings(catalogue=catalogue, root=root, retention=LEAST), Storage())
 
 
 @pytest.mark.parametrize(
@@ -591,9 +593,9 @@ def test_a_site_that_is_named_in_another_way_loses_nothing(site: Site, named: Ca
     made = site.publish(VECTORS)
     (site.root.parent / "link").symlink_to(site.root)
     there, before = as_named(named(site.root)), files(site)
-    opened = open_release(there.table_uri)
+    opened = open_release(there.settings.table_uri)
     assert opened.search(VECTORS["item-3"], k=1)[0].tolist() == [["item-3"]]
-    assert vacuum(there, LEAST, now=after(1000)).files == ()
+    assert vacuum(there, now=after(1000)).files == ()
     assert files(site) == before
     assert_readable(site, made)
 
@@ -633,7 +635,7 @@ class Busy:
         shutil.copytree(self.copy, self.site.root)
 
     def vacuum(self, *, dry_run: bool = False) -> Removal:
-        return vacuum(as_vacuumed(self.site), LEAST, now=self.now, dry_run=dry_run)
+        return vacuum(as_vacuumed(self.site), now=self.now, dry_run=dry_run)
 
     def state(self) -> State:
         return State(tuple(log_of(self.site)), files(self.site), committed(self.site))
@@ -656,7 +658,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Busy:
     (Path(site.table_uri) / f"ds={DS}" / "bucket=1" / f"{STAGED_PREFIX}0a").write_bytes(b"half")
     now = after(GRACE + 2)
     shutil.copytree(site.root, root / "copy")
-    done = vacuum(as_vacuumed(site), LEAST, now=now)
+    done = vacuum(as_vacuumed(site), now=now)
     assert (set(done.retired), set(done.forgotten)) == (ids(second), ids(old, first))
     busy = Busy(site, root / "copy", now, done, State((), {}, set()))
     assert_readable(site, third, withdrawn)
@@ -907,7 +909,7 @@ def test_a_vacuum_in_the_middle_of_a_run_leaves_its_files(
     left, now = written_by(dead), after(0)
     write_at(set(files(site)), now - timedelta(hours=GRACE + 1))
     working.workspace.write_seconds("audit", 1.0)
-    done = at_that_moment(monkeypatch, owner, name, lambda: vacuum(as_vacuumed(site), LEAST, now=now))
+    done = at_that_moment(monkeypatch, owner, name, lambda: vacuum(as_vacuumed(site), now=now))
     made = working.release_on_top()
     assert [set(one.files) for one in done] == [left]
     assert_readable(site, made)
@@ -1134,9 +1136,9 @@ class Story:
     def vacuum(self, days: int, per_day: int) -> None:
         kept = RetentionSettings(days=days, releases_per_day=per_day, grace_hours=self.grace)
         before = {one.release_id: one for one in log_of(self.site)}
-        said = vacuum(as_vacuumed(self.site), kept, now=self.now, dry_run=True)
+        said = vacuum(as_vacuumed(self.site, kept), now=self.now, dry_run=True)
         found = files(self.site)
-        done = vacuum(as_vacuumed(self.site), kept, now=self.now)
+        done = vacuum(as_vacuumed(self.site, kept), now=self.now)
         assert done == said
         assert found.keys() - files(self.site).keys() == set(done.files)
         # What is kept, told from the outside: dates by what readers see, releases of a date by their turns.

@@ -24,8 +24,9 @@ CHOSEN = 2
 # One process, one Spark session: its Python workers inherit the credentials from the environment.
 WAY = """
 import json, sys
-from pipeline import run, train
+from pipeline import release, retention, run, train
 from pipeline.config import load_settings
+from pipeline.deployment import open_deployment
 from pipeline.errors import ReleaseGone
 from pipeline.reader import open_release
 from pipeline.session import spark_session
@@ -33,7 +34,8 @@ from pipeline.verify import verify
 
 config, first_day, second_day, corrected, chosen = sys.argv[1:]
 settings = load_settings(config)
-storage, uri = run.storage_of(settings), settings.table_uri
+deployment = open_deployment(settings)
+storage, uri = deployment.storage, settings.table_uri
 opened, steps = {}, {}
 
 def step(name, release):
@@ -54,14 +56,14 @@ def read(name):
     return [rows, names[0][0] == item]
 
 with spark_session(settings.spark, storage=settings.storage, name="s3"):
-    train.train_bundle(settings, ds=first_day)
+    train.train_bundle(deployment, ds=first_day)
     for name, ds in (("first", first_day), ("again", first_day), ("second", second_day)):
-        step(name, run.run_all(settings, ds=ds).release)
+        step(name, run.run_all(deployment, ds=ds).release)
     storage.write(settings.catalogue.uri.replace("{ds}", first_day), storage.read(corrected))
-    step("backfill", run.backfill(settings, ds=first_day, buckets=[int(chosen)]).release)
-back, withdrawn = run.roll_back(settings, opened["first"].facts.release_id)
+    step("backfill", run.backfill(deployment, ds=first_day, buckets=[int(chosen)]).release)
+back, withdrawn = release.roll_back(storage, uri, opened["first"].facts.release_id)
 step("back", back)
-removed = run.vacuum(settings)
+removed = retention.vacuum(deployment)
 newest = open_release(uri, storage=storage)
 print(json.dumps({
     "steps": steps,

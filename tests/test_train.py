@@ -17,8 +17,9 @@ from test_end_to_end import Marc
 from test_training_set import CONFIG, DS, ITEMS, RATINGS, USERS, Shop, item, ratings
 from tiny_models import LAYERS, WIDTH, save_tiny_backbone
 
-from pipeline import run, train, training_run
+from pipeline import run, train, training_choices, training_run
 from pipeline.config import Settings
+from pipeline.deployment import open_deployment
 from pipeline.errors import UserError
 from pipeline.model.bundle import Bundle, current_version, open_bundle, promote
 from pipeline.model.encoder import load_encoder
@@ -61,7 +62,7 @@ class World:
 
     @property
     def training_id(self) -> str:
-        return training_run.identify(self.settings, ds=DS).training_id
+        return training_run.identify(open_deployment(self.settings), ds=DS).training_id
 
     def current(self) -> Bundle:
         return open_bundle(STORAGE, self.settings.bundle_uri)
@@ -175,7 +176,7 @@ def test_the_tuned_regime_is_one_option_away(trained: tuple[World, dict[str, Any
 
 def test_without_interactions_a_pca_is_trained_and_if_none_leaves_it(world: World) -> None:
     settings = world.shop.settings(interactions={"uri": None})
-    bundle = train.train_bundle(settings, ds=DS)
+    bundle = train.train_bundle(open_deployment(settings), ds=DS)
     assert (bundle.card.compressor.kind, bundle.card.training["regime"]) == ("pca", "pca")
     assert world.marc.json("train", "--ds", DS, "--if-none")["bundle"] == bundle.version
     assert not (Path(settings.work_uri) / "training").exists()
@@ -187,7 +188,7 @@ def test_what_users_did_later_has_no_part_in_layer_nor_weights(
     cut = RATINGS * 4 // 5
     rows = ratings()
     world.shop.rated(rows[:cut] + [{**row, "rating": "2" if row["rating"] == "5" else "5"} for row in rows[cut:]])
-    bundle = train.train_bundle(world.settings, ds=DS, promote=False)
+    bundle = train.train_bundle(open_deployment(world.settings), ds=DS, promote=False)
     assert world.training_id != trained[0].training_id
     other = trained[0].current()
     for name in ("compressor.safetensors", "matching.safetensors"):
@@ -231,7 +232,7 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, spark: Any) -> str:
     """Version of the bundle that a training on two layers ends in."""
     world = make_world(tmp_path_factory.mktemp("whole"), tiny_backbone)
-    return train.train_bundle(world.shop.settings(train={"layers": 2}), ds=DS).version
+    return train.train_bundle(open_deployment(world.shop.settings(train={"layers": 2})), ds=DS).version
 
 
 @pytest.mark.parametrize(("name", "times"), [("checkpoint.pt", 4), ("bundle.json", 1)])
@@ -240,18 +241,18 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_bundle(
     spark: Any, name: str, times: int,
 ) -> None:  # fmt: skip
     settings = world.shop.settings(train={"layers": 2, "checkpoint_every": 5})
-    identity = training_run.identify(settings, ds=DS)
-    training_run.states_stage(spark, settings, identity)
+    identity = training_run.identify(open_deployment(settings), ds=DS)
+    training_run.states_stage(spark, open_deployment(settings), identity)
     kill(name, times)
     with pytest.raises(Killed):
-        training_run.train_stage(spark, settings, identity.training_id)
+        training_run.train_stage(spark, open_deployment(settings), identity.training_id)
     monkeypatch.undo()
     with pytest.raises(UserError, match="has made no bundle with these settings yet; train first"):
-        training_run.trained_bundle(settings, identity.training_id)
+        training_run.trained_bundle(open_deployment(settings), identity.training_id)
     with caplog.at_level(logging.INFO, logger="pipeline"):
-        done = training_run.train_stage(spark, settings, identity.training_id)
+        done = training_run.train_stage(spark, open_deployment(settings), identity.training_id)
     assert "goes on from the checkpoint of step 20" in caplog.text or name != "checkpoint.pt"
-    assert done.bundle == uninterrupted == training_run.trained_bundle(settings, identity.training_id)
+    assert done.bundle == uninterrupted == training_run.trained_bundle(open_deployment(settings), identity.training_id)
     steps = [row["step"] for row in done.history]
     assert steps == sorted(set(steps)), "no validation is told twice"
 
@@ -260,9 +261,9 @@ def test_a_bundle_that_is_gone_is_trained_again(world: World) -> None:
     import shutil
 
     settings = world.shop.settings(train={"layers": 2, "max_steps": 2})
-    first = train.train_bundle(settings, ds=DS, promote=False)
+    first = train.train_bundle(open_deployment(settings), ds=DS, promote=False)
     shutil.rmtree(first.uri)
-    assert train.train_bundle(settings, ds=DS, promote=False) == first
+    assert train.train_bundle(open_deployment(settings), ds=DS, promote=False) == first
 
 
 # --- the night after
@@ -272,21 +273,22 @@ def test_the_night_after_a_promotion_encodes_everything_with_the_new_bundle(worl
     settings = world.shop.settings(train={"layers": 2})
     changed = [{**item(3), "title": "Something else"}, *(item(n) for n in range(ITEMS + 2) if n not in {3, 7})]
     world.shop.catalogue(changed, ds=NEXT)
-    first = train.train_bundle(settings, ds=DS)
-    before = run.run_all(settings, ds=DS).release
+    first = train.train_bundle(open_deployment(settings), ds=DS)
+    before = run.run_all(open_deployment(settings), ds=DS).release
     assert (before.bundle, before.encoded, before.reused) == (first.version, ITEMS, 0)
-    quiet = run.run_all(settings, ds=NEXT).release
+    quiet = run.run_all(open_deployment(settings), ds=NEXT).release
     assert (quiet.bundle, quiet.items, quiet.encoded, quiet.reused) == (first.version, ITEMS + 1, 3, ITEMS - 2)
 
-    second = train.train_bundle(training_run.with_train(settings, {"layers": 3, "max_steps": 3}), ds=DS, promote=False)
+    other = training_choices.with_train(settings, {"layers": 3, "max_steps": 3})
+    second = train.train_bundle(open_deployment(other), ds=DS, promote=False)
     promote(STORAGE, settings.bundle_uri, second.version)
-    after = run.run_all(settings, ds=NEXT).release
+    after = run.run_all(open_deployment(settings), ds=NEXT).release
     assert (after.bundle, after.items, after.encoded, after.reused) == (second.version, ITEMS + 1, ITEMS + 1, 0)
     tables = {ds: open_release(settings.table_uri, ds=ds).dataset().to_table() for ds in (DS, NEXT)}
     assert set(tables[DS]["bundle"].to_pylist()) == {first.version}
     assert set(tables[NEXT]["bundle"].to_pylist()) == {second.version}
     assert len(tables[NEXT]) == ITEMS + 1
-    again = run.run_all(settings, ds=NEXT)
+    again = run.run_all(open_deployment(settings), ds=NEXT)
     assert (again.fresh, again.release.release_id) == (False, after.release_id)
 
 
@@ -443,7 +445,7 @@ def test_interactions_of_one_label_before_the_boundarys_end_are_the_users_mistak
     world.shop.rated(rows)
     settings = world.shop.settings(train={"layers": 2})
     with pytest.raises(UserError):
-        train.train_bundle(settings, ds=DS)
+        train.train_bundle(open_deployment(settings), ds=DS)
     assert not Path(settings.bundle_uri).exists()
 
 

@@ -14,6 +14,7 @@ import pytest
 from pipeline import storage as storages
 from pipeline import training_run
 from pipeline.config import Settings, load_settings
+from pipeline.deployment import open_deployment
 from pipeline.errors import CorruptFile, UserError
 from pipeline.storage import Storage, join
 from pipeline.training_set import (
@@ -457,9 +458,9 @@ def test_a_local_training_set_asks_no_object_store(shop: Shop, spark: Any, monke
 
 @pytest.mark.spark
 def test_what_changed_since_the_run_announced_its_training_set_ends_the_run(shop: Shop, spark: Any) -> None:
-    announced = training_run.identify(shop.settings(), ds=DS).training_id
+    announced = training_run.identify(open_deployment(shop.settings()), ds=DS).training_id
     shop.rated(ratings()[:-1])
-    now = training_run.identify(shop.settings(), ds=DS)
+    now = training_run.identify(open_deployment(shop.settings()), ds=DS)
     with pytest.raises(UserError, match=f"changed while the training was under way: {announced} is now"):
-        training_run.states_stage(spark, shop.settings(), now, expected=announced)
+        training_run.states_stage(spark, open_deployment(shop.settings()), now, expected=announced)
     assert STORAGE.stat(join(training_uri(shop.settings().work_uri, now.training_id), "training_set.json")) is None

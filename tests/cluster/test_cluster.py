@@ -18,7 +18,9 @@ from tiny_models import save_tiny_backbone
 
 from pipeline import run, train
 from pipeline.config import load_settings
+from pipeline.deployment import open_deployment
 from pipeline.example_data import write_catalogue
+from pipeline.plan_identity import identify
 from pipeline.reader import open_release
 from schemas.receipt import Receipt
 
@@ -124,13 +126,13 @@ def test_the_jobs_give_the_same_release_on_a_cluster_as_in_one_process(master: s
     (tmp_path / "local").mkdir()
     (tmp_path / "cluster").mkdir()
     local = load_settings(configured(tmp_path / "local", backbone, tmp_path / "catalogue"))
-    train.train_bundle(local, ds=DS)
+    train.train_bundle(open_deployment(local), ds=DS)
     shutil.copytree(local.bundle_uri, tmp_path / "cluster" / "data" / "bundles")
-    wanted = run.run_all(local, ds=DS).release
+    wanted = run.run_all(open_deployment(local), ds=DS).release
 
     config = configured(tmp_path / "cluster", backbone, tmp_path / "catalogue")
     settings = load_settings(config)
-    plan_id = run.identify(settings, ds=DS).plan_id
+    plan_id = identify(open_deployment(settings), ds=DS).plan_id
     for job in ("plan", "encode", "audit", "index", "release"):
         submit(job, "--config", str(config), "--ds", DS, "--plan-id", plan_id, master=master)
 

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
-from pipeline import run
+from pipeline import stages
 from pipeline.cli import main as marc
 from pipeline.config import load_settings
+from pipeline.deployment import open_deployment
 from pipeline.entry import configure_logging, reported_errors
 
 # Commands of our own, beside those of ``marc``: CONFIG DS [BUCKET …], and CONFIG PLAN_ID.
@@ -47,21 +48,22 @@ def perform(arguments: Sequence[str]) -> int:
 
 def prepare(config: str, ds: str, *buckets: str) -> None:
     """The stages before the index."""
+    from pipeline.plan_identity import identify
     from pipeline.session import spark_session
 
-    settings = load_settings(config)
-    identity = run.identify(settings, ds=ds, buckets=[int(bucket) for bucket in buckets])
-    with spark_session(settings.spark, name="prepare") as spark:
-        run.plan_stage(spark, settings, identity)
-        run.encode_stage(spark, settings, identity.plan_id)
-        run.audit_stage(spark, settings, identity.plan_id)
+    deployment = open_deployment(load_settings(config))
+    identity = identify(deployment, ds=ds, chosen=[int(bucket) for bucket in buckets])
+    with spark_session(deployment.settings.spark, name="prepare") as spark:
+        stages.plan_stage(spark, deployment, identity)
+        stages.encode_stage(spark, deployment, identity.plan_id)
+        stages.audit_stage(spark, deployment, identity.plan_id)
 
 
 def release(config: str, plan_id: str) -> None:
     """Index and release, as the last two tasks of a night."""
-    settings = load_settings(config)
-    run.index_stage(settings, plan_id)
-    run.release_stage(settings, plan_id)
+    deployment = open_deployment(load_settings(config))
+    stages.index_stage(deployment, plan_id)
+    stages.release_stage(deployment, plan_id)
 
 
 def serve_spark(config: str) -> None:
@@ -78,7 +80,7 @@ def serve_spark(config: str) -> None:
 
 def serve_forks() -> None:
     # Imported only: whatever starts threads of its own is used in the children alone.
-    from pipeline import audit, index, plan, release, retention, verify  # noqa: F401
+    from pipeline import audit, index, plan, plan_identity, release, retention, verify  # noqa: F401
 
     answer(ready=True)
     for line in sys.stdin:

@@ -22,9 +22,11 @@ from s3_server import client_of
 from tiny_models import save_tiny_backbone
 from tree_events import TreeEvents
 
-from pipeline import release_log, retention, run
+from pipeline import release_log, retention
 from pipeline.config import Settings, load_settings
+from pipeline.deployment import open_deployment
 from pipeline.example_data import write_catalogue
+from pipeline.plan_identity import identify
 from pipeline.storage import Storage
 from schemas.identity import plan_key, row_id
 
@@ -257,9 +259,8 @@ class Lane:
         self.done("site", "backfill", "--ds", FIRST)
         self.done("site", "@prepare", SECOND)
         self.plans["next night"] = self.plan_id("site", SECOND)
-        careful = load_settings(self.config("careful"))
-        where = retention.Site(self.storage, careful.table_uri, careful.index_uri, careful.work_uri)
-        retention.vacuum(where, careful.retention, now=datetime.now(UTC) - timedelta(hours=2))
+        careful = open_deployment(load_settings(self.config("careful")))
+        retention.vacuum(careful, now=datetime.now(UTC) - timedelta(hours=2))
         self.save("retired")
         self.operations = {operation.name: operation for operation in OPERATIONS}
 
@@ -270,7 +271,7 @@ class Lane:
             raise RuntimeError(f"{' '.join(command)} of the undisturbed site failed: {ended.said[-2000:]}")
 
     def plan_id(self, config: str, ds: str, buckets: Sequence[int] = ()) -> str:
-        return run.identify(load_settings(self.config(config)), ds=ds, buckets=buckets).plan_id
+        return identify(open_deployment(load_settings(self.config(config))), ds=ds, chosen=buckets).plan_id
 
     def live(self, ds: str | None = None) -> str:
         """Release id of what readers see."""

@@ -16,6 +16,7 @@ from pydantic_settings import (
 )
 
 from pipeline.errors import UserError
+from pipeline.uris import refuse_credentials
 from schemas.bundle import Pooling
 from schemas.feature_table import MANTISSA_BITS
 
@@ -216,9 +217,7 @@ class StorageSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _holds_no_credentials(cls, given: Any) -> Any:  # noqa: ANN401 - whatever the file says
-        from pipeline.storage import refuse_credentials  # noqa: PLC0415 - pyarrow takes longer to import than all this
-
-        # Not a ValueError: the line that is made of those repeats the value.
+        # Not a ValueError: pydantic's message would repeat the value.
         if not isinstance(given, dict | StorageSettings):
             raise UserError("storage must be a mapping with keys like endpoint_url and region")
         url = given.get("endpoint_url") if isinstance(given, dict) else given.endpoint_url

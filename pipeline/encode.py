@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import feature_table
+from pipeline.carried_vectors import CarriedVectors
 from pipeline.config import EncodeSettings
 from pipeline.errors import CorruptFile
-from pipeline.integrity import check_file, describe_file, open_verified
+from pipeline.integrity import check_file, describe_file
 from pipeline.model.bundle import local_bundle
 from pipeline.resources import TaskResources
 from pipeline.storage import join
@@ -41,7 +42,6 @@ WINDOW_BYTES = 64 * 1024 * 1024
 BATCH_ROWS = 1024
 PROGRESS_SECONDS = 10.0
 ENCODE_PREFIX = "encode-"
-CARRIED = ["item_id", "vector", "content_hash", "bundle", "encoded_at"]
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +62,9 @@ class EncodeTask:
     work: BucketPlan
 
     def counts(self, receipt: Receipt) -> bool:
-        """Whether a receipt stands for this task: of the same plan and bundle, its file there with the right checksum.
+        """Whether a receipt is valid for this task: same plan and bundle, and its file matches the checksum.
 
-        A plan that was made anew carries over what another release holds now: what was carried over for it before is
-        not that.
+        After a replan, receipts with carried-over vectors are stale: the plan now carries over those of another release.
         """
         if (receipt.plan_id, receipt.bundle) != (self.workspace.plan_id, self.bundle):
             return False
@@ -78,7 +77,7 @@ class EncodeTask:
 
 
 def pending_tasks(workspace: Workspace, plan: Plan, *, table_uri: str, settings: EncodeSettings) -> list[EncodeTask]:
-    """The buckets that no trustworthy receipt covers yet."""
+    """Tasks of the buckets that have no valid receipt yet."""
     receipts = workspace.read_receipts(plan)
     tasks = [
         EncodeTask(
@@ -185,9 +184,18 @@ class _Run:
         """Rows of the bucket's file, in the order of the items.
 
         Raises:
-            CorruptFile: what is carried over is damaged or gone; or the bundle is.
+            CorruptFile: files of the base release, or the bundle, are damaged or missing.
         """
-        with closing(_Carried(self.task, self.card)) as carried:
+        task = self.task
+        base_vectors = CarriedVectors(
+            task.workspace.storage,
+            task.table_uri,
+            task.work.previous,
+            bucket=task.work.bucket,
+            bundle=task.bundle,
+            dim=self.card.dim,
+        )
+        with closing(base_vectors) as carried:
             for window, encoded in self._encoded():
                 yield self._rows(window, encoded, carried)
 
@@ -244,7 +252,7 @@ class _Run:
         ordered = np.sort(np.concatenate(keys)) if keys else np.empty(0, np.uint64)
         return np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
 
-    def _rows(self, window: _Window, encoded: "Encoded | None", carried: "_Carried") -> pa.Table:
+    def _rows(self, window: _Window, encoded: "Encoded | None", carried: CarriedVectors) -> pa.Table:
         items, kept = window.items, np.ones(window.items.num_rows, bool)
         vectors = np.zeros((items.num_rows, self.card.dim), np.float32)
         encoded_at = np.full(items.num_rows, np.datetime64(datetime.now(UTC).replace(tzinfo=None), "us"))
@@ -369,58 +377,6 @@ def _fresh(items: pa.Table, *, whole: bool) -> NDArray[np.bool_]:
 def _keys(hashes: pa.ChunkedArray) -> NDArray[np.uint64]:
     """64 bits of each content hash: enough to tell which may be there twice, in a quarter of the room."""
     return np.array([int(content[:16], 16) for content in hashes.to_pylist()], np.uint64)
-
-
-class _Carried:
-    """Vectors of the base release, read row group by row group as they are needed.
-
-    Items and files are sorted by item_id: what a window needs lies in few row groups.
-    """
-
-    def __init__(self, task: EncodeTask, card: BundleCard) -> None:
-        self._task, self._dim = task, card.dim
-        self._files: list[pq.ParquetFile] | None = None
-
-    def of(self, items: pa.Table) -> tuple[NDArray[np.float32], NDArray[np.datetime64]]:
-        """Vectors [n, d] of unchanged items, sorted by item_id, and when they were encoded.
-
-        Raises:
-            CorruptFile: the base's files are damaged or gone, or do not hold them.
-        """
-        ids = items["item_id"]
-        previous = self._between(ids[0].as_py(), ids[-1].as_py())
-        previous = previous.take(pc.index_in(ids, value_set=previous["item_id"].combine_chunks()))
-        same = pc.and_(
-            pc.equal(previous["content_hash"], items["content_hash"]), pc.equal(previous["bundle"], self._task.bundle)
-        )
-        if not pc.all(pc.fill_null(same, fill_value=False)).as_py():
-            raise CorruptFile(
-                f"bucket {self._task.work.bucket}: the base release does not hold the vectors that the plan "
-                "carries over"
-            )
-        vectors = previous["vector"].combine_chunks().flatten().to_numpy().reshape(-1, self._dim)
-        return vectors, previous["encoded_at"].to_numpy()
-
-    def close(self) -> None:
-        """Close the files."""
-        for file in self._files or ():
-            file.close(force=True)
-
-    def _between(self, first: str, last: str) -> pa.Table:
-        if self._files is None:
-            storage, table_uri = self._task.workspace.storage, self._task.table_uri
-            self._files = [pq.ParquetFile(open_verified(storage, table_uri, file)) for file in self._task.work.previous]
-        tables = [feature_table.empty_rows(self._dim).select(CARRIED).replace_schema_metadata()]
-        for file in self._files:
-            groups = [n for n in range(file.num_row_groups) if _overlaps(file.metadata.row_group(n), first, last)]
-            tables.append(file.read_row_groups(groups, columns=CARRIED).replace_schema_metadata())
-        return pa.concat_tables(tables).combine_chunks()
-
-
-def _overlaps(group: pq.RowGroupMetaData, first: str, last: str) -> bool:
-    """Whether a row group may hold ids from first to last; Python orders text as UTF-8 does."""
-    known = group.column(0).statistics
-    return known is None or not known.has_min_max or (known.min <= last and known.max >= first)
 
 
 def _footer(task: EncodeTask, card: BundleCard) -> dict[str, str]:

@@ -44,15 +44,15 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
 @pytest.fixture
 def s3_environment(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """The same, for clients in this process."""
-    from pipeline import storage
+    from pipeline.storage import s3
 
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
     # Clients look for credentials once, when they are made.
-    for made in (storage._boto3_s3, storage._arrow_s3):
+    for made in (s3.boto3_s3, s3.arrow_s3):
         made.cache_clear()
     yield s3_server
-    for made in (storage._boto3_s3, storage._arrow_s3):
+    for made in (s3.boto3_s3, s3.arrow_s3):
         made.cache_clear()
 
 

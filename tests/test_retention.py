@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import BUCKETS, DS, Encoded, Meeting, Site, Vector, Vectors, in_buckets, items
 
-from pipeline import feature_table, release, release_log, retention, stages, storage
+from pipeline import feature_table, release, release_log, retention, stages
 from pipeline.config import AuditSettings, CatalogueSettings, IndexSettings, RetentionSettings, Settings
 from pipeline.deployment import Deployment
 from pipeline.errors import PipelineError, ReleaseGone, Superseded, UserError
@@ -30,7 +30,7 @@ from pipeline.reader import OpenRelease, open_release
 from pipeline.release import roll_back
 from pipeline.release_log import read_log, read_releases
 from pipeline.retention import Removal, vacuum
-from pipeline.storage import STAGED_PREFIX, Storage
+from pipeline.storage import STAGED_PREFIX, Storage, local
 from pipeline.verify import verify
 from schemas.release import Release
 
@@ -48,7 +48,7 @@ Action = Callable[[], Any]
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rivals that met do not wait for long; and no power fails here, nobody waits for the disk."""
     monkeypatch.setattr(stages, "PUBLISH_PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr(storage, "_flush", lambda _: None)
+    monkeypatch.setattr(local, "_flush", lambda _: None)
 
 
 @pytest.fixture

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import storage as storages
 from pipeline import training_run
 from pipeline.config import Settings, load_settings
 from pipeline.deployment import open_deployment
 from pipeline.errors import CorruptFile, UserError
-from pipeline.storage import Storage, join
+from pipeline.storage import Storage, join, s3
 from pipeline.training_set import (
     StatesFacts,
     TrainingIdentity,
@@ -451,8 +450,8 @@ def test_a_local_training_set_asks_no_object_store(shop: Shop, spark: Any, monke
     def never(*_: object) -> None:
         raise AssertionError("S3 was asked")
 
-    for name in ("_boto3_s3", "_arrow_s3"):
-        monkeypatch.setattr(storages, name, never)
+    for name in ("boto3_s3", "arrow_s3"):
+        monkeypatch.setattr(s3, name, never)
     assert len(make(spark, shop.settings()).item_ids) == ITEMS
 
 

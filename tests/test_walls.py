@@ -11,13 +11,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"plan", "encode", "audit", "index", "release", "reader", "retention"}
 # Modules of one stage.
-PARTS = {"plan_identity": "plan", "plan_bucket": "plan"}
+PARTS = {"plan_identity": "plan", "plan_bucket": "plan", "carried_vectors": "encode"}
 EDGE = ("pipeline.cli", "pipeline.jobs", "pipeline.scheduler")
 FOUNDATIONS = {
-    "errors", "config", "storage", "deployment", "integrity", "workspace", "feature_table", "release_log", "resources",
-    "catalogue",
-    "table_reader", "index_reader", "index_search", "neighbours", "table_file", "mapped_file", "plain_pages",
-    "interactions", "training_set", "catalogue_text",
+    "errors", "config", "uris", "storage", "deployment", "integrity", "workspace", "feature_table", "release_log",
+    "resources", "catalogue", "table_reader", "index_reader", "index_search", "neighbours", "table_file", "mapped_file",
+    "plain_pages", "interactions", "training_set", "catalogue_text",
 }  # fmt: skip
 DRIVERS = {
     "run", "stages", "train", "training_run", "training_choices", "promotion", "layers", "cli", "session", "entry",

@@ -64,7 +64,7 @@ class EncodeTask:
     def counts(self, receipt: Receipt) -> bool:
         """Whether a receipt is valid for this task: same plan and bundle, and its file matches the checksum.
 
-        After a replan, receipts with carried-over vectors are stale: the plan now carries over those of another release.
+        After a replan, receipts with carried-over vectors are stale: the plan now carries over newer ones.
         """
         if (receipt.plan_id, receipt.bundle) != (self.workspace.plan_id, self.bundle):
             return False

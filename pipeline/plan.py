@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 PARTITIONS_PER_CORE = 4
-# As Spark sorts it a catalogue is several times larger than its files: a partition of so much fits into a small heap.
+# Spark needs several times the size of the files to sort a catalogue. A partition of this size fits into a small heap.
 PARTITION_BYTES = 16 * 1024 * 1024
-# Encode stages whose start-up is looked at.
+# Number of encode stages whose start-up times are averaged.
 STARTS = 7
 
 log = logging.getLogger(__name__)
@@ -110,17 +110,17 @@ def _plan_buckets(
 ) -> list[BucketSummary]:
     buckets = context.buckets
     numbers = chosen or tuple(range(buckets))
-    # In proportion to the rows, so that none of them is too large to be sorted in memory.
+    # In proportion to the size, so that every partition can be sorted in memory.
     wanted = max(PARTITIONS_PER_CORE * spark.sparkContext.defaultParallelism, source_bytes // PARTITION_BYTES)
     partitions = min(len(numbers), wanted)
     if chosen:
         # Rows without an id belong to no bucket: they are in the quarantine of the whole day.
         rows = rows.where(f"item_id IS NOT NULL AND row_id % {buckets} IN ({', '.join(map(str, chosen))})")
-    # Chosen buckets may all be multiples of the number of partitions: it is their places that are dealt out.
+    # Chosen buckets may all be multiples of the number of partitions, so rows are partitioned by the bucket's place.
     place = f"CAST(array_position(array({', '.join(map(str, chosen))}), bucket) AS INT)" if chosen else "bucket"
-    # Rows that cannot be used go to negative buckets, so that one pass over the catalogue writes everything.
+    # Rows that cannot be used get negative buckets, so that one pass over the catalogue is enough.
     rejected = f"-1 - pmod(xxhash64(row), {buckets})"
-    # Only by bucket: a number costs Spark next to nothing to sort by, and ids are sorted faster where they are planned.
+    # Spark sorts by bucket number only, which is cheap. The planner of a bucket sorts the ids faster than Spark would.
     ordered = (
         rows.selectExpr(
             "item_id",
@@ -134,7 +134,7 @@ def _plan_buckets(
         .selectExpr("*", f"{place} AS place")
         .repartitionById(partitions, "place")
         .sortWithinPartitions("bucket")
-        # Hashed after the shuffle: a hash is a quarter as long as a text, and does not compress.
+        # Hashed after the shuffle: a hash is a quarter as long as a text and does not compress.
         .selectExpr(
             "item_id",
             "row_id",
@@ -152,7 +152,7 @@ def _plan_buckets(
     found = ordered.mapInArrow(plan_partition, BucketSummary.SPARK_SCHEMA).collect()
     done = [BucketSummary.from_row(row.asDict()) for row in found]
     if context.base is not None:
-        # A bucket whose items are all gone has no row in the catalogue, but deletions to plan.
+        # A bucket without items in the catalogue still needs its deletions planned.
         seen = {summary.bucket for summary in done}
         done += [plan_bucket(context, number, PLANNED_ROWS.empty_table()) for number in sorted(set(numbers) - seen)]
     return done
@@ -172,7 +172,7 @@ def _assemble(
     for summary in summaries:
         quarantined.update(summary.quarantined)
     work = sorted((s.work for s in summaries if s.work), key=lambda b: b.bucket)
-    # The largest run says most: in a small one, loading the model outweighs the tokens.
+    # The largest run is the best estimate: in a small run, loading the model takes longer than the tokens.
     measured = max((r for r in found.releases if r.bundle == context.bundle), key=lambda r: r.tokens, default=None)
     return Plan(
         plan_id=identity.plan_id,
@@ -199,7 +199,7 @@ def _assemble(
 
 
 def _start_seconds(releases: Sequence[Release], measured: Release) -> float:
-    """What encode stages took beyond their tokens: the middle one of the latest, for one may have been tried again."""
+    """Median start-up time of the latest encode stages: their seconds without those of the tokens."""
     speed = measured.tokens_per_second
     beyond = [
         max(0.0, release.seconds.get("encode", 0.0) - release.tokens / speed)

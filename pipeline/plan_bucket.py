@@ -27,9 +27,9 @@ from schemas.plan import BucketPlan
 from schemas.release import Release
 
 TOKEN_SAMPLE = 10_000
-"""Texts of the whole catalogue that are tokenized where counting all would take long."""
+"""Number of texts of the whole catalogue that are tokenized to estimate the tokens."""
 BUCKET_SAMPLE = 25
-"""At least so many of a bucket: its variance is asked from them."""
+"""Smallest number of sampled texts of a bucket, for an estimate of the variance."""
 PIECE_BYTES = 16 * 1024 * 1024
 PLANNED_ROWS = pa.schema(
     [
@@ -40,14 +40,14 @@ PLANNED_ROWS = pa.schema(
 )
 """Rows as they arrive at the planner of a bucket.
 
-A row that cannot be used has its negative bucket for a ``row_id``, its reason for a ``content_hash`` and its record for
-a ``text``: every column more costs Spark time with every row.
+For a row that cannot be used, ``row_id`` holds the negative bucket, ``content_hash`` the reason and ``text`` the
+record, because every additional column costs Spark time for every row.
 """
 NEWEST_FIRST = [
     ("item_id", "ascending"), ("updated_at", "descending"), ("content_hash", "descending"), ("source", "ascending")
 ]  # fmt: skip
-"""Of several rows of an id the first one counts: the order of :data:`pipeline.catalogue.NEWEST_FIRST`."""
-# As Spark's to_json writes texts: what Python escapes in lower case it escapes in upper case.
+"""The first of several rows of an id counts. Same order as :data:`pipeline.catalogue.NEWEST_FIRST`."""
+# Spark's to_json writes hexadecimal escapes in upper case; Python writes them in lower case.
 JSON_ESCAPES = {code: f"\\u{code:04X}" for code in range(32)} | {
     ord(raw): f"\\{letter}" for raw, letter in ('""', "\\\\", "\bb", "\ff", "\nn", "\rr", "\tt")
 }
@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BucketContext:
-    """What the planner of a bucket must know; travels to Spark's Python workers."""
+    """Inputs of a bucket's planner; sent to Spark's Python workers."""
 
     workspace: Workspace
     table_uri: str
@@ -71,15 +71,15 @@ class BucketContext:
 
     @property
     def carries_over(self) -> bool:
-        """Whether a vector of the base release can stand for the one that would be computed."""
-        # Bits that were not stored do not come back.
+        """Whether vectors of the base release may be carried over."""
+        # Raising the precision re-encodes every item: bits that were not stored are lost.
         too_coarse = self.base is not None and self.base.mantissa_bits < self.mantissa_bits
         return not (self.recompute or too_coarse)
 
 
 @dataclass(frozen=True)
 class BucketSummary:
-    """What the planner of one bucket reports back; ``work`` is None where rows belong to no bucket."""
+    """Result of the planner of one bucket; ``work`` is None for rows that belong to no bucket."""
 
     SPARK_SCHEMA: ClassVar[str] = "bucket INT, work STRING, quarantined STRING, exact BOOLEAN"
 
@@ -107,7 +107,7 @@ class BucketSummary:
 
 
 def by_bucket(batches: Iterator[pa.RecordBatch], buckets: int) -> Iterator[tuple[int, pa.Table]]:
-    """Cut a stream of batches of :data:`PLANNED_ROWS` that is sorted by bucket into one table per bucket."""
+    """Split batches of :data:`PLANNED_ROWS`, which are sorted by bucket, into one table per bucket."""
     current: int | None = None
     pieces: list[pa.RecordBatch] = []
     for batch in batches:
@@ -134,12 +134,12 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
         bucket: its number; negative for rows that belong to no bucket because they cannot be used.
         rows: columns of :data:`PLANNED_ROWS`, in any order.
     """
-    # One chunk with long offsets: rows are picked out of it one piece at a time, also where texts exceed 2 GiB.
+    # One chunk with 64-bit offsets, because the texts of a bucket may exceed 2 GiB.
     wide = [f.with_type(pa.large_string()) if f.type == pa.string() else f for f in PLANNED_ROWS]
     rows = rows.select(PLANNED_ROWS.names).cast(pa.schema(wide)).combine_chunks()
     quarantine_uri = context.workspace.quarantine_uri
     if bucket < 0:
-        # Rows without an id come first.
+        # Sorted by id, rows without an id first.
         by_id = np.roll(pc.sort_indices(rows["item_id"]).to_numpy(), rows["item_id"].null_count)
         uri = join(quarantine_uri, f"rejected-{-1 - bucket:05d}.parquet")
         named = rows.rename_columns({"content_hash": "reason", "text": "row"})
@@ -159,12 +159,12 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
     try:
         previous = _previous_rows(context, bucket, files)
     except CorruptFile as error:
-        # Last night's damage must not stop tonight: without something to carry over, the bucket is encoded whole.
+        # A damaged base release must not stop the run: nothing is carried over, and the whole bucket is encoded.
         log.warning("bucket %d is encoded whole: %s", bucket, error)
         lost, files, previous = files, (), _previous_rows(context, bucket, ())
     change, deleted = compare(items, previous, bundle=context.bundle if context.carries_over else None)
     if context.base and context.base.buckets == context.buckets:
-        # Of files that cannot be read the log still says how many items they held: a gate must not be blind to that.
+        # The log still has the number of items of unreadable files, and the gate on deletions must count them.
         deleted += max(0, sum(file.rows for file in lost) - items.num_rows)
     if items.num_rows:
         uri = context.workspace.items_uri(bucket, context.base.release_id if context.base else None)
@@ -191,7 +191,7 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
 
 
 def compare(items: pa.Table, previous: pa.Table, *, bundle: str | None) -> tuple[pa.Array, int]:
-    """How each item stands against the base release, and how many items of the base are gone.
+    """The change of each item against the base release, and the number of deleted items.
 
     Args:
         items: ``item_id`` and ``content_hash`` of today, ids unique.
@@ -231,16 +231,16 @@ def _previous_rows(context: BucketContext, bucket: int, files: Sequence[Publishe
 
 
 def _in_order(rows: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
-    """The rows of a bucket by id, the latest of an id first; which are older duplicates, and which collide."""
+    """Order of a bucket's rows by id, the latest of an id first; which are older duplicates, and which collide."""
     order = pc.sort_indices(rows["item_id"]).to_numpy().astype(np.int64)
     names = rows["item_id"].take(order)
     again = pc.equal(names[1:], names[:-1]).to_numpy()
     if again.any():
-        # Few rows need the long comparison.
+        # Only rows with duplicates need the comparison of all columns.
         shared = np.r_[again, False] | np.r_[False, again]
         several = order[shared]
         found = rows.select([name for name, _ in NEWEST_FIRST]).take(several)
-        # Nulls are last.
+        # Nulls are sorted last.
         order[shared] = several[pc.sort_indices(found, NEWEST_FIRST).to_numpy()]
     older = np.r_[np.zeros(min(1, len(order)), bool), again]
     latest = np.flatnonzero(~older)
@@ -251,7 +251,7 @@ def _in_order(rows: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDA
 
 
 def _pieces(rows: pa.Table, order: NDArray[np.int64]) -> Iterator[tuple[slice, pa.Table]]:
-    """Rows in an order, in pieces of bounded size, and which part of the order each is."""
+    """Rows in an order, in pieces of bounded size, each with its slice of the order."""
     texts = [field.name for field in rows.schema if field.type == pa.large_string()]
     sizes = sum(pc.fill_null(pc.binary_length(rows[name]), 0).to_numpy() for name in texts)
     ends = np.cumsum(sizes[order])
@@ -264,7 +264,7 @@ def _pieces(rows: pa.Table, order: NDArray[np.int64]) -> Iterator[tuple[slice, p
 
 
 def _with_reasons(rows: pa.Table, is_older: NDArray[np.bool_]) -> pa.Table:
-    """Rows that were good until they were seen beside others, with reason and record."""
+    """Rejected duplicates and collisions, with reason and record."""
     records = [
         _older_record(row["item_id"], row["text"], row["updated_at"])
         if older
@@ -277,18 +277,18 @@ def _with_reasons(rows: pa.Table, is_older: NDArray[np.bool_]) -> pa.Table:
 
 
 def _older_record(item_id: str, text: str, updated_at: int | None) -> str:
-    """A row as JSON, in the form that all other rows of the quarantine have: that of Spark's ``to_json``."""
+    """A row as JSON in the form of Spark's ``to_json``, like all other rows of the quarantine."""
     values = {"item_id": item_id, "text": text}
     if updated_at is not None:
         moment = str(np.datetime64(updated_at // 1000, "ms"))
-        # Only years beyond 9999 have a sign.
+        # Only years after 9999 have a sign.
         values["updated_at"] = f"{moment if len(moment) == 23 or moment[0] == '-' else '+' + moment}Z"
     members = (f'"{name}":"{value.translate(JSON_ESCAPES)}"' for name, value in values.items())
     return f"{{{','.join(members)}}}"
 
 
 def _counts(values: pa.ChunkedArray) -> Counter[str]:
-    """How often each value is there."""
+    """Number of occurrences of each value."""
     return Counter({found["values"]: found["counts"] for found in pc.value_counts(values).to_pylist()})
 
 
@@ -308,7 +308,7 @@ def _cost(context: BucketContext, rows: pa.Table, fresh: NDArray[np.int64]) -> t
 def _write(storage: Storage, uri: str, pieces: Iterator[pa.Table], schema: pa.Schema) -> None:
     repeated = [name for name in ("change", "reason", "source") if name in schema.names]
     with storage.staged(uri) as staged:
-        # Ids, hashes and texts hardly repeat: looking each up in a dictionary takes longer than writing it.
+        # No dictionaries for ids, hashes and texts: they rarely repeat, and the lookup costs more than writing them.
         with pq.ParquetWriter(staged, schema, compression="zstd", use_dictionary=repeated) as writer:
             for piece in pieces:
                 writer.write_table(piece.select(schema.names).cast(schema))

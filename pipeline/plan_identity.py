@@ -1,4 +1,4 @@
-"""What a plan is made of and how it is named: the catalogue and the bundle of a date, and the settings."""
+"""The inputs of a plan, and the plan_id that names them: catalogue and bundle of a date, and the settings."""
 
 import logging
 from collections.abc import Sequence

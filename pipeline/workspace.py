@@ -1,4 +1,4 @@
-"""The work area of one plan: where stages leave what they hand over, keyed by plan_id and bucket."""
+"""The work area of one plan, keyed by plan_id and bucket: stages exchange their results through its files."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Workspace:
-    """Reads and writes the hand-overs of one plan. Picklable: Spark tasks carry it."""
+    """Reads and writes the files of one plan. Picklable, so that Spark tasks can carry it."""
 
     storage: Storage
     root: str
@@ -68,7 +68,7 @@ class Workspace:
         return plan
 
     def write_plan(self, plan: Plan, *, replacing: Plan | None = None) -> Plan:
-        """Record the plan; of two runs that made the same plan at once, the first one's stands.
+        """Record the plan. If two runs make the same plan at once, the first one is kept.
 
         Args:
             plan: the plan.
@@ -83,7 +83,7 @@ class Workspace:
         return plan
 
     def read_receipts(self, plan: Plan) -> dict[int, Receipt]:
-        """Receipts of the buckets that are done, by bucket."""
+        """Receipts of the finished buckets, by bucket."""
         found = {}
         for stored in self.storage.list(join(self.uri, "receipts")):
             receipt = _parse(Receipt, self.storage.read(stored.uri))
@@ -104,7 +104,7 @@ class Workspace:
         return [found[work.bucket] for work in plan.work]
 
     def write_receipt(self, receipt: Receipt, *, stands: Callable[[Receipt], bool] = lambda _: False) -> Receipt:
-        """Record what a bucket's worker did, after its file is in place; of two at once, the first one's stands.
+        """Record a bucket's receipt, after its file is written. If two workers write at once, the first one is kept.
 
         Args:
             receipt: of this worker.
@@ -122,15 +122,15 @@ class Workspace:
         return receipt
 
     def write_progress(self, bucket: int, tokens: int) -> None:
-        """Say how many tokens of a bucket are encoded, while it is under way."""
+        """Record how many tokens of a running bucket are encoded."""
         self.storage.write(join(self.uri, "progress", f"{bucket:05d}"), str(tokens).encode())
 
     def clear_progress(self, buckets: Iterable[int]) -> None:
-        """Forget what buckets said: they are done, and their receipts tell the rest, or they begin anew."""
+        """Delete the progress of buckets that are finished or start again."""
         self.storage.remove(join(self.uri, "progress", f"{bucket:05d}") for bucket in buckets)
 
     def read_progress(self) -> dict[int, int]:
-        """Tokens encoded so far of the buckets that are under way, where they said so."""
+        """Tokens encoded so far, by running bucket."""
         found = {}
         for stored in self.storage.list(join(self.uri, "progress")):
             with suppress(ValueError, FileNotFoundError):
@@ -138,23 +138,23 @@ class Workspace:
         return found
 
     def read_audit(self) -> AuditReport | None:
-        """The audit's verdict."""
+        """The report of the audit, if there is one."""
         return self._read(AuditReport, "audit.json")
 
     def write_audit(self, report: AuditReport) -> None:
-        """Record the audit's verdict."""
+        """Record the report of the audit."""
         self.storage.write(join(self.uri, "audit.json"), _json(report))
 
     def read_index(self) -> IndexReceipt | None:
-        """What the index stage built."""
+        """The receipt of the index stage, if there is one."""
         return self._read(IndexReceipt, "index.json")
 
     def write_index(self, receipt: IndexReceipt) -> None:
-        """Record what the index stage built."""
+        """Record the receipt of the index stage."""
         self.storage.write(join(self.uri, "index.json"), _json(receipt))
 
     def sign_of_life(self) -> None:
-        """Say that somebody is at work: a vacuum leaves the files of a run alone that wrote something lately."""
+        """Mark the run as alive: a vacuum keeps the files of a run that wrote something during the grace period."""
         self.storage.write(join(self.uri, "alive"), b"")
 
     def write_seconds(self, stage: str, seconds: float) -> None:
@@ -180,7 +180,7 @@ class Workspace:
         found = {}
         for stored in self.storage.list(join(self.uri, "seconds")):
             stage = stored.uri.rsplit("/", 1)[1].removesuffix(".json")
-            # A mere figure: one that cannot be read is not missed.
+            # Only informative: an unreadable figure is left out.
             with suppress(ValueError, KeyError, TypeError, FileNotFoundError):
                 found[stage] = float(json.loads(self.storage.read(stored.uri))["seconds"])
         return found
@@ -190,7 +190,7 @@ class Workspace:
 
 
 def read_contract(storage: Storage, uri: str, model: type[C]) -> C | None:
-    """What a stage wrote down; None where there is nothing, or nothing that can be read."""
+    """A contract that a stage wrote; None if it is missing or cannot be read."""
     try:
         return _parse(model, storage.read(uri))
     except FileNotFoundError:
@@ -202,7 +202,7 @@ def _json(model: Contract) -> bytes:
 
 
 def _parse(model: type[C], data: bytes) -> C | None:
-    # What an older format or a dying disk left behind is as good as not there: the stage runs again.
+    # A file of an older format, or a damaged one, counts as missing: the stage runs again.
     try:
         return model.model_validate_json(data)
     except ValidationError:

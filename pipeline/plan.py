@@ -113,7 +113,7 @@ class BucketContext:
     def carries_over(self) -> bool:
         """Whether a vector of the base release can stand for the one that would be computed."""
         # Bits that were not stored do not come back.
-        too_coarse = self.base is not None and self.base.mantissa_bits < self.mantissa_bits
+        too_coarse = self.base is not None and self.base.table.mantissa_bits < self.mantissa_bits
         return not (self.recompute or too_coarse)
 
 
@@ -168,8 +168,8 @@ def identify(
         log.warning("%s has no release: the whole day is planned, not buckets %s alone", ds, list(chosen))
     if live is not None:
         _require_replaceable(settings, live, chosen)
-    bundle = open_bundle(storage, live.bundle_uri if live else settings.bundle_uri)
-    buckets = live.buckets if live else settings.buckets
+    bundle = open_bundle(storage, live.bundle.uri if live else settings.bundle_uri)
+    buckets = live.table.buckets if live else settings.buckets
     some = tuple(sorted(set(chosen))) if live else None
     source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
     files = sorted((file.uri.rsplit("/", 1)[1], file.digest) for file in source.files)
@@ -193,23 +193,24 @@ def identify(
 
 def _recomputed(live: Release | None, chosen: tuple[int, ...] | None) -> list[str]:
     """What is computed anew: doing so once more is another plan."""
-    files = live.table_files if live else ()
+    files = live.table.files if live else ()
     return [file.path for file in files if chosen is None or bucket_number(file.path) in chosen]
 
 
 def _require_replaceable(settings: Settings, live: Release, chosen: Sequence[int]) -> None:
-    unknown = sorted(set(chosen) - set(range(live.buckets)))
+    table = live.table
+    unknown = sorted(set(chosen) - set(range(table.buckets)))
     if unknown:
-        raise UserError(f"no bucket {unknown[0]}: release {live.release_id} has buckets 0 to {live.buckets - 1}")
-    if live.template != settings.catalogue.template:
+        raise UserError(f"no bucket {unknown[0]}: release {live.release_id} has buckets 0 to {table.buckets - 1}")
+    if table.template != settings.catalogue.template:
         raise UserError(
-            f"release {live.release_id} of {live.ds} was made with template {live.template!r}, the configuration says "
+            f"release {live.release_id} of {live.ds} was made with template {table.template!r}, the configuration says "
             f"{settings.catalogue.template!r}: backfill the whole day"
         )
-    if live.mantissa_bits != settings.mantissa_bits:
+    if table.mantissa_bits != settings.mantissa_bits:
         raise UserError(
-            f"release {live.release_id} of {live.ds} stores {live.mantissa_bits} mantissa bits, the configuration says "
-            f"{settings.mantissa_bits}: backfill the whole day"
+            f"release {live.release_id} of {live.ds} stores {table.mantissa_bits} mantissa bits, the configuration "
+            f"says {settings.mantissa_bits}: backfill the whole day"
         )
 
 
@@ -237,7 +238,7 @@ def make_plan(
     live, last = found.live(identity.ds), found.last(identity.ds)
     base = base_release(found.releases, ds=identity.ds)
     wanted = (identity.bundle.version, identity.buckets, settings.catalogue.template, identity.mantissa_bits)
-    if identity.chosen and (live is None or (live.bundle, live.buckets, live.template, live.mantissa_bits) != wanted):
+    if identity.chosen and (live is None or live.made_with != wanted):
         raise Superseded(f"the release of {identity.ds} was replaced a moment ago; run again to start from the new one")
     earlier = workspace.read_plan()
     names = (base and base.release_id, last and last.release_id)
@@ -250,10 +251,10 @@ def make_plan(
             "bundle %s was trained on template %r, the catalogue uses %r", bundle.version, bundle.card.template,
             settings.catalogue.template,
         )  # fmt: skip
-    if base and base.mantissa_bits < identity.mantissa_bits:
+    if base and base.table.mantissa_bits < identity.mantissa_bits:
         log.warning(
             "release %s stores %d mantissa bits, %d are wanted: every text is encoded anew", base.release_id,
-            base.mantissa_bits, identity.mantissa_bits,
+            base.table.mantissa_bits, identity.mantissa_bits,
         )  # fmt: skip
     context = BucketContext(
         workspace=workspace,
@@ -398,7 +399,7 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
         log.warning("bucket %d is encoded whole: %s", bucket, error)
         lost, files, previous = files, (), _previous_rows(context, bucket, ())
     change, deleted = compare(items, previous, bundle=context.bundle if context.carries_over else None)
-    if context.base and context.base.buckets == context.buckets:
+    if context.base and context.base.table.buckets == context.buckets:
         # Of files that cannot be read the log still says how many items they held: a gate must not be blind to that.
         deleted += max(0, sum(file.rows for file in lost) - items.num_rows)
     if items.num_rows:
@@ -451,8 +452,8 @@ def previous_files(context: BucketContext, bucket: int) -> tuple[PublishedFile, 
     base = context.base
     if base is None:
         return ()
-    shared = math.gcd(base.buckets, context.buckets)
-    return tuple(file for file in base.table_files if bucket_number(file.path) % shared == bucket % shared)
+    shared = math.gcd(base.table.buckets, context.buckets)
+    return tuple(file for file in base.table.files if bucket_number(file.path) % shared == bucket % shared)
 
 
 def _previous_rows(context: BucketContext, bucket: int, files: Sequence[PublishedFile]) -> pa.Table:
@@ -565,7 +566,8 @@ def _assemble(
         quarantined.update(summary.quarantined)
     work = sorted((s.work for s in summaries if s.work), key=lambda b: b.bucket)
     # The largest run says most: in a small one, loading the model outweighs the tokens.
-    measured = max((r for r in found.releases if r.bundle == context.bundle), key=lambda r: r.tokens, default=None)
+    of_bundle = (release for release in found.releases if release.bundle.version == context.bundle)
+    measured = max(of_bundle, key=lambda release: release.counts.tokens, default=None)
     return Plan(
         plan_id=identity.plan_id,
         ds=identity.ds,
@@ -594,8 +596,8 @@ def _start_seconds(releases: Sequence[Release], measured: Release) -> float:
     """What encode stages took beyond their tokens: the middle one of the latest, for one may have been tried again."""
     speed = measured.tokens_per_second
     beyond = [
-        max(0.0, release.seconds.get("encode", 0.0) - release.tokens / speed)
+        max(0.0, release.seconds.get("encode", 0.0) - release.counts.tokens / speed)
         for release in releases
-        if speed and release.bundle == measured.bundle and release.tokens_per_second
+        if speed and release.bundle.version == measured.bundle.version and release.tokens_per_second
     ]
     return statistics.median(beyond[-STARTS:]) if beyond else 0.0

@@ -129,9 +129,9 @@ def _decide(
 
 def _unneeded(site: Site, rows: Sequence[Release], *, before: float) -> list[StoredObject]:
     """Files of table, indexes and plans that no row names, of runs that wrote nothing since ``before``."""
-    tables = {file.path for row in rows for file in row.table_files}
+    tables = {file.path for row in rows for file in row.table.files}
     # Of the index of a night that changed a part of it, files may be those of an earlier one.
-    indexes = {file.path for row in rows for file in (*row.index_files, row.index_queries)}
+    indexes = {file.path for row in rows for file in (*row.index.files, row.index.queries_file)}
     # A plan's work area says what its release left out, and what its texts were: it stays as long as one of its files.
     works = {plan_key(row.plan_id) for row in rows} | {feature_table.plan_of(path) for path in tables}
     found = [

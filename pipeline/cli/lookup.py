@@ -144,9 +144,9 @@ def _encoded(settings: Settings, release: "OpenRelease", texts: list[str]) -> ND
 def _texts(settings: Settings, release: "OpenRelease", ids: list[str]) -> dict[str, str]:
     """Texts of items, as far as the work areas of the plans that made the files still hold them."""
     storage = storage_of(settings)
-    wanted = {row_id(item) % release.facts.buckets for item in ids}
+    wanted = {row_id(item) % release.facts.table.buckets for item in ids}
     found: dict[str, str] = {}
-    for file in release.facts.table_files:
+    for file in release.facts.table.files:
         if (bucket := bucket_number(file.path)) not in wanted:
             continue
         workspace = workspace_of(settings, feature_table.plan_id_of(storage, settings.table_uri, file))

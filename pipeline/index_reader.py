@@ -67,7 +67,7 @@ class IndexReader:
         _require_faiss(facts)
         shards = [mapped(self._storage, facts.index.uri, file) for file in facts.index.files]
         for shard in shards:
-            # A shard that a night left alone may have been stored when another width was enough.
+            # An unchanged shard may have been stored with another search width.
             set_width(shard, facts.index.width)
         return shards
 

@@ -56,8 +56,8 @@ def is_whole(storage: Storage, release: Release, *, table_uri: str, chosen: Sequ
     """Whether every byte of a release's index, and of its table files (of some buckets), is as it was published."""
     files = [file for file in release.table.files if chosen is None or bucket_number(file.path) in chosen]
     problems = [problem for file in files if (problem := check_file(storage, table_uri, file))]
-    indexes = (*release.index.files, release.index.queries_file)
-    problems += [problem for file in indexes if (problem := check_file(storage, release.index.uri, file))]
+    index = release.index
+    problems += [problem for file in index.all_files if (problem := check_file(storage, index.uri, file))]
     for problem in problems:
         log.warning("release %s is damaged: %s", release.release_id, problem)
     return not problems
@@ -89,7 +89,7 @@ def require_unmoved(found: ReleaseLog, plan: Plan) -> Release | None:
 
 
 def _contents(release: Release, chosen: Sequence[int]) -> tuple[object, ...]:
-    """What some buckets of a release are: the same files, made in the same way."""
+    """Files of some buckets, and the settings that made them. Equal values mean equal content."""
     paths = {file.path for file in release.table.files if bucket_number(file.path) in chosen}
     return *release.made_with, paths
 
@@ -227,7 +227,7 @@ def _require_verdicts(
 def _require_files(
     storage: Storage, plan: Plan, receipts: Sequence[Receipt], index: IndexFacts, *, table_uri: str
 ) -> None:
-    problems = [check_file(storage, index.uri, file) for file in (*index.files, index.queries_file)]
+    problems = [check_file(storage, index.uri, file) for file in index.all_files]
     bundle = open_bundle(storage, plan.bundle_uri)
     problems += check_bundle(storage, bundle)
     if bundle.version != plan.bundle:

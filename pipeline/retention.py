@@ -131,7 +131,7 @@ def _unneeded(site: Site, rows: Sequence[Release], *, before: float) -> list[Sto
     """Files of table, indexes and plans that no row names, of runs that wrote nothing since ``before``."""
     tables = {file.path for row in rows for file in row.table.files}
     # Of the index of a night that changed a part of it, files may be those of an earlier one.
-    indexes = {file.path for row in rows for file in (*row.index.files, row.index.queries_file)}
+    indexes = {file.path for row in rows for file in row.index.all_files}
     # A plan's work area says what its release left out, and what its texts were: it stays as long as one of its files.
     works = {plan_key(row.plan_id) for row in rows} | {feature_table.plan_of(path) for path in tables}
     found = [

@@ -25,7 +25,7 @@ def _file_problems(storage: Storage, release: Release, table_uri: str) -> Iterat
     for file in release.table.files:
         if problem := check_file(storage, table_uri, file):
             yield problem
-    for file in (*release.index.files, release.index.queries_file):
+    for file in release.index.all_files:
         if problem := check_file(storage, release.index.uri, file):
             yield problem
     expected = release.bundle

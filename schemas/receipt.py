@@ -1,4 +1,4 @@
-"""Receipts: what a worker did, written last, so that a receipt proves its file."""
+"""Receipts and reports that the stages of a run hand over. A receipt is written after its file and proves it."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -13,22 +13,23 @@ from schemas.release import AuditFigures, IndexFacts, Release
 
 
 class Receipt(Contract):
-    """What one bucket's encode worker did.
+    """Result of encoding one bucket.
 
     Attributes:
-        plan_id, bucket, bundle: the plan, partition and model that it belongs to.
+        plan_id, bucket, bundle: the plan, partition and model of the bucket.
         file: the Parquet file, relative to the table; None for a bucket that became empty.
-        encoded: texts that went through the model (identical texts count once).
+        encoded: texts that the model encoded; identical texts count once.
         reused: vectors carried over from the base release, or shared with an identical text.
         quarantined: items whose texts cannot be encoded, each with its change; they are not in the file.
-        quarantine: name of the quarantine's file that holds them; None where there are none.
-        tokens: tokens encoded; padded_tokens: those plus padding.
+        quarantine: name of the quarantine file that holds them; None without such items.
+        tokens: encoded tokens.
+        padded_tokens: encoded tokens and padding.
         seconds: wall time of the bucket.
-        load_seconds: what loading the model took of it; next to nothing where an earlier bucket had loaded it.
-        model_seconds: the model's own time on its device.
-        waited_seconds: how long the model waited for tokens.
-        device, dtype: where and how the model ran.
-        gpu: address that Spark's resource scheduling handed to the task.
+        load_seconds: part of it spent on loading the model; close to 0 when an earlier bucket loaded the model.
+        model_seconds: computing time of the model on its device.
+        waited_seconds: time that the model waited for tokens.
+        device, dtype: device and number format of the model.
+        gpu: address that Spark's resource scheduling assigned to the task.
         finished_at: when the receipt was written.
     """
 
@@ -53,21 +54,30 @@ class Receipt(Contract):
 
 
 def day_moments(gained: Moments, lost: Moments, live: Release | None) -> Moments:
-    """Moments of the day's vectors: those of the plan, or, for a plan of some buckets, the live release's updated."""
+    """Moments of the day's vectors.
+
+    Args:
+        gained: moments of the plan's files.
+        lost: moments of the files that they replace.
+        live: the day's release that a plan of some buckets changes; None for a plan of the whole day.
+    """
     return gained if live is None else live.moments - lost + gained
 
 
 def quarantined_rows(planned: Mapping[str, int], receipts: Sequence[Receipt]) -> dict[str, int]:
-    """Rows in the quarantine by reason: those that the plan put there, and those that could not be encoded."""
+    """Number of quarantined rows by reason: rows that the plan refused, and texts that could not be encoded."""
     unencodable = sum(len(receipt.quarantined) for receipt in receipts)
     return {**planned, **({Reason.UNENCODABLE.value: unencodable} if unencodable else {})}
 
 
 class BucketAudit(Contract):
-    """What the audit found in one bucket's file.
+    """Result of the audit of one bucket's file.
 
-    ``problems`` are sentences with the value and the limit; empty when the bucket is good. ``moments`` are those of
-    the file, ``replaced`` those of the files whose place it takes.
+    Attributes:
+        bucket: number of the bucket.
+        problems: sentences with the value and the limit; empty when the bucket passed.
+        moments: moments of the file.
+        replaced: moments of the files that it replaces.
     """
 
     bucket: int
@@ -118,11 +128,11 @@ class IndexReceipt(Contract):
 
 
 class TrainedIndex(Contract):
-    """A trained, empty index, of which the shards of a plan are made.
+    """A trained, empty index; every shard of the plan starts as a copy of it.
 
     Attributes:
-        digest: names what it was trained on, and as what.
-        file: where it is in the work area.
+        digest: identifies the training vectors and the settings.
+        file: the index in the work area.
     """
 
     digest: str

@@ -126,6 +126,11 @@ class IndexFacts(Contract):
     figures: IndexFigures
 
     @property
+    def all_files(self) -> tuple[PublishedFile, ...]:
+        """Index files and the queries' file."""
+        return *self.files, self.queries_file
+
+    @property
     def items(self) -> int:
         """Vectors that search can find: those in the files without the tombstones."""
         return max(0, sum(file.rows for file in self.files) - self.build.tombstones)

@@ -119,7 +119,7 @@ def test_shards_up_to_a_size_are_merged_into_one_file_and_leave_nothing(site: Si
     tasks = Tasks()
     merged = made(encoded, LISTS.model_copy(update={"merge_mib": 1.0}), tasks)
     assert [task.number for task in tasks.done] == [0, 1]
-    assert files_below(site.index_uri) == {file.path for file in (*merged.index.files, merged.index.queries_file)}
+    assert files_below(site.index_uri) == {file.path for file in merged.index.all_files}
     assert not list(Path(encoded.workspace.uri).rglob("shard-*.faiss"))
     (file,) = merged.index.files
     one = faiss.read_index(f"{site.index_uri}/{file.path}")

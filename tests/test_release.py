@@ -558,8 +558,8 @@ def test_runs_of_all_buckets_at_one_moment_all_arrive(site: Site) -> None:
     assert held(site) == held(site, last.table.version) == plain(day)
     assert verify(site.storage, last, table_uri=site.table_uri) == []
     mean, variance = mean_and_variance(day)
-    np.testing.assert_allclose(last.mean, mean, rtol=0, atol=1e-9)
-    assert last.variance == pytest.approx(variance, abs=1e-9)
+    np.testing.assert_allclose(last.moments.mean, mean, rtol=0, atol=1e-9)
+    assert last.moments.variance == pytest.approx(variance, abs=1e-9)
 
 
 def test_of_two_runs_of_the_same_bucket_the_second_is_told_to_begin_again(site: Site) -> None:

@@ -99,7 +99,7 @@ def everything(site: Site) -> dict[str, tuple[int, str]]:
 def files_of(site: Site, *releases: Release) -> set[str]:
     """What releases name, as paths."""
     table = {f"{site.table_uri}/{file.path}" for one in releases for file in one.table.files}
-    return table | {f"{one.index.uri}/{f.path}" for one in releases for f in (*one.index.files, one.index.queries_file)}
+    return table | {f"{one.index.uri}/{f.path}" for one in releases for f in one.index.all_files}
 
 
 def committed(site: Site, ds: str | None = None) -> set[str]:

@@ -105,7 +105,7 @@ def satisfies(built: IndexReceipt, settings: IndexSettings, *, dim: int, storage
         index.factory in {choice.factory for choice in choose(index.items, dim, settings)}
         and index.k == settings.k
         and index.recall >= settings.target_recall
-        and not any(check_file(storage, index.uri, file) for file in (*index.files, index.queries_file))
+        and not any(check_file(storage, index.uri, file) for file in index.all_files)
     )
 
 

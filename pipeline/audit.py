@@ -22,9 +22,10 @@ from schemas.catalogue import ITEMS, Reason
 from schemas.feature_table import bucket_number, file_schema
 from schemas.files import PublishedFile
 from schemas.identity import receipts_digest, row_id
+from schemas.moments import Moments
 from schemas.plan import BucketPlan, Plan
-from schemas.receipt import AuditReport, BucketAudit, Moments, Receipt, day_moments, quarantined_rows
-from schemas.release import Release
+from schemas.receipt import AuditReport, BucketAudit, Receipt, day_moments, quarantined_rows
+from schemas.release import AuditFigures, Release
 
 UNIT_TOLERANCE = 1e-3
 # The index multiplies in float32, which ends at 3.4e38 and begins at 1.4e-45.
@@ -66,7 +67,7 @@ def audit_tasks(
 ) -> list[AuditTask]:
     """One task per bucket; ``base`` is the release that the plan was compared with."""
     # A whole day takes nobody's place: its moments are its own.
-    old = base.table_files if plan.chosen and base else ()
+    old = base.table.files if plan.chosen and base else ()
     return [
         AuditTask(
             workspace=workspace,
@@ -151,7 +152,7 @@ def judge(
             f"{unencodable:,} of {tried:,} texts cannot be encoded, audit.max_quarantined_fraction allows "
             f"{settings.max_quarantined_fraction:.1%} of them, and {FEW} in any case"
         )
-    before = lost.rows if plan.chosen else base.items if base else 0
+    before = lost.rows if plan.chosen else base.counts.items if base else 0
     if before and plan.deleted / before > settings.max_deleted_fraction:
         where = f" in buckets {list(plan.chosen)}" if plan.chosen else ""
         problems.append(
@@ -159,8 +160,8 @@ def judge(
             f"audit.max_deleted_fraction allows {settings.max_deleted_fraction:.1%}"
         )
     drift = None
-    if base is not None and base.bundle == plan.bundle:
-        drift = math.dist(day.mean, base.mean) / math.sqrt(base.variance or 1.0)
+    if base is not None and base.bundle.version == plan.bundle:
+        drift = math.dist(day.mean, base.moments.mean) / math.sqrt(base.moments.variance or 1.0)
         if drift > settings.max_drift:
             problems.append(
                 f"the mean vector moved by {drift:.3f} standard deviations since release {base.release_id}, "
@@ -171,8 +172,7 @@ def judge(
         receipts_digest=receipts_digest(receipts),
         gained=gained,
         lost=lost,
-        quarantined_fraction=fraction,
-        drift=drift,
+        figures=AuditFigures(quarantined_fraction=fraction, drift=drift),
         problems=tuple(problems),
     )
 

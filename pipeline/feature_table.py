@@ -195,7 +195,7 @@ def day_files(plan: Plan, receipts: Sequence[Receipt], live: Release | None) -> 
     """
     made = [receipt.file for receipt in receipts if receipt.file is not None]
     if plan.chosen and live:
-        made += [file for file in live.table_files if bucket_number(file.path) not in plan.chosen]
+        made += [file for file in live.table.files if bucket_number(file.path) not in plan.chosen]
     return tuple(sorted(made, key=lambda file: bucket_number(file.path)))
 
 

@@ -58,17 +58,17 @@ class IndexReader:
 
     @cached_property
     def _search(self) -> IndexSearch:
-        build = self._facts.index_build
-        return IndexSearch(self._shards, items=self._facts.items, tombstones=build.tombstones)
+        facts = self._facts
+        return IndexSearch(self._shards, items=facts.counts.items, tombstones=facts.index.build.tombstones)
 
     @cached_property
     def _shards(self) -> list[Any]:
         facts = self._facts
         _require_faiss(facts)
-        shards = [mapped(self._storage, facts.index_uri, file) for file in facts.index_files]
+        shards = [mapped(self._storage, facts.index.uri, file) for file in facts.index.files]
         for shard in shards:
-            # A shard that a night left alone may have been stored when another width was enough.
-            set_width(shard, facts.index_nprobe or facts.index_ef_search)
+            # An unchanged shard may have been stored with another search width.
+            set_width(shard, facts.index.width)
         return shards
 
 
@@ -110,10 +110,10 @@ def _opened(storage: Storage, root: str, file: PublishedFile, flags: int) -> Any
 
 def _require_faiss(facts: Release) -> None:
     """Files of a newer FAISS may be read wrongly by an older one; patch releases leave the format alone."""
-    if facts.index_faiss and _major_minor(faiss.__version__) < _major_minor(facts.index_faiss):
-        wanted = ".".join(map(str, _major_minor(facts.index_faiss)))
+    if facts.index.faiss and _major_minor(faiss.__version__) < _major_minor(facts.index.faiss):
+        wanted = ".".join(map(str, _major_minor(facts.index.faiss)))
         raise UserError(
-            f"the index of release {facts.release_id} was written by FAISS {facts.index_faiss}, this is "
+            f"the index of release {facts.release_id} was written by FAISS {facts.index.faiss}, this is "
             f"{faiss.__version__}; pip install 'faiss-cpu>={wanted}'"
         )
 

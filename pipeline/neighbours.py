@@ -70,7 +70,7 @@ class Neighbours:
         """Item ids and scores [n, k]; see :meth:`pipeline.reader.OpenRelease.similar`."""
         self._check(k, rerank)
         # An item is mostly its own nearest neighbour: one more is asked for, and it is left out.
-        wanted = min(k + 1, self._facts.items)
+        wanted = min(k + 1, self._facts.counts.items)
         names, scores = self.search(
             self._table.vectors(ids), wanted, within=within, without=without, rerank=rerank and max(rerank, wanted)
         )
@@ -80,15 +80,15 @@ class Neighbours:
         return np.take_along_axis(names, order, axis=1)[:, :k], np.take_along_axis(scores, order, axis=1)[:, :k]
 
     def _check(self, k: int, rerank: int) -> None:
-        if not 1 <= k <= self._facts.items:
-            raise UserError(f"k is {k}, the release holds {self._facts.items} items")
+        if not 1 <= k <= self._facts.counts.items:
+            raise UserError(f"k is {k}, the release holds {self._facts.counts.items} items")
         if rerank and rerank < k:
             raise UserError(f"rerank is {rerank}: of fewer candidates than k = {k} there is nothing to choose")
 
     def _checked(self, queries: Matrix) -> Matrix:
         queries = np.atleast_2d(np.ascontiguousarray(queries, dtype=np.float32))
-        if queries.ndim != 2 or queries.shape[1] != self._facts.dim:
-            raise UserError(f"queries have shape {queries.shape}, the release needs [n, {self._facts.dim}]")
+        if queries.ndim != 2 or queries.shape[1] != self._facts.table.dim:
+            raise UserError(f"queries have shape {queries.shape}, the release needs [n, {self._facts.table.dim}]")
         if not np.isfinite(queries).all():
             raise UserError("queries hold NaN or infinity")
         return queries
@@ -100,7 +100,7 @@ class Neighbours:
             rows = self._known(within, "within")
             rows = rows[~contains(out, rows)]
             return Choice(rows, only=True, count=len(rows))
-        return Choice(out, only=False, count=self._facts.items - len(out)) if len(out) else None
+        return Choice(out, only=False, count=self._facts.counts.items - len(out)) if len(out) else None
 
     def _known(self, items: Iterable[str], name: str) -> Ids:
         """Sorted row ids of those items that the release holds."""
@@ -115,12 +115,12 @@ class Neighbours:
         if few and not self._index.scans_exactly:
             yield from self._exact(queries, np.arange(len(queries)), k, choice)
             return
-        candidates = min(max(k, rerank), self._facts.items)
-        wanted = min(candidates, choice.count if choice else self._facts.items)
+        candidates = min(max(k, rerank), self._facts.counts.items)
+        wanted = min(candidates, choice.count if choice else self._facts.counts.items)
         for found in self._index.search(queries, candidates, choice, widest=few):
             if rerank:
                 found = self._reranked(queries, found)  # noqa: PLW2901
-            if choice is None and not self._facts.index_build.tombstones:
+            if choice is None and not self._facts.index.build.tombstones:
                 yield found
                 continue
             # What a graph does not reach for a filter, or past the dead, is looked for in the table.
@@ -136,7 +136,7 @@ class Neighbours:
         if choice is not None:
             rows = choice.rows if choice.only else rows[~contains(choice.rows, rows)]
         # Bucket by bucket: each file is opened once, or twice.
-        rows = rows[np.argsort(rows % self._facts.buckets, kind="stable")]
+        rows = rows[np.argsort(rows % self._facts.table.buckets, kind="stable")]
         best = Found(places, np.empty((len(places), 0), np.float32), np.empty((len(places), 0), np.int64))
         for start in range(0, len(rows), EXACT_ROWS):
             part = rows[start : start + EXACT_ROWS]

@@ -54,7 +54,7 @@ def make_plan(spark: "SparkSession", deployment: Deployment, identity: PlanIdent
     live, last = found.live(identity.ds), found.last(identity.ds)
     base = base_release(found.releases, ds=identity.ds)
     wanted = (identity.bundle.version, identity.buckets, settings.catalogue.template, identity.mantissa_bits)
-    if identity.chosen and (live is None or (live.bundle, live.buckets, live.template, live.mantissa_bits) != wanted):
+    if identity.chosen and (live is None or live.made_with != wanted):
         raise Superseded(f"the release of {identity.ds} was replaced a moment ago; run again to start from the new one")
     earlier = workspace.read_plan()
     names = (base and base.release_id, last and last.release_id)
@@ -67,10 +67,10 @@ def make_plan(spark: "SparkSession", deployment: Deployment, identity: PlanIdent
             "bundle %s was trained on template %r, the catalogue uses %r", bundle.version, bundle.card.template,
             settings.catalogue.template,
         )  # fmt: skip
-    if base and base.mantissa_bits < identity.mantissa_bits:
+    if base and base.table.mantissa_bits < identity.mantissa_bits:
         log.warning(
             "release %s stores %d mantissa bits, %d are wanted: every text is encoded anew", base.release_id,
-            base.mantissa_bits, identity.mantissa_bits,
+            base.table.mantissa_bits, identity.mantissa_bits,
         )  # fmt: skip
     context = BucketContext(
         workspace=workspace,
@@ -173,7 +173,8 @@ def _assemble(
         quarantined.update(summary.quarantined)
     work = sorted((s.work for s in summaries if s.work), key=lambda b: b.bucket)
     # The largest run is the best estimate: in a small run, loading the model takes longer than the tokens.
-    measured = max((r for r in found.releases if r.bundle == context.bundle), key=lambda r: r.tokens, default=None)
+    of_bundle = (release for release in found.releases if release.bundle.version == context.bundle)
+    measured = max(of_bundle, key=lambda release: release.counts.tokens, default=None)
     return Plan(
         plan_id=identity.plan_id,
         ds=identity.ds,
@@ -202,8 +203,8 @@ def _start_seconds(releases: Sequence[Release], measured: Release) -> float:
     """Median start-up time of the latest encode stages: their seconds without those of the tokens."""
     speed = measured.tokens_per_second
     beyond = [
-        max(0.0, release.seconds.get("encode", 0.0) - release.tokens / speed)
+        max(0.0, release.seconds.get("encode", 0.0) - release.counts.tokens / speed)
         for release in releases
-        if speed and release.bundle == measured.bundle and release.tokens_per_second
+        if speed and release.bundle.version == measured.bundle.version and release.tokens_per_second
     ]
     return statistics.median(beyond[-STARTS:]) if beyond else 0.0

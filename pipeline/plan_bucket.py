@@ -73,7 +73,7 @@ class BucketContext:
     def carries_over(self) -> bool:
         """Whether vectors of the base release may be carried over."""
         # Raising the precision re-encodes every item: bits that were not stored are lost.
-        too_coarse = self.base is not None and self.base.mantissa_bits < self.mantissa_bits
+        too_coarse = self.base is not None and self.base.table.mantissa_bits < self.mantissa_bits
         return not (self.recompute or too_coarse)
 
 
@@ -163,7 +163,7 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
         log.warning("bucket %d is encoded whole: %s", bucket, error)
         lost, files, previous = files, (), _previous_rows(context, bucket, ())
     change, deleted = compare(items, previous, bundle=context.bundle if context.carries_over else None)
-    if context.base and context.base.buckets == context.buckets:
+    if context.base and context.base.table.buckets == context.buckets:
         # The log still has the number of items of unreadable files, and the gate on deletions must count them.
         deleted += max(0, sum(file.rows for file in lost) - items.num_rows)
     if items.num_rows:
@@ -216,8 +216,8 @@ def previous_files(context: BucketContext, bucket: int) -> tuple[PublishedFile, 
     base = context.base
     if base is None:
         return ()
-    shared = math.gcd(base.buckets, context.buckets)
-    return tuple(file for file in base.table_files if bucket_number(file.path) % shared == bucket % shared)
+    shared = math.gcd(base.table.buckets, context.buckets)
+    return tuple(file for file in base.table.files if bucket_number(file.path) % shared == bucket % shared)
 
 
 def _previous_rows(context: BucketContext, bucket: int, files: Sequence[PublishedFile]) -> pa.Table:

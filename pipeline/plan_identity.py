@@ -63,8 +63,8 @@ def identify(deployment: Deployment, *, ds: str, chosen: Sequence[int] = (), rec
         log.warning("%s has no release: the whole day is planned, not buckets %s alone", ds, list(chosen))
     if live is not None:
         _require_replaceable(settings, live, chosen)
-    bundle = open_bundle(storage, live.bundle_uri if live else settings.bundle_uri)
-    buckets = live.buckets if live else settings.buckets
+    bundle = open_bundle(storage, live.bundle.uri if live else settings.bundle_uri)
+    buckets = live.table.buckets if live else settings.buckets
     some = tuple(sorted(set(chosen))) if live else None
     source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
     files = sorted((file.uri.rsplit("/", 1)[1], file.digest) for file in source.files)
@@ -87,22 +87,22 @@ def identify(deployment: Deployment, *, ds: str, chosen: Sequence[int] = (), rec
 
 def _recomputed(live: Release | None, chosen: tuple[int, ...] | None) -> list[str]:
     """Files whose vectors are computed again. To compute them a second time is another plan."""
-    files = live.table_files if live else ()
+    files = live.table.files if live else ()
     return [file.path for file in files if chosen is None or bucket_number(file.path) in chosen]
 
 
 def _require_replaceable(settings: Settings, live: Release, chosen: Sequence[int]) -> None:
-    unknown = sorted(set(chosen) - set(range(live.buckets)))
+    unknown = sorted(set(chosen) - set(range(live.table.buckets)))
     if unknown:
-        raise UserError(f"no bucket {unknown[0]}: release {live.release_id} has buckets 0 to {live.buckets - 1}")
-    if live.template != settings.catalogue.template:
+        raise UserError(f"no bucket {unknown[0]}: release {live.release_id} has buckets 0 to {live.table.buckets - 1}")
+    if live.table.template != settings.catalogue.template:
         raise UserError(
-            f"release {live.release_id} of {live.ds} was made with template {live.template!r}, the configuration says "
+            f"release {live.release_id} of {live.ds} was made with template {live.table.template!r}, the configuration says "
             f"{settings.catalogue.template!r}: backfill the whole day"
         )
-    if live.mantissa_bits != settings.mantissa_bits:
+    if live.table.mantissa_bits != settings.mantissa_bits:
         raise UserError(
-            f"release {live.release_id} of {live.ds} stores {live.mantissa_bits} mantissa bits, the configuration says "
+            f"release {live.release_id} of {live.ds} stores {live.table.mantissa_bits} mantissa bits, the configuration says "
             f"{settings.mantissa_bits}: backfill the whole day"
         )
 

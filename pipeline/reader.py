@@ -75,14 +75,14 @@ class OpenRelease:
         self._neighbours = Neighbours(facts, table=self._table, index=self._index)
 
     def __repr__(self) -> str:
-        return f"<release {self.facts.release_id} of {self.facts.ds}: {self.facts.items:,} items × {self.facts.dim}>"
+        return f"<release {self.facts.release_id} of {self.facts.ds}: {len(self):,} items × {self.facts.table.dim}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What is mapped into memory stays here: another process opens the same files.
         return partial(OpenRelease, uri=self._uri, storage=self.storage), (self.facts,)
 
     def __len__(self) -> int:
-        return self.facts.items
+        return self.facts.counts.items
 
     def files(self) -> list[str]:
         """Uris of the Parquet files, for readers that bring their own engine (and check nothing)."""

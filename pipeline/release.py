@@ -3,7 +3,7 @@
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from pipeline import feature_table, release_log
@@ -18,8 +18,8 @@ from schemas.feature_table import bucket_number
 from schemas.files import PublishedFile
 from schemas.identity import files_digest, receipts_digest
 from schemas.plan import Plan
-from schemas.receipt import AuditReport, IndexReceipt, Receipt, day_moments, quarantined_rows
-from schemas.release import Release
+from schemas.receipt import AuditReport, Receipt, day_moments, quarantined_rows
+from schemas.release import BundleFacts, Counts, IndexFacts, Release, TableFacts
 
 ROLL_BACK_TRIES = 5
 
@@ -55,10 +55,10 @@ def made_by(found: ReleaseLog, ds: str, plan_id: str) -> Release | None:
 
 def is_whole(storage: Storage, release: Release, *, table_uri: str, chosen: Sequence[int] | None = None) -> bool:
     """Whether every byte of a release's index, and of its table files (of some buckets), is as it was published."""
-    files = [file for file in release.table_files if chosen is None or bucket_number(file.path) in chosen]
+    files = [file for file in release.table.files if chosen is None or bucket_number(file.path) in chosen]
     problems = [problem for file in files if (problem := check_file(storage, table_uri, file))]
-    indexes = (*release.index_files, release.index_queries)
-    problems += [problem for file in indexes if (problem := check_file(storage, release.index_uri, file))]
+    index = release.index
+    problems += [problem for file in index.all_files if (problem := check_file(storage, index.uri, file))]
     for problem in problems:
         log.warning("release %s is damaged: %s", release.release_id, problem)
     return not problems
@@ -90,9 +90,9 @@ def require_unmoved(found: ReleaseLog, plan: Plan) -> Release | None:
 
 
 def _contents(release: Release, chosen: Sequence[int]) -> tuple[object, ...]:
-    """What some buckets of a release are: the same files, made in the same way."""
-    paths = {file.path for file in release.table_files if bucket_number(file.path) in chosen}
-    return release.bundle, release.buckets, release.template, release.mantissa_bits, paths
+    """Files of some buckets, and the settings that made them. Equal values mean equal content."""
+    paths = {file.path for file in release.table.files if bucket_number(file.path) in chosen}
+    return *release.made_with, paths
 
 
 def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
@@ -125,7 +125,7 @@ def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
         raise Superseded(f"superseded: a vacuum took plan {plan.plan_id} for that of a dead run; run again")
     if not release_log.append(storage, table_uri, [release]):
         raise DayMoved(f"another run published {plan.ds} at the same moment; run again to publish on top of it")
-    log.info("release %s of %s: table version %d", release.release_id, release.ds, release.table_version)
+    log.info("release %s of %s: table version %d", release.release_id, release.ds, release.table.version)
     return release
 
 
@@ -164,13 +164,7 @@ def roll_back(storage: Storage, table_uri: str, release_id: str) -> list[Release
             raise CorruptFile(f"release {release_id} is damaged; nothing was changed. Run `marc verify`")
         rows = _pointing_back(found, target)
         rows = [
-            row.model_copy(
-                update={
-                    "table_version": feature_table.commit_day(
-                        storage, table_uri, row.table_files, dim=row.dim, ds=row.ds
-                    )
-                }
-            )
+            row.at_version(feature_table.commit_day(storage, table_uri, row.table.files, dim=row.table.dim, ds=row.ds))
             for row in rows
         ]
         # The target's turn as well, where it needs no row: so that retention does not retire it at the same moment.
@@ -193,7 +187,7 @@ def _pointing_back(found: ReleaseLog, target: Release) -> list[Release]:
     live = release_log.live_releases(found.releases)
     now = live.get(target.ds)
     rows = []
-    if now is None or (now.table_files, now.index_files) != (target.table_files, target.index_files):
+    if now is None or (now.table.files, now.index.files) != (target.table.files, target.index.files):
         restores = target.restores or target.release_id
         rows.append(_next(found, target, now, withdrawn=False, restores=restores))
     return rows + [_next(found, live[ds], live[ds], withdrawn=True, restores=None) for ds in live if ds > target.ds]
@@ -209,9 +203,7 @@ def _next(found: ReleaseLog, facts: Release, live: Release | None, *, withdrawn:
         "withdrawn": withdrawn,
         "restores": restores,
     }
-    if withdrawn:
-        update |= {"table_files": (), "index_files": (), "items": 0}
-    return facts.model_copy(update=update)
+    return (facts.without_files() if withdrawn else facts).model_copy(update=update)
 
 
 def _release_id(now: datetime) -> str:
@@ -220,7 +212,7 @@ def _release_id(now: datetime) -> str:
 
 def _require_verdicts(
     workspace: Workspace, plan: Plan, receipts: Sequence[Receipt], files: Sequence[PublishedFile]
-) -> tuple[AuditReport, IndexReceipt]:
+) -> tuple[AuditReport, IndexFacts]:
     audit, index = workspace.read_audit(), workspace.read_index()
     if audit is None or index is None:
         raise UserError(f"plan {plan.plan_id}: run the {'audit' if audit is None else 'index'} stage first")
@@ -230,13 +222,13 @@ def _require_verdicts(
         raise GateRefused(f"plan {plan.plan_id}: files changed after the audit; run the audit stage again")
     if index.files_digest != files_digest(files):
         raise DayMoved(f"plan {plan.plan_id}: the day's files changed after the index; run the index stage again")
-    return audit, index
+    return audit, index.index
 
 
 def _require_files(
-    storage: Storage, plan: Plan, receipts: Sequence[Receipt], index: IndexReceipt, *, table_uri: str
+    storage: Storage, plan: Plan, receipts: Sequence[Receipt], index: IndexFacts, *, table_uri: str
 ) -> None:
-    problems = [check_file(storage, index.uri, file) for file in (*index.files, index.queries_file)]
+    problems = [check_file(storage, index.uri, file) for file in index.all_files]
     bundle = open_bundle(storage, plan.bundle_uri)
     problems += check_bundle(storage, bundle)
     if bundle.version != plan.bundle:
@@ -258,7 +250,7 @@ def _describe(
     plan: Plan,
     receipts: Sequence[Receipt],
     audit: AuditReport,
-    index: IndexReceipt,
+    index: IndexFacts,
     table_uri: str,
     version: int,
     files: Sequence[PublishedFile],
@@ -266,15 +258,10 @@ def _describe(
     found: ReleaseLog,
 ) -> Release:
     now = datetime.now(UTC)
-    # What an earlier making of the plan computed is in the bill of its own release.
+    # Receipts from before the plan was made anew are counted in the release that was published from them.
     fresh = [receipt for receipt in receipts if receipt.finished_at >= plan.created_at]
-    encoded, tokens = sum(r.encoded for r in fresh), sum(r.tokens for r in fresh)
     seconds = workspace.read_seconds()
-    moments = day_moments(audit.gained, audit.lost, live if plan.chosen else None)
-    items = sum(file.rows for file in files)
     quarantined = quarantined_rows(plan.quarantined, receipts)
-    lost = Counter(change for receipt in receipts for change in receipt.quarantined.values())
-    new, changed = plan.new - lost[Change.NEW], plan.changed - lost[Change.CHANGED]
     return Release(
         release_id=_release_id(now),
         ds=plan.ds,
@@ -282,44 +269,44 @@ def _describe(
         created_at=now,
         plan_id=plan.plan_id,
         supersedes=live.release_id if live else None,
-        table_uri=table_uri,
-        table_version=version,
-        table_files=tuple(files),
-        dim=plan.dim,
-        buckets=plan.buckets,
-        template=plan.template,
-        mantissa_bits=plan.mantissa_bits,
-        bytes_per_item=sum(file.bytes for file in files) / max(1, items),
-        bundle=plan.bundle,
-        bundle_uri=plan.bundle_uri,
-        bundle_file=open_bundle(workspace.storage, plan.bundle_uri).card_file,
-        index_uri=index.uri,
-        index_files=index.files,
-        index_factory=index.factory,
-        index_nprobe=index.nprobe,
-        index_ef_search=index.ef_search,
-        index_faiss=index.faiss,
-        index_build=index.build,
-        index_figures=index.figures,
-        index_queries=index.queries_file,
-        k=index.k,
-        recall=index.recall,
-        recall_queries=index.queries,
+        table=TableFacts(
+            uri=table_uri,
+            version=version,
+            files=tuple(files),
+            dim=plan.dim,
+            buckets=plan.buckets,
+            template=plan.template,
+            mantissa_bits=plan.mantissa_bits,
+        ),
+        index=index,
+        bundle=BundleFacts(
+            version=plan.bundle,
+            uri=plan.bundle_uri,
+            card_file=open_bundle(workspace.storage, plan.bundle_uri).card_file,
+        ),
+        counts=_counts(plan, receipts, fresh, items=sum(file.rows for file in files), quarantined=quarantined),
+        moments=day_moments(audit.gained, audit.lost, live if plan.chosen else None),
+        audit=audit.figures,
+        quarantine_uri=workspace.quarantine_uri if quarantined else None,
+        seconds=seconds,
+        tokens_per_second=throughput(fresh, seconds.get("encode", 0.0)),
+    )
+
+
+def _counts(
+    plan: Plan, receipts: Sequence[Receipt], fresh: Sequence[Receipt], *, items: int, quarantined: Mapping[str, int]
+) -> Counts:
+    lost = Counter(change for receipt in receipts for change in receipt.quarantined.values())
+    new, changed = plan.new - lost[Change.NEW], plan.changed - lost[Change.CHANGED]
+    return Counts(
         items=items,
         new=new,
         changed=changed,
         reused=items - new - changed,
         deleted=plan.deleted,
         quarantined=sum(quarantined.values()),
-        encoded=encoded,
-        tokens=tokens,
-        quarantine_uri=workspace.quarantine_uri if quarantined else None,
-        mean=moments.mean,
-        variance=moments.variance,
-        drift=audit.drift,
-        quarantined_fraction=audit.quarantined_fraction,
-        seconds=seconds,
-        tokens_per_second=throughput(fresh, seconds.get("encode", 0.0)),
+        encoded=sum(receipt.encoded for receipt in fresh),
+        tokens=sum(receipt.tokens for receipt in fresh),
     )
 
 

@@ -4,9 +4,8 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 
@@ -14,7 +13,8 @@ from pipeline import feature_table
 from pipeline.delta import COMMIT_ERRORS, open_or_create, open_table
 from pipeline.errors import DiskFull, ReleaseGone, Superseded, UserError
 from pipeline.storage import Storage, disk_full_names, join
-from schemas.release import FORMAT_VERSION, RELEASES, Release
+from schemas.arrow import from_arrow, to_arrow
+from schemas.release import FORMAT_VERSION, OLDEST_FORMAT, RELEASES, Release
 
 # An underscore keeps the log out of what Delta and Spark take for data of the feature table.
 FOLDER = "_releases"
@@ -57,10 +57,10 @@ class ReleaseLog:
 
 
 def read_log(storage: Storage, table_uri: str) -> ReleaseLog:
-    """The whole log, at one version.
+    """The whole log, at one version; records of an older format are migrated.
 
     Raises:
-        UserError: a row is of another format.
+        UserError: a record is of a newer format, or of one that was never released.
     """
     table = open_table(storage, join(table_uri, FOLDER))
     if table is None:
@@ -68,14 +68,23 @@ def read_log(storage: Storage, table_uri: str) -> ReleaseLog:
     # Names, not uris: those come percent-encoded.
     names = [uri.rsplit("/", 1)[1] for uri in table.file_uris()]
     rows = [row for name in names for row in _read_file(storage, join(table_uri, FOLDER, name))]
-    other = next((row for row in rows if row["format_version"] != FORMAT_VERSION), None)
-    if other:
-        wanted = f"format {other['format_version']}, this marc-pipeline reads format {FORMAT_VERSION}"
-        remedy = "upgrade" if other["format_version"] > FORMAT_VERSION else "publish into a new table_uri"
-        raise UserError(f"release {other['release_id']} at {table_uri} has {wanted}; {remedy}")
-    releases = [Release.model_validate({**row, "seconds": dict(row["seconds"])}) for row in rows]
+    releases = [_record(row, table_uri) for row in rows]
     ordered = sorted(releases, key=lambda release: (release.created_at, release.release_id))
     return ReleaseLog(table_uri, tuple(ordered), table)
+
+
+def _record(row: Mapping[str, Any], table_uri: str) -> Release:
+    """A row of the log in the current format: fields that its format did not have yet take their defaults.
+
+    Raises:
+        UserError: the format is newer than this program, or older than the first released one.
+    """
+    version = row["format_version"]
+    if not OLDEST_FORMAT <= version <= FORMAT_VERSION:
+        readable = f"this marc-pipeline reads formats {OLDEST_FORMAT} to {FORMAT_VERSION}"
+        remedy = "upgrade marc-pipeline" if version > FORMAT_VERSION else "publish into a new table_uri"
+        raise UserError(f"release {row['release_id']} at {table_uri} has format {version}, {readable}; {remedy}")
+    return Release.model_validate({**row, "format_version": FORMAT_VERSION})
 
 
 def read_releases(storage: Storage, table_uri: str) -> list[Release]:
@@ -185,7 +194,7 @@ def append(
         if any((table.transaction_version(_day(ds)) or 0) >= turn for ds, turn in turns.items()):
             # A rival's turn; or ours, where the store took our commit and its answer was lost.
             return bool(releases) and _holds(storage, table_uri, releases)
-        write_deltalake(table, _rows(releases), mode="append", commit_properties=properties)
+        _write(table, releases, properties, mode="append")
         return True
 
     return storage.repeated(join(table_uri, FOLDER), commit, on=COMMIT_ERRORS)
@@ -200,7 +209,7 @@ def settle(storage: Storage, table_uri: str, ds: str) -> None:
     for _ in range(TRIES):
         found = read_log(storage, table_uri)
         live = found.live(ds)
-        files, dim = (live.table_files, live.dim) if live else ((), 1)
+        files, dim = (live.table.files, live.table.dim) if live else ((), 1)
         table = open_table(storage, table_uri)
         if table is None or feature_table.committed_files(table, ds=ds) == {file.path for file in files}:
             return
@@ -223,7 +232,7 @@ def replace(storage: Storage, found: ReleaseLog, kept: Sequence[Release]) -> boo
     try:
         properties = _taking({ds: found.next_turn(ds) for ds in days})
         with disk_full_names(found.table_uri):
-            write_deltalake(found.table, _rows(kept), mode="overwrite", commit_properties=properties)
+            _write(found.table, kept, properties, mode="overwrite")
     except DiskFull:
         raise
     except COMMIT_ERRORS as error:
@@ -253,10 +262,16 @@ def _read_file(storage: Storage, uri: str) -> list[dict[str, Any]]:
     # Not through a dataset over delta-rs's file system: what such a scan leaves running can abort a process at exit.
     filesystem, path = storage.filesystem(uri)
     with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as parquet:
-        rows: list[dict[str, Any]] = parquet.read().to_pylist()
-    return rows
+        return from_arrow(parquet.read())
 
 
-def _rows(releases: Sequence[Release]) -> pa.Table:
-    rows = [{**release.model_dump(), "seconds": list(release.seconds.items())} for release in releases]
-    return pa.Table.from_pylist(rows, schema=RELEASES)
+def _write(
+    table: DeltaTable,
+    releases: Sequence[Release],
+    properties: CommitProperties,
+    *,
+    mode: Literal["append", "overwrite"],
+) -> None:
+    # "merge" adds the columns that a log of an older format lacks, and leaves the schema as it is otherwise.
+    rows = to_arrow(releases, Release)
+    write_deltalake(table, rows, mode=mode, schema_mode="merge", commit_properties=properties)

@@ -123,9 +123,9 @@ def _decide(
 def _unneeded(deployment: Deployment, rows: Sequence[Release], *, before: float) -> list[StoredObject]:
     """Files of table, indexes and plans that no row names, of runs that wrote nothing since ``before``."""
     settings, storage = deployment.settings, deployment.storage
-    tables = {file.path for row in rows for file in row.table_files}
+    tables = {file.path for row in rows for file in row.table.files}
     # An index that was patched may share files with an earlier index.
-    indexes = {file.path for row in rows for file in (*row.index_files, row.index_queries)}
+    indexes = {file.path for row in rows for file in row.index.all_files}
     # A plan's work area holds the quarantine and the texts: it is kept as long as any file of the plan.
     works = {plan_key(row.plan_id) for row in rows} | {feature_table.plan_of(path) for path in tables}
     found = [

@@ -145,11 +145,11 @@ def audit_stage(spark: "SparkSession", deployment: Deployment, plan_id: str) -> 
         report = audit.judge(plan, found, receipts, base=base, settings=settings.audit)
         workspace.write_audit(report)
     audit.require_passed(report)
-    drift = "no base to compare" if report.drift is None else f"drift {report.drift:.4f}"
+    drift = "no base to compare" if report.figures.drift is None else f"drift {report.figures.drift:.4f}"
     log.info(
         "audit: passed, %s rows, %.2f %% quarantined, %s",
         f"{report.gained.rows:,}",
-        100 * report.quarantined_fraction,
+        100 * report.figures.quarantined_fraction,
         drift,
     )
     return report
@@ -201,10 +201,10 @@ def index_stage(deployment: Deployment, plan_id: str) -> IndexReceipt:
             run=shared_out,
         )
         workspace.write_index(built)
-    figures = built.figures
+    made, figures = built.index, built.index.figures
     log.info(
         "index: %s, recall@%d %.4f over %s queries (of all %.4f to %.4f), %.2f ms a query, %s together in a second",
-        built.factory, built.k, built.recall, f"{built.queries:,}", figures.recall_low, figures.recall_high,
+        made.factory, made.k, made.recall, f"{made.recall_queries:,}", figures.recall_low, figures.recall_high,
         figures.latency_ms, f"{figures.queries_per_second:,.0f}",
     )  # fmt: skip
     return built

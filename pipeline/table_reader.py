@@ -60,7 +60,7 @@ class TableReader:
 
     def files(self) -> list[str]:
         """Uris of the Parquet files, for readers that bring their own engine (and check nothing)."""
-        return [join(self._uri, file.path) for file in self._facts.table_files]
+        return [join(self._uri, file.path) for file in self._facts.table.files]
 
     def dataset(self) -> pads.Dataset:
         """The files as one dataset, verified before the first is handed out.
@@ -78,9 +78,9 @@ class TableReader:
                 partition_expression=(pads.field("ds") == self._facts.ds)
                 & (pads.field("bucket") == pa.scalar(bucket_number(file.path), pa.int32())),
             )
-            for file in self._facts.table_files
+            for file in self._facts.table.files
         ]
-        return pads.FileSystemDataset(fragments, table_schema(self._facts.dim), form, filesystem)
+        return pads.FileSystemDataset(fragments, table_schema(self._facts.table.dim), form, filesystem)
 
     def vectors(self, ids: Sequence[str]) -> Matrix:
         """Vectors float32 [n, d] of items, in the order asked.
@@ -136,15 +136,15 @@ class TableReader:
         Raises:
             CorruptFile: a file is missing or differs from its checksum.
         """
-        out = np.empty((sum(file.rows for file in self._facts.table_files), self._facts.dim), np.float32)
-        ends = accumulate(file.rows for file in self._facts.table_files)
+        out = np.empty((sum(file.rows for file in self._facts.table.files), self._facts.table.dim), np.float32)
+        ends = accumulate(file.rows for file in self._facts.table.files)
 
         def read(file: PublishedFile, end: int) -> pa.Array:
             opened = self._open(file, keep=False)
             opened.copy_vectors(out[end - file.rows : end])
             return opened.item_ids
 
-        names = _at_once(read, list(zip(self._facts.table_files, ends, strict=True)))
+        names = _at_once(read, list(zip(self._facts.table.files, ends, strict=True)))
         return pa.chunked_array(names, pa.string()), out
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
@@ -154,7 +154,7 @@ class TableReader:
             UserError: a column that the table does not have.
             CorruptFile: a file is missing or differs from its checksum.
         """
-        schema = table_schema(self._facts.dim)
+        schema = table_schema(self._facts.table.dim)
         columns = schema.names if columns is None else list(columns)
         if unknown := [name for name in columns if name not in schema.names]:
             raise UserError(f"the table has no column {', '.join(unknown)}; it has {', '.join(schema.names)}")
@@ -171,7 +171,7 @@ class TableReader:
             return pa.table([made[name] for name in columns], schema=wanted)
 
         wanted = pa.schema([schema.field(name) for name in columns])
-        tables = _at_once(read, [(file,) for file in self._facts.table_files])
+        tables = _at_once(read, [(file,) for file in self._facts.table.files])
         return pa.concat_tables(tables) if tables else wanted.empty_table()
 
     def batches(self, size: int, *, seed: int | None = None) -> Iterator[tuple[pa.Array, Matrix]]:
@@ -186,7 +186,7 @@ class TableReader:
         Raises:
             CorruptFile: a file is missing or differs from its checksum.
         """
-        files = list(self._facts.table_files)
+        files = list(self._facts.table.files)
         random = None if seed is None else np.random.default_rng(seed)
         if random:
             files = [files[number] for number in random.permutation(len(files))]
@@ -217,7 +217,7 @@ class TableReader:
         The hash of an id that is not here may be that of one that is: hardly by chance (1 in 10^13 for a million
         items), but whoever chooses ids can make it so.
         """
-        out = np.empty((len(row_ids), self._facts.dim), np.float32)
+        out = np.empty((len(row_ids), self._facts.table.dim), np.float32)
         known = np.zeros(len(row_ids), bool)
 
         def take(file: TableFile, places: NDArray[np.int64]) -> None:
@@ -236,7 +236,7 @@ class TableReader:
 
     def _in_their_files(self, row_ids: NDArray[np.int64], act: Callable[[TableFile, NDArray[np.int64]], None]) -> None:
         """Call ``act`` with every file that may hold some of the row ids [n], and the places of those in [0, n)."""
-        buckets = row_ids % self._facts.buckets
+        buckets = row_ids % self._facts.table.buckets
         order = np.argsort(buckets, kind="stable")
         numbers, starts = np.unique(buckets[order], return_index=True)
         asked = [
@@ -254,7 +254,7 @@ class TableReader:
         """A file; what is known of it stays, for look-ups, unless everything is read once."""
         if file.path in self._opened:
             return self._opened[file.path]
-        opened = TableFile(MappedFile(self._storage, self._uri, file), rows=file.rows, dim=self._facts.dim)
+        opened = TableFile(MappedFile(self._storage, self._uri, file), rows=file.rows, dim=self._facts.table.dim)
         if keep:
             # Of two threads that open the same file, one stays.
             opened = self._opened.setdefault(file.path, opened)
@@ -268,12 +268,12 @@ class TableReader:
     def _verify_files(self) -> None:
         if self._verified:
             # A dataset reads later, and in other threads: that its files are still there is said now.
-            if self._facts.table_files and not self._is_here(self._facts.table_files[0]):
+            if self._facts.table.files and not self._is_here(self._facts.table.files[0]):
                 raise MissingFile(f"{self.files()[0]} is missing; the release cannot be read without it")
             return
         with ThreadPoolExecutor(VERIFY_THREADS) as pool:
             # The checksums release the interpreter's lock; list() raises what a thread raised.
-            list(pool.map(partial(require_blocks, self._storage, self._uri), self._facts.table_files))
+            list(pool.map(partial(require_blocks, self._storage, self._uri), self._facts.table.files))
         self._verified = True
 
     def _is_here(self, file: PublishedFile) -> bool:
@@ -282,7 +282,7 @@ class TableReader:
     @cached_property
     def _by_bucket(self) -> dict[int, list[PublishedFile]]:
         found: dict[int, list[PublishedFile]] = {}
-        for file in self._facts.table_files:
+        for file in self._facts.table.files:
             found.setdefault(bucket_number(file.path), []).append(file)
         return found
 

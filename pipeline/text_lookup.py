@@ -44,9 +44,7 @@ def encode_texts(
     except ModuleNotFoundError as error:
         raise UserError(f"encoding texts needs the model: pip install 'marc-pipeline[model]' ({error})") from None
     if not texts:
-        return np.empty((0, release.facts.dim), np.float32)
-    facts = release.facts
-    encoder = load_encoder(
-        release.storage, facts.bundle_uri, facts.bundle, settings or EncodeSettings(), TaskResources()
-    )
+        return np.empty((0, release.facts.table.dim), np.float32)
+    bundle = release.facts.bundle
+    encoder = load_encoder(release.storage, bundle.uri, bundle.version, settings or EncodeSettings(), TaskResources())
     return encoder.encode(texts).vectors

@@ -22,19 +22,20 @@ def verify(storage: Storage, release: Release, *, table_uri: str) -> list[str]:
 
 
 def _file_problems(storage: Storage, release: Release, table_uri: str) -> Iterator[str]:
-    for file in release.table_files:
+    for file in release.table.files:
         if problem := check_file(storage, table_uri, file):
             yield problem
-    for file in (*release.index_files, release.index_queries):
-        if problem := check_file(storage, release.index_uri, file):
+    for file in release.index.all_files:
+        if problem := check_file(storage, release.index.uri, file):
             yield problem
-    if problem := check_file(storage, release.bundle_uri, release.bundle_file):
+    expected = release.bundle
+    if problem := check_file(storage, expected.uri, expected.card_file):
         yield problem
         return
     try:
-        bundle = open_bundle(storage, release.bundle_uri)
-        if bundle.version != release.bundle:
-            yield f"{release.bundle_uri} holds bundle {bundle.version}, the release was made with {release.bundle}"
+        bundle = open_bundle(storage, expected.uri)
+        if bundle.version != expected.version:
+            yield f"{expected.uri} holds bundle {bundle.version}, the release was made with {expected.version}"
         yield from check_bundle(storage, bundle)
     except PipelineError as error:
         yield str(error)
@@ -42,16 +43,16 @@ def _file_problems(storage: Storage, release: Release, table_uri: str) -> Iterat
 
 def _content_problems(storage: Storage, release: Release, table_uri: str) -> Iterator[str]:
     rows, row_ids = 0, []
-    for file in release.table_files:
+    for file in release.table.files:
         table = feature_table.read_rows(storage, table_uri, file, columns=["row_id", "bundle"])
         rows += table.num_rows
         row_ids.append(table["row_id"].to_numpy())
         if table.num_rows != file.rows:
             yield f"{file.path} has {table.num_rows:,} rows, the release says {file.rows:,}"
-        if table["bundle"].unique().to_pylist() != [release.bundle]:
-            yield f"{file.path} holds vectors of another bundle than {release.bundle}"
-    if rows != release.items:
-        yield f"the table holds {rows:,} rows, the release says {release.items:,} items"
+        if table["bundle"].unique().to_pylist() != [release.bundle.version]:
+            yield f"{file.path} holds vectors of another bundle than {release.bundle.version}"
+    if rows != release.counts.items:
+        yield f"the table holds {rows:,} rows, the release says {release.counts.items:,} items"
     in_table = np.concatenate(row_ids)
     in_index = OpenRelease(release, uri=table_uri, storage=storage).index_row_ids()
     extra, missing = np.setdiff1d(in_index, in_table).size, np.setdiff1d(in_table, in_index).size

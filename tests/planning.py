@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from releases import unpublished
 
 from pipeline import catalogue, feature_table, release_log
 from pipeline.config import CatalogueSettings, Settings
@@ -34,7 +35,7 @@ from schemas.feature_table import file_schema
 from schemas.files import PublishedFile
 from schemas.identity import content_hash, row_id
 from schemas.plan import Plan
-from schemas.release import IndexBuild, IndexFigures, Release
+from schemas.release import Release
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -283,7 +284,7 @@ def publish(
 def publish_files(settings: Settings, files: Sequence[PublishedFile], *, ds: str) -> Release:
     """Release files of the feature table that are there already."""
     current = open_bundle(STORAGE, settings.bundle_uri)
-    given = {"plan_id": "0" * 32, "bundle": current.version, "buckets": settings.buckets}
+    given = {"plan_id": "0" * 32, "bundle__version": current.version, "table__buckets": settings.buckets}
     release = _release(settings, current, files, ds=ds, **given)
     assert release_log.append(STORAGE, settings.table_uri, [release])
     return release
@@ -313,7 +314,7 @@ def write_release(
         for bucket, ids in by_bucket.items()
     ]
     written = [file for file in files if file is not None]
-    return _release(settings, current, written, ds=ds, plan_id=plan_id, bundle=version, buckets=count)
+    return _release(settings, current, written, ds=ds, plan_id=plan_id, bundle__version=version, table__buckets=count)
 
 
 def _vectors(items: Sequence[tuple[str, str]], bundle: str) -> pa.Table:
@@ -335,40 +336,18 @@ def _vectors(items: Sequence[tuple[str, str]], bundle: str) -> pa.Table:
 def _release(settings: Settings, current: Bundle, files: Sequence[PublishedFile], **given: Any) -> Release:
     now = datetime.now(UTC)
     log = release_log.read_log(STORAGE, settings.table_uri)
-    return Release(
+    return unpublished(
+        dim=DIM,
         turn=log.next_turn(given["ds"]),
         release_id=f"{now:%Y%m%dT%H%M%S%f}",
         created_at=now,
-        supersedes=None,
-        table_uri=settings.table_uri,
-        table_version=1,
-        table_files=tuple(files),
-        dim=DIM,
-        template=settings.catalogue.template,
-        mantissa_bits=settings.mantissa_bits,
-        bytes_per_item=0.0,
-        bundle_uri=current.uri,
-        bundle_file=current.card_file,
-        index_uri=settings.index_uri,
-        index_files=(),
-        index_factory="Flat",
-        index_nprobe=None,
-        index_ef_search=None,
-        index_faiss="",
-        index_figures=IndexFigures(memory_bytes=0, recall_low=1, recall_high=1, latency_ms=0, queries_per_second=0),
-        index_queries=PublishedFile(path="queries", bytes=0, sha256=""),
-        index_build=IndexBuild(items=0, nprobe=None, mean=(0.0,) * DIM),
-        k=10,
-        recall=1.0,
-        recall_queries=1,
-        **dict.fromkeys(("items", "new", "changed", "reused", "deleted", "quarantined", "encoded", "tokens"), 0),
-        quarantine_uri=None,
-        mean=(0.0,) * DIM,
-        variance=0.0,
-        drift=None,
-        quarantined_fraction=0.0,
-        seconds={"encode": 1.0},
-        tokens_per_second=100.0,
+        table__uri=settings.table_uri,
+        table__files=tuple(files),
+        table__template=settings.catalogue.template,
+        table__mantissa_bits=settings.mantissa_bits,
+        index__uri=settings.index_uri,
+        bundle__uri=current.uri,
+        bundle__card_file=current.card_file,
         **given,
     )
 

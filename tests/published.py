@@ -372,7 +372,7 @@ def _planned(
 ) -> tuple[BucketPlan, list[str]]:
     """The plan of one bucket, and how each of its rows stands against the base."""
     before: dict[str, tuple[str, str]] = {}
-    for file in base.table_files if base else ():
+    for file in base.table.files if base else ():
         try:
             held = read_rows(site.storage, site.table_uri, file)
         except CorruptFile:

@@ -18,7 +18,8 @@ from pipeline.errors import GateRefused
 from schemas.catalogue import Change
 from schemas.feature_table import file_schema
 from schemas.identity import row_id
-from schemas.receipt import AuditReport, BucketAudit, Moments, day_moments
+from schemas.moments import Moments
+from schemas.receipt import AuditReport, BucketAudit, day_moments
 from schemas.release import Release
 
 VECTORS = items(60)
@@ -151,11 +152,11 @@ def test_a_good_snapshot_passes_with_its_moments(site: Site) -> None:
     require_passed(report)
     rows = np.stack(list(VECTORS.values())).astype(np.float64)
     assert report.gained.rows == 60
-    assert report.quarantined_fraction == pytest.approx(3 / 63)
+    assert report.figures.quarantined_fraction == pytest.approx(3 / 63)
     np.testing.assert_allclose(report.gained.mean, rows.mean(axis=0), atol=1e-12)
     assert report.gained.variance == pytest.approx(np.trace(np.cov(rows.T, bias=True)))
     assert report.lost == NOTHING
-    assert report.drift is None
+    assert report.figures.drift is None
     assert report.receipts_digest == encoded.digest
 
 
@@ -189,7 +190,7 @@ def test_too_many_quarantined_rows_are_refused_by_reason(
     count = sum(quarantined.values())
     encoded = site.encoded(items(60 - count), quarantined=quarantined)  # 60 rows were read
     report = encoded.audit(AuditSettings(max_quarantined_fraction=limit))
-    assert report.quarantined_fraction == pytest.approx(count / 60)
+    assert report.figures.quarantined_fraction == pytest.approx(count / 60)
     expected = []
     if refused:
         reasons = ", ".join(f"{n} {reason}" for reason, n in quarantined.items())
@@ -221,12 +222,12 @@ def axes(**counts: int) -> dict[str, Vector]:
 def test_drift_is_the_way_of_the_mean_in_standard_deviations_of_the_base(site: Site) -> None:
     # Base: half e0, half e1. Mean (1/2, 1/2), mean square 1, variance 1 - 1/2 = 1/2.
     base = site.publish(axes(e0=4, e1=4), ds="2026-11-19")
-    assert base.mean[:3] == pytest.approx((0.5, 0.5, 0.0))
-    assert base.variance == pytest.approx(0.5)
+    assert base.moments.mean[:3] == pytest.approx((0.5, 0.5, 0.0))
+    assert base.moments.variance == pytest.approx(0.5)
     # Now three quarters e0: the mean moved by (1/4, -1/4), √(1/8) long; over √(1/2) that is 1/2.
     encoded = site.encoded(axes(e0=6, e1=2), base=base)
     report = encoded.audit(AuditSettings(max_drift=0.51))
-    assert report.drift == pytest.approx(0.5)
+    assert report.figures.drift == pytest.approx(0.5)
     assert report.problems == ()
     report = encoded.audit(AuditSettings(max_drift=0.49))
     assert report.problems == (
@@ -237,15 +238,15 @@ def test_drift_is_the_way_of_the_mean_in_standard_deviations_of_the_base(site: S
 
 def test_the_same_vectors_do_not_drift_even_without_variance(site: Site) -> None:
     base = site.publish(axes(e0=5), ds="2026-11-19")
-    assert base.variance == pytest.approx(0.0, abs=1e-12)
-    assert site.encoded(axes(e0=5), base=base).audit().drift == pytest.approx(0.0, abs=1e-12)
+    assert base.moments.variance == pytest.approx(0.0, abs=1e-12)
+    assert site.encoded(axes(e0=5), base=base).audit().figures.drift == pytest.approx(0.0, abs=1e-12)
 
 
 def test_vectors_of_another_bundle_have_no_drift_to_measure(site: Site) -> None:
     base = site.publish(axes(e0=8), ds="2026-11-19")
     lax = AuditSettings(max_drift=0, max_deleted_fraction=1)
     report = site.encoded(axes(e1=8), base=base, weights="others").audit(lax)
-    assert (report.drift, report.problems) == (None, ())
+    assert (report.figures.drift, report.problems) == (None, ())
 
 
 def bare(encoded: Encoded, audits: list[BucketAudit], base: Release | None = None) -> AuditReport:
@@ -335,7 +336,9 @@ def test_the_moments_of_some_buckets_are_what_they_gain_and_what_they_lose(site:
     assert_moments(day_moments(report.gained, report.lost, live), day)
     # Drift is that of the whole day.
     _, mean, _ = plainly(day)
-    assert report.drift == pytest.approx(math.dist(mean, live.mean) / math.sqrt(live.variance), abs=1e-9)
+    assert report.figures.drift == pytest.approx(
+        math.dist(mean, live.moments.mean) / math.sqrt(live.moments.variance), abs=1e-9
+    )
     narrow = encoded.audit(AuditSettings(max_drift=0.0))
     assert "the mean vector moved by" in narrow.problems[0]
 
@@ -348,13 +351,13 @@ def test_a_whole_day_takes_nobodys_place(site: Site, live: Release) -> None:
 
 def test_a_damaged_file_that_is_replaced_counts_as_if_it_were_like_the_new_one(site: Site, live: Release) -> None:
     encoded = site.encoded(stirred(), plan_id="some", chosen=(HIT,))
-    path = Path(site.table_uri) / live.table_files[HIT].path
+    path = Path(site.table_uri) / live.table.files[HIT].path
     for harm in (lambda: flip(path, path.stat().st_size // 2), path.unlink):
         harm()
         report = encoded.audit(AuditSettings(max_drift=10))
         assert report.problems == ()
         assert_moments(report.gained, stirred())
-        assert report.lost.rows == live.table_files[HIT].rows == 20
+        assert report.lost.rows == live.table.files[HIT].rows == 20
         np.testing.assert_allclose(report.lost.mean, report.gained.mean, rtol=0, atol=1e-9)
         assert report.lost.variance == pytest.approx(report.gained.variance, abs=1e-9)
         assert day_moments(report.gained, report.lost, live).rows == 58
@@ -362,7 +365,7 @@ def test_a_damaged_file_that_is_replaced_counts_as_if_it_were_like_the_new_one(s
 
 def test_damage_in_a_bucket_that_stays_is_not_the_business_of_some_others(site: Site, live: Release) -> None:
     encoded = site.encoded(stirred(), plan_id="some", chosen=(HIT,))
-    (Path(site.table_uri) / live.table_files[0].path).unlink()
+    (Path(site.table_uri) / live.table.files[0].path).unlink()
     assert encoded.audit(AuditSettings(max_drift=10)).problems == ()
 
 
@@ -372,14 +375,14 @@ def test_a_bad_file_of_a_chosen_bucket_is_refused(site: Site, live: Release) -> 
     )
     report = encoded.audit(AuditSettings(max_drift=10))
     assert report.problems[0].startswith(f"bucket {HIT}: 1 vectors hold NaN")
-    assert live.table_files[HIT] != encoded.receipts[0].file
+    assert live.table.files[HIT] != encoded.receipts[0].file
 
 
 @pytest.mark.parametrize(("gone", "refused"), [(10, False), (11, True)])
 def test_deleted_items_are_judged_by_the_chosen_buckets_alone(
     site: Site, live: Release, gone: int, refused: bool
 ) -> None:
-    assert live.table_files[HIT].rows == 20
+    assert live.table.files[HIT].rows == 20
     kept = dict(sorted(in_buckets(VECTORS, HIT).items())[gone:])
     report = site.encoded(kept, plan_id="some", chosen=(HIT,)).audit(AuditSettings(max_drift=10))
     message = (
@@ -403,6 +406,6 @@ def test_many_texts_that_cannot_be_encoded_refuse_the_snapshot(
     audits = [BucketAudit(bucket=0, problems=(), moments=rows, replaced=NOTHING)]
     report = judge(planned, audits, [receipt], base=None, settings=AuditSettings())
     assert bool(report.problems) == refused, report.problems
-    assert report.quarantined_fraction == unencodable / 1_000_000
+    assert report.figures.quarantined_fraction == unencodable / 1_000_000
     if refused:
         assert report.problems[0].startswith(f"{unencodable} of {unencodable + encoded} texts cannot be encoded")

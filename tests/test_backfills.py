@@ -91,9 +91,9 @@ spark: {{master: "local[1,4]"}}
 
     done(marc("verify", "--ds", DS, config=config))
     made = open_release(table)
-    kept = {file for file in before.facts.table_files if re.search(r"/bucket=[89]/", file.path)}
+    kept = {file for file in before.facts.table.files if re.search(r"/bucket=[89]/", file.path)}
     assert len(kept) == 2
-    assert kept == set(before.facts.table_files) & set(made.facts.table_files)
+    assert kept == set(before.facts.table.files) & set(made.facts.table.files)
     # Once more, undisturbed, and every bucket of the day at once.
     done(marc("run", "--ds", DS, config=tmp_path / "whole.yaml"))
     new = rows_of(tmp_path / "whole" / "item_vectors").to_pylist()

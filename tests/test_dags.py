@@ -96,7 +96,7 @@ def test_the_nightly_dag_publishes_and_announces_and_a_second_run_does_nothing(
     first = airflow.call("dags", "test", "marc_nightly", DS, config=config)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     (release,) = read_releases(Storage(), settings.table_uri)
-    assert (release.ds, release.items) == (DS, 400)
+    assert (release.ds, release.counts.items) == (DS, 400)
     again = airflow.call("dags", "test", "marc_nightly", DS, config=config)
     assert again.returncode == 0, again.stdout[-3000:]
     assert [r.release_id for r in read_releases(Storage(), settings.table_uri)] == [release.release_id]
@@ -127,8 +127,8 @@ def test_past_dates_in_any_order_a_backfill_of_one_bucket_and_a_vacuum(
         old, new = before[day], log.live(day)
         assert old is not None
         assert new is not None
-        kept = [file.path for file in old.table_files if bucket_number(file.path) == 0]
-        assert [file.path for file in new.table_files if bucket_number(file.path) == 0] == kept
+        kept = [file.path for file in old.table.files if bucket_number(file.path) == 0]
+        assert [file.path for file in new.table.files if bucket_number(file.path) == 0] == kept
         assert (new.release_id == old.release_id) == (day == "2026-11-12")
         assert verify(Storage(), new, table_uri=settings.table_uri) == []
         assert new.release_id in done.stdout + done.stderr or day == "2026-11-12", "the event carries the facts"

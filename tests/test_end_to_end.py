@@ -264,7 +264,7 @@ def test_the_command_starts_as_a_program_and_exits_with_its_code(nights: Nights)
 
 
 def test_an_altered_table_file_is_named_and_refused(nights: Nights, altered: Callable[[Path], None]) -> None:
-    path = nights.marc.table / facts(nights).table_files[1].path
+    path = nights.marc.table / facts(nights).table.files[1].path
     altered(path)
     done = nights.marc.call("verify")
     assert (done.returncode, str(path) in done.stdout) == (1, True)
@@ -273,7 +273,7 @@ def test_an_altered_table_file_is_named_and_refused(nights: Nights, altered: Cal
 
 
 def test_an_altered_index_file_is_named_and_refused(nights: Nights, altered: Callable[[Path], None]) -> None:
-    path = Path(facts(nights).index_uri) / facts(nights).index_files[0].path
+    path = Path(facts(nights).index.uri) / facts(nights).index.files[0].path
     altered(path)
     assert str(path) in nights.marc.call("verify").stdout
     item = nights.open(SECOND).dataset().head(1)["item_id"][0].as_py()
@@ -285,7 +285,7 @@ def test_an_altered_index_file_is_named_and_refused(nights: Nights, altered: Cal
 def test_an_altered_bundle_file_is_named_and_refused(
     nights: Nights, altered: Callable[[Path], None], name: str
 ) -> None:
-    path = Path(facts(nights).bundle_uri) / name
+    path = Path(facts(nights).bundle.uri) / name
     altered(path)
     # A process that loaded the bundle before keeps what it verified then; a new one must refuse.
     load_encoder.cache_clear()

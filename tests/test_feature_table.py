@@ -473,6 +473,6 @@ def test_the_files_of_a_day_are_those_of_the_receipts_beside_what_chosen_buckets
     assert day_files(whole.plan, whole.receipts, live) == tuple(made[number] for number in range(BUCKETS))
     some = site.encoded(others, plan_id="some", chosen=(2, 1))
     made = {bucket_number(file.path): file for file in files_of(some)}
-    assert day_files(some.plan, some.receipts, live) == (live.table_files[0], made[1], made[2], live.table_files[3])
+    assert day_files(some.plan, some.receipts, live) == (live.table.files[0], made[1], made[2], live.table.files[3])
     none = site.encoded({}, plan_id="none", chosen=(3,))
-    assert day_files(none.plan, none.receipts, live) == live.table_files[:3]
+    assert day_files(none.plan, none.receipts, live) == live.table.files[:3]

@@ -137,7 +137,7 @@ def test_vectors_that_have_no_inner_product_are_refused_also_where_any_length_is
 def test_a_table_of_one_item_or_two(site: Site, factory: str, count: int) -> None:
     vectors = named([ONE, -ONE][:count])
     opened = published(site, vectors, factory)
-    assert opened.facts.recall == 1.0
+    assert opened.facts.index.recall == 1.0
     names, scores = opened.search(np.stack(list(vectors.values())), k=count)
     assert names.tolist() == [list(vectors), list(vectors)[::-1]][:count]
     np.testing.assert_allclose(scores, np.array([[1, -1], [1, -1]])[:count, :count], atol=2 / 255)
@@ -156,7 +156,7 @@ def test_of_vectors_that_are_all_equal_every_one_is_found_and_the_smallest_ids_c
 ) -> None:
     vectors = named([ONE] * 40)
     opened = published(site, vectors, factory)
-    assert opened.facts.recall == 1.0
+    assert opened.facts.index.recall == 1.0
     for k in (1, 3, 40):
         names, scores = opened.search(ONE, k)
         assert names.tolist() == [sorted(vectors)[:k]]
@@ -170,11 +170,11 @@ def test_of_equal_vectors_the_one_that_left_is_gone_and_no_other(site: Site, fac
     base = site.publish(vectors, ds="2026-11-19", index=settings)
     today = {name: vector for name, vector in vectors.items() if name not in ("item-007", "item-012")}
     made = laxly(site.encoded(today, base=base), settings)
-    assert made.index_build.changed == 2
+    assert made.index.build.changed == 2
     opened = open_release(site.table_uri)
     assert opened.search(ONE, k=18)[0].tolist() == [sorted(today)[:18]]
     back = laxly(site.encoded(vectors, ds="2026-11-21", base=made), settings)
-    assert back.index_build.changed == 4
+    assert back.index.build.changed == 4
     assert open_release(site.table_uri).search(ONE, k=20)[0].tolist() == [sorted(vectors)[:20]]
 
 

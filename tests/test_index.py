@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 from published import BUCKETS, DIM, NOON, Alter, Encoded, Site, Vector, Vectors, flip, in_buckets, items
+from releases import altered
 
 from pipeline.config import AuditSettings, IndexSettings
 from pipeline.errors import CorruptFile, GateRefused, UserError
@@ -36,8 +37,8 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Encoded:
 
 
 def stored(receipt: IndexReceipt) -> Any:
-    (file,) = receipt.files
-    return faiss.read_index(str(Path(receipt.uri) / file.path))
+    (file,) = receipt.index.files
+    return faiss.read_index(str(Path(receipt.index.uri) / file.path))
 
 
 def matrix(vectors: Vectors) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -59,7 +60,8 @@ def naive_recall(index: Any, vectors: Vectors, k: int) -> float:
 
 def test_a_flat_index_is_exact_search(encoded: Encoded) -> None:
     receipt = encoded.index(IndexSettings(factory="Flat", k=5))
-    assert (receipt.recall, receipt.nprobe, receipt.queries, receipt.k) == (1.0, None, 400, 5)
+    built = receipt.index
+    assert (built.recall, built.nprobe, built.recall_queries, built.k) == (1.0, None, 400, 5)
     ids, rows = matrix(VECTORS)
     queries = np.random.default_rng(5).standard_normal((20, DIM)).astype(np.float32)
     scores, found = stored(receipt).search(queries, 7)
@@ -74,29 +76,30 @@ def test_a_flat_index_is_exact_search(encoded: Encoded) -> None:
 def test_the_reported_recall_is_what_a_naive_search_measures(encoded: Encoded, factory: str) -> None:
     receipt = encoded.index(IndexSettings(factory=factory, k=6, target_recall=LOOSE))
     index = stored(receipt)
-    assert (receipt.factory, index.ntotal, receipt.files[0].rows) == (factory, 400, 400)
-    assert receipt.recall == pytest.approx(naive_recall(index, VECTORS, 6), abs=1e-9)
-    assert check_file(encoded.site.storage, receipt.uri, receipt.files[0]) is None
+    assert (receipt.index.factory, index.ntotal, receipt.index.files[0].rows) == (factory, 400, 400)
+    assert receipt.index.recall == pytest.approx(naive_recall(index, VECTORS, 6), abs=1e-9)
+    assert check_file(encoded.site.storage, receipt.index.uri, receipt.index.files[0]) is None
     files = day_files(encoded.plan, encoded.receipts, None)
     assert (receipt.plan_id, receipt.files_digest) == (encoded.plan.plan_id, files_digest(files))
     mean = np.stack(list(VECTORS.values())).astype(np.float64).mean(axis=0)
-    assert (receipt.build.items, receipt.build.nprobe, receipt.build.changed) == (400, receipt.nprobe, 0)
-    np.testing.assert_allclose(receipt.build.mean, mean, rtol=0, atol=1e-9)
+    build = receipt.index.build
+    assert (build.items, build.nprobe, build.changed) == (400, receipt.index.nprobe, 0)
+    np.testing.assert_allclose(build.mean, mean, rtol=0, atol=1e-9)
 
 
 def test_lists_are_probed_no_wider_than_the_target_asks(encoded: Encoded) -> None:
     receipt = encoded.index(IndexSettings(factory="IVF16,Flat", target_recall=0.9))
-    assert receipt.nprobe is not None
-    assert receipt.recall >= 0.9
+    assert receipt.index.nprobe is not None
+    assert receipt.index.recall >= 0.9
     index = stored(receipt)
-    assert index.nprobe == receipt.nprobe > 1
-    index.nprobe = receipt.nprobe // 2
+    assert index.nprobe == receipt.index.nprobe > 1
+    index.nprobe = receipt.index.nprobe // 2
     assert naive_recall(index, VECTORS, 10) < 0.9
 
 
 def test_probing_every_list_is_exact(encoded: Encoded) -> None:
     receipt = encoded.index(IndexSettings(factory="IVF16,Flat", target_recall=1.0))
-    assert receipt.recall == 1.0
+    assert receipt.index.recall == 1.0
     index = stored(receipt)
     index.nprobe = 16
     assert naive_recall(index, VECTORS, 10) == 1.0
@@ -105,8 +108,8 @@ def test_probing_every_list_is_exact(encoded: Encoded) -> None:
 def test_a_graph_is_searched_no_wider_than_the_target_asks(encoded: Encoded) -> None:
     receipt = encoded.index(IndexSettings(factory="HNSW2", target_recall=0.9))
     index = stored(receipt)
-    assert receipt.recall >= 0.9
-    assert receipt.recall == pytest.approx(naive_recall(index, VECTORS, 10), abs=1e-9)
+    assert receipt.index.recall >= 0.9
+    assert receipt.index.recall == pytest.approx(naive_recall(index, VECTORS, 10), abs=1e-9)
     graph: Any = faiss.downcast_index(index.index)
     width = graph.hnsw.efSearch
     assert width > 16
@@ -117,8 +120,8 @@ def test_a_graph_is_searched_no_wider_than_the_target_asks(encoded: Encoded) -> 
 def test_recall_is_measured_on_as_many_items_as_asked_and_the_same_every_time(encoded: Encoded) -> None:
     settings = IndexSettings(factory="PQ4x4", recall_queries=50, target_recall=LOOSE)
     first, again = encoded.index(settings), encoded.index(settings)
-    assert first.queries == 50
-    assert (first.recall, first.files) == (again.recall, again.files)
+    assert first.index.recall_queries == 50
+    assert (first.index.recall, first.index.files) == (again.index.recall, again.index.files)
 
 
 @pytest.mark.parametrize(
@@ -154,14 +157,14 @@ def test_recall_below_the_target_is_refused_and_leaves_no_index(tmp_path: Path) 
 
 def test_a_single_item_has_an_index_and_nothing_to_recall(tmp_path: Path) -> None:
     receipt = Site(tmp_path).encoded(items(1)).index()
-    assert (receipt.recall, receipt.queries, stored(receipt).ntotal) == (1.0, 1, 1)
+    assert (receipt.index.recall, receipt.index.recall_queries, stored(receipt).ntotal) == (1.0, 1, 1)
 
 
 @pytest.mark.parametrize("count", [2, 3, 9, 10, 11])
 def test_k_may_exceed_the_number_of_items(tmp_path: Path, count: int) -> None:
     vectors = items(count)
     receipt = Site(tmp_path).encoded(vectors).index(IndexSettings(k=10))
-    assert (receipt.recall, receipt.k) == (1.0, 10)
+    assert (receipt.index.recall, receipt.index.k) == (1.0, 10)
     assert naive_recall(stored(receipt), vectors, min(10, count - 1)) == 1.0
 
 
@@ -170,7 +173,7 @@ def test_neighbours_that_tie_with_the_last_place_all_count(tmp_path: Path) -> No
     vectors = {**items(30), **{f"copy-{number}": same for number in range(25)}}
     for factory in ("Flat", "IVF1,Flat"):
         receipt = Site(tmp_path / factory).encoded(vectors).index(IndexSettings(factory=factory, k=3))
-        assert receipt.recall == 1.0
+        assert receipt.index.recall == 1.0
 
 
 def test_a_damaged_table_file_is_no_source_of_an_index(tmp_path: Path) -> None:
@@ -189,9 +192,9 @@ def test_an_index_stands_only_while_it_is_what_the_settings_ask_for(encoded: Enc
     assert satisfies(built, IndexSettings(), dim=DIM, storage=storage)
     for other in (IndexSettings(factory="IVF4,Flat"), IndexSettings(k=5)):
         assert not satisfies(built, other, dim=DIM, storage=storage)
-    worse = built.model_copy(update={"recall": 0.9})
+    worse = altered(built, index__recall=0.9)
     assert not satisfies(worse, IndexSettings(), dim=DIM, storage=storage)
-    Path(built.uri, built.files[0].path).unlink()
+    Path(built.index.uri, built.index.files[0].path).unlink()
     assert not satisfies(built, IndexSettings(), dim=DIM, storage=storage)
 
 
@@ -241,7 +244,7 @@ def centroids(index: Any) -> NDArray[np.float32]:
 
 
 def of_release(release: Release) -> Any:
-    return faiss.read_index(str(Path(release.index_uri) / release.index_files[0].path))
+    return faiss.read_index(str(Path(release.index.uri) / release.index.files[0].path))
 
 
 @pytest.fixture
@@ -273,44 +276,44 @@ def test_few_changes_patch_the_index_of_the_release_before(site: Site, base: Rel
     index = stored(receipt)
     np.testing.assert_array_equal(centroids(index), centroids(of_release(base)))
     assert contents(index) == by_row(today())
-    assert receipt.build == base.index_build.model_copy(update={"changed": CHANGED})
-    assert (receipt.build.items, receipt.files[0].rows) == (2000, 1990)
-    assert receipt.recall == pytest.approx(naive_recall(index, today(), 10), abs=1e-9)
-    assert receipt.recall >= 0.95
-    assert receipt.queries == 1990
-    assert index.nprobe == receipt.nprobe
+    assert receipt.index.build == base.index.build.model_copy(update={"changed": CHANGED})
+    assert (receipt.index.build.items, receipt.index.files[0].rows) == (2000, 1990)
+    assert receipt.index.recall == pytest.approx(naive_recall(index, today(), 10), abs=1e-9)
+    assert receipt.index.recall >= 0.95
+    assert receipt.index.recall_queries == 1990
+    assert index.nprobe == receipt.index.nprobe
     # The release before keeps its own.
     assert contents(of_release(base)) == by_row(FIRST)
 
 
 def test_an_index_whose_vectors_all_stay_is_the_same(site: Site, base: Release) -> None:
     receipt = next_day(base, site, FIRST)
-    assert receipt.build == base.index_build
+    assert receipt.index.build == base.index.build
     assert contents(stored(receipt)) == by_row(FIRST)
     never = LISTS.model_copy(update={"max_changed": 0.0, "max_drift": 0.0})
-    assert next_day(base, site, FIRST, settings=never).build == base.index_build
+    assert next_day(base, site, FIRST, settings=never).index.build == base.index.build
 
 
 def assert_built_anew(receipt: IndexReceipt, vectors: Vectors, *, ties: bool = False) -> None:
     """With ``ties``, which of some vectors are neighbours is not FAISS's to say, nor float64's."""
     index = stored(receipt)
     assert index.ntotal == len(vectors)
-    assert receipt.build.changed == 0
-    assert receipt.build.items == len(vectors)
-    assert receipt.build.nprobe == receipt.nprobe
+    assert receipt.index.build.changed == 0
+    assert receipt.index.build.items == len(vectors)
+    assert receipt.index.build.nprobe == receipt.index.nprobe
     mean = np.stack(list(vectors.values())).astype(np.float64).mean(axis=0)
-    np.testing.assert_allclose(receipt.build.mean, mean, rtol=0, atol=1e-9)
-    if receipt.factory in {"Flat", "IVF16,Flat"}:
+    np.testing.assert_allclose(receipt.index.build.mean, mean, rtol=0, atol=1e-9)
+    if receipt.index.factory in {"Flat", "IVF16,Flat"}:
         assert contents(index) == by_row(vectors)
     if not ties:
-        assert receipt.recall == pytest.approx(naive_recall(index, vectors, 10), abs=1e-9)
+        assert receipt.index.recall == pytest.approx(naive_recall(index, vectors, 10), abs=1e-9)
 
 
 @pytest.mark.parametrize(("share", "patched"), [(CHANGED / 2000, True), (CHANGED / 2000 - 1e-6, False)])
 def test_too_many_changes_build_it_anew(site: Site, base: Release, share: float, patched: bool) -> None:
     receipt = next_day(base, site, settings=LISTS.model_copy(update={"max_changed": share}))
     if patched:
-        assert receipt.build.changed == CHANGED
+        assert receipt.index.build.changed == CHANGED
     else:
         assert_built_anew(receipt, today())
         assert not np.array_equal(centroids(stored(receipt)), centroids(of_release(base)))
@@ -319,10 +322,10 @@ def test_too_many_changes_build_it_anew(site: Site, base: Release, share: float,
 def test_a_mean_that_moved_too_far_builds_it_anew(site: Site, base: Release) -> None:
     pulled = FIRST | {item: np.eye(DIM, dtype=np.float32)[0] for item in list(FIRST)[:190]}
     rows = np.stack(list(pulled.values())).astype(np.float64)
-    moved = math.dist(rows.mean(axis=0), base.index_build.mean) / math.sqrt(rows.var(axis=0).sum())
+    moved = math.dist(rows.mean(axis=0), base.index.build.mean) / math.sqrt(rows.var(axis=0).sum())
     assert 0.05 < moved < 0.15
     near, far = (LISTS.model_copy(update={"max_drift": limit}) for limit in (moved + 1e-6, moved - 1e-6))
-    assert next_day(base, site, pulled, settings=near).build.changed == 380
+    assert next_day(base, site, pulled, settings=near).index.build.changed == 380
     assert_built_anew(next_day(base, site, pulled, settings=far), pulled, ties=True)
 
 
@@ -333,7 +336,7 @@ def patched_once(site: Site, base: Release) -> Release:
     encoded.audit(LAX)
     encoded.index(LISTS)
     made = encoded.release()
-    assert made.index_build.changed == 10
+    assert made.index.build.changed == 10
     return made
 
 
@@ -349,27 +352,27 @@ def test_changes_add_up_until_it_is_built_anew_and_then_count_from_there(site: S
         assert encoded.audit(LAX).problems == ()
         encoded.index(settings)
         release = encoded.release()
-        counted.append(release.index_build.changed)
+        counted.append(release.index.build.changed)
         assert contents(of_release(release)) == by_row(day)
         assert not {row_id(item) for item in gone} & contents(of_release(release)).keys()
     assert counted == [80, 160, 0, 80, 160, 0]
 
 
 def flip_index(release: Release, _: Site) -> None:
-    flip(Path(release.index_uri) / release.index_files[0].path, 5000)
+    flip(Path(release.index.uri) / release.index.files[0].path, 5000)
 
 
 def remove_index(release: Release, _: Site) -> None:
-    (Path(release.index_uri) / release.index_files[0].path).unlink()
+    (Path(release.index.uri) / release.index.files[0].path).unlink()
 
 
 def flip_table(release: Release, site: Site) -> None:
-    file = release.table_files[1]
+    file = release.table.files[1]
     flip(Path(site.table_uri) / file.path, file.bytes // 2)
 
 
 def remove_table(release: Release, site: Site) -> None:
-    (Path(site.table_uri) / release.table_files[1].path).unlink()
+    (Path(site.table_uri) / release.table.files[1].path).unlink()
 
 
 @pytest.mark.parametrize("harm", [flip_index, remove_index, flip_table, remove_table])
@@ -379,14 +382,14 @@ def test_damage_of_the_release_before_builds_it_anew(
     base = patched_once(site, base)
     encoded = site.encoded(today(), base=base)
     encoded.audit(LAX)
-    assert encoded.index(LISTS).build.changed > 0
+    assert encoded.index(LISTS).index.build.changed > 0
     harm(base, site)
     assert_built_anew(encoded.index(LISTS), today())
 
 
 def test_vectors_of_another_bundle_build_it_anew(site: Site, base: Release) -> None:
     base = patched_once(site, base)
-    assert next_day(base, site).build.changed == 10 + (CHANGED - 10)
+    assert next_day(base, site).index.build.changed == 10 + (CHANGED - 10)
     assert_built_anew(next_day(base, site, weights="other weights"), today())
 
 
@@ -402,7 +405,7 @@ def test_another_factory_builds_it_anew(site: Site, base: Release, factory: str)
     base = patched_once(site, base)
     wanted = IndexSettings(factory=factory, recall_queries=4000, target_recall=0.9)
     receipt = next_day(base, site, settings=wanted)
-    assert receipt.factory == factory
+    assert receipt.index.factory == factory
     assert_built_anew(receipt, today())
 
 
@@ -430,7 +433,7 @@ def test_whatever_is_patched_finds_every_vector_under_its_own_id(tmp_path: Path,
     last = sorted(FIRST, key=lambda item: (row_id(item) % BUCKETS, item.encode()))[-3:]
     day = {item: vector for item, vector in FIRST.items() if item not in last[:2]} | items(3, seed=8, prefix="new-")
     receipt = next_day(base, site, day, settings=wanted)
-    assert (receipt.build.items, receipt.build.changed) == (2000, 5)
+    assert (receipt.index.build.items, receipt.index.build.changed) == (2000, 5)
     ids, rows = matrix(day)
     # The same lists and codebooks, filled at once.
     filled = of_release(base)
@@ -457,9 +460,9 @@ def test_an_index_that_would_need_far_wider_searches_is_built_anew(
     vectors = dict(zip(FIRST, drawn.astype(np.float32), strict=True))
     site, settings = Site(tmp_path), LISTS.model_copy(update={"max_changed": 1.0, "max_drift": 9.0})
     base = site.publish(vectors, ds=YESTERDAY, index=settings)
-    assert base.index_nprobe == base.index_build.nprobe == 1
+    assert base.index.nprobe == base.index.build.nprobe == 1
     few = vectors | dict(zip(list(vectors)[:20], items(20, seed=5).values(), strict=True))
-    assert next_day(base, site, few, settings=settings).build.changed == 40
+    assert next_day(base, site, few, settings=settings).index.build.changed == 40
     many = vectors | dict(zip(list(vectors)[:900], items(900, seed=5).values(), strict=True))
     with caplog.at_level("INFO"):
         receipt = next_day(base, site, many, settings=settings)
@@ -480,8 +483,8 @@ def test_a_patched_index_whose_recall_is_too_low_is_built_anew(
     with caplog.at_level("INFO"):
         receipt = next_day(base, site, day, settings=wanted)
     assert "patched, its recall@10 is" in caplog.text
-    assert (receipt.build.changed, receipt.build.items) == (0, 600)
-    assert receipt.recall >= 0.4
+    assert (receipt.index.build.changed, receipt.index.build.items) == (0, 600)
+    assert receipt.index.recall >= 0.4
 
 
 def computed_anew(chosen: Vectors, at: datetime) -> Alter:
@@ -501,7 +504,7 @@ def test_vectors_that_were_computed_anew_of_the_same_texts_are_exchanged(site: S
     encoded = site.encoded(FIRST, plan_id="again", base=base, alter=computed_anew(other, NOON + timedelta(seconds=1)))
     assert (encoded.plan.unchanged, encoded.audit(LAX).problems) == (2000, ())
     receipt = encoded.index(LISTS)
-    assert receipt.build.changed == 120
+    assert receipt.index.build.changed == 120
     assert contents(stored(receipt)) == by_row(FIRST | other)
 
 
@@ -586,12 +589,12 @@ def test_after_any_days_of_changes_the_index_holds_the_tables_vectors(tmp_path: 
         assert {row["item_id"]: row["vector"] for row in table} == {i: v.tolist() for i, v in days.vectors.items()}
         assert contents(index) == {row["row_id"]: row["vector"] for row in table}
         assert verify(days.site.storage, days.release, table_uri=days.site.table_uri) == []
-        assert days.release.recall == pytest.approx(naive_recall(index, days.vectors, 10), abs=1e-9)
+        assert days.release.index.recall == pytest.approx(naive_recall(index, days.vectors, 10), abs=1e-9)
         if factory != "Flat":
             index.nprobe = 4
         ids, rows = matrix(days.vectors)
         scores, found = index.search(rows, 1)
         np.testing.assert_array_equal(found[:, 0], ids)
         np.testing.assert_allclose(scores[:, 0], 1, atol=1e-5)
-        patched += days.release.index_build.changed > 0
+        patched += days.release.index.build.changed > 0
     assert patched >= 8

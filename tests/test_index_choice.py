@@ -97,11 +97,11 @@ def test_where_the_first_choice_does_not_reach_the_recall_a_more_faithful_one_is
     with caplog.at_level("WARNING"):
         first = published(site, vectors, ds="2026-11-19")
     assert "of IVF32,SQfp16 is only" in caplog.text
-    assert first.index_factory == "IVF32,Flat"
-    assert first.recall >= 0.95
+    assert first.index.factory == "IVF32,Flat"
+    assert first.index.recall >= 0.95
     # The night after patches what stands, and does not try the others again.
     again = published(site, dict(list(vectors.items())[5:]), ds="2026-11-20", base=first)
-    assert (again.index_factory, again.index_build.changed) == (first.index_factory, 5)
+    assert (again.index.factory, again.index.build.changed) == (first.index.factory, 5)
 
 
 def published(site: Site, vectors: dict[str, np.ndarray], *, ds: str, base: Release | None = None) -> Release:
@@ -130,10 +130,10 @@ def test_a_recall_that_the_cap_does_not_allow_is_refused_and_says_so(
 def test_the_release_row_has_what_was_predicted_and_measured(tmp_path: Path) -> None:
     site = Site(tmp_path)
     release = site.publish(items(300))
-    figures = release.index_figures
+    figures = release.index.figures
     assert figures.memory_bytes > WORKING_BYTES
-    assert figures.recall_low <= release.recall <= figures.recall_high
+    assert figures.recall_low <= release.index.recall <= figures.recall_high
     assert figures.latency_ms > 0
     assert figures.queries_per_second > 0
-    assert release.index_faiss == faiss.__version__
+    assert release.index.faiss == faiss.__version__
     assert open_release(site.table_uri).facts == release

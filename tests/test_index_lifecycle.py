@@ -159,7 +159,7 @@ class Lifecycle:
         base = max(before) if before else min(self.live)
         items = self._edited(self.held[self.live[base]], edits, NAMES)
         made = self._publish(ds, items, base=base, max_changed=0 if how == "anew" else ANYTHING)
-        assert how != "anew" or made.index_build.changed == 0
+        assert how != "anew" or made.index.build.changed == 0
         return made
 
     def backfill(self, which: int, chosen: Sequence[int], edits: Sequence[Edit]) -> Release:
@@ -225,8 +225,8 @@ class Lifecycle:
             )
         )
         made = encoded.release()
-        (self.patched if made.index_build.changed else self.built)[factory] += 1
-        assert made.index_factory == factory
+        (self.patched if made.index.build.changed else self.built)[factory] += 1
+        assert made.index.factory == factory
         self._pin(made, items)
         return made
 
@@ -343,7 +343,7 @@ def check_table(opened: OpenRelease, items: Items) -> None:
 def check_index(opened: OpenRelease, items: Items) -> None:
     names, own = list(items), matrix(items)
     assert sorted(opened.index_row_ids().tolist()) == sorted(map(row_id, names))
-    factory, nprobe = opened.facts.index_factory, opened.facts.index_nprobe
+    factory, nprobe = opened.facts.index.factory, opened.facts.index.nprobe
     products = own.astype(np.float64) @ own.astype(np.float64).T
     blur = BLUR[factory]
     found, scores = opened.search(own, k=len(items))
@@ -369,7 +369,7 @@ def check_index(opened: OpenRelease, items: Items) -> None:
         hits += int((np.array(nearest) >= others.min(initial=1) - TIE).sum())
     if factory != GRAPH:
         # A graph is searched more widely for more neighbours: what it finds of few is not what it finds of many.
-        assert hits >= opened.facts.recall * neighbours * len(items) - 1e-6
+        assert hits >= opened.facts.index.recall * neighbours * len(items) - 1e-6
         for k in {1, min(3, len(items))}:
             fewer = opened.search(own, k)
             assert fewer[0].tolist() == found[:, :k].tolist()

@@ -91,16 +91,16 @@ def test_shards_hold_buckets_in_order_and_every_bucket_once() -> None:
 @pytest.mark.parametrize("factory", ["IVF16,Flat", "IVF16,SQ8", "Flat", "HNSW16", "PCA4,IVF8,Flat"])
 def test_an_index_in_shards_answers_as_one_over_all_vectors(site: Site, factory: str) -> None:
     several = release_of(site, VECTORS, in_two(IndexSettings(factory=factory, target_recall=0.01, recall_queries=4000)))
-    assert len(several.index_files) == 2
-    assert sum(file.rows for file in several.index_files) == 2000
+    assert len(several.index.files) == 2
+    assert sum(file.rows for file in several.index.files) == 2000
     release = open_release(site.table_uri)
     assert sorted(release.index_row_ids()) == sorted(map(row_id, VECTORS))
     assert verify(site.storage, several, table_uri=site.table_uri) == []
     queries = np.random.default_rng(4).standard_normal((30, DIM)).astype(np.float32)
-    shards = [faiss.read_index(f"{several.index_uri}/{file.path}") for file in several.index_files]
+    shards = [faiss.read_index(f"{several.index.uri}/{file.path}") for file in several.index.files]
     for shard in shards:
         if lists := faiss.try_extract_index_ivf(shard):
-            lists.nprobe = several.index_nprobe
+            lists.nprobe = several.index.nprobe
     scores, found = IndexSearch(shards, items=2000, tombstones=0).nearest(queries, 10)
     names, same = release.search(queries, 10)
     by_row = {row_id(item): item for item in VECTORS}
@@ -120,12 +120,12 @@ def test_shards_up_to_a_size_are_merged_into_one_file_and_leave_nothing(site: Si
     tasks = Tasks()
     merged = made(encoded, LISTS.model_copy(update={"merge_mib": 1.0}), tasks)
     assert [task.number for task in tasks.done] == [0, 1]
-    assert files_below(site.index_uri) == {file.path for file in (*merged.files, merged.queries_file)}
+    assert files_below(site.index_uri) == {file.path for file in merged.index.all_files}
     assert not list(Path(encoded.workspace.uri).rglob("shard-*.faiss"))
-    (file,) = merged.files
+    (file,) = merged.index.files
     one = faiss.read_index(f"{site.index_uri}/{file.path}")
     several = made(encoded, LISTS)
-    shards = [faiss.read_index(f"{site.index_uri}/{file.path}") for file in several.files]
+    shards = [faiss.read_index(f"{site.index_uri}/{file.path}") for file in several.index.files]
     queries = np.stack(list(VECTORS.values())[:50])
     for part in (one, *shards):
         faiss.extract_index_ivf(part).nprobe = 16
@@ -143,12 +143,12 @@ def test_a_build_that_was_killed_goes_on_with_the_shards_that_are_missing(site: 
     assert len(killed.done) == 2
     before = {path: Path(site.index_uri, path).stat().st_mtime_ns for path in files_below(site.index_uri)}
     receipt = made(encoded, settings)
-    assert len(receipt.files) == 4
+    assert len(receipt.index.files) == 4
     kept = {path: Path(site.index_uri, path).stat().st_mtime_ns for path in before}
     assert kept == before
-    assert before.keys() <= {file.path for file in receipt.files}
+    assert before.keys() <= {file.path for file in receipt.index.files}
     again = made(site.encoded(VECTORS), settings)
-    assert (again.files, again.recall) == (receipt.files, receipt.recall)
+    assert (again.index.files, again.index.recall) == (receipt.index.files, receipt.index.recall)
 
 
 @pytest.mark.parametrize("what", ["shard", "note", "trained"])
@@ -157,7 +157,7 @@ def test_what_an_earlier_attempt_left_counts_only_whole(site: Site, what: str) -
     work = Path(encoded.workspace.uri) / "index"
     first = made(encoded, LISTS)
     if what == "shard":
-        flip(Path(site.index_uri) / first.files[0].path, 4000)
+        flip(Path(site.index_uri) / first.index.files[0].path, 4000)
         assert not index.satisfies(first, LISTS, dim=DIM, storage=site.storage)
     elif what == "note":
         (path,) = work.glob("shard-0000*.npz")
@@ -167,7 +167,7 @@ def test_what_an_earlier_attempt_left_counts_only_whole(site: Site, what: str) -
         flip(path, 300)
     again = made(encoded, LISTS)
     assert index.satisfies(again, LISTS, dim=DIM, storage=site.storage)
-    assert again.recall >= 0.95
+    assert again.index.recall >= 0.95
 
 
 def test_shards_of_other_vectors_or_settings_are_not_taken_for_done(site: Site) -> None:
@@ -175,22 +175,22 @@ def test_shards_of_other_vectors_or_settings_are_not_taken_for_done(site: Site) 
     first = made(encoded, LISTS)
     for other in ({"factory": "IVF8,Flat"}, {"k": 5}, {"seed": 9}):
         receipt = made(encoded, LISTS.model_copy(update=other))
-        assert receipt.k == other.get("k", 10)
-        assert receipt.queries == 2000
-    assert made(encoded, LISTS).files == first.files
+        assert receipt.index.k == other.get("k", 10)
+        assert receipt.index.recall_queries == 2000
+    assert made(encoded, LISTS).index.files == first.index.files
 
 
 def test_a_backfilled_bucket_changes_the_shard_that_holds_it_and_no_other(site: Site) -> None:
     base = release_of(site, VECTORS, LISTS)
-    assert len(base.index_files) == 2
+    assert len(base.index.files) == 2
     fresh = {item: -vector for item, vector in list(in_buckets(VECTORS, 3).items())[:40]}
     encoded = site.encoded(in_buckets(VECTORS, 3) | fresh, plan_id="again", base=base, chosen=(3,))
     assert encoded.audit(LAX).problems == ()
     tasks = Tasks()
     receipt = made(encoded, LISTS, tasks)
-    assert receipt.build.changed == 80
-    assert receipt.files[0] == base.index_files[0]
-    assert receipt.files[1] != base.index_files[1]
+    assert receipt.index.build.changed == 80
+    assert receipt.index.files[0] == base.index.files[0]
+    assert receipt.index.files[1] != base.index.files[1]
     release = encoded.release()
     assert verify(site.storage, release, table_uri=site.table_uri) == []
     reader = open_release(site.table_uri)
@@ -205,9 +205,9 @@ def test_a_night_without_a_change_has_the_index_of_the_night_before_in_files_of_
     settings = LISTS if shards == 2 else LISTS.model_copy(update={"shard_mib": 9})
     base = release_of(site, VECTORS, settings, ds="2026-11-19")
     night = release_of(site, VECTORS, settings, base=base)
-    assert len(base.index_files) == shards
-    assert [file.sha256 for file in night.index_files] == [file.sha256 for file in base.index_files]
-    assert not {file.path for file in night.index_files} & {file.path for file in base.index_files}
+    assert len(base.index.files) == shards
+    assert [file.sha256 for file in night.index.files] == [file.sha256 for file in base.index.files]
+    assert not {file.path for file in night.index.files} & {file.path for file in base.index.files}
     assert verify(site.storage, night, table_uri=site.table_uri) == []
 
 
@@ -216,7 +216,7 @@ def test_a_patch_whose_vectors_moved_too_many_is_given_up_at_the_first_bucket_th
     encoded = site.encoded({item: -vector for item, vector in VECTORS.items()}, base=base)
     assert encoded.audit(LAX).problems == ()
     receipt = made(encoded, LISTS)
-    assert (receipt.build.changed, receipt.build.items) == (0, 2000)
+    assert (receipt.index.build.changed, receipt.index.build.items) == (0, 2000)
 
 
 @pytest.mark.parametrize("damaged", [0, 1])
@@ -224,11 +224,11 @@ def test_a_patch_whose_vectors_moved_too_many_is_given_up_at_the_first_bucket_th
 def test_a_damaged_index_is_made_anew_by_the_backfill_of_any_bucket(site: Site, shards: int, damaged: int) -> None:
     settings = LISTS if shards == 2 else LISTS.model_copy(update={"shard_mib": 9.0})
     base = release_of(site, VECTORS, settings)
-    flip(Path(base.index_uri) / base.index_files[damaged % shards].path, 4000)
+    flip(Path(base.index.uri) / base.index.files[damaged % shards].path, 4000)
     encoded = site.encoded(in_buckets(VECTORS, 0), plan_id="again", base=base, chosen=(0,))
     assert encoded.audit(LAX).problems == ()
     receipt = made(encoded, settings)
-    assert (receipt.build.changed, len(receipt.files)) == (0, shards)
+    assert (receipt.index.build.changed, len(receipt.index.files)) == (0, shards)
     assert verify(site.storage, encoded.release(), table_uri=site.table_uri) == []
 
 
@@ -237,7 +237,7 @@ def test_a_shard_without_an_item_is_searched_and_verified(site: Site, factory: s
     vectors = {item: vector for item, vector in items(60).items() if row_id(item) % BUCKETS != 2}
     settings = IndexSettings(factory=factory, target_recall=0.5, shard_mib=1e-4, merge_mib=0)
     release = release_of(site, vectors, settings)
-    assert [file.rows > 0 for file in release.index_files] == [True, True, False, True]
+    assert [file.rows > 0 for file in release.index.files] == [True, True, False, True]
     assert verify(site.storage, release, table_uri=site.table_uri) == []
     reader = open_release(site.table_uri)
     some = list(vectors)[:5]
@@ -271,13 +271,13 @@ GRAPH = IndexSettings(factory="HNSW16", recall_queries=4000, max_changed=1, max_
 def test_what_leaves_a_graph_is_marked_counted_and_never_found(site: Site, shards: int) -> None:
     settings = GRAPH if shards == 1 else in_two(GRAPH)
     base = release_of(site, VECTORS, settings, ds="2026-11-18")
-    assert len(base.index_files) == shards
+    assert len(base.index.files) == shards
     gone, changed = list(VECTORS)[:60], list(VECTORS)[60:90]
     day = {item: -vector if item in changed else vector for item, vector in VECTORS.items() if item not in gone}
     night = release_of(site, day, settings, ds="2026-11-19", base=base)
-    assert (night.index_build.tombstones, night.index_build.changed) == (90, 120)
-    assert sum(file.rows for file in night.index_files) == 2000 + 30
-    assert night.recall >= 0.95
+    assert (night.index.build.tombstones, night.index.build.changed) == (90, 120)
+    assert sum(file.rows for file in night.index.files) == 2000 + 30
+    assert night.index.recall >= 0.95
     release = open_release(site.table_uri)
     assert sorted(release.index_row_ids()) == sorted(map(row_id, day))
     assert verify(site.storage, night, table_uri=site.table_uri) == []
@@ -289,14 +289,14 @@ def test_what_leaves_a_graph_is_marked_counted_and_never_found(site: Site, shard
     # Counted on and on, until the index is built anew.
     rest = dict(list(day.items())[100:])
     third = release_of(site, rest, settings, ds="2026-11-20", base=night)
-    assert third.index_build.tombstones == 190
+    assert third.index.build.tombstones == 190
     anew = release_of(site, rest, settings.model_copy(update={"max_changed": 0.05}), ds="2026-11-21", base=third)
-    assert (anew.index_build.tombstones, anew.index_build.changed) == (0, 0)
+    assert (anew.index.build.tombstones, anew.index.build.changed) == (0, 0)
     assert index_size(anew) == len(rest)
 
 
 def index_size(release: Release) -> int:
-    return sum(faiss.read_index(f"{release.index_uri}/{file.path}").ntotal for file in release.index_files)
+    return sum(faiss.read_index(f"{release.index.uri}/{file.path}").ntotal for file in release.index.files)
 
 
 def test_a_roll_back_finds_what_a_later_night_had_marked(site: Site) -> None:
@@ -343,7 +343,7 @@ def test_shards_are_made_by_spark_tasks(site: Site, spark: Any) -> None:
     assert encoded.audit(LAX).problems == ()
     settings = site.settings.model_copy(update={"index": LISTS})
     receipt = index_stage(open_deployment(settings), encoded.plan.plan_id)
-    assert len(receipt.files) == 2
+    assert len(receipt.index.files) == 2
     assert spark.sparkContext.statusTracker().getJobIdsForGroup(None)
     release = encoded.release()
     assert verify(site.storage, release, table_uri=site.table_uri) == []
@@ -352,5 +352,5 @@ def test_shards_are_made_by_spark_tasks(site: Site, spark: Any) -> None:
     encoded = site.encoded(day, ds="2026-11-21", base=release)
     assert encoded.audit(LAX).problems == ()
     receipt = index_stage(open_deployment(settings), encoded.plan.plan_id)
-    assert (len(receipt.files), receipt.build.changed) == (2, 40)
+    assert (len(receipt.index.files), receipt.index.build.changed) == (2, 40)
     assert verify(site.storage, encoded.release(), table_uri=site.table_uri) == []

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from published import DIM, Site, Vector, Vectors, items
+from releases import altered
 
 from pipeline import index_search, neighbours
 from pipeline.errors import UserError
@@ -64,11 +65,10 @@ def publish_by_hand(site: Site, vectors: Vectors, indexes: Sequence[Any], *, tom
     receipt = encoded.index()
     files = []
     for number, index in enumerate(indexes):
-        path = Path(receipt.uri) / f"shard-{number}.faiss"
+        path = Path(receipt.index.uri) / f"shard-{number}.faiss"
         faiss.write_index(index, str(path))
         files.append(describe_file(path, path=path.name, rows=index.ntotal))
-    made = receipt.build.model_copy(update={"tombstones": tombstones})
-    encoded.workspace.write_index(receipt.model_copy(update={"files": tuple(files), "build": made}))
+    encoded.workspace.write_index(altered(receipt, index__files=tuple(files), index__build__tombstones=tombstones))
     return encoded.release()
 
 
@@ -340,7 +340,7 @@ def test_dead_vectors_are_never_found_and_take_no_ones_place(
     site = Site(tmp_path, normalised=False)
     publish_by_hand(site, WHOLE, [with_dead(factory, dead)], tombstones=len(dead))
     release = open_release(site.table_uri)
-    assert release.facts.index_build.tombstones == 600
+    assert release.facts.index.build.tombstones == 600
     assert sorted(release.index_row_ids()) == sorted(map(row_id, IDS))
     for few, filters, k in itertools.product(
         (0, 4096), ({}, {"within": IDS[::2]}, {"without": IDS[::2]}), (10, len(IDS))
@@ -498,7 +498,7 @@ def test_an_index_of_a_newer_faiss_is_refused_before_it_is_read(tmp_path: Path, 
     site = Site(tmp_path)
     site.publish(items(40))
     release = open_release(site.table_uri)
-    facts = release.facts.model_copy(update={"index_faiss": written})
+    facts = altered(release.facts, index__faiss=written)
     opened = OpenRelease(facts, uri=site.table_uri, storage=site.storage)
     if not refused:
         assert opened.search(items(40)["item-3"], k=1)[0].tolist() == [["item-3"]]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from published import DIM, Site, flip, items
+from releases import altered
 from tiny_models import train_tiny_bundle
 from typer.testing import CliRunner, Result
 
@@ -145,7 +146,7 @@ def test_mistakes_are_named(look_up: Callable[..., Result], tmp_path: Path, case
 def with_model(release: OpenRelease, tmp_path_factory: pytest.TempPathFactory) -> OpenRelease:
     """The release, as if a bundle that can encode had made it."""
     bundle = train_tiny_bundle(tmp_path_factory.mktemp("bundle"), dim=DIM)
-    facts = release.facts.model_copy(update={"bundle": bundle.version, "bundle_uri": bundle.uri})
+    facts = altered(release.facts, bundle__version=bundle.version, bundle__uri=bundle.uri)
     return OpenRelease(facts, uri=release.files()[0].split("/ds=")[0], storage=release.storage)
 
 
@@ -153,8 +154,8 @@ def test_texts_are_encoded_by_the_releases_own_bundle(with_model: OpenRelease) -
     texts = ["a red lamp", "two books", "a red lamp", "a"]
     settings = EncodeSettings(device="cpu", dtype="float32")
     found = encode_texts(with_model, texts, settings=settings)
-    facts = with_model.facts
-    encoder = load_encoder(Storage(), facts.bundle_uri, facts.bundle, settings, TaskResources())
+    bundle = with_model.facts.bundle
+    encoder = load_encoder(Storage(), bundle.uri, bundle.version, settings, TaskResources())
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, [encoder.encode([text]).vectors[0] for text in texts], atol=1e-5)
     names, _ = with_model.search(found, k=3)
@@ -163,7 +164,7 @@ def test_texts_are_encoded_by_the_releases_own_bundle(with_model: OpenRelease) -
 
 
 def test_a_bundle_that_was_altered_encodes_nothing(with_model: OpenRelease) -> None:
-    weights = next(Path(with_model.facts.bundle_uri).glob("*.safetensors"))
+    weights = next(Path(with_model.facts.bundle.uri).glob("*.safetensors"))
     load_encoder.cache_clear()
     local_bundle.cache_clear()
     flip(weights, 100)

@@ -18,6 +18,7 @@ import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from planning import BLANK, DS, STORAGE, CatalogueRow, naive_plan, plan_day, settings_at, write_csv, write_jsonl
+from releases import altered, unpublished
 from tokenizers import Tokenizer
 
 from pipeline import release_log
@@ -419,7 +420,7 @@ def test_a_plan_compares_with_the_previous_release(
     for work in day.plan.work:
         assert work.deleted == sum(row_id(i) % buckets == work.bucket for i in gone)
     assert day.plan.tokens_per_second == base.tokens_per_second == 100.0
-    start = base.seconds["encode"] - base.tokens / 100
+    start = base.seconds["encode"] - base.counts.tokens / 100
     assert (day.plan.start_seconds, day.plan.seconds) == (
         pytest.approx(start),
         pytest.approx(start + day.plan.tokens / 100),
@@ -554,7 +555,7 @@ def test_a_damaged_file_of_last_night_makes_its_bucket_new_and_stops_nothing(
 ) -> None:
     wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
     release = planning.publish(wanted, BEFORE)
-    damaged = release.table_files[0]
+    damaged = release.table.files[0]
     path = Path(wanted.table_uri) / damaged.path
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     plan = plan_day(spark, wanted).plan
@@ -592,7 +593,7 @@ def write_receipts(wanted: Settings, plan: Plan, texts: dict[str, str]) -> None:
     """What encode leaves behind for every bucket of a plan."""
     workspace = Workspace(STORAGE, wanted.work_uri, plan.plan_id)
     by_bucket = {work.bucket: work for work in plan.work}
-    files = {bucket_number(f.path): f for f in planning.write_release(wanted, texts).table_files}
+    files = {bucket_number(f.path): f for f in planning.write_release(wanted, texts).table.files}
     for number in by_bucket:
         workspace.write_receipt(
             Receipt(
@@ -631,7 +632,7 @@ def test_throughput_is_that_of_the_largest_run_with_the_same_bundle(spark: "Spar
         [(10, 5.0, None), (900, 70.0, None), (20, 6.0, None), (10**6, 9.0, "f" * 16)]
     ):
         made = planning.write_release(wanted, BEFORE, ds=f"2026-11-1{day}", bundle=bundle)
-        measured = made.model_copy(update={"tokens": tokens, "tokens_per_second": speed})
+        measured = altered(made, counts__tokens=tokens, tokens_per_second=speed)
         assert release_log.append(STORAGE, wanted.table_uri, [measured])
     assert plan_day(spark, wanted).plan.tokens_per_second == 70.0
 
@@ -715,10 +716,10 @@ def test_chosen_buckets_go_by_the_bundle_and_the_buckets_of_the_days_release(
     live = planning.publish(first, BEFORE)
     now = settings_at(tmp_path, path, seed=1, buckets=7)
     day = plan_day(spark, now, chosen=(1,))
-    assert (day.plan.bundle, day.plan.bundle_uri, day.plan.buckets) == (live.bundle, live.bundle_uri, 4)
+    assert (day.plan.bundle, day.plan.bundle_uri, day.plan.buckets) == (live.bundle.version, live.bundle.uri, 4)
     assert day.texts == in_buckets(TODAY, 1)
     assert Counter(day.changes.values())["unchanged"] > 0
-    assert plan_day(spark, now).plan.bundle != live.bundle
+    assert plan_day(spark, now).plan.bundle != live.bundle.version
     # The number of buckets to choose from is the release's as well.
     with pytest.raises(UserError, match=f"no bucket 5: release {live.release_id} has buckets 0 to 3"):
         plan_day(None, now, chosen=(5,))
@@ -1119,8 +1120,8 @@ def test_the_largest_bucket_takes_its_time_however_many_run_beside_it(parallel: 
 
 def test_start_up_is_that_of_the_nights_and_not_of_the_one_that_was_tried_again() -> None:
     def night(seconds: float, tokens: int, speed: float | None, bundle: str = "b") -> Release:
-        facts = {"bundle": bundle, "seconds": {"encode": seconds}, "tokens": tokens, "tokens_per_second": speed}
-        return Release.model_construct(**facts)
+        taken = {"encode": seconds}
+        return unpublished(bundle__version=bundle, seconds=taken, counts__tokens=tokens, tokens_per_second=speed)
 
     full = night(116.0, 10_000, 100.0)
     # What small nights carry over makes them slow by the token, not at the start.

@@ -253,16 +253,16 @@ def test_a_release_of_fewer_bits_holds_rounded_vectors_in_table_and_index_and_sa
     best = -np.sort(-(everything[:50] @ everything.T), axis=1)[:, :3]
     np.testing.assert_allclose(scores, best, atol=1e-6)
     for facts, bits in ((whole, MANTISSA_BITS), (made, 10)):
-        assert facts.mantissa_bits == facts.facts()["mantissa_bits"] == bits
-        size = sum((Path(site.table_uri) / file.path).stat().st_size for file in facts.table_files)
-        assert facts.bytes_per_item == facts.facts()["bytes_per_item"] == size / count
-    assert made.bytes_per_item < whole.bytes_per_item - 0.3 * 64 * 4
+        assert facts.table.mantissa_bits == facts.facts()["mantissa_bits"] == bits
+        size = sum((Path(site.table_uri) / file.path).stat().st_size for file in facts.table.files)
+        assert facts.table.bytes_per_item == facts.facts()["bytes_per_item"] == size / count
+    assert made.table.bytes_per_item < whole.table.bytes_per_item - 0.3 * 64 * 4
 
 
 def test_a_row_of_the_log_keeps_precision_and_size_when_a_release_is_pointed_back_to(site: Site) -> None:
     made = site.publish(items(40, dim=64), mantissa_bits=7)
     read = release_log.read_releases(site.storage, site.table_uri)
-    assert [(r.mantissa_bits, r.bytes_per_item) for r in read] == [(7, made.bytes_per_item)]
+    assert [(r.table.mantissa_bits, r.table.bytes_per_item) for r in read] == [(7, made.table.bytes_per_item)]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 5, 7, 10, 15])
@@ -318,7 +318,7 @@ def test_an_index_is_patched_only_where_vectors_are_as_precise(
     base = site.publish(yesterday, ds=YESTERDAY, index=LISTS, mantissa_bits=before)
     encoded = site.encoded(today, base=base, mantissa_bits=after)
     encoded.audit()
-    build = encoded.index(LISTS).build
+    build = encoded.index(LISTS).index.build
     assert (build.items, build.changed) == ((600, 5) if patched else (605, 0))
 
 
@@ -335,6 +335,6 @@ def test_some_buckets_are_not_put_into_a_day_that_was_published_with_another_pre
         with pytest.raises(Superseded, match=r"^superseded: "):
             publish()
     assert release_log.read_releases(site.storage, site.table_uri)[-1] == coarse
-    for file in coarse.table_files:
+    for file in coarse.table.files:
         found = vectors_of(read_rows(site.storage, site.table_uri, file))
         assert all(x == naive(x, 10) for vector in found.values() for x in vector)

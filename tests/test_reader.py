@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from published import BUCKETS, DIM, DS, Site, Vector, Vectors, bucket_rows, flip, in_buckets, items
+from releases import altered
 
 from pipeline import release_log
 from pipeline.config import IndexSettings
@@ -144,7 +145,7 @@ def test_a_lookup_of_one_id_opens_one_bucket(tmp_path: Path) -> None:
     site.publish(items(40))
     release = open_release(site.table_uri)
     bucket = row_id("item-7") % BUCKETS
-    for file in release.facts.table_files:
+    for file in release.facts.table.files:
         if f"bucket={bucket}/" not in file.path:
             (Path(site.table_uri) / file.path).unlink()
     np.testing.assert_array_equal(release.vectors(["item-7"]), [items(40)["item-7"]])
@@ -250,7 +251,7 @@ def test_k_out_of_range_is_refused(whole: OpenRelease, k: int) -> None:
 def test_narrow_lists_leave_the_last_places_empty(site: Site) -> None:
     site.publish(items(200), index=IndexSettings(factory="IVF8,Flat", target_recall=0.1))
     release = open_release(site.table_uri)
-    assert release.facts.index_nprobe == 1
+    assert release.facts.index.nprobe == 1
     names, scores = release.search(items(200)["item-3"], k=200)
     found = [name for name in names[0] if name is not None]
     assert 0 < len(found) < 200
@@ -277,10 +278,10 @@ def with_other_index(site: Site, shards: list[dict[str, int]]) -> Release:
     for number, shard in enumerate(shards):
         index = faiss.index_factory(DIM, "IDMap2,Flat", faiss.METRIC_INNER_PRODUCT)
         index.add_with_ids(np.stack([vectors[i] for i in shard]), np.array(list(shard.values())))
-        path = Path(receipt.uri) / f"shard-{number}.faiss"
+        path = Path(receipt.index.uri) / f"shard-{number}.faiss"
         faiss.write_index(index, str(path))
         files.append(describe_file(path, path=path.name, rows=len(shard)))
-    encoded.workspace.write_index(receipt.model_copy(update={"files": tuple(files)}))
+    encoded.workspace.write_index(altered(receipt, index__files=tuple(files)))
     return encoded.release()
 
 
@@ -317,7 +318,7 @@ def test_the_dataset_has_the_columns_of_the_table_with_ds_and_bucket(large: Open
     assert table.schema == table_schema(LARGE_DIM)
     assert table.num_rows == large.dataset().count_rows() == 6000
     rows = by_id(table)
-    expected = by_id(bucket_rows(LARGE, bundle=large.facts.bundle, dim=LARGE_DIM))
+    expected = by_id(bucket_rows(LARGE, bundle=large.facts.bundle.version, dim=LARGE_DIM))
     assert rows.select(expected.column_names).cast(expected.schema) == expected
     assert set(rows["ds"].to_pylist()) == {DS}
     assert rows["bucket"].to_pylist() == [number % 2 for number in rows["row_id"].to_pylist()]
@@ -447,7 +448,7 @@ def test_an_open_release_travels_to_another_process(large: OpenRelease) -> None:
 def test_a_flipped_byte_anywhere_in_a_table_file_is_refused_when_all_is_read(
     large_site: Site, large: OpenRelease, file: int, place: float
 ) -> None:
-    published = large.facts.table_files[file]
+    published = large.facts.table.files[file]
     assert published.bytes > BLOCK_BYTES
     path, offset = Path(large_site.table_uri) / published.path, int(place * published.bytes)
     flip(path, offset)
@@ -466,7 +467,7 @@ def test_a_flipped_byte_anywhere_in_a_table_file_is_refused_when_all_is_read(
 def test_with_a_flipped_byte_a_lookup_gives_the_true_vector_or_refuses(
     large_site: Site, large: OpenRelease, item: str, place: float
 ) -> None:
-    published = next(f for f in large.facts.table_files if f"bucket={row_id(item) % 2}/" in f.path)
+    published = next(f for f in large.facts.table.files if f"bucket={row_id(item) % 2}/" in f.path)
     path, offset = Path(large_site.table_uri) / published.path, int(place * published.bytes)
     flip(path, offset, 1)
     try:
@@ -481,7 +482,7 @@ def test_with_a_flipped_byte_a_lookup_gives_the_true_vector_or_refuses(
 
 def test_a_flipped_byte_in_the_other_bucket_disturbs_no_lookup(large_site: Site, large: OpenRelease) -> None:
     ids = [item for item in LARGE_IDS if row_id(item) % 2 == 0][:50]
-    published = next(f for f in large.facts.table_files if "bucket=1/" in f.path)
+    published = next(f for f in large.facts.table.files if "bucket=1/" in f.path)
     flip(Path(large_site.table_uri) / published.path, 100)
     try:
         fresh = open_release(large_site.table_uri)
@@ -493,7 +494,7 @@ def test_a_flipped_byte_in_the_other_bucket_disturbs_no_lookup(large_site: Site,
 def test_every_way_to_read_everything_verifies_every_byte_that_it_hands_out(
     large_site: Site, large: OpenRelease
 ) -> None:
-    published = large.facts.table_files[1]
+    published = large.facts.table.files[1]
     group = pq.read_metadata(Path(large_site.table_uri) / published.path).row_group(0)
     chunk = next(group.column(n) for n in range(6) if group.column(n).path_in_schema == "vector.list.element")
     path, offset = Path(large_site.table_uri) / published.path, chunk.data_page_offset + chunk.total_compressed_size - 1
@@ -522,8 +523,8 @@ def test_a_missing_table_file_is_named(small: OpenRelease) -> None:
 
 @pytest.mark.parametrize("place", [0.0, 0.01, 0.3, 0.77, 0.999])
 def test_a_flipped_byte_in_the_index_is_refused_before_faiss_reads_it(small: OpenRelease, place: float) -> None:
-    file = small.facts.index_files[0]
-    flip(Path(small.facts.index_uri) / file.path, int(place * file.bytes))
+    file = small.facts.index.files[0]
+    flip(Path(small.facts.index.uri) / file.path, int(place * file.bytes))
     with pytest.raises(CorruptFile, match=f"{file.path} differs from its checksum in block"):
         small.search(items(40)["item-0"])
     with pytest.raises(CorruptFile, match=file.path):
@@ -531,8 +532,8 @@ def test_a_flipped_byte_in_the_index_is_refused_before_faiss_reads_it(small: Ope
 
 
 def test_a_missing_index_file_is_named(small: OpenRelease) -> None:
-    file = small.facts.index_files[0]
-    (Path(small.facts.index_uri) / file.path).unlink()
+    file = small.facts.index.files[0]
+    (Path(small.facts.index.uri) / file.path).unlink()
     with pytest.raises(CorruptFile, match=f"{file.path} is missing"):
         small.search(items(40)["item-0"])
 
@@ -601,7 +602,7 @@ def remove_files(release: OpenRelease, *, index: bool = True) -> None:
     for path in release.files():
         Path(path).unlink()
     if index:
-        (Path(release.facts.index_uri) / release.facts.index_files[0].path).unlink()
+        (Path(release.facts.index.uri) / release.facts.index.files[0].path).unlink()
 
 
 WAYS_TO_READ = {

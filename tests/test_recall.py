@@ -243,9 +243,9 @@ def test_the_true_recall_lies_within_the_bounds_in_nineteen_of_twenty_repetition
     for seed in range(20):
         wanted = IndexSettings(factory=factory, recall_queries=400, target_recall=0.9, seed=seed)
         receipt = encoded.index(wanted)
-        true = true_recall(encoded.site, receipt.files[0].path, vectors, wanted.k)
-        inside += receipt.figures.recall_low <= true <= receipt.figures.recall_high
-        widths.append(receipt.figures.recall_high - receipt.figures.recall_low)
+        true = true_recall(encoded.site, receipt.index.files[0].path, vectors, wanted.k)
+        inside += receipt.index.figures.recall_low <= true <= receipt.index.figures.recall_high
+        widths.append(receipt.index.figures.recall_high - receipt.index.figures.recall_low)
     assert inside >= 19
     assert max(widths) < 0.05
 

@@ -12,6 +12,7 @@ import pytest
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
 from published import BUCKETS, DIM, DS, NOON, TEMPLATE, Encoded, Meeting, Site, Vector, Vectors, flip, in_buckets, items
+from releases import altered
 
 from pipeline import release, release_log, stages
 from pipeline.config import AuditSettings, IndexSettings
@@ -25,7 +26,7 @@ from schemas.catalogue import Change
 from schemas.feature_table import bucket_number
 from schemas.identity import row_id
 from schemas.receipt import Receipt
-from schemas.release import Release
+from schemas.release import Counts, Release
 
 VECTORS = items(40)
 # Enough that a few items that come and go move no mean.
@@ -65,22 +66,24 @@ def table_file(encoded: Encoded, bucket: int = 0) -> Path:
 
 def test_a_release_says_what_plan_receipts_audit_and_index_said(site: Site) -> None:
     encoded = site.encoded(VECTORS, quarantined={"null_id": 1, "malformed": 1})
-    report, index = encoded.audit(), encoded.index(IndexSettings(factory="IVF4,Flat", k=3))
+    report, receipt = encoded.audit(), encoded.index(IndexSettings(factory="IVF4,Flat", k=3))
     encoded.workspace.write_seconds("encode", 2.0)
     encoded.workspace.write_seconds("encode", 0.5)
     made = encoded.release()
     assert (made.ds, made.plan_id, made.supersedes) == (DS, encoded.plan.plan_id, None)
-    assert (made.items, made.new, made.changed, made.reused, made.deleted, made.quarantined) == (40, 40, 0, 0, 0, 2)
-    assert (made.dim, made.buckets, made.template) == (DIM, BUCKETS, TEMPLATE)
-    assert (made.encoded, made.tokens, made.tokens_per_second, made.seconds) == (40, 120, 240.0, {"encode": 2.5})
-    assert (made.index_uri, made.index_files, made.index_nprobe) == (index.uri, index.files, index.nprobe)
-    assert (made.k, made.recall, made.recall_queries, made.index_factory) == (3, index.recall, 40, "IVF4,Flat")
-    assert (made.mean, made.variance, made.drift) == (report.gained.mean, report.gained.variance, None)
-    assert (made.index_build, made.turn, made.withdrawn, made.restores) == (index.build, 1, False, None)
-    assert made.quarantined_fraction == pytest.approx(2 / 42)
+    assert made.counts == Counts(
+        items=40, new=40, changed=0, reused=0, deleted=0, quarantined=2, encoded=40, tokens=120
+    )
+    assert (made.table.dim, made.table.buckets, made.table.template) == (DIM, BUCKETS, TEMPLATE)
+    assert (made.tokens_per_second, made.seconds) == (240.0, {"encode": 2.5})
+    assert made.index == receipt.index
+    assert (made.index.k, made.index.recall_queries, made.index.factory) == (3, 40, "IVF4,Flat")
+    assert (made.moments, made.audit, made.audit.drift) == (report.gained, report.figures, None)
+    assert (made.turn, made.withdrawn, made.restores) == (1, False, None)
+    assert made.audit.quarantined_fraction == pytest.approx(2 / 42)
     assert made.quarantine_uri == encoded.workspace.quarantine_uri
-    assert made.table_files == tuple(receipt.file for receipt in encoded.receipts)
-    assert made.bundle_file.sha256.startswith(made.bundle)
+    assert made.table.files == tuple(receipt.file for receipt in encoded.receipts)
+    assert made.bundle.card_file.sha256.startswith(made.bundle.version)
     assert made.facts()["release_id"] == made.release_id
     assert log_of(site) == [made]
 
@@ -95,7 +98,7 @@ def test_nothing_is_visible_before_the_release_and_everything_after_it(site: Sit
         assert len(open_release(site.table_uri)) == 5
     made = encoded.release()
     assert len(open_release(site.table_uri)) == 40
-    assert DeltaTable(site.table_uri, version=made.table_version).to_pyarrow_table().num_rows == 45
+    assert DeltaTable(site.table_uri, version=made.table.version).to_pyarrow_table().num_rows == 45
 
 
 def test_publishing_again_is_the_same_release(ready: Encoded) -> None:
@@ -126,7 +129,7 @@ def test_a_run_that_died_between_its_two_commits_is_finished_by_the_next(
     assert log_of(ready.site) == []
     version = DeltaTable(ready.site.table_uri).version()
     made = ready.release()
-    assert made.table_version == version == DeltaTable(ready.site.table_uri).version()
+    assert made.table.version == version == DeltaTable(ready.site.table_uri).version()
     assert log_of(ready.site) == [made]
 
 
@@ -170,12 +173,12 @@ def test_a_later_plan_of_the_day_supersedes_and_the_first_may_come_back(site: Si
     again = site.publish(VECTORS, plan_id="first")
     assert [found.supersedes for found in (first, second, again)] == [None, first.release_id, second.release_id]
     assert [found.turn for found in (first, second, again)] == [1, 2, 3]
-    assert again.table_version == second.table_version + 1 == first.table_version + 2
+    assert again.table.version == second.table.version + 1 == first.table.version + 2
     assert log_of(site) == [first, second, again]
     assert len(open_release(site.table_uri)) == 40
     assert DeltaTable(site.table_uri).to_pyarrow_table().num_rows == 40
     for opened in (first, second):
-        assert open_release(site.table_uri, release_id=opened.release_id).dataset().count_rows() == opened.items
+        assert open_release(site.table_uri, release_id=opened.release_id).dataset().count_rows() == opened.counts.items
 
 
 def test_a_backfill_leaves_the_newest_day_to_its_readers(site: Site) -> None:
@@ -275,9 +278,9 @@ def test_an_index_of_other_files_is_not_published(ready: Encoded) -> None:
 
 
 def index_file(encoded: Encoded) -> Path:
-    index = encoded.workspace.read_index()
-    assert index is not None
-    return Path(index.uri) / index.files[0].path
+    receipt = encoded.workspace.read_index()
+    assert receipt is not None
+    return Path(receipt.index.uri) / receipt.index.files[0].path
 
 
 def bundle_file(name: str) -> Callable[[Encoded], Path]:
@@ -410,7 +413,7 @@ def test_a_plan_of_the_day_is_not_published_any_more_once_a_bucket_of_it_was_rep
     site.publish(stir(DAY, 1, seed=1), plan_id="some", chosen=(1,))
     assert published(site.storage, site.table_uri, ds=DS, plan_id=whole.plan_id) is None
     made = site.publish(DAY)
-    assert (made.turn, made.table_files) == (3, whole.table_files)
+    assert (made.turn, made.table.files) == (3, whole.table.files)
 
 
 # --- some buckets of a day
@@ -437,20 +440,20 @@ def factory(request: pytest.FixtureRequest) -> IndexSettings:
 
 def test_some_buckets_are_replaced_and_the_others_stay_as_they_are(site: Site, factory: IndexSettings) -> None:
     live = site.publish(DAY, index=factory)
-    before = {file.path: (Path(site.table_uri) / file.path).read_bytes() for file in live.table_files}
+    before = {file.path: (Path(site.table_uri) / file.path).read_bytes() for file in live.table.files}
     today = stir(DAY, 2, seed=1)
     made = site.publish(today, plan_id="some", chosen=(2,), index=factory)
     day = in_buckets(DAY, 0, 1, 3) | today
 
-    old, new = ({bucket_number(file.path): file for file in one.table_files} for one in (live, made))
-    assert [bucket_number(file.path) for file in made.table_files] == [0, 1, 2, 3]
+    old, new = ({bucket_number(file.path): file for file in one.table.files} for one in (live, made))
+    assert [bucket_number(file.path) for file in made.table.files] == [0, 1, 2, 3]
     assert {number: new[number] == old[number] for number in new} == {0: True, 1: True, 2: False, 3: True}
     assert {path: (Path(site.table_uri) / path).read_bytes() for path in before} == before
 
-    assert held(site, made.table_version) == held(site) == plain(day)
-    assert held(site, live.table_version) == plain(DAY)
-    paths = set(DeltaTable(site.table_uri, version=made.table_version).file_uris())
-    assert paths == {f"{site.table_uri}/{file.path}" for file in made.table_files}
+    assert held(site, made.table.version) == held(site) == plain(day)
+    assert held(site, live.table.version) == plain(DAY)
+    paths = set(DeltaTable(site.table_uri, version=made.table.version).file_uris())
+    assert paths == {f"{site.table_uri}/{file.path}" for file in made.table.files}
 
     assert verify(site.storage, made, table_uri=site.table_uri) == []
     opened = open_release(site.table_uri)
@@ -463,12 +466,12 @@ def test_some_buckets_are_replaced_and_the_others_stay_as_they_are(site: Site, f
     np.testing.assert_array_equal(opened.vectors(list(day)), np.stack(list(day.values())))
 
     mean, variance = mean_and_variance(day)
-    np.testing.assert_allclose(made.mean, mean, rtol=0, atol=1e-9)
-    assert made.variance == pytest.approx(variance, abs=1e-9)
-    assert (made.items, made.new, made.changed, made.deleted) == (200, 2, 3, 2)
-    assert made.reused == 195
-    assert (made.turn, made.supersedes, made.buckets, made.bundle) == (2, live.release_id, 4, live.bundle)
-    assert (made.index_build.items, made.index_build.changed) == (200, 2 + 2 + 3 + 3)
+    np.testing.assert_allclose(made.moments.mean, mean, rtol=0, atol=1e-9)
+    assert made.moments.variance == pytest.approx(variance, abs=1e-9)
+    assert (made.counts.items, made.counts.new, made.counts.changed, made.counts.deleted) == (200, 2, 3, 2)
+    assert made.counts.reused == 195
+    assert (made.turn, made.supersedes, made.table.buckets, made.bundle) == (2, live.release_id, 4, live.bundle)
+    assert (made.index.build.items, made.index.build.changed) == (200, 2 + 2 + 3 + 3)
     assert log_of(site) == [live, made]
     assert open_release(site.table_uri, release_id=live.release_id).search(DAY[gone[0]], k=1)[0].tolist() == [[gone[0]]]
 
@@ -482,10 +485,10 @@ def test_moments_do_not_wander_however_often_buckets_are_replaced(site: Site) ->
         made = site.publish(today, plan_id=f"plan-{number}", chosen=(bucket,))
         day = in_buckets(day, *({0, 1, 2, 3} - {bucket})) | today
         mean, variance = mean_and_variance(day)
-        np.testing.assert_allclose(made.mean, mean, rtol=0, atol=1e-9)
-        assert made.variance == pytest.approx(variance, abs=1e-9)
-        assert made.items == len(day)
-        assert (made.new, made.changed, made.deleted) == (2, 3, 2)
+        np.testing.assert_allclose(made.moments.mean, mean, rtol=0, atol=1e-9)
+        assert made.moments.variance == pytest.approx(variance, abs=1e-9)
+        assert made.counts.items == len(day)
+        assert (made.counts.new, made.counts.changed, made.counts.deleted) == (2, 3, 2)
     assert held(site) == plain(day)
     assert verify(site.storage, made, table_uri=site.table_uri) == []
 
@@ -498,8 +501,8 @@ def test_a_chosen_bucket_may_become_empty_and_an_empty_one_be_filled(site: Site)
     encoded.index()
     made = encoded.release()
     assert held(site) == plain(in_buckets(DAY, 0, 2, 3))
-    assert (made.new, made.deleted) == (len(in_buckets(DAY, 3)), len(in_buckets(DAY, 1)))
-    assert [bucket_number(file.path) for file in made.table_files] == [0, 2, 3]
+    assert (made.counts.new, made.counts.deleted) == (len(in_buckets(DAY, 3)), len(in_buckets(DAY, 1)))
+    assert [bucket_number(file.path) for file in made.table.files] == [0, 2, 3]
     assert verify(site.storage, made, table_uri=site.table_uri) == []
 
 
@@ -530,13 +533,14 @@ def test_runs_of_other_buckets_of_one_day_are_published_on_top_of_one_another(si
     assert log_of(site) == [live, below]
     made = second.release_on_top()
     day = in_buckets(DAY, 0, 3) | one | other
-    assert held(site) == held(site, made.table_version) == plain(day)
+    assert held(site) == held(site, made.table.version) == plain(day)
     assert verify(site.storage, made, table_uri=site.table_uri) == []
     assert (made.supersedes, made.turn) == (below.release_id, 3)
     mean, variance = mean_and_variance(day)
-    np.testing.assert_allclose(made.mean, mean, rtol=0, atol=1e-9)
-    assert made.variance == pytest.approx(variance, abs=1e-9)
-    assert (made.items, made.new, made.changed, made.deleted, made.reused) == (200, 2, 3, 2, 195)
+    np.testing.assert_allclose(made.moments.mean, mean, rtol=0, atol=1e-9)
+    assert made.moments.variance == pytest.approx(variance, abs=1e-9)
+    counts = made.counts
+    assert (counts.items, counts.new, counts.changed, counts.deleted, counts.reused) == (200, 2, 3, 2, 195)
     opened = open_release(site.table_uri)
     for item, vector in day.items():
         assert opened.search(vector, k=1)[0].tolist() == [[item]]
@@ -551,11 +555,11 @@ def test_runs_of_all_buckets_at_one_moment_all_arrive(site: Site) -> None:
     assert sorted(one.turn for one in made) == [2, 3, 4, 5]
     last = max(made, key=lambda one: one.turn)
     day = {item: vector for one in stirred for item, vector in one.items()}
-    assert held(site) == held(site, last.table_version) == plain(day)
+    assert held(site) == held(site, last.table.version) == plain(day)
     assert verify(site.storage, last, table_uri=site.table_uri) == []
     mean, variance = mean_and_variance(day)
-    np.testing.assert_allclose(last.mean, mean, rtol=0, atol=1e-9)
-    assert last.variance == pytest.approx(variance, abs=1e-9)
+    np.testing.assert_allclose(last.moments.mean, mean, rtol=0, atol=1e-9)
+    assert last.moments.variance == pytest.approx(variance, abs=1e-9)
 
 
 def test_of_two_runs_of_the_same_bucket_the_second_is_told_to_begin_again(site: Site) -> None:
@@ -600,7 +604,7 @@ def test_a_plan_of_some_buckets_stays_published_while_others_are_put_on_top(site
     assert first.release() == first.release_on_top() == above
     assert len(log_of(site)) == 3
     # Damaged, it is not: then it is published once more, on top.
-    again = above.table_files[1]
+    again = above.table.files[1]
     kept = (Path(site.table_uri) / again.path).read_bytes()
     flip(Path(site.table_uri) / again.path, 500)
     with pytest.raises(CorruptFile, match=again.path):
@@ -651,7 +655,7 @@ def test_what_a_run_committed_and_could_not_release_does_not_stay_in_the_delta_t
     assert won == [True]
     assert log_of(site) == [made]
     assert held(site) == plain(items(30, seed=0))
-    assert committed_files(DeltaTable(site.table_uri)) == {file.path for file in made.table_files}
+    assert committed_files(DeltaTable(site.table_uri)) == {file.path for file in made.table.files}
 
 
 def test_a_retry_of_a_release_that_was_rolled_back_since_does_not_bring_it_back(site: Site) -> None:
@@ -711,7 +715,7 @@ def with_another_precision(site: Site) -> None:
 
 def with_another_template(site: Site) -> None:
     live = log_of(site)[-1]
-    other = live.model_copy(update={"release_id": "other", "turn": live.turn + 1, "template": "{brand}"})
+    other = altered(live, release_id="other", turn=live.turn + 1, table__template="{brand}")
     assert release_log.append(site.storage, site.table_uri, [other])
 
 
@@ -755,11 +759,11 @@ def test_damage_in_other_buckets_does_not_stop_a_plan_that_was_published_already
     site.publish(DAY)
     encoded = prepared(site, stir(DAY, 2, seed=1), plan_id="some", chosen=(2,))
     made = encoded.release()
-    flip(Path(site.table_uri) / made.table_files[0].path, 100)
+    flip(Path(site.table_uri) / made.table.files[0].path, 100)
     assert encoded.release() == made
     assert is_whole(site.storage, made, table_uri=site.table_uri, chosen=(2,))
     assert not is_whole(site.storage, made, table_uri=site.table_uri)
-    flip(Path(site.table_uri) / made.table_files[2].path, 100)
+    flip(Path(site.table_uri) / made.table.files[2].path, 100)
     assert not is_whole(site.storage, made, table_uri=site.table_uri, chosen=(2,))
 
 
@@ -767,8 +771,8 @@ def test_a_damaged_file_of_another_bucket_is_no_source_of_an_index(site: Site) -
     live = site.publish(DAY)
     encoded = site.encoded(stir(DAY, 2, seed=1), plan_id="some", chosen=(2,))
     encoded.audit()
-    flip(Path(site.table_uri) / live.table_files[0].path, 1000)
-    with pytest.raises(CorruptFile, match=live.table_files[0].path):
+    flip(Path(site.table_uri) / live.table.files[0].path, 1000)
+    with pytest.raises(CorruptFile, match=live.table.files[0].path):
         encoded.index()
 
 
@@ -781,8 +785,8 @@ def back(site: Site, to: Release) -> list[Release]:
 
 def facts_but(row: Release) -> dict[str, Any]:
     """What a roll-back leaves as it was."""
-    own = {"release_id", "created_at", "turn", "supersedes", "restores", "withdrawn", "table_version"}
-    return row.model_dump(exclude=own)
+    own = {"release_id", "created_at", "turn", "supersedes", "restores", "withdrawn"}
+    return row.at_version(0).model_dump(exclude=own)
 
 
 def test_a_roll_back_within_a_date_brings_the_earlier_release_back(site: Site) -> None:
@@ -794,8 +798,8 @@ def test_a_roll_back_within_a_date_brings_the_earlier_release_back(site: Site) -
     assert made.release_id not in (first.release_id, second.release_id)
     assert log_of(site) == [first, second, made]
     assert newest(log_of(site)) == made
-    assert held(site) == held(site, made.table_version) == plain(VECTORS)
-    assert made.table_version == second.table_version + 1
+    assert held(site) == held(site, made.table.version) == plain(VECTORS)
+    assert made.table.version == second.table.version + 1
     assert verify(site.storage, made, table_uri=site.table_uri) == []
     opened = open_release(site.table_uri)
     assert opened.search(VECTORS["item-3"], k=1)[0].tolist() == [["item-3"]]
@@ -836,8 +840,8 @@ def test_a_roll_back_to_an_earlier_date_withdraws_the_later_ones(site: Site) -> 
         (DS, True, today.release_id, 2, None),
         (TOMORROW, True, tomorrow.release_id, 2, None),
     ]
-    nothing = {"items": 0, "table_files": (), "index_files": ()}
-    assert [facts_but(row) for row in made] == [facts_but(today) | nothing, facts_but(tomorrow) | nothing]
+    emptied = [altered(row, counts__items=0, table__files=(), index__files=()) for row in (today, tomorrow)]
+    assert [facts_but(row) for row in made] == [facts_but(row) for row in emptied]
     assert newest(log_of(site)) == open_release(site.table_uri).facts == old
     for ds in (DS, TOMORROW):
         with pytest.raises(UserError, match=f"no release of {ds}"):
@@ -885,16 +889,16 @@ def test_a_date_that_was_withdrawn_is_published_again_by_its_next_run(site: Site
     back(site, old)
     made = site.publish(items(30, seed=1), plan_id="today")
     assert (made.turn, made.supersedes) == (3, None)
-    assert made.table_files == today.table_files
+    assert made.table.files == today.table.files
     assert newest(log_of(site)) == made
 
 
 def damaged_table(_: Site, target: Release) -> Path:
-    return Path(target.table_uri) / target.table_files[1].path
+    return Path(target.table.uri) / target.table.files[1].path
 
 
 def damaged_index(_: Site, target: Release) -> Path:
-    return Path(target.index_uri) / target.index_files[0].path
+    return Path(target.index.uri) / target.index.files[0].path
 
 
 @pytest.mark.parametrize("which", [damaged_table, damaged_index])
@@ -1036,5 +1040,6 @@ def test_what_could_not_be_encoded_is_in_the_quarantine_and_in_no_other_count(si
     encoded.audit()
     encoded.index(IndexSettings())
     made = encoded.release()
-    assert (made.items, made.new, made.changed, made.reused, made.quarantined) == (39, 39, 0, 0, 1)
+    counts = made.counts
+    assert (counts.items, counts.new, counts.changed, counts.reused, counts.quarantined) == (39, 39, 0, 0, 1)
     assert made.quarantine_uri == encoded.workspace.quarantine_uri

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import deltalake
+import pyarrow as pa
 import pytest
-from deltalake import DeltaTable
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError
 from hypothesis import given
 from hypothesis import strategies as st
 from published import NOON, Meeting, Site, items
+from releases import altered
 
 from pipeline import release_log
 from pipeline.errors import UserError
@@ -27,7 +29,7 @@ from pipeline.release_log import (
     replace,
 )
 from pipeline.storage import Storage
-from schemas.release import FORMAT_VERSION, IndexBuild, Release
+from schemas.release import FORMAT_VERSION, OLDEST_FORMAT, RELEASES, IndexBuild, Release
 
 STORAGE = Storage()
 
@@ -40,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Release:
 
 def like(made: Release, name: str, *, ds: str, hour: int = 0, **changes: Any) -> Release:
     facts = {"release_id": name, "plan_id": f"plan of {name}", "ds": ds, "created_at": NOON + timedelta(hours=hour)}
-    return made.model_copy(update=facts | {"turn": 1} | changes)
+    return altered(made, **(facts | {"turn": 1} | changes))
 
 
 def rows_of(uri: str) -> int:
@@ -50,14 +52,15 @@ def rows_of(uri: str) -> int:
 
 def test_a_release_reads_back_as_it_was_written(tmp_path: Path, made: Release) -> None:
     full = like(
-        made, "full", ds="2026-11-20", seconds={"encode": 1.5, "plan": 0.25}, tokens_per_second=12.5, drift=0.125,
-        index_nprobe=8, supersedes="an older one", quarantine_uri="/x", turn=7, withdrawn=True, restores="another",
-        retired_at=NOON, index_build=IndexBuild(items=3, nprobe=4, mean=(0.25, -1.0), changed=2),
+        made, "full", ds="2026-11-20", seconds={"encode": 1.5, "plan": 0.25}, tokens_per_second=12.5,
+        audit__drift=0.125, index__nprobe=8, supersedes="an older one", quarantine_uri="/x", turn=7, withdrawn=True,
+        restores="another",
+        retired_at=NOON, index__build=IndexBuild(items=3, nprobe=4, mean=(0.25, -1.0), changed=2),
     )  # fmt: skip
     bare = like(
-        made, "bare", ds="2026-11-21", hour=1, seconds={}, tokens_per_second=None, drift=None, index_nprobe=None,
-        supersedes=None, quarantine_uri=None, restores=None, retired_at=None,
-        index_build=IndexBuild(items=3, nprobe=None, mean=(0.5,)),
+        made, "bare", ds="2026-11-21", hour=1, seconds={}, tokens_per_second=None,
+        audit__drift=None, index__nprobe=None, supersedes=None, quarantine_uri=None, restores=None, retired_at=None,
+        index__build=IndexBuild(items=3, nprobe=None, mean=(0.5,)),
     )  # fmt: skip
     uri = str(tmp_path)
     assert append(STORAGE, uri, [full])
@@ -404,10 +407,81 @@ def test_before_the_first_release_there_is_nothing_to_replace(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("other", "remedy"), [(-1, "publish into a new table_uri"), (1, "upgrade")])
-def test_a_log_of_another_format_is_the_users_error(tmp_path: Path, made: Release, other: int, remedy: str) -> None:
+@pytest.mark.parametrize(
+    ("version", "remedy"), [(OLDEST_FORMAT - 1, "publish into a new table_uri"), (FORMAT_VERSION + 1, "upgrade .*")]
+)
+def test_a_log_of_an_unreadable_format_is_the_users_error(
+    tmp_path: Path, made: Release, version: int, remedy: str
+) -> None:
     uri = str(tmp_path)
     append(STORAGE, uri, [like(made, "fine", ds="2026-11-01")])
-    append(STORAGE, uri, [like(made, "odd", ds="2026-11-02", format_version=FORMAT_VERSION + other)])
-    with pytest.raises(UserError, match=f"release odd .* format {FORMAT_VERSION + other}, .*; {remedy}$"):
+    append(STORAGE, uri, [like(made, "odd", ds="2026-11-02", format_version=version)])
+    with pytest.raises(UserError, match=f"release odd .* format {version}, .* reads formats .*; {remedy}$"):
         read_releases(STORAGE, uri)
+
+
+# Fields with defaults, at the top, in a nested model and in the models of a list, stand for those of a later format.
+ADDED = {"retired_at", "restores", "withdrawn", "tombstones", "blocks"}
+
+
+def before_added(kind: pa.DataType) -> pa.DataType:
+    """The type without the added fields, at any depth."""
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, before_added(field.type)) for field in kind if field.name not in ADDED])
+    return pa.list_(before_added(kind.value_type)) if pa.types.is_list(kind) else kind
+
+
+@pytest.fixture
+def old_log(tmp_path: Path, made: Release, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[Release]]:
+    """A log from before some fields were added, and its records as this program must read them."""
+    monkeypatch.setattr(release_log, "FORMAT_VERSION", FORMAT_VERSION + 1)
+    old = [like(made, f"r{n}", ds=f"2026-11-0{n}", hour=n) for n in (1, 2)]
+    schema = pa.schema(list(before_added(pa.struct(list(RELEASES)))))
+    rows = pa.Table.from_pylist([release.model_dump() for release in old], schema=schema)
+    taken = CommitProperties(app_transactions=[Transaction(f"ds={release.ds}", 1) for release in old])
+    write_deltalake(f"{tmp_path}/_releases", rows, commit_properties=taken)
+    files = tuple(file.model_copy(update={"blocks": ""}) for file in made.table.files)
+    bare = {
+        "table__files": files,
+        "index__files": tuple(file.model_copy(update={"blocks": ""}) for file in made.index.files),
+        "index__queries_file__blocks": "",
+        "bundle__card_file__blocks": "",
+    }
+    return str(tmp_path), [altered(release, format_version=FORMAT_VERSION + 1, **bare) for release in old]
+
+
+def test_records_of_an_older_format_are_migrated(old_log: tuple[str, list[Release]]) -> None:
+    uri, expected = old_log
+    assert read_releases(STORAGE, uri) == expected
+    assert find_release(STORAGE, uri).release_id == "r2"
+
+
+def test_a_log_of_an_older_format_takes_new_records(old_log: tuple[str, list[Release]], made: Release) -> None:
+    uri, expected = old_log
+    late = like(made, "late", ds="2026-11-03", hour=3, restores="r1", format_version=FORMAT_VERSION + 1)
+    assert append(STORAGE, uri, [late])
+    assert read_releases(STORAGE, uri) == [*expected, late]
+    assert columns_of(uri) == RELEASES.names
+    assert not append(STORAGE, uri, [late.model_copy(update={"release_id": "later"})])
+
+
+def test_records_of_an_older_format_are_replaced_by_migrated_ones(old_log: tuple[str, list[Release]]) -> None:
+    uri, (first, second) = old_log
+    retired = altered(first, retired_at=NOON)
+    assert replace(STORAGE, read_log(STORAGE, uri), [retired, second])
+    assert read_releases(STORAGE, uri) == [retired, second]
+    assert columns_of(uri) == RELEASES.names
+
+
+def test_a_log_of_the_same_format_keeps_its_schema(tmp_path: Path, made: Release) -> None:
+    for number in (1, 2):
+        append(STORAGE, str(tmp_path), [like(made, f"r{number}", ds=f"2026-11-0{number}")])
+    # A changed schema would make commits at the same moment fail.
+    commits = sorted((tmp_path / "_releases" / "_delta_log").glob("*.json"))
+    assert ["metaData" in commit.read_text() for commit in commits] == [True, False, False]
+
+
+def columns_of(uri: str) -> list[str]:
+    """Columns of the log, as any Delta reader sees them, in the order of the model."""
+    found = {field.name for field in DeltaTable(f"{uri}/_releases").schema().fields}
+    return [name for name in RELEASES.names if name in found]

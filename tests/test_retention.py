@@ -99,8 +99,8 @@ def everything(site: Site) -> dict[str, tuple[int, str]]:
 
 def files_of(site: Site, *releases: Release) -> set[str]:
     """What releases name, as paths."""
-    table = {f"{site.table_uri}/{file.path}" for one in releases for file in one.table_files}
-    return table | {f"{one.index_uri}/{f.path}" for one in releases for f in (*one.index_files, one.index_queries)}
+    table = {f"{site.table_uri}/{file.path}" for one in releases for file in one.table.files}
+    return table | {f"{one.index.uri}/{f.path}" for one in releases for f in one.index.all_files}
 
 
 def committed(site: Site, ds: str | None = None) -> set[str]:
@@ -379,12 +379,12 @@ def test_shards_that_two_releases_share_stay_as_long_as_one_of_them(site: Site) 
     settings = IndexSettings(factory="IVF2,Flat", shard_mib=1e-4, merge_mib=0, max_changed=1, max_drift=9)
     first = site.publish(VECTORS, plan_id="first", index=settings)
     second = site.publish(one_changed(VECTORS, 1), plan_id="second", chosen=(1,), base=first, index=settings)
-    shared = set(first.index_files) & set(second.index_files)
+    shared = set(first.index.files) & set(second.index.files)
     assert len(shared) == BUCKETS - 1
     done = sweep(site, 1, AT_ONCE)
     assert done.forgotten == (first.release_id,)
     assert not {f"{site.index_uri}/{file.path}" for file in shared} & set(done.files)
-    assert f"{site.index_uri}/{first.index_files[1].path}" in done.files
+    assert f"{site.index_uri}/{first.index.files[1].path}" in done.files
     assert_readable(site, second)
 
 
@@ -392,7 +392,7 @@ def test_a_plan_that_was_published_twice_keeps_its_files(site: Site) -> None:
     first = site.publish(VECTORS, plan_id="first")
     second = site.publish(OTHERS, plan_id="second")
     again = site.publish(VECTORS, plan_id="first")
-    assert again.table_files == first.table_files
+    assert again.table.files == first.table.files
     assert set(sweep(site, 1, AT_ONCE).forgotten) == ids(first, second)
     assert_readable(site, again)
     assert site.workspace(again.plan_id).read_plan() is not None
@@ -404,7 +404,7 @@ def test_a_release_of_which_no_table_file_is_its_own_keeps_its_work_area(site: S
     emptying.audit(AuditSettings(max_drift=10, max_deleted_fraction=1))
     emptying.index()
     made = emptying.release()
-    assert not [file for file in made.table_files if made.plan_id[:16] in file.path]
+    assert not [file for file in made.table.files if made.plan_id[:16] in file.path]
     left = written_by(emptying)
     assert sweep(site, 1, AT_ONCE).files
     assert left <= files(site).keys()
@@ -557,7 +557,7 @@ def test_what_a_dead_run_committed_leaves_the_newest_version_of_the_delta_table(
     assert_readable(site, first)
     made = site.publish(OTHERS, plan_id="dead")
     assert_readable(site, made)
-    assert committed(site, DS) == {f"{site.table_uri}/{file.path}" for file in made.table_files}
+    assert committed(site, DS) == {f"{site.table_uri}/{file.path}" for file in made.table.files}
 
 
 def test_what_a_dead_run_committed_stays_while_a_release_names_it(site: Site) -> None:

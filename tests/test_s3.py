@@ -42,7 +42,7 @@ def step(name, release):
     opened[name] = open_release(uri, release_id=release.release_id, storage=storage)
     steps[name] = {
         **release.facts(),
-        "paths": [file.path for file in release.table_files],
+        "paths": [file.path for file in release.table.files],
         "problems": verify(storage, release, table_uri=uri),
     }
 

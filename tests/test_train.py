@@ -269,6 +269,12 @@ def test_a_bundle_that_is_gone_is_trained_again(world: World) -> None:
 # --- the night after
 
 
+def facts_of(release: Release) -> tuple[str, int, int, int]:
+    """Version of the bundle, items, encoded texts, carried-over vectors."""
+    counts = release.counts
+    return release.bundle.version, counts.items, counts.encoded, counts.reused
+
+
 def test_the_night_after_a_promotion_encodes_everything_with_the_new_bundle(world: World) -> None:
     settings = world.shop.settings(train={"layers": 2})
     changed = [{**item(3), "title": "Something else"}, *(item(n) for n in range(ITEMS + 2) if n not in {3, 7})]

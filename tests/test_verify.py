@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from published import DIM, Encoded, Site, flip, items
+from releases import altered
 
 from pipeline.config import IndexSettings
 from pipeline.integrity import describe_file
@@ -57,10 +58,10 @@ def test_releases_of_other_days_and_plans_do_not_disturb_one_another(site: Site)
 
 def published_files(site: Site, release: Release) -> list[Path]:
     return [
-        *(Path(site.table_uri) / file.path for file in release.table_files),
-        *(Path(release.index_uri) / file.path for file in release.index_files),
-        Path(release.bundle_uri) / "bundle.json",
-        Path(release.bundle_uri) / "backbone" / "weights.txt",
+        *(Path(site.table_uri) / file.path for file in release.table.files),
+        *(Path(release.index.uri) / file.path for file in release.index.files),
+        Path(release.bundle.uri) / "bundle.json",
+        Path(release.bundle.uri) / "backbone" / "weights.txt",
     ]
 
 
@@ -105,10 +106,10 @@ def with_index_of(site: Site, ids: list[str]) -> Release:
     index = faiss.index_factory(DIM, "IDMap2,Flat", faiss.METRIC_INNER_PRODUCT)
     vectors = np.stack([VECTORS.get(i, VECTORS["item-0"]) for i in ids])
     index.add_with_ids(vectors, np.array([row_id(i) for i in ids]))
-    path = Path(receipt.uri) / "altered.faiss"
+    path = Path(receipt.index.uri) / "altered.faiss"
     faiss.write_index(index, str(path))
     file = describe_file(path, path=path.name, rows=len(ids))
-    encoded.workspace.write_index(receipt.model_copy(update={"files": (file,)}))
+    encoded.workspace.write_index(altered(receipt, index__files=(file,)))
     return encoded.release()
 
 
@@ -130,10 +131,9 @@ def test_an_index_of_other_items_than_the_tables_is_a_problem(site: Site, ids: l
 
 def test_a_log_that_counts_other_rows_than_the_files_hold_is_a_problem(site: Site) -> None:
     release = site.publish(VECTORS)
-    first = release.table_files[0]
-    lying = release.model_copy(
-        update={"items": 81, "table_files": (first.model_copy(update={"rows": 99}), *release.table_files[1:])}
-    )
+    first = release.table.files[0]
+    files = (first.model_copy(update={"rows": 99}), *release.table.files[1:])
+    lying = altered(release, counts__items=81, table__files=files)
     assert problems_of(site, lying) == [
         f"{first.path} has {first.rows} rows, the release says 99",
         "the table holds 80 rows, the release says 81 items",
@@ -143,7 +143,7 @@ def test_a_log_that_counts_other_rows_than_the_files_hold_is_a_problem(site: Sit
 def test_a_bundle_file_of_another_bundle_is_a_problem(site: Site) -> None:
     release = site.publish(VECTORS)
     other = site.bundle("other weights")
-    swapped = release.model_copy(update={"bundle_uri": other.uri, "bundle_file": other.card_file})
+    swapped = altered(release, bundle__uri=other.uri, bundle__card_file=other.card_file)
     assert problems_of(site, swapped) != []
 
 
@@ -157,5 +157,5 @@ def test_vectors_of_another_bundle_are_a_problem(site: Site) -> None:
     encoded.index()
     release = encoded.release()
     assert problems_of(site, release) == [
-        f"{release.table_files[2].path} holds vectors of another bundle than {release.bundle}"
+        f"{release.table.files[2].path} holds vectors of another bundle than {release.bundle.version}"
     ]

@@ -145,9 +145,9 @@ def _encoded(settings: EncodeSettings, release: "OpenRelease", texts: list[str])
 def _texts(deployment: Deployment, release: "OpenRelease", ids: list[str]) -> dict[str, str]:
     """Texts of items, as far as the work areas of the plans that made the files still hold them."""
     storage, table_uri = deployment.storage, deployment.settings.table_uri
-    wanted = {row_id(item) % release.facts.buckets for item in ids}
+    wanted = {row_id(item) % release.facts.table.buckets for item in ids}
     found: dict[str, str] = {}
-    for file in release.facts.table_files:
+    for file in release.facts.table.files:
         if (bucket := bucket_number(file.path)) not in wanted:
             continue
         workspace = Workspace.of(deployment, feature_table.plan_id_of(storage, table_uri, file))

@@ -13,7 +13,7 @@ from pipeline.errors import CorruptFile, UserError
 from pipeline.stages import planned_and_actual
 from pipeline.workspace import Workspace
 from schemas.feature_table import MANTISSA_BITS
-from schemas.release import Release
+from schemas.release import IndexFacts, Release, TableFacts
 
 if TYPE_CHECKING:
     from pipeline.reader import OpenRelease
@@ -41,8 +41,8 @@ def verify(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) ->
     elif problems:
         print_lines(problems)
     else:
-        count = len(release.table_files) + len(release.index_files)
-        print_lines([f"release {release.release_id} of {release.ds} is whole: {count} files, {release.items:,} items"])
+        holds = f"{len(release.table.files) + len(release.index.files)} files, {release.counts.items:,} items"
+        print_lines([f"release {release.release_id} of {release.ds} is whole: {holds}"])
     if problems:
         raise CorruptFile(f"release {release.release_id} has {len(problems)} problems")
 
@@ -60,9 +60,13 @@ def releases(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) 
         return
     counts = ["items", "new", "changed", "reused", "deleted", "quarantined"]
     rows = [
-        [r.release_id, r.ds, states[r.release_id], *(f"{getattr(r, n):,}" for n in counts), f"{r.recall:.4f}", r.bundle]
-        for r in found
-    ]
+        [
+            release.release_id, release.ds, states[release.release_id],
+            *(f"{getattr(release.counts, name):,}" for name in counts),
+            f"{release.index.recall:.4f}", release.bundle.version,
+        ]
+        for release in found
+    ]  # fmt: skip
     print_table(None, ["release", "ds", "state", *counts, "recall", "bundle"], rows, right=tuple(range(3, 10)))
 
 
@@ -86,23 +90,24 @@ def summary(
 
 def print_summary(deployment: Deployment, release: Release, *, fresh: bool) -> None:
     """What a person wants to read after a night."""
+    counts = release.counts
     if fresh:
         done = (
-            f"{release.encoded:,} texts encoded ({release.new:,} new and {release.changed:,} changed items), "
-            f"{release.reused:,} vectors reused, {release.deleted:,} items removed, "
-            f"{release.quarantined:,} rows quarantined"
+            f"{counts.encoded:,} texts encoded ({counts.new:,} new and {counts.changed:,} changed items), "
+            f"{counts.reused:,} vectors reused, {counts.deleted:,} items removed, "
+            f"{counts.quarantined:,} rows quarantined"
         )
     else:
         done = "nothing: this catalogue is published already. 0 texts encoded, no second release"
     seconds = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in release.seconds.items())
     facts = [
         ["done", done],
-        ["items", f"{release.items:,} vectors of {release.dim} dimensions, bundle {release.bundle}"],
-        ["table", f"{release.table_uri} ({_table(release)})"],
-        ["index", f"{release.index_uri} ({_index(release)})"],
+        ["items", f"{counts.items:,} vectors of {release.table.dim} dimensions, bundle {release.bundle.version}"],
+        ["table", f"{release.table.uri} ({_table(release.table)})"],
+        ["index", f"{release.index.uri} ({_index(release.index)})"],
         *([["quarantine", release.quarantine_uri]] if release.quarantine_uri else []),
         *([["time", seconds]] if fresh else []),
-        *([["encode", _planned(deployment, release)]] if fresh and release.tokens else []),
+        *([["encode", _planned(deployment, release)]] if fresh and counts.tokens else []),
         ["look-up", _example(deployment, release)],
     ]
     print_table(f"Release {release.release_id} of {release.ds}", ["", ""], facts)
@@ -120,36 +125,35 @@ def open_chosen(deployment: Deployment, ds: str | None, at: str | None = None) -
     )
 
 
-def _index(release: Release) -> str:
-    figures, facts = release.index_figures, [release.index_factory]
-    recall = f"recall@{release.k} {release.recall:.4f}"
+def _index(index: IndexFacts) -> str:
+    figures, facts = index.figures, [index.factory]
+    recall = f"recall@{index.k} {index.recall:.4f}"
     if figures.recall_low < figures.recall_high:
         recall += f" (of all items {figures.recall_low:.4f} to {figures.recall_high:.4f})"
-    facts += [recall, f"{figures.latency_ms:.2f} ms a query", f"{release.index_bytes_per_item:,.0f} bytes per item"]
-    if release.index_build.tombstones:
-        facts.append(f"{release.index_build.tombstones:,} tombstones")
+    facts += [recall, f"{figures.latency_ms:.2f} ms a query", f"{index.bytes_per_item:,.0f} bytes per item"]
+    if index.build.tombstones:
+        facts.append(f"{index.build.tombstones:,} tombstones")
     return ", ".join(facts)
 
 
-def _table(release: Release) -> str:
-    facts = [f"version {release.table_version}", f"{len(release.table_files)} files"]
-    facts.append(f"{release.bytes_per_item:,.0f} bytes per item")
-    if release.mantissa_bits < MANTISSA_BITS:
-        facts.append(f"{release.mantissa_bits} mantissa bits")
+def _table(table: TableFacts) -> str:
+    facts = [f"version {table.version}", f"{len(table.files)} files", f"{table.bytes_per_item:,.0f} bytes per item"]
+    if table.mantissa_bits < MANTISSA_BITS:
+        facts.append(f"{table.mantissa_bits} mantissa bits")
     return ", ".join(facts)
 
 
 def _planned(deployment: Deployment, release: Release) -> str:
     plan, seconds = Workspace.of(deployment, release.plan_id).read_plan(), release.seconds.get("encode", 0.0)
     if plan is None:
-        return f"{release.tokens:,} tokens, {seconds:,.1f} s"
-    return planned_and_actual(plan, tokens=release.tokens, seconds=seconds)
+        return f"{release.counts.tokens:,} tokens, {seconds:,.1f} s"
+    return planned_and_actual(plan, tokens=release.counts.tokens, seconds=seconds)
 
 
 def _example(deployment: Deployment, release: Release) -> str:
     opened = _opened(deployment, release)
     first = opened.dataset().head(1, columns=["item_id"])["item_id"][0].as_py()
-    names, scores = opened.similar([first], min(3, release.items))
+    names, scores = opened.similar([first], min(3, release.counts.items))
     near = ", ".join(f"{n} ({s:.3f})" for n, s in zip(names[0], scores[0], strict=True) if n is not None)
     return f"marc lookup --item {first} -k 3  →  {near}"
 

@@ -60,8 +60,9 @@ from pipeline.workspace import read_contract
 from schemas.feature_table import bucket_number
 from schemas.files import PublishedFile
 from schemas.identity import files_digest
-from schemas.receipt import IndexReceipt, Moments, TrainedIndex
-from schemas.release import IndexBuild, IndexFigures, Release
+from schemas.moments import Moments
+from schemas.receipt import IndexReceipt, TrainedIndex
+from schemas.release import IndexBuild, IndexFacts, IndexFigures, Release
 
 # A patched index that must search this many times more widely than when it was built has outlived its lists.
 WIDENED = 2
@@ -99,13 +100,13 @@ def in_turn(
 
 
 def satisfies(built: IndexReceipt, settings: IndexSettings, *, dim: int, storage: Storage) -> bool:
-    """Whether an index that was built before is what the settings ask for now, every byte of it in place."""
-    items = sum(file.rows for file in built.files) - built.build.tombstones
+    """Whether an earlier index has the type, k and recall that the settings ask for, and all its files are whole."""
+    index = built.index
     return (
-        built.factory in {choice.factory for choice in choose(items, dim, settings)}
-        and built.k == settings.k
-        and built.recall >= settings.target_recall
-        and not any(check_file(storage, built.uri, file) for file in (*built.files, built.queries_file))
+        index.factory in {choice.factory for choice in choose(index.items, dim, settings)}
+        and index.k == settings.k
+        and index.recall >= settings.target_recall
+        and not any(check_file(storage, index.uri, file) for file in index.all_files)
     )
 
 
@@ -160,9 +161,7 @@ def make_index(
     indexed, queries_file = _stored(made, found, job), _store_queries(made.queries, job)
     build = made.build if made.build.changed else made.build.model_copy(update={"nprobe": found.nprobe})
     storage.remove(join(work_uri, part.path) for part in made.parts)
-    return IndexReceipt(
-        plan_id=plan_id,
-        files_digest=files_digest(files),
+    facts = IndexFacts(
         uri=index_uri,
         files=indexed,
         queries_file=queries_file,
@@ -173,7 +172,7 @@ def make_index(
         build=build,
         k=settings.k,
         recall=found.recall.mean,
-        queries=found.recall.queries,
+        recall_queries=found.recall.queries,
         figures=IndexFigures(
             memory_bytes=job.choice.memory_bytes,
             recall_low=found.recall.low,
@@ -181,8 +180,9 @@ def make_index(
             latency_ms=found.latency_ms,
             queries_per_second=found.queries_per_second,
         ),
-        seconds=time.monotonic() - started,
     )
+    seconds = time.monotonic() - started
+    return IndexReceipt(plan_id=plan_id, files_digest=files_digest(files), index=facts, seconds=seconds)
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class _Job:
 
 def _made_for(jobs: Sequence["_Job"], base: Release | None) -> tuple["_Job", "_Made", "_Measured"]:
     """The index, patched or built; of several that would suit, the first one that reaches the recall."""
-    job = next((job for job in jobs if base and job.choice.factory == base.index_factory), jobs[0])
+    job = next((job for job in jobs if base and job.choice.factory == base.index.factory), jobs[0])
     try:
         made = _patched(job, base)
         found = _measured(made, job)
@@ -298,21 +298,21 @@ def _patched(job: _Job, base: Release | None) -> _Made:
     old = _old_queries(job, base)
     ids, held = job.query_ids()
     carried = np.flatnonzero(np.isin(old.ids, ids))
-    of = len(base.index_files)
+    of = len(base.index.files)
     tasks = [
         PatchTask(
             number=number,
             of=of,
             source=job.source.part(files_of(job.source.files, number, buckets=job.buckets, of=of)),
-            before=files_of(base.table_files, number, buckets=job.buckets, of=of),
+            before=files_of(base.table.files, number, buckets=job.buckets, of=of),
             file=file,
-            root=base.index_uri,
+            root=base.index.uri,
             asked=Asked(old.ids[carried], old.vectors[carried], depth_of(job.settings.k)),
-            allowance=int(job.settings.max_changed * base.index_build.items) - base.index_build.changed,
+            allowance=int(job.settings.max_changed * base.index.build.items) - base.index.build.changed,
             index_uri=job.index_uri,
             plan_id=job.plan_id,
         )
-        for number, file in enumerate(base.index_files)
+        for number, file in enumerate(base.index.files)
     ]
     found = _patched_shards(job, tasks)
     build = _build_after(job, base, found)
@@ -320,9 +320,9 @@ def _patched(job: _Job, base: Release | None) -> _Made:
         indexes = [mapped(job.storage, job.index_uri, one.file) if one.file else one.index for one in found]
     except CorruptFile as error:
         raise _Unfit(str(error)) from None
-    if base.index_ef_search or base.index_nprobe:
+    if base.index.width:
         for index in indexes:
-            set_width(index, base.index_nprobe or base.index_ef_search)
+            set_width(index, base.index.width)
     total = sum(index.ntotal for index in indexes) - build.tombstones
     if total != job.items:
         raise _Unfit(f"patched, it holds {total:,} vectors, the table has {job.items:,}")
@@ -347,20 +347,20 @@ def _patched_shards(job: _Job, tasks: Sequence[PatchTask]) -> list[Patched]:
 def _patchable(job: _Job, base: Release | None) -> Release:
     if base is None:
         raise _Unfit("there is no release to start from")
-    if (base.bundle, base.dim, base.buckets) != (job.bundle, job.source.dim, job.buckets):
+    if (base.bundle.version, base.table.dim, base.table.buckets) != (job.bundle, job.source.dim, job.buckets):
         raise _Unfit(f"release {base.release_id} has another bundle, or other buckets")
-    if base.mantissa_bits != job.mantissa_bits:
+    if base.table.mantissa_bits != job.mantissa_bits:
         raise _Unfit(
-            f"release {base.release_id} has vectors of {base.mantissa_bits} mantissa bits, not {job.mantissa_bits}"
+            f"release {base.release_id} stores {base.table.mantissa_bits} mantissa bits, not {job.mantissa_bits}"
         )
-    if base.index_factory != job.choice.factory:
-        raise _Unfit(f"release {base.release_id} has {base.index_factory}, {job.choice.factory} is wanted")
-    if base.index_uri != job.index_uri:
-        raise _Unfit(f"release {base.release_id} has its index in {base.index_uri}")
-    drift = math.dist(job.moments.mean, base.index_build.mean) / math.sqrt(job.moments.variance or 1.0)
+    if base.index.factory != job.choice.factory:
+        raise _Unfit(f"release {base.release_id} has {base.index.factory}, {job.choice.factory} is wanted")
+    if base.index.uri != job.index_uri:
+        raise _Unfit(f"release {base.release_id} has its index in {base.index.uri}")
+    drift = math.dist(job.moments.mean, base.index.build.mean) / math.sqrt(job.moments.variance or 1.0)
     if drift > job.settings.max_drift:
         raise _Unfit(f"the mean vector moved by {drift:.3f} standard deviations since it was built")
-    cap, memory = job.settings.memory_mib, WORKING_BYTES + 2 * max(file.bytes for file in base.index_files)
+    cap, memory = job.settings.memory_mib, WORKING_BYTES + 2 * max(file.bytes for file in base.index.files)
     if cap is not None and memory > cap * MEBIBYTE:
         raise _Unfit(f"to patch it takes {memory / MEBIBYTE:,.0f} MiB, index.memory_mib allows {cap:g}")
     return base
@@ -368,7 +368,7 @@ def _patchable(job: _Job, base: Release | None) -> Release:
 
 def _build_after(job: _Job, base: Release, found: Sequence[Patched]) -> IndexBuild:
     removed, added = sum(len(one.removed) for one in found), sum(one.added for one in found)
-    build = base.index_build
+    build = base.index.build
     changed = build.changed + removed + added
     if changed > job.settings.max_changed * build.items:
         raise _Unfit(f"{changed:,} vectors changed since it was built of {build.items:,}")
@@ -382,10 +382,10 @@ def _old_queries(job: _Job, base: Release) -> Queries:
     dim, depth = job.source.dim, depth_of(job.settings.k)
     none = Queries(np.empty(0, np.int64), np.empty((0, dim), np.float32), 0, nothing_near(0, depth))
     try:
-        data = job.storage.read(join(base.index_uri, base.index_queries.path))
+        data = job.storage.read(join(base.index.uri, base.index.queries_file.path))
     except FileNotFoundError:
         data = b""
-    if hashlib.sha256(data).hexdigest() != base.index_queries.sha256:
+    if hashlib.sha256(data).hexdigest() != base.index.queries_file.sha256:
         log.warning("index: the recall's queries of release %s are damaged, and drawn anew", base.release_id)
         return none
     old = from_bytes(data)

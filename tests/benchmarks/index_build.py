@@ -51,6 +51,7 @@ import pyarrow as pa
 from material import CORES, add_data, cpu, netflix, quiet, sample
 from numpy.typing import NDArray
 from planning import STORAGE, publish_files, settings_at
+from releases import altered
 from rich.console import Console
 from rich.table import Table
 
@@ -63,7 +64,8 @@ from pipeline.resources import TaskResources
 from schemas.feature_table import file_schema
 from schemas.files import PublishedFile
 from schemas.identity import content_hash, row_id
-from schemas.receipt import IndexReceipt, Moments
+from schemas.moments import Moments
+from schemas.receipt import IndexReceipt
 from schemas.release import Release
 
 Matrix = NDArray[np.float32]
@@ -273,19 +275,8 @@ class Day:
     def released(self, receipt: IndexReceipt) -> Release:
         """The day as a release with this index, for the next one to start from."""
         release = publish_files(self.settings, self.files, ds=self.ds)
-        return release.model_copy(
-            update={
-                "dim": self.catalogue.vectors.shape[1],
-                "index_uri": receipt.uri,
-                "index_files": receipt.files,
-                "index_factory": receipt.factory,
-                "index_nprobe": receipt.nprobe,
-                "index_ef_search": receipt.ef_search,
-                "index_build": receipt.build,
-                "index_queries": receipt.queries_file,
-                "items": len(self.catalogue.vectors),
-            }
-        )
+        count, dim = self.catalogue.vectors.shape
+        return altered(release, table__dim=dim, counts__items=count, index=receipt.index)
 
 
 # Searching, the same way for everybody.

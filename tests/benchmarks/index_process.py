@@ -22,7 +22,7 @@ def ours(order: Order) -> Build:
     from pipeline.index import make_index
     from pipeline.storage import Storage
     from schemas.files import PublishedFile
-    from schemas.receipt import Moments
+    from schemas.moments import Moments
     from schemas.release import Release
 
     def build() -> dict[str, Any]:
@@ -41,11 +41,11 @@ def ours(order: Order) -> Build:
             mantissa_bits=23,
             settings=IndexSettings.model_validate(order["settings"]),
         )
-        (file,) = receipt.files
+        (file,) = receipt.index.files
         return {
-            "factory": receipt.factory,
-            "path": f"{receipt.uri}/{file.path}",
-            "changed": receipt.build.changed,
+            "factory": receipt.index.factory,
+            "path": f"{receipt.index.uri}/{file.path}",
+            "changed": receipt.index.build.changed,
             "receipt": receipt.model_dump(mode="json"),
         }
 

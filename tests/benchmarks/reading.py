@@ -34,6 +34,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from published import DS, Site, items
+from releases import altered
 from rich.console import Console
 from rich.table import Table
 
@@ -44,7 +45,7 @@ from pipeline.index import make_index
 from pipeline.reader import OpenRelease, open_release
 from schemas.feature_table import file_schema
 from schemas.identity import row_id
-from schemas.receipt import Moments
+from schemas.moments import Moments
 
 COLUMNS = ["item_id", "vector"]
 LATER = 9
@@ -98,28 +99,22 @@ def write_release(folder: Path, *, count: int, dim: int, buckets: int) -> OpenRe
         index_uri=site.index_uri,
         work_uri=str(folder / "work" / "index"),
         plan_id="0" * 32,
-        bundle=facts.bundle,
+        bundle=facts.bundle.version,
         buckets=buckets,
         moments=Moments.of(count, [0.0] * dim, 1.0),
         dim=dim,
-        mantissa_bits=facts.mantissa_bits,
+        mantissa_bits=facts.table.mantissa_bits,
         # Of random vectors, which have no near neighbours, lists find half as they do almost all of others.
         settings=IndexSettings(target_recall=0.5),
     )
-    facts = facts.model_copy(
-        update={
-            "release_id": f"{facts.release_id}-large",
-            "turn": facts.turn + 1,
-            "table_files": tuple(files),
-            "items": count,
-            "buckets": buckets,
-            "index_uri": built.uri,
-            "index_files": built.files,
-            "index_queries": built.queries_file,
-            "index_factory": built.factory,
-            "index_nprobe": built.nprobe,
-            "index_build": built.build,
-        }
+    facts = altered(
+        facts,
+        release_id=f"{facts.release_id}-large",
+        turn=facts.turn + 1,
+        table__files=tuple(files),
+        table__buckets=buckets,
+        counts__items=count,
+        index=built.index,
     )
     assert release_log.append(site.storage, site.table_uri, [facts])
     return open_release(site.table_uri)
@@ -150,13 +145,13 @@ def measure(release: OpenRelease, *, asked: int, runs: int) -> Seconds:
         (TABLE, DATASET): lambda: pads.dataset(files).to_table(),
         (TABLE, MAPPED): lambda: mapped(files, None),
         (TABLE, OURS): lambda: anew(release).table(),
-        (NUMPY, DATASET): lambda: as_numpy(pads.dataset(files).to_table(columns=COLUMNS), release.facts.dim),
-        (NUMPY, MAPPED): lambda: as_numpy(mapped(files, COLUMNS), release.facts.dim),
+        (NUMPY, DATASET): lambda: as_numpy(pads.dataset(files).to_table(columns=COLUMNS), release.facts.table.dim),
+        (NUMPY, MAPPED): lambda: as_numpy(mapped(files, COLUMNS), release.facts.table.dim),
         (NUMPY, OURS): lambda: anew(release).numpy(),
     }
     generator = np.random.default_rng(0)
     lookup = LOOKUP.format(f"{asked:,}")
-    queries = generator.standard_normal((runs + 1, 1 + LATER, release.facts.dim), np.float32)
+    queries = generator.standard_normal((runs + 1, 1 + LATER, release.facts.table.dim), np.float32)
     found: Seconds = {key: [] for key in [*ways, (lookup, FIRST), (lookup, NEXT), (QUERY, FIRST), (QUERY, NEXT)]}
     # One round unmeasured: libraries are loaded, and the files are in the page cache.
     for number in range(-1, runs):
@@ -217,7 +212,7 @@ def verdict(found: Seconds, asked: int) -> dict[str, float]:
 
 
 def show(found: Seconds, release: OpenRelease, given: argparse.Namespace) -> None:
-    size = sum(file.bytes for file in release.facts.table_files) / 1e6
+    size = sum(file.bytes for file in release.facts.table.files) / 1e6
     title = f"{given.items:,} items × {given.dim}, {given.buckets} buckets, {size:,.0f} MB, {os.cpu_count()} cores"
     table = Table(title=f"{title}, medians of {given.runs}")
     for column in ("read", "how", "ms", "least", "most"):

@@ -94,9 +94,9 @@ def look_at(storage: Storage, table_uri: str, wanted: Mapping[str, Sequence[set[
     found.notes += [f"plan {plan} was released twice" for plan in twice]
     for ds, release in live.items():
         problems = verify(storage, release, table_uri=table_uri)
-        paths = {file.path for file in release.table_files}
-        if committed(storage, table_uri, ds, version=release.table_version) != paths:
-            problems.append(f"version {release.table_version} of the Delta table holds other files")
+        paths = {file.path for file in release.table.files}
+        if committed(storage, table_uri, ds, version=release.table.version) != paths:
+            problems.append(f"version {release.table.version} of the Delta table holds other files")
         if committed(storage, table_uri, ds) != paths:
             problems.append("the Delta table's newest version holds other files")
         found.failed_verifies += bool(problems)

@@ -74,11 +74,11 @@ def whole(release: OpenRelease) -> tuple[list[str], dict[str, Any]]:
     facts = release.facts
     rows = release.dataset().to_table()
     ids = rows["item_id"].to_pylist()
-    vectors = rows["vector"].combine_chunks().flatten().to_numpy().reshape(-1, facts.dim)
+    vectors = rows["vector"].combine_chunks().flatten().to_numpy().reshape(-1, facts.table.dim)
     checks = {
-        f"{rows.num_rows} rows, the log says {facts.items}": rows.num_rows == facts.items,
+        f"{rows.num_rows} rows, the log says {facts.counts.items}": rows.num_rows == facts.counts.items,
         "ids twice": len(set(ids)) == len(ids),
-        "more than one bundle": rows["bundle"].unique().to_pylist() == [facts.bundle],
+        "more than one bundle": rows["bundle"].unique().to_pylist() == [facts.bundle.version],
         "more than one date": rows["ds"].unique().to_pylist() == [facts.ds],
         "vectors that are not finite": bool(np.isfinite(vectors).all()),
         "vectors without unit length": bool(np.all(np.abs(np.linalg.norm(vectors, axis=1) - 1) < UNIT_TOLERANCE)),

@@ -258,28 +258,6 @@ class Storage:
                 shutil.copyfile(uri, staged)
             staged.replace(path)
 
-    def local_copy(self, uri: str, names: Iterable[str], *, key: str) -> Path:
-        """A folder on this machine with some objects below ``uri``, shared by its processes: whole or not at all.
-
-        Args:
-            uri: what the names are relative to.
-            names: of the objects.
-            key: names the content, which never changes: copied once.
-        """
-        folder = Path(tempfile.gettempdir()) / f"marc-{os.getuid()}" / key
-        if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            staged = Path(tempfile.mkdtemp(prefix=STAGED_PREFIX, dir=folder.parent))
-            try:
-                for name in names:
-                    self.fetch(join(uri, name), staged / name)
-                # Where another process was faster, its folder is in the way.
-                with suppress(OSError):
-                    staged.rename(folder)
-            finally:
-                shutil.rmtree(staged, ignore_errors=True)
-        return folder
-
     def repeated(self, uri: str, action: Callable[[], R], *, on: tuple[type[Exception], ...]) -> R:
         """What an action gives; it is tried again after errors that may pass.
 

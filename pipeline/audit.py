@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from pipeline import feature_table
 from pipeline.config import AuditSettings
 from pipeline.errors import CorruptFile, GateRefused
-from pipeline.integrity import require_blocks
 from pipeline.precision import round_mantissas, rounding_error
 from pipeline.resources import TaskResources
 from pipeline.workspace import Workspace
@@ -87,13 +86,12 @@ def audit_tasks(
 
 
 def audit_bucket(task: AuditTask, _resources: TaskResources) -> BucketAudit:
-    """Read a bucket's file as a reader would and compare it with the plan's items."""
+    """Verify every byte of a bucket's file, and compare its rows with the items of the plan."""
     rows = file_schema(task.dim).empty_table().select(COLUMNS)
     problems: list[str] = []
     if task.receipt.file is not None:
         try:
-            require_blocks(task.workspace.storage, task.table_uri, task.receipt.file)
-            rows = feature_table.read_rows(task.workspace.storage, task.table_uri, task.receipt.file, columns=COLUMNS)
+            rows = feature_table.read_whole(task.workspace.storage, task.table_uri, task.receipt.file, columns=COLUMNS)
         except CorruptFile as error:
             problems.append(str(error))
     elif missing := task.work.items - len(task.receipt.quarantined):

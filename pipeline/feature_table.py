@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -18,6 +19,7 @@ from deltalake.transaction import AddAction, RemoveAction
 from pipeline.delta import COMMIT_ERRORS, open_or_create
 from pipeline.errors import Superseded
 from pipeline.integrity import describe_file, open_verified
+from pipeline.mapped_file import MappedFile
 from pipeline.precision import round_vectors
 from pipeline.storage import STAGED_PREFIX, Storage, join
 from schemas.feature_table import (
@@ -252,6 +254,17 @@ def read_rows(
     """
     with open_verified(storage, table_uri, file) as source:
         return pq.ParquetFile(source).read(columns=list(columns) if columns else None)
+
+
+def read_whole(storage: Storage, table_uri: str, file: PublishedFile, *, columns: Sequence[str]) -> pa.Table:
+    """Return columns of one published file. Every byte of the file, other columns included, is verified once.
+
+    Raises:
+        CorruptFile: the file is missing, or a byte differs from the checksum.
+    """
+    with closing(MappedFile(storage, table_uri, file)) as mapped:
+        mapped.require(0, mapped.bytes)
+        return pq.ParquetFile(mapped.open()).read(columns=list(columns))
 
 
 def plan_id_of(storage: Storage, table_uri: str, file: PublishedFile) -> str:

@@ -51,6 +51,11 @@ class IndexReader:
         found = np.concatenate([_shard_ids(shard) for shard in self._shards])
         return found[found >= 0]
 
+    def close(self) -> None:
+        """Drop the FAISS index, and with it its memory map."""
+        for name in ("_search", "_shards", "sorted_row_ids"):
+            vars(self).pop(name, None)
+
     @cached_property
     def sorted_row_ids(self) -> NDArray[np.int64]:
         """Row ids of the vectors that are alive."""

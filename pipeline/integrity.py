@@ -2,7 +2,9 @@
 
 import hashlib
 import io
-from collections.abc import Iterator
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pyarrow as pa
 import xxhash
 
 from pipeline.errors import CorruptFile, MissingFile
-from pipeline.storage import Storage, join
+from pipeline.storage import Storage, is_s3, join
 from schemas.files import BLOCK_BYTES, BLOCK_DIGEST_CHARS, PublishedFile
 
 READ_BLOCKS = 16
@@ -51,6 +53,61 @@ def check_file(storage: Storage, root: str, published: PublishedFile) -> str | N
     if sha.hexdigest() != published.sha256:
         return f"{uri} does not match its SHA-256 {published.sha256[:12]}…"
     return None
+
+
+def verified_folder(storage: Storage, uri: str, sha256: Mapping[str, str], *, key: str, remedy: str) -> Path:
+    """Return a local folder with the files of a stored folder, each file verified.
+
+    A local folder is used where it is. Files on S3 are downloaded once per machine, into a temporary folder that all
+    processes of the user share. A file that is missing or damaged in that folder is downloaded again.
+
+    Args:
+        storage: access to ``uri``.
+        uri: the stored folder; its files never change.
+        sha256: the checksum of each file, by its name relative to ``uri``.
+        key: path of the local copy within the temporary folder; it identifies the content.
+        remedy: what the user can do when a stored file is missing or damaged; the error ends with it.
+
+    Raises:
+        CorruptFile: a stored file is missing or differs from its checksum.
+    """
+    folder = _copies() / key if is_s3(uri) else Path(uri)
+    problems = []
+    for name, digest in sha256.items():
+        found = _difference(folder / name, digest)
+        if found and is_s3(uri):
+            found = _downloaded(storage, join(uri, name), folder / name, digest)
+        if found:
+            problems.append(f"{join(uri, name)} {found}")
+    if problems:
+        raise CorruptFile(f"{'; '.join(problems)}; {remedy}")
+    return folder
+
+
+def _copies() -> Path:
+    """Folder of this user's local copies; other users cannot read it."""
+    folder = Path(tempfile.gettempdir()) / f"marc-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def _downloaded(storage: Storage, uri: str, path: Path, sha256: str) -> str | None:
+    """Download one file and return what is wrong with it; None when it matches its checksum."""
+    try:
+        storage.fetch(uri, path)
+    except FileNotFoundError:
+        return "is missing"
+    return _difference(path, sha256)
+
+
+def _difference(path: Path, sha256: str) -> str | None:
+    """Return what is wrong with a local file; None when it matches its checksum."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (FileNotFoundError, NotADirectoryError):
+        return "is missing"
+    return None if digest == sha256 else f"does not match its SHA-256 {sha256[:12]}…"
 
 
 def require_block(data: memoryview, block: int, uri: str, published: PublishedFile) -> None:

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -100,6 +101,17 @@ class MappedFile:
     def open(self) -> pa.PythonFile:
         """For :class:`pyarrow.parquet.ParquetFile`: what it reads is verified."""
         return pa.PythonFile(_MappedReader(self), mode="r")
+
+    def close(self) -> None:
+        """Close the memory map and, for a file on S3, its temporary copy and the connection.
+
+        Views that were handed out stay valid; while one exists, the map stays open as well.
+        """
+        with suppress(BufferError):
+            self._map.close()
+        if self._source is not None:
+            self._source.close()
+            self._copy.close()
 
     def _fetch(self, source: pa.NativeFile, blocks: range) -> None:
         start = blocks.start * BLOCK_BYTES

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -58,7 +58,8 @@ class OpenRelease:
 
     Files are verified against the release's checksums: each block the first time that this object reads it, all of
     them before the first dataset is handed out, and the index before FAISS reads it. Local files are mapped into
-    memory; blocks of files on S3 are kept in temporary files, which go with this object.
+    memory; blocks of files on S3 are kept in temporary files. :meth:`close`, or the end of a ``with`` block, releases
+    both.
 
     Args:
         facts: the release's row in the log.
@@ -73,9 +74,16 @@ class OpenRelease:
         self._table = TableReader(facts, uri=uri, storage=storage)
         self._index = IndexReader(facts, storage=storage)
         self._neighbours = Neighbours(facts, table=self._table, index=self._index)
+        self._closed = False
 
     def __repr__(self) -> str:
         return f"<release {self.facts.release_id} of {self.facts.ds}: {len(self):,} items × {self.facts.table.dim}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What is mapped into memory stays here: another process opens the same files.
@@ -83,6 +91,16 @@ class OpenRelease:
 
     def __len__(self) -> int:
         return self.facts.counts.items
+
+    def close(self) -> None:
+        """Release memory maps, temporary files and file handles. A second call does nothing.
+
+        Arrays, tables and datasets that were handed out stay valid. The facts and :meth:`files` can still be read; any
+        other call raises a :class:`UserError`. Do not close a release while another thread reads from it.
+        """
+        self._closed = True
+        self._table.close()
+        self._index.close()
 
     def files(self) -> list[str]:
         """Uris of the Parquet files, for readers that bring their own engine (and check nothing)."""
@@ -100,6 +118,16 @@ class OpenRelease:
         """
         with self._unless_gone():
             return self._table.dataset()
+
+    def first_item(self) -> str:
+        """Return the id of one item, the first of the first file: an example for look-ups that needs few bytes.
+
+        Raises:
+            CorruptFile: the file is missing or differs from its checksum.
+            ReleaseGone: retention deleted the release, and its grace period is over.
+        """
+        with self._unless_gone():
+            return self._table.first_item()
 
     def vectors(self, ids: Sequence[str]) -> Matrix:
         """Vectors float32 [n, d] of items, rows in the order asked; repeated ids give repeated rows.
@@ -154,11 +182,14 @@ class OpenRelease:
         """
         if size < 1:
             raise UserError(f"size is {size}; a batch has at least one row")
+        self._require_open()
         return self._batches(size, seed)
 
     def _batches(self, size: int, seed: int | None) -> Iterator[tuple[pa.Array, Matrix]]:
         with self._unless_gone():
-            yield from self._table.batches(size, seed=seed)
+            for batch in self._table.batches(size, seed=seed):
+                yield batch
+                self._require_open()
 
     def search(
         self,
@@ -231,9 +262,14 @@ class OpenRelease:
         with self._unless_gone():
             return self._index.row_ids()
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise UserError(f"release {self.facts.release_id} is closed; open it again with `open_release`")
+
     @contextmanager
     def _unless_gone(self) -> Iterator[None]:
-        """A file that is missing because its release was given up is no damage."""
+        """Require an open release; report a file that retention deleted as a release that is gone, not as damage."""
+        self._require_open()
         try:
             yield
         except MissingFile:

@@ -108,6 +108,10 @@ class TableFile:
         held = self._file.records(size)
         out.view(held.dtype)[places, 0] = held[begin]
 
+    def close(self) -> None:
+        """Close the memory map; item ids and row ids that were read stay valid."""
+        self._file.close()
+
     def find(self, row_ids: NDArray[np.int64]) -> Rows:
         """Numbers of the rows with these row ids [n], −1 where there is none."""
         known, order = self._by_row_id

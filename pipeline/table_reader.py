@@ -62,6 +62,20 @@ class TableReader:
         """Uris of the Parquet files, for readers that bring their own engine (and check nothing)."""
         return [join(self._uri, file.path) for file in self._facts.table.files]
 
+    def first_item(self) -> str:
+        """Return the item id of the first row. Only the item ids of the first file are read.
+
+        Raises:
+            CorruptFile: the file differs from its checksum.
+        """
+        found: str = self._open(self._facts.table.files[0]).item_ids[0].as_py()
+        return found
+
+    def close(self) -> None:
+        """Close the files that look-ups keep open."""
+        while self._opened:
+            self._opened.popitem()[1].close()
+
     def dataset(self) -> pads.Dataset:
         """The files as one dataset, verified before the first is handed out.
 
@@ -195,6 +209,7 @@ class TableReader:
         for file in files:
             opened = self._open(file, keep=False)
             names, vectors = opened.item_ids, opened.vectors()
+            del opened  # The caller may keep a batch for long; the file need not stay mapped for that.
             order = random.permutation(len(names)) if random else None
             start = 0
             while start < len(names):

@@ -17,9 +17,9 @@ from pipeline import catalogue
 from pipeline.catalogue import CatalogueSource
 from pipeline.config import Settings, TrainSettings
 from pipeline.errors import CorruptFile, UserError
-from pipeline.integrity import check_file, describe_file
+from pipeline.integrity import describe_file, verified_folder
 from pipeline.interactions import Interactions, Split, find_interactions, named_items, read_interactions, split_by_time
-from pipeline.storage import Storage, StoredObject, is_s3, join
+from pipeline.storage import Storage, StoredObject, join
 from schemas.files import PublishedFile
 from schemas.identity import digest
 from schemas.training import FORMAT_VERSION, TrainingSetCard
@@ -194,21 +194,21 @@ def make_training_set(
 
 
 def open_training_set(storage: Storage, work_uri: str, training_id: str) -> TrainingSet:
-    """A training set of the work area, its files verified; objects are downloaded once per machine.
+    """Return a training set of the work area, all files verified; files on S3 are downloaded once per machine.
 
     Raises:
-        UserError: there is none of that name.
-        CorruptFile: a file differs from its checksum.
+        UserError: the work area has no training set of this name.
+        CorruptFile: a file of the work area is missing or differs from its checksum.
     """
     uri = training_uri(work_uri, training_id)
     card = read_card(storage, work_uri, training_id)
-    folder = Path(uri)
-    if is_s3(uri):
-        folder = storage.local_copy(uri, card.files, key=f"training/{training_id}")
-    for file in card.files.values():
-        problem = check_file(Storage(), str(folder), file)
-        if problem:
-            raise CorruptFile(f"{problem}; delete the folder {uri} and train again")
+    folder = verified_folder(
+        storage,
+        uri,
+        {name: file.sha256 for name, file in card.files.items()},
+        key=f"training/{training_id}",
+        remedy=f"delete the folder {uri} and train again",
+    )
     items = pq.read_table(folder / ITEMS)
     rows = pq.read_table(folder / INTERACTIONS)
     # Copied: what Arrow shares is read-only, and torch warns of that.

@@ -54,7 +54,8 @@ def _content_problems(storage: Storage, release: Release, table_uri: str) -> Ite
     if rows != release.counts.items:
         yield f"the table holds {rows:,} rows, the release says {release.counts.items:,} items"
     in_table = np.concatenate(row_ids)
-    in_index = OpenRelease(release, uri=table_uri, storage=storage).index_row_ids()
+    with OpenRelease(release, uri=table_uri, storage=storage) as opened:
+        in_index = opened.index_row_ids()
     extra, missing = np.setdiff1d(in_index, in_table).size, np.setdiff1d(in_table, in_index).size
     if extra or missing:
         yield f"the index holds {extra:,} ids that the table does not, and lacks {missing:,}"

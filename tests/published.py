@@ -16,7 +16,7 @@ from pipeline import audit, index, release, release_log, stages
 from pipeline.config import AuditSettings, CatalogueSettings, IndexSettings, Settings
 from pipeline.deployment import Deployment
 from pipeline.errors import CorruptFile
-from pipeline.feature_table import day_files, read_rows, write_bucket_file
+from pipeline.feature_table import PLAN_FOOTER, day_files, read_rows, write_bucket_file
 from pipeline.model.bundle import Bundle, save_bundle
 from pipeline.resources import TaskResources
 from pipeline.storage import Storage, join
@@ -225,7 +225,7 @@ class Site:
                 ds=ds,
                 bucket=number,
                 plan_id=plan.plan_id,
-                footer={"marc.bundle": bundle.version, "marc.dim": str(self.dim)},
+                footer={"marc.bundle": bundle.version, "marc.dim": str(self.dim), PLAN_FOOTER: plan.plan_id},
                 mantissa_bits=mantissa_bits,
             )
             workspace.write_receipt(receipt_for(plan, number, file))

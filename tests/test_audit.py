@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from published import DIM, DS, TEMPLATE, Encoded, Site, Vector, Vectors, flip, in_buckets, items
 
+from pipeline import integrity, mapped_file
 from pipeline.audit import judge, require_passed
 from pipeline.config import AuditSettings
 from pipeline.errors import GateRefused
 from schemas.catalogue import Change
 from schemas.feature_table import file_schema
+from schemas.files import BLOCK_DIGEST_CHARS
 from schemas.identity import row_id
 from schemas.moments import Moments
 from schemas.receipt import AuditReport, BucketAudit, day_moments
@@ -167,6 +170,24 @@ def test_a_damaged_file_is_refused(site: Site) -> None:
     (Path(site.table_uri) / file.path).write_bytes(b"PAR1")
     (problem,) = encoded.audit().problems
     assert f"bucket {HIT}: {site.table_uri}/{file.path} has 4 bytes" in problem
+
+
+def test_every_block_of_every_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = items(6000, dim=32)
+    encoded = Site(tmp_path, dim=32).encoded(vectors, buckets=2)
+    hashed: list[tuple[str, int]] = []
+    require = integrity.require_block
+
+    def note(data: memoryview, block: int, uri: str, *rest: Any) -> None:
+        hashed.append((uri, block))
+        require(data, block, uri, *rest)
+
+    for module in (integrity, mapped_file):
+        monkeypatch.setattr(module, "require_block", note)
+    assert encoded.audit().problems == ()
+    blocks = [len(receipt.file.blocks) // BLOCK_DIGEST_CHARS for receipt in encoded.receipts if receipt.file]
+    assert min(blocks) > 1
+    assert len(set(hashed)) == len(hashed) == sum(blocks)
 
 
 def test_a_bucket_without_a_file_is_refused_when_items_were_planned(site: Site) -> None:

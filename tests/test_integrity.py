@@ -2,18 +2,21 @@
 
 import hashlib
 import io
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xxhash
+from folder_as_s3 import BUCKET, FolderAsS3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import flip
 
 from pipeline.errors import CorruptFile
-from pipeline.integrity import check_file, describe_file, open_verified, require_blocks
+from pipeline.integrity import check_file, describe_file, open_verified, require_blocks, verified_folder
 from pipeline.storage import Storage
 from schemas.files import BLOCK_BYTES, PublishedFile
 
@@ -179,3 +182,81 @@ def test_check_file_reads_the_bytes_as_they_lie_whatever_the_name(tmp_path: Path
     path = tmp_path / f"file{ending}"
     path.write_bytes(CONTENT[:1000])
     assert check_file(STORAGE, str(tmp_path), describe_file(path, path=path.name)) is None
+
+
+# --- verified local copies of folders
+
+FILES = {"card.json": b"card", "deep/er/weights": bytes(range(256))}
+DIGESTS = {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()}
+
+
+@dataclass(frozen=True)
+class Remote(FolderAsS3):
+    """A bucket that counts downloads."""
+
+    fetched: list[str] = field(default_factory=list, compare=False)
+
+    def fetch(self, uri: str, path: Path) -> None:
+        self.fetched.append(uri.removeprefix(f"{BUCKET}set/"))
+        super().fetch(uri, path)
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remote:
+    """A bucket with the files in ``set/``, and an empty folder for temporary files."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    for name, data in FILES.items():
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(data)
+    return Remote(folder=str(tmp_path))
+
+
+def opened(storage: Storage, uri: str = f"{BUCKET}set") -> dict[str, bytes]:
+    folder = verified_folder(storage, uri, DIGESTS, key="kind/content", remedy="do this")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_files_of_a_store_are_downloaded_once_and_only_this_user_can_read_them(remote: Remote, tmp_path: Path) -> None:
+    assert opened(remote) == opened(remote) == FILES
+    assert remote.fetched == list(FILES)
+    (folder,) = (tmp_path / "tmp").iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(b"x" * path.stat().st_size)
+
+
+def gone(path: Path) -> None:
+    shutil.rmtree(path.parent)
+
+
+@pytest.mark.parametrize("harm", [damage, Path.unlink, gone, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("name", FILES)
+def test_a_local_copy_that_lost_a_part_is_completed(
+    remote: Remote, tmp_path: Path, harm: Callable[[Path], None], name: str
+) -> None:
+    opened(remote)
+    remote.fetched.clear()
+    (path,) = (tmp_path / "tmp").rglob(name)
+    harm(path)
+    assert opened(remote) == FILES
+    assert remote.fetched == ([name] if harm is not gone or name != "card.json" else list(FILES))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_stored_file_that_is_wrong_is_named_with_the_remedy_until_it_is_restored(
+    remote: Remote, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "set" / name
+    for harm, found in ((damage, f"does not match its SHA-256 {DIGESTS[name][:12]}…"), (Path.unlink, "is missing")):
+        harm(path)
+        for storage, uri in ((remote, f"{BUCKET}set"), (STORAGE, str(tmp_path / "set"))):
+            with pytest.raises(CorruptFile) as refused:
+                opened(storage, uri)
+            assert str(refused.value) == f"{uri}/{name} {found}; do this"
+    path.write_bytes(FILES[name])
+    assert opened(remote) == opened(STORAGE, str(tmp_path / "set")) == FILES
+    # No staged file is left behind.
+    assert sorted(one.name for one in (tmp_path / "tmp").rglob("*") if one.is_file()) == ["card.json", "weights"]

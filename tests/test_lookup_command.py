@@ -3,17 +3,18 @@
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from command_line import marc
 from published import DIM, Site, flip, items
 from releases import altered
 from tiny_models import train_tiny_bundle
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from pipeline.cli.app import app
 from pipeline.config import EncodeSettings
 from pipeline.errors import CorruptFile, UserError
 from pipeline.model.bundle import local_bundle
@@ -37,17 +38,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> OpenRelease:
 
 @pytest.fixture(scope="module")
 def look_up(release: OpenRelease) -> Callable[..., Result]:
-    root = Path(release.files()[0].split("/item_vectors/")[0])
-    config = root / "marc.yaml"
-    config.write_text(f'root: {root}\ncatalogue: {{uri: "none/{{ds}}.csv", template: "{{title}}"}}\n')
-
-    def call(*arguments: str, stdin: bytes | None = None) -> Result:
-        with pytest.MonkeyPatch.context() as patch:
-            # The log would go on to the runner's standard error when that is closed.
-            patch.setattr("pipeline.cli.app.configure_logging", lambda **_: None)
-            return CliRunner().invoke(app, ["--config", str(config), "lookup", *arguments], input=stdin)
-
-    return call
+    return partial(marc, Path(release.files()[0].split("/item_vectors/")[0]), "lookup")
 
 
 def neighbours(result: Result) -> dict[str, list[tuple[str, float]]]:

@@ -2,14 +2,13 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.fs as pafs
 import pytest
+from folder_as_s3 import FolderAsS3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import flip
@@ -18,7 +17,6 @@ from pipeline import mapped_file
 from pipeline.errors import CorruptFile, DiskFull, MissingFile
 from pipeline.integrity import describe_file
 from pipeline.mapped_file import GAP_BLOCKS, REQUEST_BLOCKS, MappedFile, requests
-from pipeline.storage import Storage, StoredObject
 from schemas.files import BLOCK_BYTES, PublishedFile
 
 NAME = "folder/blocks.bin"
@@ -29,21 +27,6 @@ QUICK = settings(deadline=None, database=None, max_examples=40)
 ROOTS = {"local": "{folder}", "s3": "s3://bucket"}
 
 ranges = st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, 3 * BLOCK_BYTES)), min_size=1, max_size=5)
-
-
-@dataclass(frozen=True)
-class FolderAsS3(Storage):
-    """A store whose bucket is a folder."""
-
-    folder: str = ""
-
-    def stat(self, uri: str) -> StoredObject | None:
-        path = Path(self.folder, uri.removeprefix("s3://bucket/"))
-        return StoredObject(uri=uri, bytes=path.stat().st_size) if path.is_file() else None
-
-    def filesystem(self, uri: str) -> tuple[pafs.FileSystem, str]:
-        local = pafs.SubTreeFileSystem(self.folder, pafs.LocalFileSystem())
-        return local, uri.removeprefix("s3://bucket/")
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +145,23 @@ def test_what_was_opened_is_read_on_when_its_name_goes(own: Path, published: Pub
     file = mapped(own, published, kind)
     (own / NAME).unlink()
     assert file.view(0, SIZE) == CONTENT
+
+
+@pytest.mark.parametrize("kind", ROOTS)
+@pytest.mark.parametrize("held", [False, True], ids=["nothing held", "a view held"])
+def test_closing_releases_the_map_and_the_files_and_views_stay_valid(
+    own: Path, published: PublishedFile, kind: str, held: bool
+) -> None:
+    before = set(Path("/proc/self/fd").iterdir())
+    file = mapped(own, published, kind)
+    view = file.view(0, SIZE) if held else b""
+    for _ in range(2):
+        file.close()
+    assert view == (CONTENT if held else b"")
+    if not held:
+        assert set(Path("/proc/self/fd").iterdir()) == before
+        with pytest.raises(ValueError, match="closed"):
+            file.view(0, 1)
 
 
 def test_threads_read_one_file_at_once(folder: Path, published: PublishedFile) -> None:

@@ -6,12 +6,13 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from published import tiny_bundle
+from published import DIM, Site, tiny_bundle
 from safetensors.torch import load_file, save_file
 from test_train import World, make_world
 from test_training_set import DS, ITEMS, ratings
@@ -281,6 +282,26 @@ def test_the_audit_alone_finds_what_is_wrong(gate: Gate) -> None:
     (Path(gate.settings.bundle_uri) / cut / "backbone/config.json").unlink()
     (reason,) = found(cut)
     assert reason.endswith("backbone/config.json is missing")
+
+
+@pytest.mark.parametrize(("texts", "limit", "size"), [(150, 50, 50), (150, 80, 80), (1999, 1000, 1000), (10, 1000, 10)])
+def test_the_sample_has_at_most_the_texts_that_the_settings_allow_and_is_spread_evenly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: int, limit: int, size: int
+) -> None:
+    settings = Site(tmp_path).settings
+    settings = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"audit_sample": limit})})
+    sampled: list[int] = []
+
+    def encode(sample: list[str]) -> Any:
+        sampled.extend(map(int, sample))
+        return SimpleNamespace(vectors=np.eye(max(DIM, len(sample)))[: len(sample), :DIM] + 1e-9)
+
+    monkeypatch.setattr("pipeline.model.gate.load_encoder", lambda *_: SimpleNamespace(encode=encode))
+    version = tiny_bundle(settings.bundle_uri, normalised=False).version
+    found = problems(settings, list(map(str, range(texts))), version, storage=STORAGE, resources=TaskResources())
+    assert (found, len(sampled), sampled[0]) == ([], size, 0)
+    steps = np.diff([*sampled, texts])
+    assert set(steps) <= {texts // size, -(-texts // size)}
 
 
 @pytest.mark.spark

@@ -701,3 +701,63 @@ def test_reading_needs_no_torch_no_spark_and_no_airflow(small: OpenRelease, repo
         [sys.executable, "-c", program, uri], cwd=repository, capture_output=True, text=True, check=True
     )
     assert ran.stdout == "item-3 40 []\n"
+
+
+# --- closing
+
+
+READS: dict[str, Callable[[OpenRelease], Any]] = {
+    "dataset": lambda release: release.dataset(),
+    "first_item": lambda release: release.first_item(),
+    "vectors": lambda release: release.vectors(["item-1"]),
+    "numpy": lambda release: release.numpy(),
+    "table": lambda release: release.table(),
+    "batches": lambda release: list(release.batches(7)),
+    "search": lambda release: release.search(np.ones((1, DIM), np.float32), 3),
+    "similar": lambda release: release.similar(["item-1"], 3),
+    "index_row_ids": lambda release: release.index_row_ids(),
+}
+
+
+def test_every_way_to_read_is_tried_on_a_closed_release() -> None:
+    told = {"close", "facts", "files", "storage"}
+    assert {name for name in dir(OpenRelease) if not name.startswith("_")} - told == READS.keys()
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_closed_release_says_so_and_keeps_its_facts(small: OpenRelease, name: str) -> None:
+    with small as opened:
+        READS[name](opened)
+    small.close()
+    with pytest.raises(UserError, match=f"release {small.facts.release_id} is closed; open it again with `open_relea"):
+        READS[name](small)
+    assert (len(small), len(small.files())) == (40, BUCKETS)
+    READS[name](pickle.loads(pickle.dumps(small)))  # noqa: S301
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "HNSW8"])
+def test_closing_gives_maps_and_files_back_and_what_was_read_stays(site: Site, factory: str) -> None:
+    site.publish(items(600), index=IndexSettings(factory=factory))
+
+    def held() -> int:
+        maps = Path("/proc/self/maps").read_text().count(str(site.root))
+        return maps + sum(str(site.root) in str(path.resolve()) for path in Path("/proc/self/fd").iterdir())
+
+    with open_release(site.table_uri) as release:
+        read = {name: call(release) for name, call in READS.items()}
+        batches = release.batches(7)
+        next(batches)
+        assert held() > 0
+    assert held() == 0
+    with pytest.raises(UserError, match="is closed"):
+        next(batches)
+    with open_release(site.table_uri) as release:
+        assert np.array_equal(read["vectors"], release.vectors(["item-1"]))
+        assert read["table"].equals(release.table())
+        assert read["dataset"].to_table().equals(release.dataset().to_table())
+        assert np.array_equal(read["index_row_ids"], release.index_row_ids())
+        assert read["numpy"][0].equals(release.numpy()[0])
+
+
+def test_the_first_item_is_that_of_the_dataset(large: OpenRelease) -> None:
+    assert large.first_item() == large.dataset().head(1, columns=["item_id"])["item_id"][0].as_py()

@@ -408,17 +408,6 @@ def test_fetching_what_is_not_there_leaves_the_file_that_is(tmp_path: Path) -> N
     assert (tmp_path / "copy").read_bytes() == b"old"
 
 
-def test_a_local_copy_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    STORAGE.write(str(tmp_path / "from" / "a"), b"a")
-    with pytest.raises(FileNotFoundError):
-        STORAGE.local_copy(str(tmp_path / "from"), ["a", "nothing"], key="content")
-    assert [path for path in (tmp_path / f"marc-{os.getuid()}").rglob("*") if path.is_file()] == []
-    folder = STORAGE.local_copy(str(tmp_path / "from"), ["a"], key="content")
-    assert (folder / "a").read_bytes() == b"a"
-    assert hidden(tmp_path) == []
-
-
 @pytest.mark.parametrize(("failures", "calls"), [(0, 1), (3, 4), (4, 4)])
 def test_what_may_pass_is_tried_again_so_many_times(
     failures: int, calls: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from folder_as_s3 import BUCKET, FolderAsS3
 
 from pipeline import training_run
 from pipeline.config import Settings, load_settings
@@ -429,11 +430,25 @@ def test_a_cut_or_a_missing_file_is_noticed(copied: tuple[str, Path], name: str)
     work, folder = copied
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[:-1])
-    with pytest.raises(CorruptFile, match=rf"{name} has .* bytes"):
+    with pytest.raises(CorruptFile, match=rf"{name} does not match"):
         open_training_set(STORAGE, work, folder.name)
     (folder / name).unlink()
     with pytest.raises(CorruptFile, match=rf"{name} is missing"):
         open_training_set(STORAGE, work, folder.name)
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize("name", ["states.npy", "items.parquet", "interactions.parquet", "profiles.parquet"])
+def test_a_local_copy_that_lost_a_file_to_a_cleaner_is_completed(
+    copied: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    remote = FolderAsS3(folder=str(tmp_path))
+    first = open_training_set(remote, f"{BUCKET}work", copied[1].name)
+    (first.folder / name).unlink()
+    again = open_training_set(remote, f"{BUCKET}work", copied[1].name)
+    assert (again.card, again.item_ids, again.texts) == (first.card, first.item_ids, first.texts)
+    assert (again.folder / name).read_bytes() == (copied[1] / name).read_bytes()
 
 
 @pytest.mark.spark

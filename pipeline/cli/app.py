@@ -1,12 +1,13 @@
 """The ``marc`` application: its commands and what is common to them."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pipeline.cli import layers, learn, lookup, make, read
-from pipeline.cli.options import State
+from pipeline.cli.options import State, print_lines
 from pipeline.config import CONFIG_VARIABLE, DEFAULT_CONFIG
 from pipeline.entry import configure_logging, reported_errors
 
@@ -16,7 +17,15 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    # Rich treats [n, d] in a help text as markup and drops it.
+    rich_markup_mode=None,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print_lines([f"marc-pipeline {version('marc-pipeline')}"])
+        raise typer.Exit
 
 
 @app.callback()
@@ -27,6 +36,9 @@ def common(
         typer.Option("--config", "-c", help=f"Configuration file; default: {CONFIG_VARIABLE}, else {DEFAULT_CONFIG}."),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     """Options of every command."""
     configure_logging(verbose=verbose)

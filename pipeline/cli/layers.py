@@ -38,7 +38,7 @@ def layers(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Judge every layer of a model: metrics, downstream AUC and cost by layer, and the layer to keep."""
+    """Evaluate every layer of a model, and recommend one. Shows metrics, downstream AUC and cost by layer."""
     from pipeline import layers as stages
     from pipeline.layer_report import choice_rows, layer_rows, write_report
 
@@ -81,7 +81,7 @@ def scores(
     out: Out = Path("scores"),
     as_json: Json = False,
 ) -> None:
-    """Judge benchmark scores by layer, published or your own: which layer is best, and by how much."""
+    """Compare layers by benchmark scores, published or your own. Says which layer is best, and by how much."""
     _report(paths, out, as_json=as_json)
 
 
@@ -99,7 +99,7 @@ def mteb(
     out: Out = Path("scores"),
     as_json: Json = False,
 ) -> None:
-    """Run MTEB's tasks on every layer of a backbone, each text computed once, and judge the scores."""
+    """Run MTEB's tasks on every layer of a backbone. Each text is encoded once; the scores are compared by layer."""
     from pipeline.model.mteb_layers import PAPER_TASKS, EveryLayer, find_tasks, run_tasks
     from pipeline.resources import machine
     from pipeline.training_choices import with_train

@@ -31,7 +31,10 @@ def train(
     if_none: Annotated[bool, typer.Option("--if-none", help="Do nothing when there is a current bundle.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a bundle and make it the current one, if it is no worse than what is current."""
+    """Train a bundle, and make it current if it passes the gate.
+
+    The gate refuses a bundle that is worse than the current one.
+    """
     from pipeline import train as stages
     from pipeline.model.bundle import open_bundle
     from pipeline.training_choices import with_train
@@ -63,7 +66,7 @@ def evaluate(
     layers: Layers = None,
     as_json: Json = False,
 ) -> None:
-    """Compare MARC with every baseline and ablation on the interactions: a table, JSON and plots."""
+    """Compare MARC with baselines and ablations on the interactions. Writes a table, JSON and plots."""
     from pipeline import train as stages
     from pipeline.evaluation_report import write_report
     from pipeline.training_choices import with_train
@@ -94,7 +97,10 @@ def promote(
     ds: TrainDs,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a bundle beside the current one, and make it current if it passes the gate (exit code 3 if not)."""
+    """Evaluate a bundle, and make it current if it passes the gate.
+
+    The gate compares it with the current bundle. The exit code is 3 if the gate refuses it.
+    """
     from pipeline import train as stages
 
     comparison = stages.evaluate_and_promote(context.ensure_object(State).deployment, version, ds=parse_ds(ds))
@@ -106,7 +112,7 @@ def promote(
 
 
 def demote(context: typer.Context, as_json: Json = False) -> None:
-    """Make the bundle current again that was so before."""
+    """Make the previous bundle current again."""
     from pipeline.model.bundle import demote as step_back
 
     deployment = context.ensure_object(State).deployment

@@ -2,28 +2,22 @@
 
 import sys
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import typer
 from numpy.typing import NDArray
 
-from pipeline import feature_table
 from pipeline.cli.options import At, Json, MaybeDs, State, print_json, print_table
 from pipeline.cli.read import open_chosen
+from pipeline.cli.texts import item_texts, shortened
 from pipeline.config import EncodeSettings
 from pipeline.deployment import Deployment
 from pipeline.errors import UserError
-from pipeline.workspace import Workspace
-from schemas.feature_table import bucket_number
-from schemas.identity import row_id
 
 if TYPE_CHECKING:
     from pipeline.reader import OpenRelease
 
-SHOWN_CHARACTERS = 90
 STANDARD_INPUT = Path("-")
 
 ItemIds = Annotated[list[str] | None, typer.Option("--item", help="Neighbours of this item; may be repeated.")]
@@ -70,20 +64,21 @@ def lookup(
         options["within"] = _ids(within, "--within")
     if without:
         options["without"] = _ids(without, "--without", may_be_empty=True)
-    release = open_chosen(deployment, ds, at)
-    k = min(k, len(release))
-    if ids:
-        asked, answer = ids, release.similar(ids, k, **options)
-    elif text:
-        asked, answer = text, release.search(_encoded(deployment.settings.encode, release, text), k, **options)
-    else:
-        vectors = _load(vector)
-        asked, answer = [f"row {row} of {vector}" for row in range(len(vectors))], release.search(vectors, k, **options)
-    found = [
-        [(name, float(score)) for name, score in zip(names, scores, strict=True) if name is not None]
-        for names, scores in zip(*answer, strict=True)
-    ]
-    _print(deployment, release, asked, found, as_json=as_json)
+    with open_chosen(deployment, ds, at) as release:
+        k = min(k, len(release))
+        if ids:
+            asked, answer = ids, release.similar(ids, k, **options)
+        elif text:
+            asked, answer = text, release.search(_encoded(deployment.settings.encode, release, text), k, **options)
+        else:
+            vectors = _load(vector)
+            asked = [f"row {row} of {vector}" for row in range(len(vectors))]
+            answer = release.search(vectors, k, **options)
+        found = [
+            [(name, float(score)) for name, score in zip(names, scores, strict=True) if name is not None]
+            for names, scores in zip(*answer, strict=True)
+        ]
+        _print(deployment, release, asked, found, as_json=as_json)
 
 
 def _print(
@@ -94,7 +89,7 @@ def _print(
     *,
     as_json: bool,
 ) -> None:
-    texts = _texts(deployment, release, sorted({name for row in found for name, _ in row}))
+    texts = item_texts(deployment, release, {name for row in found for name, _ in row})
     if as_json:
         results = [[{"item_id": name, "score": score, "text": texts.get(name)} for name, score in row] for row in found]
         facts = {"release_id": release.facts.release_id, "ds": release.facts.ds}
@@ -102,7 +97,7 @@ def _print(
         return
     for query, row in zip(asked, found, strict=True):
         rows = [
-            [str(rank), name, f"{score:.4f}", _shortened(texts.get(name, ""))]
+            [str(rank), name, f"{score:.4f}", shortened(texts.get(name, ""))]
             for rank, (name, score) in enumerate(row, start=1)
         ]
         print_table(f"Nearest to {query}", ["rank", "item", "score", "text"], rows, right=(0, 2))
@@ -140,30 +135,3 @@ def _encoded(settings: EncodeSettings, release: "OpenRelease", texts: list[str])
     from pipeline.text_lookup import encode_texts
 
     return encode_texts(release, texts, settings=settings)
-
-
-def _texts(deployment: Deployment, release: "OpenRelease", ids: list[str]) -> dict[str, str]:
-    """Texts of items, as far as the work areas of the plans that made the files still hold them."""
-    storage, table_uri = deployment.storage, deployment.settings.table_uri
-    wanted = {row_id(item) % release.facts.table.buckets for item in ids}
-    found: dict[str, str] = {}
-    for file in release.facts.table.files:
-        if (bucket := bucket_number(file.path)) not in wanted:
-            continue
-        workspace = Workspace.of(deployment, feature_table.plan_id_of(storage, table_uri, file))
-        plan = workspace.read_plan()
-        if plan is None:
-            continue
-        filesystem, path = storage.filesystem(workspace.items_uri(bucket, plan.base_release))
-        try:
-            rows = pq.read_table(
-                path, filesystem=filesystem, columns=["item_id", "text"], filters=[("item_id", "in", ids)]
-            )
-        except FileNotFoundError:
-            continue
-        found.update(zip(rows["item_id"].to_pylist(), rows["text"].to_pylist(), strict=True))
-    return found
-
-
-def _shortened(text: str) -> str:
-    return shorten(text, SHOWN_CHARACTERS, placeholder=" …")

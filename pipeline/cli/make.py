@@ -40,7 +40,7 @@ def plan(
 
 
 def run(context: typer.Context, ds: Ds, as_json: Json = False) -> None:
-    """Run all stages for a date and publish a release; a date that is published already is left as it is."""
+    """Run all stages for a date and publish a release. A date that is already published is left as it is."""
     from pipeline.cli.read import print_summary
     from pipeline.run import run_all
 
@@ -61,12 +61,12 @@ def backfill(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a date again, or some buckets of it, on a day that may be released or damaged; touches no other file."""
-    from pipeline import run as stages
+    """Replace a date, or some buckets of it. The date may be released or damaged; no other file is touched."""
     from pipeline.cli.read import print_summary
+    from pipeline.run import backfill as run_backfill
 
     deployment = context.ensure_object(State).deployment
-    outcome = stages.backfill(deployment, ds=parse_ds(ds), buckets=bucket or (), recompute=recompute)
+    outcome = run_backfill(deployment, ds=parse_ds(ds), buckets=bucket or (), recompute=recompute)
     if as_json:
         print_json({**outcome.release.facts(), "fresh": outcome.fresh})
     else:
@@ -78,7 +78,7 @@ def rollback(
     release_id: Annotated[str, typer.Argument(help="The release that readers shall see again; see `marc releases`.")],
     as_json: Json = False,
 ) -> None:
-    """Make a release what readers see again; dates after it are withdrawn. Deletes nothing, and can be undone."""
+    """Make readers see an earlier release again. Later dates are withdrawn; no file is deleted. You can undo it."""
     from pipeline.release import roll_back
 
     deployment = context.ensure_object(State).deployment
@@ -107,7 +107,10 @@ def vacuum(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Retire releases beyond retention; remove files that no release, reader or run of the grace period needs."""
+    """Retire releases beyond retention, and delete unneeded files.
+
+    A file is kept while a release needs it, or a reader or a run within the grace period may need it.
+    """
     from pipeline import retention
 
     deployment = context.ensure_object(State).deployment
@@ -135,7 +138,7 @@ def example(
     items: Annotated[int, typer.Option(min=50, help="Items of the first day.")] = 5000,
     as_json: Json = False,
 ) -> None:
-    """Generate the example catalogue of a date, and interactions; what exists is left alone."""
+    """Generate an example catalogue of a date, and interactions. Existing files are left as they are."""
     from pipeline.example_data import write_catalogue, write_interactions
 
     catalogue = write_catalogue(folder / "catalogue", ds=parse_ds(ds), items=items)

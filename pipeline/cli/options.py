@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.config import Settings, load_settings
 from pipeline.deployment import Deployment, open_deployment
@@ -53,9 +54,24 @@ def print_lines(lines: list[str]) -> None:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
-def print_table(title: str | None, columns: list[str], rows: list[list[str]], *, right: tuple[int, ...] = ()) -> None:
-    """A table on standard output; ``right`` names the columns of numbers."""
-    table = Table(title=title, title_justify="left")
+def print_table(
+    title: str | None,
+    columns: list[str],
+    rows: list[list[str]],
+    *,
+    right: tuple[int, ...] = (),
+    lines: bool = False,
+) -> None:
+    """Print a table on standard output.
+
+    Args:
+        title: of the table.
+        columns: their names.
+        rows: of cells.
+        right: columns of numbers, aligned to the right.
+        lines: whether to draw a line between rows.
+    """
+    table = Table(title=None if title is None else Text(title), title_justify="left", show_lines=lines)
     for place, name in enumerate(columns):
         table.add_column(
             name, justify="right" if place in right else "left", overflow="fold", no_wrap=place == 0 < len(columns) - 1

@@ -1,5 +1,6 @@
 """Commands that read what was published: files, verify, releases, summary."""
 
+import shlex
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from pipeline import release_log
 from pipeline.cli.options import At, Ds, Json, MaybeDs, State, print_json, print_lines, print_table
+from pipeline.cli.texts import item_texts, shortened
 from pipeline.config import parse_ds
 from pipeline.deployment import Deployment
 from pipeline.errors import CorruptFile, UserError
@@ -20,16 +22,16 @@ if TYPE_CHECKING:
 
 
 def files(context: typer.Context, ds: MaybeDs = None, at: At = None, as_json: Json = False) -> None:
-    """Print the Parquet files of a release, one a line, for readers that bring their own engine."""
-    release = open_chosen(context.ensure_object(State).deployment, ds, at)
-    if as_json:
-        print_json({"release_id": release.facts.release_id, "ds": release.facts.ds, "files": release.files()})
-    else:
-        print_lines(release.files())
+    """Print the Parquet files of a release, one per line. Any engine that reads Parquet can use them."""
+    with open_chosen(context.ensure_object(State).deployment, ds, at) as release:
+        if as_json:
+            print_json({"release_id": release.facts.release_id, "ds": release.facts.ds, "files": release.files()})
+        else:
+            print_lines(release.files())
 
 
 def verify(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) -> None:
-    """Check a release against its files, checksums and index, byte by byte. Exit code 1 when anything is wrong."""
+    """Check every byte of a release: files, checksums, index. The exit code is 1 when something is wrong."""
     from pipeline.verify import verify as check
 
     deployment = context.ensure_object(State).deployment
@@ -47,8 +49,12 @@ def verify(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) ->
         raise CorruptFile(f"release {release.release_id} has {len(problems)} problems")
 
 
-def releases(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) -> None:
-    """List the releases, newest last, and what readers of each date see."""
+def releases(
+    context: typer.Context,
+    ds: Annotated[str | None, typer.Option("--ds", help="List only the releases of this date; default: all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the releases, newest last, with the state of each. Readers of a date see its live release."""
     deployment = context.ensure_object(State).deployment
     found = release_log.read_releases(deployment.storage, deployment.settings.table_uri)
     if ds is not None:
@@ -58,16 +64,11 @@ def releases(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) 
         listed = [{**r.facts(), "created_at": r.created_at.isoformat(), "state": states[r.release_id]} for r in found]
         print_json({"releases": listed})
         return
-    counts = ["items", "new", "changed", "reused", "deleted", "quarantined"]
     rows = [
-        [
-            release.release_id, release.ds, states[release.release_id],
-            *(f"{getattr(release.counts, name):,}" for name in counts),
-            f"{release.index.recall:.4f}", release.bundle.version,
-        ]
-        for release in found
-    ]  # fmt: skip
-    print_table(None, ["release", "ds", "state", *counts, "recall", "bundle"], rows, right=tuple(range(3, 10)))
+        [f"{r.release_id}\n{r.bundle.version}", f"{r.ds} {states[r.release_id]}\n{r.index.recall:.4f}", _counts(r)]
+        for r in found
+    ]
+    print_table(None, ["release\nbundle", "date and state\nrecall", "items\nchanges"], rows, lines=True)
 
 
 def summary(
@@ -78,9 +79,10 @@ def summary(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what the release of a date holds, where it is, and show one look-up."""
+    """Print what the release of a date holds and where it is. Also shows one example look-up, with texts."""
     deployment = context.ensure_object(State).deployment
-    release = open_chosen(deployment, ds).facts
+    with open_chosen(deployment, ds) as opened:
+        release = opened.facts
     fresh = since is None or release.created_at.timestamp() >= since
     if as_json:
         print_json({**release.facts(), "fresh": fresh})
@@ -89,7 +91,7 @@ def summary(
 
 
 def print_summary(deployment: Deployment, release: Release, *, fresh: bool) -> None:
-    """What a person wants to read after a night."""
+    """Print what a run did, where its release is, and one example look-up."""
     counts = release.counts
     if fresh:
         done = (
@@ -150,12 +152,26 @@ def _planned(deployment: Deployment, release: Release) -> str:
     return planned_and_actual(plan, tokens=release.counts.tokens, seconds=seconds)
 
 
+def _counts(release: Release) -> str:
+    """Return the items of a release and, on a second line, its changes; changes of zero are left out."""
+    counts = ("new", "changed", "reused", "deleted", "quarantined")
+    changes = ", ".join(f"{count:,} {name}" for name in counts if (count := getattr(release.counts, name)))
+    return f"{release.counts.items:,} items\n{changes}".rstrip()
+
+
 def _example(deployment: Deployment, release: Release) -> str:
-    opened = _opened(deployment, release)
-    first = opened.dataset().head(1, columns=["item_id"])["item_id"][0].as_py()
-    names, scores = opened.similar([first], min(3, release.counts.items))
-    near = ", ".join(f"{n} ({s:.3f})" for n, s in zip(names[0], scores[0], strict=True) if n is not None)
-    return f"marc lookup --item {first} -k 3  →  {near}"
+    """Return one look-up and its answer, with texts. Only the blocks that the look-up needs are read."""
+    with _opened(deployment, release) as opened:
+        first = opened.first_item()
+        names, scores = opened.similar([first], min(3, release.counts.items))
+        near = [(name, score) for name, score in zip(names[0], scores[0], strict=True) if name is not None]
+        texts = item_texts(deployment, opened, [first, *(name for name, _ in near)])
+
+    def line(item: str, mark: str) -> str:
+        return f"{mark}: {shortened(texts[item])}" if item in texts else mark
+
+    answer = [line(name, f"→ {name} ({score:.3f})") for name, score in near]
+    return "\n".join([f"marc lookup --item {shlex.quote(first)} -k 3", line(first, first), *answer])
 
 
 def _states(releases: list[Release]) -> dict[str, str]:

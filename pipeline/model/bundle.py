@@ -5,14 +5,15 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from pipeline.errors import CorruptFile, UserError
-from pipeline.storage import Storage, is_s3, join
+from pipeline.integrity import verified_folder
+from pipeline.storage import Storage, join
 from schemas.bundle import BundleCard
 from schemas.files import PublishedFile
 
@@ -145,26 +146,21 @@ def check_bundle(storage: Storage, bundle: Bundle) -> list[str]:
 
 @lru_cache(maxsize=2)
 def local_bundle(storage: Storage, uri: str, version: str) -> tuple[Path, Bundle]:
-    """A verified bundle as a local folder, once per process; objects are downloaded.
+    """Return a bundle as a local folder, verified once per process; files on S3 are downloaded once per machine.
 
     Raises:
-        CorruptFile: a file differs from its checksum, or the card is another version's.
+        CorruptFile: a file is missing or differs from its checksum, or the card belongs to another version.
     """
     bundle = open_bundle(storage, uri)
     if bundle.version != version:
         raise CorruptFile(f"{join(uri, CARD)} is version {bundle.version}, not {version}: the bundle was altered")
-    folder = Path(bundle.uri)
-    if is_s3(uri):
-        names, key = (CARD, *bundle.card.files), f"bundles/{bundle.version}"
-        folder = storage.local_copy(bundle.uri, names, key=key)
-        if check_bundle(storage, replace(bundle, uri=str(folder))):
-            # Temporary folders are tidied by others, file by file.
-            shutil.rmtree(folder, ignore_errors=True)
-            folder = storage.local_copy(bundle.uri, names, key=key)
-    # What will be loaded is what is checked.
-    problems = check_bundle(storage, replace(bundle, uri=str(folder)))
-    if problems:
-        raise CorruptFile("; ".join(problems) + "; restore the bundle, or train and promote a new one")
+    folder = verified_folder(
+        storage,
+        bundle.uri,
+        {CARD: bundle.card_file.sha256, **bundle.card.files},
+        key=f"bundles/{bundle.version}",
+        remedy="restore the bundle, or train and promote a new one",
+    )
     return folder, bundle
 
 

@@ -27,8 +27,8 @@ def problems(
     """Reasons against a bundle, with value and limit; none when it may be promoted.
 
     Args:
-        settings: how to encode, and how large a sample.
-        texts: of the catalogue.
+        settings: how to encode, and ``evaluate.audit_sample``, the most texts that are encoded.
+        texts: of the catalogue; the sample is spread evenly over them.
         version: of the bundle.
         storage: access to it.
         resources: cores and GPU.
@@ -37,12 +37,12 @@ def problems(
     found = check_bundle(storage, bundle)
     if found:
         return found
-    step = max(1, len(texts) // settings.evaluate.audit_sample)
+    size = min(len(texts), settings.evaluate.audit_sample)
+    sample = [texts[number * len(texts) // size] for number in range(size)]
     try:
         encoder = load_encoder(storage, bundle.uri, version, settings.encode, resources)
     except CorruptFile as error:
         return [str(error)]
-    sample = texts[::step]
     try:
         vectors = encoder.encode(sample).vectors
     except Unencodable as error:

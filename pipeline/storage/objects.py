@@ -1,22 +1,19 @@
 """The one interface to stored objects: every uri, on a local disk or in an S3 store, is used in the same way."""
 
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import pyarrow.fs as pafs
 
-from pipeline.storage.local import STAGED_PREFIX, LocalObjects, staged_file
+from pipeline.storage.local import LocalObjects, staged_file
 from pipeline.storage.retry import repeated
 from pipeline.storage.s3 import S3Objects
 from pipeline.storage.stored import StoredObject
-from pipeline.uris import is_s3, join, refuse_credentials
+from pipeline.uris import is_s3, refuse_credentials
 
 R = TypeVar("R")
 
@@ -124,28 +121,6 @@ class Storage:
         with self.staged(str(path)) as staged:
             self._objects(uri).copy(uri, staged)
             staged.replace(path)
-
-    def local_copy(self, uri: str, names: Iterable[str], *, key: str) -> Path:
-        """A folder on this machine with some objects below ``uri``, shared by its processes: whole or not at all.
-
-        Args:
-            uri: what the names are relative to.
-            names: of the objects.
-            key: names the content, which never changes: it is copied once.
-        """
-        folder = Path(tempfile.gettempdir()) / f"marc-{os.getuid()}" / key
-        if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            staged = Path(tempfile.mkdtemp(prefix=STAGED_PREFIX, dir=folder.parent))
-            try:
-                for name in names:
-                    self.fetch(join(uri, name), staged / name)
-                # If another process was faster, its folder exists and the rename fails.
-                with suppress(OSError):
-                    staged.rename(folder)
-            finally:
-                shutil.rmtree(staged, ignore_errors=True)
-        return folder
 
     def repeated(self, uri: str, action: Callable[[], R], *, on: tuple[type[Exception], ...]) -> R:
         """Result of an action, which is tried again after errors that may pass.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from folder_as_s3 import BUCKET, FolderAsS3
 
 from pipeline.errors import CorruptFile, UserError
 from pipeline.model.bundle import Bundle, check_bundle, local_bundle, open_bundle, promote, save_bundle
@@ -234,3 +235,18 @@ def test_an_alteration_that_keeps_size_and_time_is_found(tmp_path: Path) -> None
     flip(path, byte=100)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert len(check_bundle(STORAGE, bundle)) == 1
+
+
+@pytest.mark.parametrize("name", ["bundle.json", *sorted(FILES)])
+def test_a_local_copy_of_a_bundle_that_lost_a_file_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    bundle = saved(tmp_path / "bundles")
+    where = (FolderAsS3(folder=str(tmp_path)), f"{BUCKET}bundles/{bundle.version}", bundle.version)
+    folder, opened = local_bundle(*where)
+    assert (opened.card, folder.is_relative_to(tmp_path)) == (bundle.card, True)
+    (folder / name).unlink()
+    local_bundle.cache_clear()
+    assert local_bundle(*where) == (folder, opened)
+    assert (folder / name).read_bytes() == (Path(bundle.uri) / name).read_bytes()

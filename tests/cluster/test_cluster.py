@@ -18,7 +18,7 @@ from tiny_models import save_tiny_backbone
 
 from pipeline import run, train
 from pipeline.config import load_settings
-from pipeline.example_data import write_catalogue
+from pipeline.example.shop import write_catalogue
 from pipeline.reader import open_release
 from schemas.receipt import Receipt
 

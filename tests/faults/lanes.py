@@ -24,7 +24,7 @@ from tree_events import TreeEvents
 
 from pipeline import release_log, retention, run
 from pipeline.config import Settings, load_settings
-from pipeline.example_data import write_catalogue
+from pipeline.example.shop import write_catalogue
 from pipeline.storage import Storage
 from pipeline.workspace import plan_key
 from schemas.identity import row_id

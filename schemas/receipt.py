@@ -24,9 +24,7 @@ class Receipt(Contract):
         seconds: wall time of the bucket.
         load_seconds: what loading the model took of it; next to nothing where an earlier bucket had loaded it.
         model_seconds: the model's own time on its device.
-        waited_seconds: how long the model waited for tokens.
         device, dtype: where and how the model ran.
-        gpu: address that Spark's resource scheduling handed to the task.
         finished_at: when the receipt was written.
     """
 
@@ -43,10 +41,8 @@ class Receipt(Contract):
     seconds: float
     load_seconds: float = 0.0
     model_seconds: float
-    waited_seconds: float = 0.0
     device: str
     dtype: str
-    gpu: str | None
     finished_at: datetime
 
 

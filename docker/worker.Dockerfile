@@ -35,8 +35,18 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --no-deps --index-url "${TORCH_INDEX_URL}" "$(grep '^torch==' constraints.txt)" \
     && pip install -c constraints.txt ".[reader,model,embedded,spark,vision]"
 
-COPY docker/fetch_s3a.py ./docker/
-RUN python docker/fetch_s3a.py --repository "${MAVEN_URL}"
+# Spark reads s3a:// with these jars. hadoop-aws must have the Hadoop version that pyspark bundles. The other two
+# are the versions that it was built with (aws-java-sdk-v2.version and amazon-s3-analyticsaccelerator-s3.version of
+# hadoop-project). ADD --checksum does not accept SHA-1, which is what Maven Central publishes beside the files.
+ARG JARS=/opt/venv/lib/python3.11/site-packages/pyspark/jars
+# The sources are URLs, which COPY does not take; hadolint does not see that through the variable.
+# hadolint ignore=DL3020
+ADD --chmod=644 ${MAVEN_URL}/org/apache/hadoop/hadoop-aws/3.5.0/hadoop-aws-3.5.0.jar \
+    ${MAVEN_URL}/software/amazon/awssdk/bundle/2.35.4/bundle-2.35.4.jar \
+    ${MAVEN_URL}/software/amazon/s3/analyticsaccelerator/analyticsaccelerator-s3/1.3.1/analyticsaccelerator-s3-1.3.1.jar \
+    ${JARS}/
+COPY docker/s3a-jars.sha1 ./docker/
+RUN sha1sum --check --strict docker/s3a-jars.sha1 && test -e "${JARS}/hadoop-client-api-3.5.0.jar"
 
 COPY schemas/ ./schemas/
 COPY pipeline/ ./pipeline/

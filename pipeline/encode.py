@@ -135,10 +135,8 @@ def encode_bucket(task: EncodeTask, resources: TaskResources) -> Receipt:
         seconds=time.monotonic() - started,
         load_seconds=run.load_seconds,
         model_seconds=run.model_seconds,
-        waited_seconds=run.waited_seconds,
         device=run.device,
         dtype=run.dtype,
-        gpu=resources.gpu,
         finished_at=datetime.now(UTC),
     )
     return task.workspace.write_receipt(receipt, stands=task.counts)
@@ -174,7 +172,7 @@ class _Run:
     def __init__(self, task: EncodeTask, card: BundleCard, resources: TaskResources, *, whole: bool = False) -> None:
         self.task, self.card, self.resources, self.whole = task, card, resources, whole
         self.texts = self.tokens = self.padded_tokens = 0
-        self.model_seconds = self.waited_seconds = self.load_seconds = 0.0
+        self.model_seconds = self.load_seconds = 0.0
         self.device = self.dtype = "none"
         self.quarantined: list[dict[str, Any]] = []
         self._shared: dict[str, NDArray[np.float32] | str] = {}
@@ -220,7 +218,6 @@ class _Run:
             self.tokens += encoded.tokens
             self.padded_tokens += encoded.padded_tokens
             self.model_seconds += encoded.model_seconds
-            self.waited_seconds += encoded.waited_seconds
             if time.monotonic() - self._reported > PROGRESS_SECONDS:
                 self._reported = time.monotonic()
                 # A line in a log is not worth a bucket.

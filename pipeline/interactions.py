@@ -1,13 +1,11 @@
 """Who clicked what and when: ratings read from files, cut by time, and what a user had clicked before each moment."""
 
 import csv
-import hashlib
 import io
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -36,7 +34,6 @@ A_TIME = "a time (whole seconds since 1970, a timestamp or an ISO date)"
 NO_RATING = "no rating (null or NaN)"
 BROKEN_GZIP = ("zlib", "Truncated compressed stream")
 MESSAGE_CHARS = 200
-FINGERPRINT_CHARS = 32
 # What every file is read into.
 EMPTY = pa.schema(
     {"user": TEXT, "item": TEXT, "label": pa.float32(), "time": pa.int64(), "profile": TEXT}
@@ -83,16 +80,6 @@ class Interactions:
         return Interactions(
             self.users[rows], self.items[rows], self.labels[rows], self.times[rows], profiles, self.profile_texts
         )
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Changes whenever a row does: hex digits of a SHA-256 over the arrays. Items count by position, not by id."""
-        digest = hashlib.sha256()
-        for array in (self.users, self.items, self.labels, self.times, self.profiles):
-            if array is not None:
-                digest.update(np.ascontiguousarray(array).data)
-        digest.update("\0".join(self.profile_texts).encode())
-        return digest.hexdigest()[:FINGERPRINT_CHARS]
 
 
 @dataclass(frozen=True)

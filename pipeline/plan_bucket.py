@@ -171,7 +171,7 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
         pieces = (piece.append_column("change", change[where]) for where, piece in _pieces(rows, kept))
         _write(context.workspace.storage, uri, pieces, ITEMS)
     fresh = pc.not_equal(change, Change.UNCHANGED.value).to_numpy(zero_copy_only=False)
-    tokens, characters = _cost(context, rows, kept[fresh])
+    tokens = _cost(context, rows, kept[fresh])
     counts = _counts(change)
     work = BucketPlan(
         bucket=bucket,
@@ -182,7 +182,6 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
         deleted=deleted,
         tokens=tokens.tokens,
         tokens_error=tokens.error,
-        characters=characters,
         previous=files,
     )
     unusable = {Reason.OLDER_DUPLICATE.value: int(older.sum()), Reason.ROW_ID_COLLISION.value: int(collided.sum())}
@@ -292,17 +291,16 @@ def _counts(values: pa.ChunkedArray) -> Counter[str]:
     return Counter({found["values"]: found["counts"] for found in pc.value_counts(values).to_pylist()})
 
 
-def _cost(context: BucketContext, rows: pa.Table, fresh: NDArray[np.int64]) -> tuple[TokenCount, int]:
-    """Tokens and characters of the distinct texts among the rows that must be encoded."""
+def _cost(context: BucketContext, rows: pa.Table, fresh: NDArray[np.int64]) -> TokenCount:
+    """Tokens of the distinct texts among the rows that must be encoded."""
     hashes = rows["content_hash"].take(fresh).combine_chunks().dictionary_encode()
     _, first = np.unique(hashes.indices.to_numpy(), return_index=True)
     if not len(first):
-        return TokenCount(0), 0
+        return TokenCount(0)
     distinct = fresh[first]
     chosen = sample_of(len(distinct), max(BUCKET_SAMPLE, -(-TOKEN_SAMPLE // context.buckets)))
     tokenizer = load_tokenizer(context.workspace.storage, context.bundle_uri, context.max_tokens)
-    tokens = count_tokens(tokenizer, rows["text"].take(distinct[chosen]).to_pylist(), of=len(distinct))
-    return tokens, int(pc.utf8_length(rows["text"]).to_numpy()[distinct].sum())
+    return count_tokens(tokenizer, rows["text"].take(distinct[chosen]).to_pylist(), of=len(distinct))
 
 
 def _write(storage: Storage, uri: str, pieces: Iterator[pa.Table], schema: pa.Schema) -> None:

@@ -97,13 +97,13 @@ def _require_replaceable(settings: Settings, live: Release, chosen: Sequence[int
         raise UserError(f"no bucket {unknown[0]}: release {live.release_id} has buckets 0 to {live.table.buckets - 1}")
     if live.table.template != settings.catalogue.template:
         raise UserError(
-            f"release {live.release_id} of {live.ds} was made with template {live.table.template!r}, the configuration says "
-            f"{settings.catalogue.template!r}: backfill the whole day"
+            f"release {live.release_id} of {live.ds} was made with template {live.table.template!r}, the configuration "
+            f"says {settings.catalogue.template!r}: backfill the whole day"
         )
     if live.table.mantissa_bits != settings.mantissa_bits:
         raise UserError(
-            f"release {live.release_id} of {live.ds} stores {live.table.mantissa_bits} mantissa bits, the configuration says "
-            f"{settings.mantissa_bits}: backfill the whole day"
+            f"release {live.release_id} of {live.ds} stores {live.table.mantissa_bits} mantissa bits, the configuration "
+            f"says {settings.mantissa_bits}: backfill the whole day"
         )
 
 

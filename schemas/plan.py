@@ -5,7 +5,7 @@ from datetime import datetime
 
 from schemas.files import Contract, PublishedFile
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class SourceFile(Contract):
@@ -26,7 +26,6 @@ class BucketPlan(Contract):
         tokens: tokens that the new and changed texts cost, special tokens included, truncated at the
             bundle's maximum; estimated from a sample in large buckets.
         tokens_error: half-width of the estimate's 95 % interval, in tokens; 0 where ``tokens`` is exact.
-        characters: characters of the same texts.
         previous: files of the base release that unchanged vectors are carried over from.
     """
 
@@ -38,7 +37,6 @@ class BucketPlan(Contract):
     deleted: int
     tokens: int
     tokens_error: float = 0.0
-    characters: int
     previous: tuple[PublishedFile, ...] = ()
 
 

@@ -27,9 +27,7 @@ class Receipt(Contract):
         seconds: wall time of the bucket.
         load_seconds: part of it spent on loading the model; close to 0 when an earlier bucket loaded the model.
         model_seconds: computing time of the model on its device.
-        waited_seconds: time that the model waited for tokens.
         device, dtype: device and number format of the model.
-        gpu: address that Spark's resource scheduling assigned to the task.
         finished_at: when the receipt was written.
     """
 
@@ -46,10 +44,8 @@ class Receipt(Contract):
     seconds: float
     load_seconds: float = 0.0
     model_seconds: float
-    waited_seconds: float = 0.0
     device: str
     dtype: str
-    gpu: str | None
     finished_at: datetime
 
 

@@ -340,7 +340,6 @@ def receipt_for(plan: Plan, bucket: int, file: PublishedFile | None) -> Receipt:
         model_seconds=0.25,
         device="none",
         dtype="float32",
-        gpu=None,
         finished_at=NOON,
     )
 
@@ -396,7 +395,6 @@ def _planned(
         unchanged=changes.count(Change.UNCHANGED),
         deleted=len(before.keys() - set(rows["item_id"].to_pylist())),
         tokens=3 * fresh,
-        characters=9 * fresh,
     )
     return work, [change.value for change in changes]
 

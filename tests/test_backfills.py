@@ -13,7 +13,7 @@ import pytest
 from catalogues import corrected
 from tiny_models import save_tiny_backbone
 
-from pipeline.example_data import write_catalogue
+from pipeline.example.shop import write_catalogue
 from pipeline.reader import open_release
 
 pytestmark = [pytest.mark.slow, pytest.mark.spark, pytest.mark.timeout(900)]

@@ -13,7 +13,7 @@ from tiny_models import save_tiny_backbone
 from pipeline import train
 from pipeline.config import load_settings
 from pipeline.deployment import open_deployment
-from pipeline.example_data import write_catalogue
+from pipeline.example.shop import write_catalogue
 from pipeline.release_log import read_log, read_releases
 from pipeline.storage import Storage
 from pipeline.verify import verify

@@ -134,7 +134,6 @@ class Night:
             unchanged=counts[Change.UNCHANGED],
             deleted=0,
             tokens=0,
-            characters=0,
             previous=tuple(previous),
         )
 
@@ -219,7 +218,7 @@ def test_the_receipt_tells_what_was_done(night: Night) -> None:
     assert (receipt.encoded, receipt.reused) == (12, 0)
     assert receipt.tokens == sum(len(tiny_tokenizer("bert").encode(text).ids) for text in texts)
     assert receipt.padded_tokens >= receipt.tokens
-    assert (receipt.device, receipt.dtype, receipt.gpu) == ("cpu", "float32", None)
+    assert (receipt.device, receipt.dtype) == ("cpu", "float32")
     assert 0 < receipt.model_seconds <= receipt.seconds
     assert receipt.file is not None
     assert receipt.file.rows == 12
@@ -515,9 +514,17 @@ def test_a_damaged_bundle_encodes_nothing(night: Night, tmp_path: Path) -> None:
     assert len(copied.pending(work)) == 1
 
 
-def test_the_receipt_names_the_gpu_that_the_scheduler_assigned(night: Night) -> None:
+def test_the_gpu_that_the_scheduler_assigned_reaches_the_encoder(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[TaskResources] = []
+
+    def load(*arguments: Any) -> encoder.Encoder:
+        handed.append(arguments[-1])
+        return load_encoder(*arguments)
+
+    monkeypatch.setattr(encoder, "load_encoder", load)
     (task,) = night.pending(night.work(new(TEXTS[:2])))
-    assert encode_bucket(task, TaskResources(cpus=1, gpu="5")).gpu == "5"
+    encode_bucket(task, TaskResources(cpus=1, gpu="5"))
+    assert handed == [TaskResources(cpus=1, gpu="5")]
 
 
 @pytest.fixture(params=[(1, 8), (3, 5), (100, 7), (8192, 65_536)], ids=str)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tiny_models import cosines
 
 from pipeline.cli import main
-from pipeline.example_data import MESSY_ROWS, write_catalogue
+from pipeline.example.shop import MESSY_ROWS, write_catalogue
 from pipeline.model.bundle import local_bundle
 from pipeline.model.encoder import load_encoder
 from pipeline.precision import round_mantissas

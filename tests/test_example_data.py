@@ -1,6 +1,7 @@
 """The example data: deterministic, messy in known ways, and with ratings that the items' content explains."""
 
 import csv
+import hashlib
 import statistics
 import time
 from collections import Counter, defaultdict
@@ -12,20 +13,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from pipeline.errors import UserError
-from pipeline.example_data import (
-    INTERACTIONS_DAYS,
-    INTERACTIONS_END,
-    MESSY_ROWS,
-    read_good_items,
-    write_catalogue,
-    write_interactions,
-)
+from pipeline.example.ratings import INTERACTIONS_DAYS, INTERACTIONS_END, write_interactions
+from pipeline.example.shop import MESSY_ROWS, read_good_items, write_catalogue
 
 DAY, NEXT_DAY, THIRD_DAY = "2026-11-20", "2026-11-21", "2026-11-24"
 TEXT = ("title", "brand", "category", "description")
 Row = dict[str, str]
+Days = tuple[Path, Path, Path]
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -58,7 +55,7 @@ def rendered(row: Row) -> str:
 
 
 @pytest.fixture(scope="module")
-def days(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+def days(tmp_path_factory: pytest.TempPathFactory) -> Days:
     """Three days' files of one folder, the last after a gap."""
     folder = tmp_path_factory.mktemp("catalogue")
     first, second, third = (write_catalogue(folder, ds=ds) for ds in (DAY, NEXT_DAY, THIRD_DAY))
@@ -66,7 +63,13 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def ratings(days: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+def good(days: Days) -> dict[str, Row]:
+    """Good rows of the first day by id."""
+    return sort_out(read_rows(days[0]))[0]
+
+
+@pytest.fixture(scope="module")
+def ratings(days: Days, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
     path = tmp_path_factory.mktemp("interactions") / "interactions.parquet"
     return pq.read_table(write_interactions(path, days[0]))
 
@@ -77,10 +80,20 @@ def test_5000_items_take_less_than_two_seconds(tmp_path: Path) -> None:
     assert time.process_time() - started < 2
 
 
-def test_the_same_arguments_give_the_same_bytes(days: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_the_same_arguments_give_the_same_bytes(days: Days, tmp_path: Path) -> None:
     again = [write_catalogue(tmp_path, ds=ds) for ds in (DAY, NEXT_DAY, THIRD_DAY)]
     assert [path.name for path in again] == [f"{ds}.csv" for ds in (DAY, NEXT_DAY, THIRD_DAY)]
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in days]
+
+
+def test_a_catalogue_keeps_its_bytes_from_version_to_version(tmp_path: Path) -> None:
+    digests = [
+        hashlib.sha256(write_catalogue(tmp_path, ds=ds, items=50).read_bytes()).hexdigest() for ds in (DAY, NEXT_DAY)
+    ]
+    assert digests == [
+        "2a32ae6ba0e200030c3b799b50b1780c7ef4585012708958f39b72ed7700265a",
+        "5019b1ce5862c438548bc2420f4578dfcecf4a714e97fc4e5ea01eda463adeb9",
+    ]
 
 
 def test_another_seed_gives_another_catalogue(tmp_path: Path) -> None:
@@ -89,16 +102,12 @@ def test_another_seed_gives_another_catalogue(tmp_path: Path) -> None:
     assert one.read_bytes() != two.read_bytes()
 
 
-def test_a_day_that_exists_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / f"{DAY}.csv"
+def test_an_existing_day_is_kept_and_a_new_one_is_the_only_file_of_its_folder(tmp_path: Path) -> None:
+    path = write_catalogue(tmp_path / "new", ds=DAY, items=50)
+    assert list((tmp_path / "new").iterdir()) == [path] == [tmp_path / "new" / f"{DAY}.csv"]
     path.write_bytes(b"mine\n")
-    assert write_catalogue(tmp_path, ds=DAY, items=50) == path
+    assert write_catalogue(tmp_path / "new", ds=DAY, items=50) == path
     assert path.read_bytes() == b"mine\n"
-
-
-def test_nothing_but_the_day_is_left_in_the_folder(tmp_path: Path) -> None:
-    write_catalogue(tmp_path / "new", ds=DAY, items=50)
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [f"{DAY}.csv"]
 
 
 def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,13 +115,13 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monke
         path.write_text("half a fi")
         raise OSError("disk full")
 
-    monkeypatch.setattr("pipeline.example_data._write_rows", fail)
+    monkeypatch.setattr("pipeline.example.shop._write_rows", fail)
     with pytest.raises(OSError, match="disk full"):
         write_catalogue(tmp_path, ds=DAY, items=50)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_day_holds_the_promised_messy_rows(days: tuple[Path, Path, Path]) -> None:
+def test_every_day_holds_the_promised_messy_rows(days: Days) -> None:
     for path, expected in zip(days, (5000, 4990, 4980), strict=True):
         rows = read_rows(path)
         good, bad = sort_out(rows)
@@ -121,7 +130,7 @@ def test_every_day_holds_the_promised_messy_rows(days: tuple[Path, Path, Path]) 
         assert len(rows) == expected + sum(MESSY_ROWS.values())
 
 
-def test_undecodable_rows_are_latin_1_under_ids_of_their_own(days: tuple[Path, Path, Path]) -> None:
+def test_undecodable_rows_are_latin_1_under_ids_of_their_own(days: Days) -> None:
     with pytest.raises(UnicodeDecodeError):
         days[0].read_bytes().decode()
     rows = read_rows(days[0])
@@ -131,7 +140,7 @@ def test_undecodable_rows_are_latin_1_under_ids_of_their_own(days: tuple[Path, P
     assert "Crème".encode("latin-1") in days[0].read_bytes()
 
 
-def test_older_duplicates_are_older_and_say_something_else(days: tuple[Path, Path, Path]) -> None:
+def test_older_duplicates_are_older_and_say_something_else(days: Days) -> None:
     by_id: defaultdict[str, list[Row]] = defaultdict(list)
     for row in read_rows(days[1]):
         by_id[row["item_id"]].append(row)
@@ -142,16 +151,14 @@ def test_older_duplicates_are_older_and_say_something_else(days: tuple[Path, Pat
         assert rendered(one) != rendered(other)
 
 
-def test_good_items_are_read_back_without_the_messy_ones(days: tuple[Path, Path, Path]) -> None:
+def test_good_items_are_read_back_without_the_messy_ones(days: Days) -> None:
     for path in days:
         good, _ = sort_out(read_rows(path))
         assert {item.item_id: item._asdict() for item in read_good_items(path)} == good
 
 
 @pytest.mark.parametrize(("before", "after", "ds"), [(0, 1, NEXT_DAY), (1, 2, THIRD_DAY)])
-def test_a_later_day_edits_50_adds_20_removes_30(
-    days: tuple[Path, Path, Path], before: int, after: int, ds: str
-) -> None:
+def test_a_later_day_edits_50_adds_20_removes_30(days: Days, before: int, after: int, ds: str) -> None:
     old, _ = sort_out(read_rows(days[before]))
     new, _ = sort_out(read_rows(days[after]))
     edited = [i for i in old.keys() & new.keys() if rendered(old[i]) != rendered(new[i])]
@@ -193,8 +200,7 @@ def test_a_later_day_follows_the_newest_earlier_one_and_ignores_other_files(tmp_
     assert (len(before - after), len(after - before)) == (1, 1)
 
 
-def test_texts_are_distinct_and_of_very_different_length(days: tuple[Path, Path, Path]) -> None:
-    good, _ = sort_out(read_rows(days[0]))
+def test_texts_are_distinct_and_of_very_different_length(good: dict[str, Row]) -> None:
     assert len({rendered(row) for row in good.values()}) >= 0.99 * len(good)
     words = [len(row["description"].split()) for row in good.values()]
     percentiles = statistics.quantiles(words, n=100)
@@ -204,8 +210,7 @@ def test_texts_are_distinct_and_of_very_different_length(days: tuple[Path, Path,
     assert 300 <= max(words) <= 900
 
 
-def test_fields_hold_what_breaks_careless_readers(days: tuple[Path, Path, Path]) -> None:
-    good, _ = sort_out(read_rows(days[0]))
+def test_fields_hold_what_breaks_careless_readers(days: Days, good: dict[str, Row]) -> None:
     texts = [rendered(row) for row in good.values()]
     for sign, least in (('"', 500), (",", 2000), ("\n", 200), ("é", 200), ("🌿", 10)):
         assert sum(sign in text for text in texts) >= least, sign
@@ -214,8 +219,7 @@ def test_fields_hold_what_breaks_careless_readers(days: tuple[Path, Path, Path])
     assert b"\r" not in days[0].read_bytes()
 
 
-def test_there_are_a_dozen_categories_with_kinds_below(days: tuple[Path, Path, Path]) -> None:
-    good, _ = sort_out(read_rows(days[0]))
+def test_there_are_a_dozen_categories_with_kinds_below(good: dict[str, Row]) -> None:
     kinds = {row["category"] for row in good.values()}
     assert len({kind.split(" > ")[0] for kind in kinds}) == 12
     assert len(kinds) == 48
@@ -227,16 +231,15 @@ def test_bad_arguments_are_refused(tmp_path: Path, ds: str, items: int) -> None:
         write_catalogue(tmp_path, ds=ds, items=items)
 
 
-def test_a_foreign_earlier_day_is_refused(tmp_path: Path) -> None:
-    (tmp_path / f"{DAY}.csv").write_text("id,name\n1,spoon\n")
-    with pytest.raises(UserError, match="id,name"):
-        write_catalogue(tmp_path, ds=NEXT_DAY, items=50)
-
-
-def test_a_delta_larger_than_the_earlier_day_is_refused(tmp_path: Path) -> None:
-    write_catalogue(tmp_path, ds=DAY, items=10)
-    with pytest.raises(UserError, match="10 items"):
-        write_catalogue(tmp_path, ds=NEXT_DAY, items=5000)
+@pytest.mark.parametrize(("foreign", "items", "match"), [("id,name\n1,spoon\n", 50, "id,name"), ("", 5000, "10 items")])
+def test_an_earlier_day_of_another_origin_or_size_is_refused(
+    tmp_path: Path, foreign: str, items: int, match: str
+) -> None:
+    earlier = write_catalogue(tmp_path, ds=DAY, items=10)
+    if foreign:
+        earlier.write_text(foreign)
+    with pytest.raises(UserError, match=match):
+        write_catalogue(tmp_path, ds=NEXT_DAY, items=items)
 
 
 def test_interactions_have_the_promised_columns_in_order_of_time(ratings: pa.Table) -> None:
@@ -253,8 +256,7 @@ def test_interactions_have_the_promised_columns_in_order_of_time(ratings: pa.Tab
     assert times[-1] < INTERACTIONS_END
 
 
-def test_interactions_name_good_items_at_most_once_per_user(ratings: pa.Table, days: tuple[Path, Path, Path]) -> None:
-    good, _ = sort_out(read_rows(days[0]))
+def test_interactions_name_good_items_at_most_once_per_user(ratings: pa.Table, good: dict[str, Row]) -> None:
     pairs = list(zip(ratings["user_id"].to_pylist(), ratings["item_id"].to_pylist(), strict=True))
     assert {item for _, item in pairs} <= good.keys()
     assert len(set(pairs)) == len(pairs)
@@ -270,7 +272,7 @@ def test_users_and_items_have_long_tails(ratings: pa.Table) -> None:
     assert per_item.most_common(1)[0][1] > 20 * ratings.num_rows / 5000
 
 
-def test_interactions_are_deterministic_and_left_alone(days: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_interactions_are_deterministic_and_left_alone(days: Days, tmp_path: Path) -> None:
     one, two, other = (tmp_path / name / "i.parquet" for name in ("one", "two", "other"))
     write_interactions(one, days[0], users=20)
     write_interactions(two, days[0], users=20)
@@ -281,36 +283,26 @@ def test_interactions_are_deterministic_and_left_alone(days: tuple[Path, Path, P
     assert two.read_bytes() == b"mine"
 
 
+def interactions_of(folder: Path, *, items: int, users: int) -> pa.Table:
+    catalogue = write_catalogue(folder, ds=DAY, items=items)
+    return pq.read_table(write_interactions(folder / "i.parquet", catalogue, users=users))
+
+
 def test_some_items_stay_cold_however_many_users_there_are(tmp_path: Path) -> None:
-    catalogue = write_catalogue(tmp_path, ds=DAY, items=60)
-    table = pq.read_table(write_interactions(tmp_path / "i.parquet", catalogue))
+    table = interactions_of(tmp_path, items=60, users=600)
     assert table.num_rows > 200 * 60
     assert len(set(table["item_id"].to_pylist())) == 60 - 5
 
 
 def test_a_tiny_catalogue_still_gives_interactions(tmp_path: Path) -> None:
-    catalogue = write_catalogue(tmp_path, ds=DAY, items=10)
-    table = pq.read_table(write_interactions(tmp_path / "i.parquet", catalogue, users=3))
+    table = interactions_of(tmp_path, items=10, users=3)
     assert Counter(table["user_id"].to_pylist()) == {"u00001": 5, "u00002": 5, "u00003": 5}
 
 
-def test_interactions_refuse_what_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no catalogue"):
-        write_interactions(tmp_path / "i.parquet", tmp_path / "missing.csv")
-    with pytest.raises(UserError, match="0 users"):
-        write_interactions(tmp_path / "i.parquet", tmp_path / "missing.csv", users=0)
-
-
-def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
-    """Share of (positive, negative) pairs in the right order, ties half: from ranks, without a library."""
-    ranks: dict[float, float] = {}
-    below = 0
-    for score, count in sorted(Counter(scores).items()):
-        ranks[score] = below + (count + 1) / 2
-        below += count
-    positives = sum(labels)
-    total = sum(ranks[score] for score, label in zip(scores, labels, strict=True) if label)
-    return (total - positives * (positives + 1) / 2) / (positives * (len(labels) - positives))
+@pytest.mark.parametrize(("users", "match"), [(600, "no catalogue"), (0, "0 users")])
+def test_interactions_refuse_a_missing_catalogue_and_no_users(tmp_path: Path, users: int, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        write_interactions(tmp_path / "i.parquet", tmp_path / "missing.csv", users=users)
 
 
 def past_mean_auc(ratings: pa.Table, value_of: dict[str, str]) -> float:
@@ -321,11 +313,10 @@ def past_mean_auc(ratings: pa.Table, value_of: dict[str, str]) -> float:
     for user, item, rating in rows[:cut]:
         seen[user, value_of[item]].append(rating)
     known = [(seen[u, value_of[i]], r >= 4) for u, i, r in rows[cut:] if (u, value_of[i]) in seen]
-    return auc([statistics.fmean(past) for past, _ in known], [label for _, label in known])
+    return float(roc_auc_score([label for _, label in known], [statistics.fmean(past) for past, _ in known]))
 
 
-def test_the_content_of_items_predicts_what_users_like(ratings: pa.Table, days: tuple[Path, Path, Path]) -> None:
-    good, _ = sort_out(read_rows(days[0]))
+def test_the_content_of_items_predicts_what_users_like(ratings: pa.Table, good: dict[str, Row]) -> None:
     positive = [rating >= 4 for rating in ratings["rating"].to_pylist()]
     assert 0.35 <= statistics.fmean(positive) <= 0.60
     category = {item_id: row["category"].split(" > ")[0] for item_id, row in good.items()}
@@ -347,9 +338,7 @@ def gap_spread(ratings: pa.Table, has: set[str]) -> float:
     )
 
 
-def test_users_differ_over_styles_and_not_over_colours(ratings: pa.Table, days: tuple[Path, Path, Path]) -> None:
-    good, _ = sort_out(read_rows(days[0]))
-
+def test_users_differ_over_styles_and_not_over_colours(ratings: pa.Table, good: dict[str, Row]) -> None:
     def naming(*words: str) -> set[str]:
         return {i for i, row in good.items() if any(word in row["title"].lower() for word in words)}
 

@@ -563,19 +563,6 @@ def test_taken_rows_are_the_rows_and_keep_the_numbers_of_users(found: Interactio
     assert taken.n_users == max(taken.users.tolist(), default=-1) + 1
 
 
-def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
-    found = read(write(tmp_path / "r.csv", GOOD))
-    assert found.fingerprint == read(write(tmp_path / "r.parquet", GOOD)).fingerprint
-    assert len(found.fingerprint) == 32
-    int(found.fingerprint, 16)
-    others = [found.take(slice(0, 4)), found.take(slice(0, 0))]
-    for name in ("users", "items", "labels", "times"):
-        changed = getattr(found, name).copy()
-        changed[-1] += 1
-        others.append(replace(found, **{name: changed}))
-    assert len({found.fingerprint, *(other.fingerprint for other in others)}) == 7
-
-
 # Split
 
 

@@ -1009,7 +1009,7 @@ def at_work(bucket: int, *, start: float, seconds: float, load: float = 0.0, tok
     """The receipt of a worker that began ``start`` seconds after noon."""
     return Receipt(
         plan_id="p", bucket=bucket, bundle="b", file=None, encoded=1, reused=0, tokens=tokens, padded_tokens=tokens,
-        seconds=seconds, load_seconds=load, model_seconds=seconds, device="cpu", dtype="float32", gpu=None,
+        seconds=seconds, load_seconds=load, model_seconds=seconds, device="cpu", dtype="float32",
         finished_at=NOON + timedelta(seconds=start + seconds),
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from faulty_proxy import PASSED, FaultyProxy
 from s3_server import client_of
 from tiny_models import save_tiny_backbone
 
-from pipeline.example_data import write_catalogue
+from pipeline.example.shop import write_catalogue
 
 pytestmark = [pytest.mark.spark]
 

@@ -29,6 +29,7 @@ from pipeline.session import distribute
 from pipeline.storage import Storage
 from pipeline.training_set import training_uri
 from schemas.promotion import Comparison
+from schemas.release import Release
 from schemas.training import TrainingRun
 
 pytestmark = [

@@ -139,7 +139,8 @@ def example(
     as_json: Json = False,
 ) -> None:
     """Generate an example catalogue of a date, and interactions. Existing files are left as they are."""
-    from pipeline.example_data import write_catalogue, write_interactions
+    from pipeline.example.ratings import write_interactions
+    from pipeline.example.shop import write_catalogue
 
     catalogue = write_catalogue(folder / "catalogue", ds=parse_ds(ds), items=items)
     interactions = write_interactions(folder / "interactions.parquet", catalogue)

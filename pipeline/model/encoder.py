@@ -63,7 +63,6 @@ class Encoded:
         vectors: zeros where a text failed.
         tokens: of all texts; ``padded_tokens``: with padding.
         model_seconds: the model's own time, on its device.
-        waited_seconds: how long the model waited for tokens.
         failed: reasons, by row, of texts that cannot be encoded even alone.
     """
 
@@ -71,7 +70,6 @@ class Encoded:
     tokens: int
     padded_tokens: int
     model_seconds: float
-    waited_seconds: float = 0.0
     failed: dict[int, str] = field(default_factory=dict)
 
 
@@ -152,7 +150,6 @@ class Encoder:
             tokens=sum(part.tokens for part in parts),
             padded_tokens=sum(part.padded_tokens for part in parts),
             model_seconds=sum(part.model_seconds for part in parts),
-            waited_seconds=sum(part.waited_seconds for part in parts),
         )
 
     def stream(
@@ -177,14 +174,12 @@ class Encoder:
         with ThreadPoolExecutor(1, thread_name_prefix="tokenise") as pool:
             upcoming = pool.submit(self._tokenised, source)
             while True:
-                started = time.perf_counter()
                 ready = upcoming.result()
                 if ready is None:
                     return
-                waited = time.perf_counter() - started
                 upcoming = pool.submit(self._tokenised, source)
                 window, tokenised = ready
-                yield window, self._encode(tokenised, waited)
+                yield window, self._encode(tokenised)
 
     def _tokenised(self, source: Iterator[tuple[W, Sequence[str]]]) -> tuple[W, _Tokenised] | None:
         for window, texts in source:
@@ -197,7 +192,7 @@ class Encoder:
         return None
 
     @torch.inference_mode()
-    def _encode(self, window: _Tokenised, waited: float) -> Encoded:
+    def _encode(self, window: _Tokenised) -> Encoded:
         lengths = np.array([len(ids) for ids in window.ids], dtype=np.int64)
         failed = dict(window.failed)
         order = np.argsort(-lengths, kind="stable")
@@ -218,7 +213,7 @@ class Encoder:
             vectors[rows] = part
             for row in rows[_odd(part)].tolist():
                 vectors[row] = self._once_more(row, window.ids[row], failed)
-        return Encoded(vectors, int(lengths.sum()), padded, clock.seconds(), waited, failed)
+        return Encoded(vectors, int(lengths.sum()), padded, clock.seconds(), failed)
 
     def _vectors(
         self, rows: NDArray[np.int64], ids: list[NDArray[np.int32]], failed: dict[int, str], clock: "_Clock"

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LinearLR
 
 from pipeline.config import TrainSettings
 from pipeline.errors import UserError
@@ -22,6 +24,9 @@ from pipeline.storage import Storage
 
 PROGRESS_SECONDS = 10.0
 DIGEST_BYTES = hashlib.sha256().digest_size
+CHECKPOINT_FORMAT = 2
+"""A checkpoint of another format is not resumed."""
+
 LEAST_ROWS = 4
 """What the unbiased HSIC needs."""
 
@@ -94,18 +99,18 @@ def fit(
         model = DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False)
     optimiser = torch.optim.AdamW(_groups(objective, settings), weight_decay=settings.weight_decay)
     # A state is what training changes: frozen weights are not written again and again.
-    run = _Run(objective, optimiser, Progress(), _state(objective))
+    steps = _steps(len(training), settings, seed=seed, rank=rank, world=world)
+    run = _Run(objective, optimiser, _warm_up(optimiser, settings, steps.total), Progress(), _state(objective))
     if checkpoint is not None:
         run.resume(checkpoint)
-    progress, steps = run.progress, _steps(len(training), settings, world)
+    progress = run.progress
     every = settings.validate_every or steps.per_epoch
     objective.train()
     reported = time.monotonic()
     while progress.step < steps.total and progress.bad < settings.patience:
-        _set_rates(optimiser, progress.step, warm_up=settings.warm_up, total=steps.total)
         # Anew every step: a resumed run drops out likewise, on every member and device.
         torch.manual_seed(int(np.random.SeedSequence([seed, progress.step, rank]).generate_state(1, np.uint64)[0]))
-        run.step(model, training, steps.rows(progress.step, seed, rank))
+        run.step(model, training, steps.rows(progress.step))
         if validation is not None and (progress.step % every == 0 or progress.step == steps.total):
             run.validated(objective.validate(validation), epoch=progress.step / steps.per_epoch)
             if label and rank == 0:
@@ -174,37 +179,56 @@ def learn(
     return objective, progress
 
 
+class _EpochOrder:
+    """The order of the rows in an epoch: permuted once per epoch, from the seed and the number of the epoch alone.
+
+    A resumed run therefore takes the same batches, without replaying the epochs before.
+    """
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self._rows, self._seed = rows, seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __call__(self, epoch: int) -> NDArray[np.int64]:
+        """Every row once, [rows]."""
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self._seed, epoch]).permutation(self._rows)
+        return self._order
+
+
 @dataclass(frozen=True)
 class _Steps:
-    """Which rows a step takes: a new order every epoch, which any step can be found in without the ones before."""
+    """Which rows a step takes on this member of the group."""
 
-    rows_total: int
+    order: _EpochOrder
     batch: int
     accumulate: int
     per_epoch: int
     total: int
+    rank: int
     world: int
 
-    def rows(self, step: int, seed: int, rank: int) -> list[Tensor]:
-        """Parts of about one size, and as many for every member: one that had fewer would leave the others waiting.
+    def rows(self, step: int) -> list[Tensor]:
+        """Row numbers of each part; the parts have about one size, and every member has as many parts.
 
-        No part of a short step is so small that HSIC could not be estimated on it.
+        A member with fewer parts would leave the others waiting. A short step has fewer parts, so that HSIC can be
+        estimated on each.
         """
         epoch, place = divmod(step, self.per_epoch)
-        order = np.random.default_rng([seed, epoch]).permutation(self.rows_total)
         size = self.batch * self.world * self.accumulate
-        chosen = order[place * size : (place + 1) * size]
-        own = chosen[: len(chosen) // self.world * self.world][rank :: self.world]
+        chosen = self.order(epoch)[place * size : (place + 1) * size]
+        own = chosen[: len(chosen) // self.world * self.world][self.rank :: self.world]
         parts = max(1, min(self.accumulate, len(own) // LEAST_ROWS))
         return [torch.from_numpy(part.copy()) for part in np.array_split(own, parts)]
 
 
-def _steps(rows: int, settings: TrainSettings, world: int) -> _Steps:
+def _steps(rows: int, settings: TrainSettings, *, seed: int, rank: int, world: int) -> _Steps:
     size = settings.batch * world * settings.accumulate
     # The last batch of an epoch may be short, but not shorter than half: a few rows make a noisy estimate of HSIC.
     per_epoch = max(1, round(rows / size))
     total = per_epoch * settings.epochs
-    return _Steps(rows, settings.batch, settings.accumulate, per_epoch, min(total, settings.max_steps or total), world)
+    total = min(total, settings.max_steps or total)
+    return _Steps(_EpochOrder(rows, seed), settings.batch, settings.accumulate, per_epoch, total, rank, world)
 
 
 @dataclass
@@ -213,6 +237,7 @@ class _Run:
 
     objective: Objective
     optimiser: torch.optim.Optimizer
+    warm_up: LinearLR
     progress: Progress
     best: dict[str, Tensor]
     sums: dict[str, float] = field(default_factory=dict)
@@ -233,6 +258,7 @@ class _Run:
         if not np.isfinite(self.sums["loss"]):
             raise UserError(f"the loss is not finite at step {self.progress.step}; lower train.learning_rate")
         self.optimiser.step()
+        self.warm_up.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.progress.step += 1
 
@@ -257,13 +283,14 @@ class _Run:
     def save(self, checkpoint: Checkpoint) -> None:
         buffer = io.BytesIO()
         content = {
-            "key": checkpoint.key,
+            "key": [CHECKPOINT_FORMAT, checkpoint.key],
             "progress": vars(self.progress),
             "sums": self.sums,
             "since": self.since,
             "state": _state(self.objective),
             "best": self.best,
             "optimiser": self.optimiser.state_dict(),
+            "warm_up": self.warm_up.state_dict(),
         }
         torch.save(content, buffer)
         data = buffer.getvalue()
@@ -281,13 +308,14 @@ class _Run:
             return
         # Tensors and plain values only: a checkpoint runs no code.
         content: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True)
-        if content["key"] != checkpoint.key:
+        if content["key"] != [CHECKPOINT_FORMAT, checkpoint.key]:
             log.info("train: the checkpoint is of another run, and is left aside")
             return
         self.progress = Progress(**content["progress"])
         self.sums, self.since, self.best = content["sums"], content["since"], content["best"]
         _load(self.objective, content["state"])
         self.optimiser.load_state_dict(content["optimiser"])
+        self.warm_up.load_state_dict(content["warm_up"])
         log.info("train: goes on from the checkpoint of step %d", self.progress.step)
 
 
@@ -295,15 +323,14 @@ def _groups(objective: nn.Module, settings: TrainSettings) -> list[dict[str, Any
     """LoRA's parameters, which belong to the source of states, learn at a rate of their own."""
     own = [p for name, p in objective.named_parameters() if p.requires_grad and not name.startswith("source.")]
     tuned = [p for name, p in objective.named_parameters() if p.requires_grad and name.startswith("source.")]
-    groups = [{"params": own, "rate": settings.learning_rate}]
-    return groups + ([{"params": tuned, "rate": settings.backbone_learning_rate}] if tuned else [])
+    groups = [{"params": own, "lr": settings.learning_rate}]
+    return groups + ([{"params": tuned, "lr": settings.backbone_learning_rate}] if tuned else [])
 
 
-def _set_rates(optimiser: torch.optim.Optimizer, step: int, *, warm_up: int, total: int) -> None:
-    """Up to the whole rate in ``warm_up`` steps, at most half of all."""
-    share = min(1.0, (step + 1) / max(1, min(warm_up, total // 2)))
-    for group in optimiser.param_groups:
-        group["lr"] = group["rate"] * share
+def _warm_up(optimiser: torch.optim.Optimizer, settings: TrainSettings, total: int) -> LinearLR:
+    """Raises the rates to their full values in ``train.warm_up`` steps, at most half of all steps."""
+    steps = max(1, min(settings.warm_up, total // 2))
+    return LinearLR(optimiser, start_factor=1 / steps, total_iters=steps - 1)
 
 
 def _state(objective: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """From scores to statements: means over seeds, differences with their intervals, and what follows in words."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -101,18 +102,20 @@ def paired_difference(one: Mapping[int, float], other: Mapping[int, float]) -> P
         one: figure by seed.
         other: what is subtracted.
     """
-    differences = np.array([one[seed] - other[seed] for seed in one if seed in other])
-    n = len(differences)
-    if not n or np.isnan(differences).any():
+    pairs = np.array([(one[seed], other[seed]) for seed in one if seed in other]).reshape(-1, 2)
+    mean = float((pairs[:, 0] - pairs[:, 1]).mean()) if len(pairs) else math.nan
+    if math.isnan(mean):
         return None
-    mean = float(differences.mean())
-    if n == 1:
+    if len(pairs) == 1:
         return PairedDifference(mean, None, None, None, 1)
-    error = float(differences.std(ddof=1)) / math.sqrt(n)
-    reach = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
-    # Without any spread t is ±∞ or, for identical systems, 0 / 0.
-    p_value = 2 * float(stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
-    return PairedDifference(mean, mean - reach, mean + reach, p_value, n)
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        # All differences may be nearly the same.
+        warnings.filterwarnings("ignore", "Precision loss occurred", RuntimeWarning)
+        test = stats.ttest_rel(pairs[:, 0], pairs[:, 1])
+    interval = test.confidence_interval(CONFIDENCE)
+    # Identical systems: t is 0 / 0.
+    p_value = 1.0 if math.isnan(test.pvalue) else float(test.pvalue)
+    return PairedDifference(mean, float(interval.low), float(interval.high), p_value, len(pairs))
 
 
 def user_interval(one: NDArray[np.float32], other: NDArray[np.float32], data: ClickData) -> tuple[float, float] | None:

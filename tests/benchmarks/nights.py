@@ -21,7 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.example_data import write_catalogue, write_interactions
+from pipeline.example.ratings import write_interactions
+from pipeline.example.shop import write_catalogue
 from schemas.plan import Plan
 
 DAYS = [f"2026-11-{day}" for day in range(20, 25)]

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -101,7 +101,7 @@ def plan(folder: Path, bundle: Bundle, texts: Sequence[str], buckets: int) -> li
                 base=None,
                 planned_at=datetime.now(UTC),
                 mantissa_bits=MANTISSA_BITS,
-                work=BucketPlan(bucket=bucket, **counts, tokens=characters, characters=characters),
+                work=BucketPlan(bucket=bucket, **counts, tokens=characters),
             )
         )
     return tasks
@@ -142,18 +142,30 @@ class Stopwatch:
         with mock.patch.object(owner, attribute, self.timed(name, getattr(owner, attribute))):
             yield
 
+    @contextmanager
+    def on_results(self, name: str, owner: ModuleType) -> Iterator[None]:
+        """Note how long the module waits for the results of its thread pools."""
+
+        def submit(pool: ThreadPoolExecutor, *arguments: Any) -> Future[Any]:
+            future = ThreadPoolExecutor.submit(pool, *arguments)
+            future.result = self.timed(name, future.result)  # type: ignore[method-assign]
+            return future
+
+        pools = type("WatchedPool", (ThreadPoolExecutor,), {"submit": submit})
+        with mock.patch.object(owner, "ThreadPoolExecutor", pools):
+            yield
+
 
 @dataclass(frozen=True)
 class Split:
     """One bucket's seconds by what it was busy with; of the cores' time, what nobody used, and what others did.
 
-    Tokenising and writing happen beside the model: the parts are more than the whole. ``waited`` is what the model
-    waited for tokens, ``alone`` what happened while it did not run.
+    Tokenising and writing happen beside the model: the parts are more than the whole. ``alone`` is what happened while
+    the model did not run.
     """
 
     seconds: float
     parts: dict[str, float]
-    waited: float
     alone: float
     idle: float
     others: float
@@ -169,6 +181,7 @@ def take_apart(task: EncodeTask) -> Split:
     encoder.load_encoder.cache_clear()
     with (
         watch.on("tokenise", encoder, "token_ids"),
+        watch.on_results("for tokens", encoder),
         watch.on("pool, compress", batches.PackedTokens, "pool"),
         watch.on("pool, compress", compressor.WhitenedPCA, "forward"),
         watch.on("write", pq.ParquetWriter, "write_table"),
@@ -183,12 +196,11 @@ def take_apart(task: EncodeTask) -> Split:
         seconds = time.monotonic() - started
         used, nobody = cpu_seconds() - before, idle_seconds() - nobody_before
     encoder.load_encoder.cache_clear()
-    parts = {name: watch.seconds.get(name, 0.0) for name in ("tokenise", "pool, compress", "write")}
+    parts = {name: watch.seconds.get(name, 0.0) for name in ("tokenise", "for tokens", "pool, compress", "write")}
     parts["model"] = receipt.model_seconds - parts["pool, compress"]
     return Split(
         seconds=seconds,
         parts=parts,
-        waited=receipt.waited_seconds,
         alone=seconds - receipt.model_seconds,
         idle=nobody / seconds / CORES,
         others=max(0.0, 1 - (used + nobody) / seconds / CORES),
@@ -366,7 +378,7 @@ def show_split(splits: Sequence[Split], layers: int, console: Console) -> None:
     for name in ("model", "pool, compress"):
         row(name, statistics.median(split.parts[name] for split in splits))
     row("neither: the model waits", statistics.median(split.alone for split in splits))
-    row("  of this, for tokens", statistics.median(split.waited for split in splits))
+    row("  of this, for tokens", statistics.median(split.parts["for tokens"] for split in splits))
     table.add_section()
     for name in ("tokenise", "write"):
         row(f"{name}, beside the model", statistics.median(split.parts[name] for split in splits))

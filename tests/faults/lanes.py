@@ -25,7 +25,7 @@ from tree_events import TreeEvents
 from pipeline import release_log, retention
 from pipeline.config import Settings, load_settings
 from pipeline.deployment import open_deployment
-from pipeline.example_data import write_catalogue
+from pipeline.example.shop import write_catalogue
 from pipeline.plan_identity import identify
 from pipeline.storage import Storage
 from schemas.identity import plan_key, row_id

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -375,6 +375,33 @@ def test_the_order_of_rows_hangs_on_the_seed_alone() -> None:
     assert orders[0] == orders[1] != orders[2]
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_rows_are_permuted_once_per_epoch_and_a_resumed_run_takes_the_same_batches(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, accumulate: int
+) -> None:
+    keys: list[list[int]] = []
+    default_rng = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda key: (keys.append(key), default_rng(key))[1])
+    wanted = train_settings(batch=10 // accumulate, accumulate=accumulate, epochs=3, patience=100, checkpoint_every=4)
+
+    def batches(checkpoint: Checkpoint | None, calls: int = 0) -> list[list[int]]:
+        keys.clear()
+        probe = Probe()
+        ending(calls)(probe)
+        with suppress(Ended):
+            fit(probe, training=rows(100), validation=rows(8), settings=wanted, seed=5, label="", checkpoint=checkpoint)
+        return probe.batches
+
+    whole, epoch = batches(None), 10 * accumulate
+    assert keys == [[5, 0], [5, 1], [5, 2]]
+    for start in range(0, 3 * epoch, epoch):
+        assert sorted(itertools.chain.from_iterable(whole[start : start + epoch])) == list(range(100))
+    # Ended in the second epoch, in the step after next from the checkpoint of step 16.
+    assert batches(place(tmp_path), calls=17 * accumulate + 1) == whole[: 17 * accumulate]
+    assert batches(place(tmp_path)) == whole[16 * accumulate :]
+    assert keys == [[5, 1], [5, 2]]
+
+
 def member_batches(monkeypatch: pytest.MonkeyPatch, rank: int, world: int, **changes: Any) -> list[list[int]]:
     """Rows that one member of a group takes."""
     objective = Probe()
@@ -551,7 +578,7 @@ def ending(calls: int) -> Callable[[Objective], object]:
 def test_a_run_that_was_ended_in_the_middle_goes_on_as_if_it_had_not_been(
     data: tuple[LearningData, Any], tmp_path: Path
 ) -> None:
-    wanted: dict[str, Any] = {"epochs": 3, "validate_every": 4, "checkpoint_every": 3, "patience": 100}
+    wanted: dict[str, Any] = {"epochs": 3, "validate_every": 4, "checkpoint_every": 3, "patience": 100, "warm_up": 12}
     undisturbed, progress = trained(data, **wanted)
     # The last checkpoint is older than the end: what came after it is done again.
     for calls, done in ((2, 0), (12, 9), (20, 27), (1, 27)):
@@ -603,10 +630,15 @@ def test_a_run_that_had_stopped_early_stays_stopped(data: tuple[LearningData, An
     assert resumed == progress
 
 
-def test_the_checkpoint_of_another_run_is_left_aside(data: tuple[LearningData, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "format_"), [("another run", module.CHECKPOINT_FORMAT), ("run", 1)])
+def test_the_checkpoint_of_another_run_or_format_is_left_aside(
+    data: tuple[LearningData, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, format_: int
+) -> None:
     undisturbed, progress = trained(data, checkpoint_every=3)
+    monkeypatch.setattr(module, "CHECKPOINT_FORMAT", format_)
     with pytest.raises(Ended):
-        trained(data, seed=5, checkpoint=place(tmp_path, "another run"), prepare=ending(8), checkpoint_every=3)
+        trained(data, seed=5, checkpoint=place(tmp_path, key), prepare=ending(8), checkpoint_every=3)
+    monkeypatch.undo()
     found, own = trained(data, checkpoint=place(tmp_path), checkpoint_every=3)
     assert same(found, undisturbed)
     assert own == progress

@@ -1,0 +1,1 @@
+"""The example shop: a seeded daily catalogue, and ratings that depend on the items' texts."""

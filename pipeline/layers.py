@@ -1,4 +1,4 @@
-"""The judgement of layers: metrics over a sample, AUC where there are clicks, one report, and what is adopted of it."""
+"""Layer reports: metrics of every layer over a sample, AUC from clicks, and a recommendation that can be adopted."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from pipeline import catalogue
 from pipeline.catalogue import CatalogueSource
 from pipeline.config import Settings, TrainSettings
 from pipeline.errors import UserError
-from pipeline.layer_findings import findings, kept, recommend
+from pipeline.layer_findings import layer_findings, recommend, with_choice
 from pipeline.run import storage_of
 from pipeline.storage import Storage, StoredObject, is_s3, join
 from pipeline.training_run import (
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One backbone under one pooling, and what it is judged on."""
+    """One backbone with one pooling, and its inputs."""
 
     settings: Settings
     identity: TrainingIdentity | None
@@ -69,7 +69,7 @@ class _Candidate:
 
     @property
     def swept_uri(self) -> str:
-        """What the parts come to; written once all of them are added up."""
+        """The merged result; it is written when all parts are complete."""
         return join(self.uri, SWEPT)
 
 
@@ -84,18 +84,18 @@ def judge_layers(
 ) -> LayerReport:
     """Judge every layer of one or several models on the catalogue of a date, and on its interactions if there are any.
 
-    Or on images, of which there are no clicks. A judgement is computed once; asked for again, it is read.
+    Images can be judged instead; there are no clicks for them. An existing report with the same inputs is returned.
 
     Args:
         settings: the configuration.
         ds: date of the catalogue.
-        images: folder of images, on this machine or where all of a cluster see it; instead of ``ds``.
-        backbones: to compare; default: that of the configuration.
-        poolings: of each of them; default: that of the configuration, or the adopted one.
+        images: folder of images that all workers can read; instead of ``ds``.
+        backbones: models to compare; default: the configured one.
+        poolings: for each of them; default: the configured one, or the adopted one.
         expected: training_id that an earlier task of the same run announced.
 
     Raises:
-        UserError: catalogue, interactions, backbone or settings cannot be used, or changed since then.
+        UserError: catalogue, interactions, backbone or settings are not valid, or they changed since that task.
     """
     from pipeline.model.sweep import require_kind
     from pipeline.session import hands_out_gpus, spark_session
@@ -108,23 +108,24 @@ def judge_layers(
         if expected is not None and candidate.identity is not None:
             require_announced(candidate.identity, expected)
     report_id = _report_id(candidates, ds)
-    done = read_contract(storage_of(settings), _report_uri(settings, report_id), LayerReport)
+    storage, uri = storage_of(settings), join(report_folder(settings, report_id), REPORT)
+    done = read_contract(storage, uri, LayerReport)
     if done is not None:
-        log.info("layers: report %s stands already", report_id)
+        log.info("layers: report %s exists already", report_id)
         return done
     for backbone in dict.fromkeys(candidate.train.backbone for candidate in candidates):
         require_kind(backbone, images=bool(images))
     name = f"marc layers {ds or images}"
     with spark_session(settings.spark, storage=settings.storage, name=name, gpu_tasks=True) as spark:
         models, inputs = _sweep(spark, settings, candidates, ds=ds)
-        # Click models need no GPU: where GPUs are handed out, they get a session in which they share one.
+        # Click models need no GPU. If Spark schedules GPUs, they run in a second session without GPU tasks.
         together = not hands_out_gpus(spark)
         if together:
             models = _with_clicks(spark, candidates, models)
     if not together:
         with spark_session(settings.spark, storage=settings.storage, name=name) as spark:
             models = _with_clicks(spark, candidates, models)
-    judged = [kept(model) for model in models]
+    judged = [with_choice(model) for model in models]
     wanted = settings.layers.model_dump(exclude={"seed", "sample"})
     report = LayerReport(
         report_id=report_id,
@@ -135,25 +136,27 @@ def judge_layers(
         sample=inputs,
         models=judged,
         recommendations=recommend(judged),
-        findings=findings(judged),
+        findings=layer_findings(judged),
     )
-    storage_of(settings).write(_report_uri(settings, report_id), report.model_dump_json(indent=1).encode())
+    storage.write(uri, report.model_dump_json(indent=1).encode())
     return report
 
 
 def require_adoptable(settings: Settings, *, backbones: Sequence[str], images: str) -> None:
-    """Refuse, before the work, an adoption that no training would follow.
+    """Check before the work starts that trainings would use the adopted recommendation.
 
     Raises:
-        UserError: trainings use another backbone, keep configured layers, or read no images.
+        UserError: trainings use another backbone or configured layers, or the report is about images.
     """
     train = settings.train
     if images:
-        raise UserError("what images recommend cannot be adopted: trainings read texts")
+        raise UserError("a recommendation from images cannot be adopted: trainings read texts")
     if backbones and train.backbone not in backbones:
         raise UserError(f"trainings use train.backbone {train.backbone!r}: judge that one, or configure another first")
     if train.layers is not None:
-        raise UserError(f"train.layers is configured as {train.layers} and would win: remove it to adopt another")
+        raise UserError(
+            f"train.layers is configured as {train.layers} and takes precedence: remove it to adopt another"
+        )
 
 
 def adopt(settings: Settings, report: LayerReport) -> Adopted:
@@ -172,18 +175,18 @@ def adopt(settings: Settings, report: LayerReport) -> Adopted:
     return record
 
 
-def report_folder(settings: Settings, report: LayerReport) -> str:
+def report_folder(settings: Settings, report_id: str) -> str:
     """Folder of a report in the work area."""
-    return _report_folder(settings, report.report_id)
+    return join(settings.work_uri, "layers", "reports", report_id)
 
 
 def publish_report(settings: Settings, report: LayerReport) -> str:
-    """Leave page, table and plots of a report beside its JSON in the work area; the folder's uri."""
-    from pipeline.layer_report import write_report
+    """Write pages and plots of a report beside its JSON in the work area; returns the uri of the folder."""
+    from pipeline.layer_report import write_layer_report
 
-    storage, uri = storage_of(settings), report_folder(settings, report)
+    storage, uri = storage_of(settings), report_folder(settings, report.report_id)
     with TemporaryDirectory(prefix="marc-layers-") as name:
-        for file in write_report(report, Path(name)):
+        for file in write_layer_report(report, Path(name)):
             storage.write(join(uri, file.name), file.read_bytes())
     log.info("layers: report at %s", uri)
     return uri
@@ -204,7 +207,7 @@ def _candidates(
     for backbone in dict.fromkeys(backbones or (settings.train.backbone,)):
         usual = reviewed(with_train(settings, {"backbone": backbone}))[0].train.pooling
         for pooling in dict.fromkeys(poolings or (usual,)):
-            # What is kept today has no say in what should be.
+            # The layers of the current configuration must not influence the report.
             train = with_train(settings, {"backbone": backbone, "pooling": pooling}).train
             own = settings.model_copy(update={"train": train.model_copy(update={"layers": None})})
             identity = identify(own, ds=ds) if source and settings.interactions.uri is not None else None
@@ -216,7 +219,7 @@ def _candidates(
 def _inputs(
     settings: Settings, identity: TrainingIdentity | None, source: CatalogueSource | None, images: tuple[str, ...]
 ) -> list[object]:
-    """What names the texts or the images that are judged."""
+    """Facts that identify the texts or images."""
     if identity is not None:
         return [identity.training_id]
     if source is not None:
@@ -236,11 +239,11 @@ def _sweep_id(settings: Settings, inputs: list[object]) -> str:
 
 
 def _image_paths(folder: str, limit: int) -> tuple[str, ...]:
-    """Images below a folder, by their names; a sample by the hash of their paths beyond ``limit``."""
+    """Images below a folder; more than ``limit`` are sampled by the hash of their paths."""
     from pipeline.model.images import image_files
 
     if is_s3(folder):
-        raise UserError(f"{folder}: images are read from a folder; copy them to one that this machine and workers see")
+        raise UserError(f"{folder}: images are not read from S3; copy them to a folder that all workers can read")
     root = Path(folder).absolute()
     names = sorted((path.relative_to(root).as_posix() for path in image_files(root)), key=_hashed)
     if len(names) < 2:
@@ -256,18 +259,10 @@ def _report_id(candidates: Sequence[_Candidate], ds: str) -> str:
     return _digest([ds, [one.sweep_id for one in candidates], clicks])
 
 
-def _report_folder(settings: Settings, report_id: str) -> str:
-    return join(settings.work_uri, "layers", "reports", report_id)
-
-
-def _report_uri(settings: Settings, report_id: str) -> str:
-    return join(_report_folder(settings, report_id), REPORT)
-
-
 def _sweep(
     spark: "SparkSession", settings: Settings, candidates: Sequence[_Candidate], *, ds: str
 ) -> tuple[list[JudgedModel], int]:
-    """The metrics of every layer of every candidate, their parts side by side; and how many inputs they are of."""
+    """The metrics of every layer of every candidate, in parallel parts; and the number of inputs."""
     from pipeline.model.sweep import INPUT, SAMPLE, run_part
     from pipeline.session import run_buckets
 
@@ -302,17 +297,17 @@ def _sweep(
 
 
 def _swept(candidate: _Candidate, parts: "Sequence[SweepPart]", *, storage: Storage) -> JudgedModel:
-    """The parts of a candidate added up; then they are not needed any more."""
+    """Merge the parts of a candidate and delete them."""
     from pipeline.model.sweep import merge_parts
 
     done = read_contract(storage, candidate.swept_uri, JudgedModel)
     if done is not None:
         return done
-    log.info("layer metrics: adding up %d parts of %s", len(parts), candidate.train.backbone)
+    log.info("layer metrics: merging %d parts of %s", len(parts), candidate.train.backbone)
     try:
         facts, metrics = merge_parts(parts)
     except FileNotFoundError:
-        # Another run of the same sweep was first.
+        # Another run of the same sweep has merged and deleted them.
         done = read_contract(storage, candidate.swept_uri, JudgedModel)
         if done is None:
             raise
@@ -347,7 +342,7 @@ def _swept(candidate: _Candidate, parts: "Sequence[SweepPart]", *, storage: Stor
 
 
 def _parts(candidate: _Candidate, inputs: int, *, storage: Storage) -> "list[SweepPart]":
-    """Blocks of nearly equal size, dealt out to parts: neither depends on the machine that runs them."""
+    """Blocks of nearly equal size, distributed to parts in the same way on every machine."""
     from pipeline.model.sweep import SweepPart
 
     settings = candidate.settings
@@ -372,7 +367,7 @@ def _parts(candidate: _Candidate, inputs: int, *, storage: Storage) -> "list[Swe
 def _with_clicks(
     spark: "SparkSession", candidates: Sequence[_Candidate], models: Sequence[JudgedModel]
 ) -> list[JudgedModel]:
-    """The same with the AUC of every layer, where there are interactions."""
+    """The models with the AUC of every layer, if there are interactions."""
     found = []
     for candidate, model in zip(candidates, models, strict=True):
         if candidate.identity is None:
@@ -390,7 +385,7 @@ def _with_clicks(
 
 
 def _some(texts: Sequence[str], limit: int) -> list[str]:
-    """Distinct texts, a sample by hash beyond ``limit``: the same texts, the same sample."""
+    """Distinct texts; more than ``limit`` are sampled by hash, so that equal texts give equal samples."""
     return sorted(set(texts), key=_hashed)[:limit]
 
 

@@ -1,4 +1,4 @@
-"""From figures of layers to a judgement: what each metric would choose, what that costs, and the layer to keep."""
+"""Choose the layer to keep: what each metric would choose, what that costs, a recommendation, and the findings."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,9 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
+from pipeline.model.findings import ADVANTAGE, difference_text, verdict
 from pipeline.model.statistics import paired_difference
-from pipeline.plots import signed
+from pipeline.report.cells import plural, signed, with_deviation
 from schemas.layers import Basis, JudgedLayer, JudgedModel, MetricChoice, Recommendation
 
 MANY_LAYERS = 12
@@ -23,11 +24,11 @@ class Metric:
     """A metric of representations.
 
     Attributes:
-        name: key of its figure.
-        title: for people.
-        view: what it looks at.
-        better: which end is taken for the better one, by what the metric means: richer, smoother, less moved by noise.
-            That is this project's choice; whether it holds for a model, the correlation tells.
+        name: key of its values.
+        title: name in reports.
+        view: the property that it measures.
+        better: the end that counts as better, by the meaning of the metric: richer, smoother, less changed by noise.
+            This is a choice of this project; the correlation shows whether it holds for a model.
         unit: empty for plain numbers.
     """
 
@@ -51,15 +52,15 @@ METRICS = (
 
 
 WITHOUT_CLICKS = ("prompt_entropy", "curvature", "dime")
-"""One metric of each view, which together choose where there are no clicks.
+"""The metrics that choose the layer when there are no clicks, one of each view.
 
-This project's choice, made where the answer was known: on ml-latest-small with the default backbone, where the
-dataset's entropy, InfoNCE and LiDAR prefer the final layer, one of the worst. What it promises elsewhere is little.
+They were selected on ml-latest-small with the default backbone, where the best layer was known: dataset entropy,
+InfoNCE and LiDAR prefer the final layer there, one of the worst. On other data the choice may be poor.
 """
 
 
 def choices(judged: Sequence[JudgedLayer]) -> list[MetricChoice]:
-    """What every metric would choose among the layers that can be kept, and what that costs.
+    """The layer that every metric would choose, embeddings excluded, and what that costs.
 
     Args:
         judged: all layers, the embeddings first.
@@ -68,29 +69,29 @@ def choices(judged: Sequence[JudgedLayer]) -> list[MetricChoice]:
     aucs = {layer.layer: fmean(layer.test_auc) for layer in judged if layer.test_auc}
     best = max((auc for layer, auc in aucs.items() if layer), default=None)
     for metric in METRICS:
-        figures = {layer.layer: layer.metrics.get(metric.name, math.nan) for layer in judged}
-        layer = best_layer(metric, figures)
+        values = {layer.layer: layer.metrics.get(metric.name, math.nan) for layer in judged}
+        layer = best_layer(metric, values)
         lost = None if best is None or layer is None else best - aucs[layer]
-        correlation = _spearman(figures, aucs)
+        correlation = _spearman(values, aucs)
         found.append(
             MetricChoice(metric=metric.name, better=metric.better, layer=layer, correlation=correlation, lost_auc=lost)
         )
     return found
 
 
-def best_layer(metric: Metric, figures: Mapping[int, float]) -> int | None:
-    """The layer, of those that can be kept, where a metric is best; of equals the lowest."""
+def best_layer(metric: Metric, values: Mapping[int, float]) -> int | None:
+    """The layer where a metric is best, embeddings excluded; of equal layers the lowest; None if it is undefined."""
     sign = 1 if metric.better == "high" else -1
-    ranked = [(-sign * figure, layer) for layer, figure in figures.items() if layer and not math.isnan(figure)]
+    ranked = [(-sign * value, layer) for layer, value in values.items() if layer and not math.isnan(value)]
     return min(ranked)[1] if ranked else None
 
 
 def smoothed(scores: Mapping[int, Sequence[float]]) -> dict[int, float]:
-    """A smooth curve through the mean score of all layers: a parabola, of a dozen layers and more a quartic.
+    """A smooth curve through the mean scores of all layers: a parabola, or a quartic for a dozen layers or more.
 
-    One layer's AUC is known to about what layers differ by, and the best of several is a lottery. Neighbours hold
-    nearly the same, so a curve that falls off towards its ends is known far better than any point of it. Many layers
-    tell a peak that lies towards one end, which a parabola would move to the middle.
+    The error of one layer's AUC is about as large as the differences between layers, so the best single layer is
+    partly chance. Neighbouring layers are similar, so a curve that falls towards its ends is known more precisely
+    than its points. A parabola would move a peak near one end to the middle; with many layers a quartic does not.
 
     Args:
         scores: of every layer, one per fold.
@@ -104,7 +105,7 @@ def smoothed(scores: Mapping[int, Sequence[float]]) -> dict[int, float]:
 
 
 def choose_layer(scores: Mapping[int, Sequence[float]]) -> int:
-    """The layer where :func:`smoothed` scores are highest; of equals the lowest.
+    """The layer where :func:`smoothed` scores are highest; of equal layers the lowest.
 
     Args:
         scores: AUC of every layer, one per fold.
@@ -114,42 +115,34 @@ def choose_layer(scores: Mapping[int, Sequence[float]]) -> int:
 
 
 def choose_by_metrics(judged: Sequence[JudgedLayer]) -> int | None:
-    """The layer with the best mean rank over ``WITHOUT_CLICKS``; of equals the lowest; None where all are undefined.
+    """The layer with the best mean rank over ``WITHOUT_CLICKS``; of equal layers the lowest; None if all are undefined.
 
     Args:
         judged: all layers, the embeddings first.
     """
     layers = [layer for layer in judged if layer.layer]
     ranks = []
-    for metric in (metric for metric in METRICS if metric.name in WITHOUT_CLICKS):
+    for metric in _defined(judged):
         sign = 1 if metric.better == "low" else -1
-        figures = [sign * layer.metrics.get(metric.name, math.nan) for layer in layers]
-        if not any(map(math.isnan, figures)):
-            ranks.append(stats.rankdata(figures))
-    if not ranks:
-        return None
-    return layers[int(np.argmin(np.mean(ranks, axis=0)))].layer
+        ranks.append(stats.rankdata([sign * layer.metrics[metric.name] for layer in layers]))
+    return layers[int(np.argmin(np.mean(ranks, axis=0)))].layer if ranks else None
 
 
-def kept(model: JudgedModel) -> JudgedModel:
-    """The same with its choices, and with the layer to keep."""
-    folds = {layer.layer: layer.fold_auc for layer in model.judged if layer.fold_auc}
-    found = choices(model.judged)
-    if folds:
-        keep: int | None = choose_layer(folds)
-        basis: Basis = "clicks"
-    else:
-        keep, basis = choose_by_metrics(model.judged), "metrics"
-    return model.model_copy(update={"choices": found, "keep": keep, "basis": basis})
+def with_choice(model: JudgedModel) -> JudgedModel:
+    """The model with the choices of its metrics, and with the layer to keep: clicks decide if there are any."""
+    folds = fold_aucs(model)
+    basis: Basis = "clicks" if folds else "metrics"
+    keep = choose_layer(folds) if folds else choose_by_metrics(model.judged)
+    return model.model_copy(update={"choices": choices(model.judged), "keep": keep, "basis": basis})
 
 
 def recommend(models: Sequence[JudgedModel]) -> list[Recommendation]:
-    """Where to cut each backbone, and how to pool: of several poolings the one that scored best with clicks.
+    """The layer and the pooling to use for each backbone: of several poolings the one that scored best with clicks.
 
-    Without clicks nothing says which pooling is better: the first one stands.
+    Without clicks nothing tells which pooling is better: the first one is taken.
 
     Args:
-        models: from :func:`kept`; those of one backbone differ in their pooling.
+        models: from :func:`with_choice`; those of one backbone differ in their pooling.
     """
     found = []
     for backbone in dict.fromkeys(model.backbone for model in models):
@@ -170,20 +163,24 @@ def recommend(models: Sequence[JudgedModel]) -> list[Recommendation]:
     return found
 
 
-def findings(models: Sequence[JudgedModel]) -> list[str]:
-    """One sentence per claim: what came out, with its figures, also where it is not what one would wish."""
-    several = len(models) > 1
+def layer_findings(models: Sequence[JudgedModel]) -> list[str]:
+    """The results with their numbers, one sentence per claim, also where a claim fails."""
     found = []
     for model in models:
-        lead = f"{model.backbone}, {model.pooling} pooling: " if several else ""
+        lead = f"{model.backbone}, {model.pooling} pooling: " if len(models) > 1 else ""
         sentences = [*_advantage(model), *_kept(model), *_metrics(model)]
         if model.left_out:
             sentences.append(
-                f"{model.left_out} of {model.inputs:,} inputs could not be run and are left out; the first: "
+                f"{model.left_out} of {model.inputs:,} inputs failed and are left out; the first error: "
                 f"{model.left_out_because}."
             )
         found += [lead + sentence for sentence in sentences]
     return found
+
+
+def fold_aucs(model: JudgedModel) -> dict[int, list[float]]:
+    """AUC within the training part, by layer, one per fold; empty without interactions."""
+    return {layer.layer: layer.fold_auc for layer in model.judged if layer.fold_auc}
 
 
 def mean_auc(layer: JudgedLayer) -> float:
@@ -196,28 +193,31 @@ def std_auc(layer: JudgedLayer) -> float:
     return stdev(layer.test_auc) if len(layer.test_auc) > 1 else math.nan
 
 
+def auc_text(layer: JudgedLayer) -> str:
+    """Test AUC as ``mean ± deviation`` over seeds."""
+    return with_deviation(mean_auc(layer), std_auc(layer))
+
+
 def best_by_test(model: JudgedModel) -> JudgedLayer | None:
-    """The layer with the highest mean test AUC among those that can be kept."""
+    """The layer with the highest mean test AUC, embeddings excluded."""
     return max((layer for layer in model.judged if layer.layer and layer.test_auc), key=mean_auc, default=None)
 
 
 def _advantage(model: JudgedModel) -> list[str]:
-    """Of the kept layer: it was chosen without the test part. The best one by that part is best by chance as well."""
+    """Not about the best layer by test AUC: that one is partly best by chance."""
     best, final = best_by_test(model), model.judged[-1]
     if best is None or model.keep is None:
         return []
     if model.keep == model.layers:
-        return [f"The final layer is to be kept, with test AUC {_auc(final)}; the best layer by that is {best.layer}."]
+        return [
+            f"The final layer is the one to keep, with test AUC {auc_text(final)}; the layer with the best test AUC is "
+            f"{best.layer}."
+        ]
     layer = model.judged[model.keep]
     difference = paired_difference(dict(enumerate(layer.test_auc)), dict(enumerate(final.test_auc)))
-    shown, interval = "has no interval to judge by", ""
-    if difference is not None and difference.low is not None and difference.high is not None:
-        interval = f" (95 % interval {signed(difference.low)} to {signed(difference.high)}, {difference.seeds} seeds)"
-        shown = "is there" if difference.low > 0 else "is not shown"
-        shown = "is not there, on the contrary" if difference.high < 0 else shown
     return [
-        f"The mid-layer advantage {shown}: layer {layer.layer}, chosen without the test part, has test AUC "
-        f"{_auc(layer)}, the final layer {_auc(final)}, {signed(mean_auc(layer) - mean_auc(final))}{interval}."
+        f"The mid-layer advantage {verdict(difference, *ADVANTAGE)}: layer {layer.layer}, chosen without the test "
+        f"part, has test AUC {auc_text(layer)}, the final layer {auc_text(final)}, {difference_text(difference)}."
     ]
 
 
@@ -229,72 +229,72 @@ def _kept(model: JudgedModel) -> list[str]:
     if final.seconds > 0:
         time, memory = layer.seconds / final.seconds, layer.weights_bytes / final.weights_bytes
         found.append(
-            f"The first {model.keep} of {model.layers} layers take {100 * time:.0f} % of the whole model's time and "
-            f"{100 * memory:.0f} % of its weights' memory."
+            f"The first {model.keep} of {model.layers} layers take {100 * time:.0f} % of the time of the whole model "
+            f"and {100 * memory:.0f} % of the memory of its weights."
         )
-    folds = {layer.layer: layer.fold_auc for layer in model.judged if layer.fold_auc}
-    if folds:
+    if folds := fold_aucs(model):
         curve = smoothed(folds).values()
         found.append(
-            f"Within the training part the layers' smoothed AUC lies between {min(curve):.4f} and {max(curve):.4f}: "
-            "the choice is as sharp as that."
+            f"Within the training part the smoothed AUC of the layers is between {min(curve):.4f} and "
+            f"{max(curve):.4f}. The smaller this range, the less certain is the choice."
         )
     if best is not None and best.layer != layer.layer:
         spread, behind = std_auc(best), mean_auc(best) - mean_auc(layer)
         within = "" if math.isnan(spread) else f", {'within' if behind <= spread else 'beyond'} one standard deviation"
         found.append(
-            f"The best layer by test AUC, {best.layer} with {_auc(best)}, is {behind:.4f} above layer {layer.layer}"
-            f"{within}; nobody could choose it beforehand."
+            f"The best layer by test AUC, {best.layer} with {auc_text(best)}, is {behind:.4f} above layer "
+            f"{layer.layer}{within}; it cannot be known before the test."
         )
     return found
 
 
 def _metrics(model: JudgedModel) -> list[str]:
-    titles = {metric.name: metric for metric in METRICS}
+    titles = {metric.name: metric.title for metric in METRICS}
     known = [choice for choice in model.choices if choice.correlation is not None and choice.lost_auc is not None]
     if not known:
         return []
     cheap = min(known, key=lambda choice: choice.lost_auc or 0.0)
     strong = max(known, key=lambda choice: abs(choice.correlation or 0.0))
     return [
-        f"Of the metrics, which see no click, {titles[cheap.metric].title} chooses best: layer {cheap.layer}, at a "
-        f"loss of {cheap.lost_auc:.4f} of test AUC. {titles[strong.metric].title} goes with the test AUC most closely: "
-        f"Spearman {signed(strong.correlation or 0.0, 2)} over the layers."
+        f"Of the metrics, which do not see clicks, {titles[cheap.metric]} chooses best: layer {cheap.layer}, at a loss "
+        f"of {cheap.lost_auc:.4f} of test AUC. {titles[strong.metric]} has the strongest correlation with the test "
+        f"AUC: Spearman {signed(strong.correlation, 2)} over the layers."
     ]
 
 
 def _reason(model: JudgedModel, others: Sequence[str]) -> str:
-    beside = f", and {model.pooling} pooling before {' and '.join(others)}" if others else ""
     if model.basis == "clicks":
-        folds = {layer.layer: layer.fold_auc for layer in model.judged if layer.fold_auc}
+        folds = fold_aucs(model)
+        beside = f", and {model.pooling} pooling is better than {' and '.join(others)}" if others else ""
         return (
-            f"A smooth curve through the AUC within the training part, over {len(folds[min(folds)])} groups of users, "
-            f"is highest at layer {model.keep} of {model.layers}{beside}; nothing behind the 80 % boundary had a say."
+            f"A smooth curve through the AUC within the training part, over {plural(len(folds[min(folds)]), 'group')} "
+            f"of users, is highest at layer {model.keep} of {model.layers}{beside}. The validation and test parts were "
+            "not used."
         )
-    titles = [
-        metric.title
-        for metric in METRICS
-        if metric.name in WITHOUT_CLICKS
-        and not any(math.isnan(layer.metrics.get(metric.name, math.nan)) for layer in model.judged if layer.layer)
-    ]
+    titles = ", ".join(metric.title for metric in _defined(model.judged))
     return (
-        f"There are no clicks: layer {model.keep} of {model.layers} has the best mean rank of "
-        f"{', '.join(titles)}. A hint, no measurement."
+        f"There are no clicks: layer {model.keep} of {model.layers} has the best mean rank of {titles}. "
+        "This is a hint, not a measurement."
     )
 
 
+def _defined(judged: Sequence[JudgedLayer]) -> list[Metric]:
+    """The metrics of ``WITHOUT_CLICKS`` that every layer but the embeddings has."""
+    return [
+        metric
+        for metric in METRICS
+        if metric.name in WITHOUT_CLICKS
+        and not any(math.isnan(layer.metrics.get(metric.name, math.nan)) for layer in judged if layer.layer)
+    ]
+
+
 def _score(model: JudgedModel) -> float:
-    folds = {layer.layer: layer.fold_auc for layer in model.judged if layer.fold_auc}
+    folds = fold_aucs(model)
     return max(smoothed(folds).values()) if folds else 0.0
 
 
-def _auc(layer: JudgedLayer) -> str:
-    spread = std_auc(layer)
-    return f"{mean_auc(layer):.4f}" + ("" if math.isnan(spread) else f" ± {spread:.4f}")
-
-
-def _spearman(figures: Mapping[int, float], aucs: Mapping[int, float]) -> float | None:
-    pairs = [(figures[layer], auc) for layer, auc in aucs.items() if not math.isnan(figures[layer])]
+def _spearman(values: Mapping[int, float], aucs: Mapping[int, float]) -> float | None:
+    pairs = [(values[layer], auc) for layer, auc in aucs.items() if not math.isnan(values[layer])]
     if len(pairs) < 3 or any(len(set(column)) < 2 for column in zip(*pairs, strict=True)):
         return None
     left, right = zip(*pairs, strict=True)

@@ -1,4 +1,4 @@
-"""The judgement of layers: metrics over a sample, AUC where there are clicks, one report, and what is adopted of it."""
+"""Layer reports: metrics of every layer over a sample, AUC from clicks, and a recommendation that can be adopted."""
 
 import hashlib
 import logging
@@ -18,7 +18,7 @@ from pipeline.catalogue import CatalogueSource
 from pipeline.config import Settings, TrainSettings
 from pipeline.deployment import Deployment
 from pipeline.errors import UserError
-from pipeline.layer_findings import findings, kept, recommend
+from pipeline.layer_findings import layer_findings, recommend, with_choice
 from pipeline.storage import Storage, StoredObject, is_s3, join
 from pipeline.training_choices import adopted_uri, reviewed, with_train
 from pipeline.training_run import fold_scores, identify, run_id, states_stage, tested_layers
@@ -91,7 +91,7 @@ def judge_layers(
         expected: training_id that an earlier task of the same run announced.
 
     Raises:
-        UserError: catalogue, interactions, backbone or settings cannot be used, or changed since then.
+        UserError: catalogue, interactions, backbone or settings are not valid, or they changed since that task.
     """
     from pipeline.model.sweep import require_kind
     from pipeline.session import configured_session, hands_out_gpus
@@ -105,9 +105,10 @@ def judge_layers(
         if expected is not None and candidate.identity is not None:
             require_announced(candidate.identity, expected)
     report_id = _report_id(candidates, ds)
-    done = read_contract(storage, _report_uri(settings, report_id), LayerReport)
+    uri = join(report_folder(settings, report_id), REPORT)
+    done = read_contract(storage, uri, LayerReport)
     if done is not None:
-        log.info("layers: report %s stands already", report_id)
+        log.info("layers: report %s exists already", report_id)
         return done
     for backbone in dict.fromkeys(candidate.train.backbone for candidate in candidates):
         require_kind(backbone, images=bool(images))
@@ -121,7 +122,7 @@ def judge_layers(
     if not together:
         with configured_session(settings, name=name) as spark:
             models = _with_clicks(spark, candidates, models)
-    judged = [kept(model) for model in models]
+    judged = [with_choice(model) for model in models]
     wanted = settings.layers.model_dump(exclude={"seed", "sample"})
     report = LayerReport(
         report_id=report_id,
@@ -132,25 +133,27 @@ def judge_layers(
         sample=inputs,
         models=judged,
         recommendations=recommend(judged),
-        findings=findings(judged),
+        findings=layer_findings(judged),
     )
-    storage.write(_report_uri(settings, report_id), report.model_dump_json(indent=1).encode())
+    storage.write(uri, report.model_dump_json(indent=1).encode())
     return report
 
 
 def require_adoptable(settings: Settings, *, backbones: Sequence[str], images: str) -> None:
-    """Refuse, before the work, an adoption that no training would follow.
+    """Check before the work starts that trainings would use the adopted recommendation.
 
     Raises:
-        UserError: trainings use another backbone, keep configured layers, or read no images.
+        UserError: trainings use another backbone or configured layers, or the report is about images.
     """
     train = settings.train
     if images:
-        raise UserError("what images recommend cannot be adopted: trainings read texts")
+        raise UserError("a recommendation from images cannot be adopted: trainings read texts")
     if backbones and train.backbone not in backbones:
         raise UserError(f"trainings use train.backbone {train.backbone!r}: judge that one, or configure another first")
     if train.layers is not None:
-        raise UserError(f"train.layers is configured as {train.layers} and would win: remove it to adopt another")
+        raise UserError(
+            f"train.layers is configured as {train.layers} and takes precedence: remove it to adopt another"
+        )
 
 
 def adopt(deployment: Deployment, report: LayerReport) -> Adopted:
@@ -170,18 +173,18 @@ def adopt(deployment: Deployment, report: LayerReport) -> Adopted:
     return record
 
 
-def report_folder(settings: Settings, report: LayerReport) -> str:
+def report_folder(settings: Settings, report_id: str) -> str:
     """Folder of a report in the work area."""
-    return _report_folder(settings, report.report_id)
+    return join(settings.work_uri, "layers", "reports", report_id)
 
 
 def publish_report(deployment: Deployment, report: LayerReport) -> str:
-    """Write page, table and plots of a report beside its JSON in the work area; returns the folder's uri."""
-    from pipeline.layer_report import write_report
+    """Write pages and plots of a report beside its JSON in the work area; returns the uri of the folder."""
+    from pipeline.layer_report import write_layer_report
 
-    storage, uri = deployment.storage, report_folder(deployment.settings, report)
+    storage, uri = deployment.storage, report_folder(deployment.settings, report.report_id)
     with TemporaryDirectory(prefix="marc-layers-") as name:
-        for file in write_report(report, Path(name)):
+        for file in write_layer_report(report, Path(name)):
             storage.write(join(uri, file.name), file.read_bytes())
     log.info("layers: report at %s", uri)
     return uri
@@ -236,11 +239,11 @@ def _sweep_id(settings: Settings, inputs: list[object]) -> str:
 
 
 def _image_paths(folder: str, limit: int) -> tuple[str, ...]:
-    """Images below a folder, by their names; a sample by the hash of their paths beyond ``limit``."""
+    """Images below a folder; more than ``limit`` are sampled by the hash of their paths."""
     from pipeline.model.images import image_files
 
     if is_s3(folder):
-        raise UserError(f"{folder}: images are read from a folder; copy them to one that this machine and workers see")
+        raise UserError(f"{folder}: images are not read from S3; copy them to a folder that all workers can read")
     root = Path(folder).absolute()
     names = sorted((path.relative_to(root).as_posix() for path in image_files(root)), key=_hashed)
     if len(names) < 2:
@@ -256,18 +259,10 @@ def _report_id(candidates: Sequence[_Candidate], ds: str) -> str:
     return digest([ds, [one.sweep_id for one in candidates], clicks], chars=16)
 
 
-def _report_folder(settings: Settings, report_id: str) -> str:
-    return join(settings.work_uri, "layers", "reports", report_id)
-
-
-def _report_uri(settings: Settings, report_id: str) -> str:
-    return join(_report_folder(settings, report_id), REPORT)
-
-
 def _sweep(
     spark: "SparkSession", deployment: Deployment, candidates: Sequence[_Candidate], *, ds: str
 ) -> tuple[list[JudgedModel], int]:
-    """The metrics of every layer of every candidate, their parts side by side; and how many inputs they are of."""
+    """The metrics of every layer of every candidate, in parallel parts; and the number of inputs."""
     from pipeline.model.sweep import INPUT, SAMPLE, run_part
     from pipeline.session import run_buckets
 
@@ -303,17 +298,17 @@ def _sweep(
 
 
 def _swept(candidate: _Candidate, parts: "Sequence[SweepPart]", *, storage: Storage) -> JudgedModel:
-    """The parts of a candidate added up; then they are not needed any more."""
+    """Merge the parts of a candidate and delete them."""
     from pipeline.model.sweep import merge_parts
 
     done = read_contract(storage, candidate.swept_uri, JudgedModel)
     if done is not None:
         return done
-    log.info("layer metrics: adding up %d parts of %s", len(parts), candidate.train.backbone)
+    log.info("layer metrics: merging %d parts of %s", len(parts), candidate.train.backbone)
     try:
         facts, metrics = merge_parts(parts)
     except FileNotFoundError:
-        # Another run of the same sweep was first.
+        # Another run of the same sweep has merged and deleted them.
         done = read_contract(storage, candidate.swept_uri, JudgedModel)
         if done is None:
             raise
@@ -348,7 +343,7 @@ def _swept(candidate: _Candidate, parts: "Sequence[SweepPart]", *, storage: Stor
 
 
 def _parts(candidate: _Candidate, inputs: int, *, storage: Storage) -> "list[SweepPart]":
-    """Blocks of nearly equal size, dealt out to parts: neither depends on the machine that runs them."""
+    """Blocks of nearly equal size, distributed to parts in the same way on every machine."""
     from pipeline.model.sweep import SweepPart
 
     settings = candidate.settings
@@ -373,7 +368,7 @@ def _parts(candidate: _Candidate, inputs: int, *, storage: Storage) -> "list[Swe
 def _with_clicks(
     spark: "SparkSession", candidates: Sequence[_Candidate], models: Sequence[JudgedModel]
 ) -> list[JudgedModel]:
-    """The same with the AUC of every layer, where there are interactions."""
+    """The models with the AUC of every layer, if there are interactions."""
     found = []
     for candidate, model in zip(candidates, models, strict=True):
         if candidate.identity is None:
@@ -391,7 +386,7 @@ def _with_clicks(
 
 
 def _some(texts: Sequence[str], limit: int) -> list[str]:
-    """Distinct texts, a sample by hash beyond ``limit``: the same texts, the same sample."""
+    """Distinct texts; more than ``limit`` are sampled by hash, so that equal texts give equal samples."""
     return sorted(set(texts), key=_hashed)[:limit]
 
 

@@ -172,8 +172,8 @@ def train_stage(
     Raises:
         UserError: there is too little to learn from, or the loss is not finite.
     """
-    from pipeline.evaluation_report import training_curves
     from pipeline.model.bundle import CARD
+    from pipeline.report.training_curves import training_curves
 
     settings, storage = deployment.settings, deployment.storage
     uri = run_uri(settings, training_id)

@@ -19,9 +19,9 @@ from pipeline.layer_findings import (
     choices,
     choose_by_metrics,
     choose_layer,
-    findings,
-    kept,
+    layer_findings,
     recommend,
+    with_choice,
 )
 from schemas.layers import JudgedLayer, JudgedModel
 
@@ -162,7 +162,7 @@ def test_the_scale_of_the_auc_does_not_change_a_choice(aucs: list[list[int]], sc
     for factor in (1, scale):
         test = [[factor * auc / 4000 for auc in row] for row in aucs]
         judged = layers_of(figures, test=test, folds=test[1:], count=len(aucs))
-        model = kept(model_of(judged))
+        model = with_choice(model_of(judged))
         best = best_by_test(model)
         assert best is not None
         lost = [None if one.lost_auc is None else one.lost_auc / factor for one in model.choices]
@@ -188,7 +188,7 @@ def test_without_clicks_the_best_mean_rank_of_one_metric_of_each_view_is_kept() 
     judged = layers_of(figures)
     assert choose_by_metrics(judged) == 3
     assert choose_by_metrics(layers_of({**figures, "curvature": [0.0, 1, NAN, 3, 4]})) == 2, "one metric less"
-    model = kept(model_of(judged))
+    model = with_choice(model_of(judged))
     assert (model.keep, model.basis) == (3, "metrics")
     assert model.choices == choices(judged)
 
@@ -198,28 +198,28 @@ def test_equal_mean_ranks_keep_the_lowest_layer_and_nothing_defined_keeps_none()
     assert choose_by_metrics(layers_of(tied)) == 2
     assert choose_by_metrics(layers_of(dict.fromkeys(WITHOUT_CLICKS, [1.0] * 5))) == 1
     assert choose_by_metrics(layers_of()) is None
-    broken = kept(model_of(layers_of()))
+    broken = with_choice(model_of(layers_of()))
     assert (broken.keep, recommend([broken])) == (None, [])
-    assert findings([broken]) == []
+    assert layer_findings([broken]) == []
 
 
 def test_with_clicks_the_training_part_alone_chooses() -> None:
     folds = [[0.6, 0.6], [0.7, 0.72], [0.66, 0.66], [0.5, 0.52]]
     wishes = {"prompt_entropy": [0.0, 1, 2, 3, 9], "dime": [0.0, 1, 2, 3, 9], "curvature": [9.0, 3, 2, 1, 0]}
     rising = [[0.1 * number] for number in range(5)]
-    model = kept(model_of(layers_of(wishes, test=rising, folds=folds)))
+    model = with_choice(model_of(layers_of(wishes, test=rising, folds=folds)))
     assert (model.keep, model.basis) == (choose_layer(dict(enumerate(folds, start=1))), "clicks")
     assert model.keep == 2
     # Neither metrics nor the test AUC, behind the boundary, had a say.
     falling = {name: figures[::-1] for name, figures in wishes.items()}
-    assert kept(model_of(layers_of(falling, test=rising[::-1], folds=folds))).keep == 2
+    assert with_choice(model_of(layers_of(falling, test=rising[::-1], folds=folds))).keep == 2
 
 
 @given(st.integers(2, 9), st.randoms(use_true_random=False), st.booleans())
 def test_the_embeddings_are_never_kept_nor_chosen(count: int, random: Any, clicks: bool) -> None:
     figures = {name: [random.choice([NAN, random.random()]) for _ in range(count)] for name in BY_NAME}
     aucs = [[0.99]] + [[0.5 + 0.1 * random.random()] for _ in range(count - 1)]
-    model = kept(
+    model = with_choice(
         model_of(layers_of(figures, test=aucs if clicks else (), folds=aucs[1:] if clicks else (), count=count))
     )
     assert model.keep != 0
@@ -240,10 +240,10 @@ def with_folds(*means: float) -> list[JudgedLayer]:
 
 def test_of_several_poolings_the_one_that_scored_best_with_clicks_is_recommended() -> None:
     models = [
-        kept(model_of(with_folds(0.60, 0.66, 0.60, 0.50), pooling="mean")),
-        kept(model_of(with_folds(0.60, 0.62, 0.70, 0.71), pooling="last")),
-        kept(model_of(with_folds(0.61, 0.65, 0.62, 0.55), pooling="cls")),
-        kept(model_of(with_folds(0.90, 0.80, 0.70, 0.60), pooling="cls", backbone="b/other")),
+        with_choice(model_of(with_folds(0.60, 0.66, 0.60, 0.50), pooling="mean")),
+        with_choice(model_of(with_folds(0.60, 0.62, 0.70, 0.71), pooling="last")),
+        with_choice(model_of(with_folds(0.61, 0.65, 0.62, 0.55), pooling="cls")),
+        with_choice(model_of(with_folds(0.90, 0.80, 0.70, 0.60), pooling="cls", backbone="b/other")),
     ]
     for order in (models, models[::-1]):
         found = {one.backbone: one for one in recommend(order)}
@@ -251,25 +251,25 @@ def test_of_several_poolings_the_one_that_scored_best_with_clicks_is_recommended
         assert (found["a/model"].layers, found["a/model"].pooling, found["a/model"].basis) == (4, "last", "clicks")
         assert (found["b/other"].layers, found["b/other"].pooling) == (1, "cls")
     reason = recommend(models)[0].reason
-    assert "over 2 groups of users, is highest at layer 4 of 4, and last pooling before mean and cls;" in reason
-    assert "nothing behind the 80 % boundary had a say" in reason
-    assert "before" not in recommend(models)[1].reason
+    assert "over 2 groups of users, is highest at layer 4 of 4, and last pooling is better than mean and cls." in reason
+    assert "The validation and test parts were not used." in reason
+    assert "better" not in recommend(models)[1].reason
 
 
 def test_a_pooling_whose_layers_end_lower_has_its_layer_by_its_own_curve() -> None:
     """The height of the smooth curve decides between poolings, not one lucky layer."""
-    smooth = kept(model_of(with_folds(0.64, 0.66, 0.66, 0.64), pooling="mean"))
-    lucky = kept(model_of(with_folds(0.60, 0.60, 0.68, 0.60), pooling="last"))
+    smooth = with_choice(model_of(with_folds(0.64, 0.66, 0.66, 0.64), pooling="mean"))
+    lucky = with_choice(model_of(with_folds(0.60, 0.60, 0.68, 0.60), pooling="last"))
     (found,) = recommend([lucky, smooth])
     assert (found.pooling, found.layers) == ("mean", 2)
 
 
 def test_without_clicks_the_first_pooling_stands() -> None:
-    models = [kept(model_of(layers_of(GOOD), pooling=pooling)) for pooling in ("cls", "mean")]
+    models = [with_choice(model_of(layers_of(GOOD), pooling=pooling)) for pooling in ("cls", "mean")]
     (found,) = recommend(models)
     assert (found.layers, found.pooling, found.basis) == (3, "cls", "metrics")
-    assert "There are no clicks: layer 3 of 4 has the best mean rank of prompt entropy. A hint" in found.reason
-    undefined = kept(model_of(layers_of(), pooling="last"))
+    assert "There are no clicks: layer 3 of 4 has the best mean rank of prompt entropy. This is a hint" in found.reason
+    undefined = with_choice(model_of(layers_of(), pooling="last"))
     assert recommend([undefined, *models]) == [found], "one of which nothing is known has no say"
 
 
@@ -277,7 +277,7 @@ def test_without_clicks_the_first_pooling_stands() -> None:
 
 
 def said(judged: list[JudgedLayer], **changes: Any) -> list[str]:
-    return findings([kept(model_of(judged, **changes))])
+    return layer_findings([with_choice(model_of(judged, **changes))])
 
 
 def test_an_advantage_that_is_there() -> None:
@@ -285,12 +285,14 @@ def test_an_advantage_that_is_there() -> None:
     test = [[0.7, 0.7, 0.7], [0.7, 0.7, 0.71], [0.700, 0.702, 0.698], [0.65, 0.65, 0.65], [0.600, 0.601, 0.596]]
     sentences = said(layers_of(test=test, folds=[[0.6], [0.7], [0.65], [0.6]]))
     differences = np.array(test[2]) - np.array(test[4])
+    assert stats.ttest_rel(test[2], test[4]).pvalue < 0.001
     reach = stats.t.ppf(0.975, 2) * stats.sem(differences)
     low, high = differences.mean() - reach, differences.mean() + reach
     assert low > 0
     assert sentences[0] == (
-        "The mid-layer advantage is there: layer 2, chosen without the test part, has test AUC 0.7000 ± 0.0020, the "
-        f"final layer 0.5990 ± {stdev(test[4]):.4f}, +0.1010 (95 % interval +{low:.4f} to +{high:.4f}, 3 seeds)."
+        "The mid-layer advantage is confirmed: layer 2, chosen without the test part, has test AUC 0.7000 ± 0.0020, "
+        f"the final layer 0.5990 ± {stdev(test[4]):.4f}, +0.1010 (95 % interval +{low:.4f} to +{high:.4f}, "
+        "p < 0.001, 3 seeds)."
     )
     assert any("The best layer by test AUC, 1 with 0.7033" in sentence for sentence in sentences)
 
@@ -298,10 +300,8 @@ def test_an_advantage_that_is_there() -> None:
 @pytest.mark.parametrize(
     ("kept_layer", "verdict", "difference"),
     [
-        pytest.param([0.60, 0.70], "is not shown", "+0.0250 (95 % interval −", id="too few seeds to tell"),
-        pytest.param(
-            [0.55, 0.50], "is not there, on the contrary", "−0.1000 (95 % interval −", id="the final is better"
-        ),
+        pytest.param([0.60, 0.70], "is not confirmed", "+0.0250 (95 % interval −", id="too few seeds to tell"),
+        pytest.param([0.55, 0.50], "is refuted", "−0.1000 (95 % interval −", id="the final is better"),
     ],
 )
 def test_an_advantage_that_is_not_there(kept_layer: list[float], verdict: str, difference: str) -> None:
@@ -316,16 +316,18 @@ def test_an_advantage_that_is_not_there(kept_layer: list[float], verdict: str, d
 def test_one_seed_gives_no_interval_and_no_spread() -> None:
     sentences = said(layers_of(GOOD, test=[[0.5], [0.6], [0.7], [0.65], [0.5]], folds=[[0.9], [0.8], [0.7], [0.6]]))
     assert sentences[0] == (
-        "The mid-layer advantage has no interval to judge by: layer 1, chosen without the test part, has test AUC "
-        "0.6000, the final layer 0.5000, +0.1000."
+        "The mid-layer advantage is not confirmed (there is no interval to judge by): layer 1, chosen without "
+        "the test part, has test AUC 0.6000, the final layer 0.5000, +0.1000 (one seed)."
     )
-    assert any("is 0.1000 above layer 1; nobody could" in sentence for sentence in sentences)
+    assert any("is 0.1000 above layer 1; it cannot be known" in sentence for sentence in sentences)
     assert not any("nan" in sentence or "deviation" in sentence for sentence in sentences)
 
 
 def test_a_final_layer_that_is_kept_is_no_advantage() -> None:
     sentence = said(layers_of(test=[[0.9], [0.6], [0.6], [0.71], [0.7]], folds=[[0.6], [0.7], [0.8], [0.9]]))[0]
-    assert sentence == "The final layer is to be kept, with test AUC 0.7000; the best layer by that is 3."
+    assert sentence == (
+        "The final layer is the one to keep, with test AUC 0.7000; the layer with the best test AUC is 3."
+    )
 
 
 def test_what_the_kept_layer_saves_and_what_it_is_behind() -> None:
@@ -334,16 +336,17 @@ def test_what_the_kept_layer_saves_and_what_it_is_behind() -> None:
     curve = np.polyval(np.polyfit([0, 1, 2, 3], [0.1, 0.2, 0.4, 0.3], 2), [0, 1, 2, 3])
     for keep, behind, within in ((3, 0.01, "within"), (2, 0.1, "beyond")):
         model = model_of(judged, keep=keep, basis="clicks")
-        _, saved, sharp, best = findings([model])
+        _, saved, sharp, best = layer_findings([model])
         share, weights = {3: ("75 %", "83 %"), 2: ("38 %", "67 %")}[keep]
         assert saved == (
-            f"The first {keep} of 4 layers take {share} of the whole model's time and {weights} of its weights' memory."
+            f"The first {keep} of 4 layers take {share} of the time of the whole model and {weights} of the memory "
+            "of its weights."
         )
-        assert f"lies between {curve.min():.4f} and {curve.max():.4f}: the choice is as sharp as that" in sharp
-        assert f"is {behind:.4f} above layer {keep}, {within} one standard deviation; nobody" in best
-    assert len(findings([model_of(judged, keep=1, basis="clicks")])) == 3, "the best layer is behind nothing"
+        assert f"is between {curve.min():.4f} and {curve.max():.4f}. The smaller this range" in sharp
+        assert f"is {behind:.4f} above layer {keep}, {within} one standard deviation; it cannot" in best
+    assert len(layer_findings([model_of(judged, keep=1, basis="clicks")])) == 3, "the best layer is behind nothing"
     still = [layer.model_copy(update={"seconds": 0.0}) for layer in judged]
-    assert not any("time" in sentence for sentence in findings([model_of(still, keep=1, basis="clicks")]))
+    assert not any("time" in sentence for sentence in layer_findings([model_of(still, keep=1, basis="clicks")]))
 
 
 def test_which_metric_chooses_best_and_which_goes_with_the_auc() -> None:
@@ -354,16 +357,21 @@ def test_which_metric_chooses_best_and_which_goes_with_the_auc() -> None:
     }
     found = said(layers_of(figures, test=[[0.71], [0.70], [0.69], [0.68], [0.60]]))[-1]
     best, strongest = found.split(". L")
-    assert best == ("Of the metrics, which see no click, DiME chooses best: layer 2, at a loss of 0.0100 of test AUC")
-    assert strongest == "iDAR goes with the test AUC most closely: Spearman −0.97 over the layers."
+    assert best == (
+        "Of the metrics, which do not see clicks, DiME chooses best: layer 2, at a loss of 0.0100 of test AUC"
+    )
+    assert strongest == "iDAR has the strongest correlation with the test AUC: Spearman −0.97 over the layers."
     assert not any("Of the metrics" in sentence for sentence in said(layers_of(figures)))
 
 
 def test_what_was_left_out_is_told_and_several_models_are_named() -> None:
     odd = {"left_out": 3, "left_out_because": "ValueError: no token"}
-    told = "3 of 1,234 inputs could not be run and are left out; the first: ValueError: no token."
+    told = "3 of 1,234 inputs failed and are left out; the first error: ValueError: no token."
     assert said(layers_of(GOOD), **odd)[-1] == told
-    models = [kept(model_of(layers_of(GOOD), pooling="cls", **odd)), kept(model_of(layers_of(GOOD), backbone="b"))]
-    found = findings(models)
-    assert found[:2] == [f"a/model, cls pooling: {sentence}" for sentence in findings(models[:1])]
-    assert found[2:] == [f"b, mean pooling: {sentence}" for sentence in findings(models[1:])]
+    models = [
+        with_choice(model_of(layers_of(GOOD), pooling="cls", **odd)),
+        with_choice(model_of(layers_of(GOOD), backbone="b")),
+    ]
+    found = layer_findings(models)
+    assert found[:2] == [f"a/model, cls pooling: {sentence}" for sentence in layer_findings(models[:1])]
+    assert found[2:] == [f"b, mean pooling: {sentence}" for sentence in layer_findings(models[1:])]

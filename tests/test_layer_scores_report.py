@@ -1,33 +1,26 @@
-"""The report of benchmark scores: its sentences, its tables, its page, and what its plots show."""
+"""The report of benchmark scores: its sentences, its tables, and what its plots show."""
 
-import json
 import math
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from matplotlib.image import imread
-from pages import Page, assert_stands_alone
+from report_cases import HOSTILE_SCORES, NAMES, scores_of
 
 from pipeline.layer_scores import judge_scores, read_scores
 from pipeline.layer_scores_report import (
-    curves,
     drawn,
-    findings,
+    model_sentences,
     model_table,
-    sentences,
+    score_curves,
+    score_findings,
+    score_page,
     shared_table,
-    winners,
-    write_report,
+    winner_grid,
+    write_score_report,
 )
 from schemas.scores import LayerScore, ScoreReport
-
-FILES = ["scores.json", "scores.md", "scores.html", "scores_by_layer.png", "task_winners.png"]
-HOSTILE = ['<script>alert("1")</script>', "a|b`c*d_e", "$x^{$", "_hidden", "{{ 7*7 }}", "&lt;", "x\\frac", "ü" * 300]
 
 
 @pytest.fixture(scope="session")
@@ -38,21 +31,8 @@ def published(repository: Path) -> ScoreReport:
     return judge_scores(read_scores([path]))
 
 
-def report(*models: tuple[str, str], layers: int = 5, without: set[tuple[int, str]] = frozenset()) -> ScoreReport:  # type: ignore[assignment]
-    """Every model's tasks win at layer 1, 2 and 3; scores that are left out are so in the last model."""
-    return judge_scores(
-        LayerScore(
-            family=family, size=size, layer=layer, task=task, score=0.5 + 0.01 * number - 0.02 * abs(layer - best)
-        )
-        for number, (family, size) in enumerate(models)
-        for layer in range(layers)
-        for task, best in (("early", 1), ("middle", 2), ("late", 3))
-        if number < len(models) - 1 or (layer, task) not in without
-    )
-
-
 def lines_of(figure: Figure) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    """Points of every curve by panel and label, those that are not known left out."""
+    """Points of every curve by panel and label, without NaN."""
     return {
         (axes.get_title(), str(line.get_label())): [
             (float(x), float(y)) for x, y in zip(*line.get_data(), strict=True) if not math.isnan(float(y))
@@ -72,7 +52,7 @@ def stars_of(figure: Figure) -> list[tuple[float, float]]:
 
 
 def test_every_complete_published_model_has_its_curve(published: ScoreReport) -> None:
-    figure = curves(published)
+    figure = score_curves(published)
     assert figure is not None
     lines = lines_of(figure)
     complete = [model for model in published.models if model.complete]
@@ -90,7 +70,7 @@ def test_every_complete_published_model_has_its_curve(published: ScoreReport) ->
 
 
 def test_an_incomplete_model_is_drawn_over_shared_tasks_and_says_so(published: ScoreReport) -> None:
-    figure = curves(published)
+    figure = score_curves(published)
     assert figure is not None
     (model,) = (model for model in published.models if model.name == "LLM2Vec-mntp-unsup-simcse 8B")
     points = lines_of(figure)[model.family, "8B (30 of 32 tasks)"]
@@ -101,8 +81,8 @@ def test_an_incomplete_model_is_drawn_over_shared_tasks_and_says_so(published: S
 
 
 def test_no_line_crosses_layers_that_are_not_known() -> None:
-    found = report(("a", ""), without={(2, "early"), (2, "middle"), (2, "late")})
-    figure = curves(found)
+    found = scores_of(("a", ""), without=[(2, "early"), (2, "middle"), (2, "late")])
+    figure = score_curves(found)
     assert figure is not None
     (line, _) = figure.axes[0].get_lines()
     assert [math.isnan(float(y)) for y in line.get_ydata()] == [False, False, True, False, False]
@@ -111,7 +91,7 @@ def test_no_line_crosses_layers_that_are_not_known() -> None:
 
 @pytest.mark.parametrize(("families", "panels"), [(1, 1), (2, 1), (4, 1), (5, 5), (7, 7)])
 def test_a_panel_a_family_where_there_are_many(families: int, panels: int) -> None:
-    figure = curves(report(*[(f"family {number}", "1b") for number in range(families)]))
+    figure = score_curves(scores_of(*[(f"family {number}", "1b") for number in range(families)]))
     assert figure is not None
     assert len(figure.axes) == panels
     assert len(lines_of(figure)) == families
@@ -119,7 +99,7 @@ def test_a_panel_a_family_where_there_are_many(families: int, panels: int) -> No
 
 
 def test_the_winners_lie_where_they_are(published: ScoreReport) -> None:
-    figure = winners(published)
+    figure = winner_grid(published)
     assert figure is not None
     axes = figure.axes[0]
     tasks = [label.get_text() for label in axes.get_yticklabels()]
@@ -144,143 +124,95 @@ def test_a_task_that_a_model_lacks_has_no_cell() -> None:
         for family, task in rows
         for layer in (0, 1)
     )
-    figure = winners(found)
+    figure = winner_grid(found)
     assert figure is not None
     assert len(figure.axes[0].texts) == 3
-    assert lines_of(curves(found) or Figure()).keys() == {("", "a"), ("", "b (1 of 2 tasks)")}
+    assert lines_of(score_curves(found) or Figure()).keys() == {("", "a"), ("", "b (1 of 2 tasks)")}
 
 
 def test_nothing_to_draw() -> None:
     empty = judge_scores([LayerScore(family="a", size="", layer=0, task="t", score=1.0)])
-    assert curves(empty) is winners(empty) is None
-    assert curves(ScoreReport(tasks=[], models=[])) is None
+    assert score_curves(empty) is winner_grid(empty) is None
+    assert score_curves(ScoreReport(tasks=[], models=[])) is None
 
 
-# Words and files
+# Sentences and tables
 
 
 def test_the_findings_come_first_and_are_few(published: ScoreReport) -> None:
-    said = findings(published)
+    said = score_page(published).findings
+    assert said == score_findings(published)
     assert said[0] == "In 6 of 7 complete models a layer before the last on record has the highest mean."
     depths = [w.layer / m.layers[-1].layer for m in published.models if m.complete for w in m.winners]
     early, middle = sum(depth < 1 for depth in depths), np.median(depths)
     assert said[1].startswith(f"Task by task, {early} of {7 * 32} best layers")
     assert said[1].endswith(f"depth of {middle:.2f} or less.")
-    assert said[2].startswith("The most is gained by Pythia 14m: layer 0 has 0.4044")
-    assert said[3].startswith("Not complete are bert base, bert large, LLM2Vec-mntp 8B")
+    assert said[2].startswith("The largest gain is that of Pythia 14m: layer 0 has 0.4044")
+    assert said[3].startswith("Incomplete: bert base, bert large, LLM2Vec-mntp 8B")
     assert len(said) == 4
 
 
-def test_every_model_has_its_sentence_with_what_is_missing(published: ScoreReport) -> None:
-    said = sentences(published)
+SIMCSE = "LLM2Vec-mntp-unsup-simcse 8B"
+
+
+@pytest.mark.parametrize(
+    ("beginning", "words"),
+    [
+        (
+            "Pythia 410m",
+            ["layer 17 has 0.5189, the last on record, 24, 0.4684: +0.0506 (+10.8 %) (32 tasks, 25 layers)"],
+        ),
+        (
+            SIMCSE,
+            [
+                "incomplete (32 layers, 32 tasks, 4 layers without all tasks, 48 of 1,024 scores missing)",
+                "layer 24 has 0.6665, the last counted layer, 32, 0.6418: +0.0247 (+3.8 %)",
+                "the first over 31 tasks, the second over 32",
+                "over the 30 tasks that all 30 counted layers have, layer 27 has 0.6754",
+            ],
+        ),
+        ("bert base", [": too few scores to compare layers"]),
+    ],
+)
+def test_every_model_has_its_sentence_with_what_is_missing(
+    published: ScoreReport, beginning: str, words: list[str]
+) -> None:
+    said = model_sentences(published)
     assert len(said) == len(published.models)
-    (pythia,) = (line for line in said if line.startswith("Pythia 410m"))
-    assert "layer 17 has 0.5189, the last on record, 24, 0.4684: +0.0506 (+10.8 %) (32 tasks, 25 layers)" in pythia
-    (simcse,) = (line for line in said if line.startswith("LLM2Vec-mntp-unsup-simcse"))
-    assert "not complete (32 layers, 32 tasks, 4 without all tasks, 48 of 1,024 scores missing)" in simcse
-    assert "layer 24 has 0.6665, the last that counts, 32, 0.6418: +0.0247 (+3.8 %)" in simcse
-    assert "the one over 31 tasks, the other over 32" in simcse
-    assert "over the 30 tasks that all 30 layers have which count, layer 27 has 0.6754" in simcse
-    assert any(line.startswith("bert base: too little on record") for line in said)
-    shared = {row[0]: row for row in shared_table(published).rows}
-    assert shared["LLM2Vec-mntp-unsup-simcse 8B"][2:] == [
-        "30 of 32",
-        "0.6601",
-        "27 of 32",
-        "0.6754",
-        "+0.0153 (+2.3 %)",
-    ]
+    (sentence,) = (sentence for sentence in said if sentence.startswith(beginning))
+    assert all(part in sentence for part in words)
+
+
+def test_cells_of_the_tables_of_models(published: ScoreReport) -> None:
+    models, shared = ({row[0]: row[1:] for row in table(published).rows} for table in (model_table, shared_table))
+    assert models["Pythia 410m"] == [
+        "25 (0–24)", "32", "yes", "0.4684", "17 of 24", "0.5189", "+0.0506 (+10.8 %)",
+    ]  # fmt: skip
+    assert shared[SIMCSE][1:] == ["30 of 32", "0.6601", "27 of 32", "0.6754", "+0.0153 (+2.3 %)"]
     assert "Pythia 410m" not in shared
+    assert score_page(published).sections[1].tables == [model_table(published)]
 
 
 @pytest.mark.parametrize(
     ("without", "beginning"),
-    [(set(), "m: layer 2 has"), ({(0, "early")}, "m, not complete (5 layers, 3 tasks, 1 without all tasks, 1 of 15")],
+    [
+        ([], "m: layer 2 has"),
+        ([(0, "early")], "m, incomplete (5 layers, 3 tasks, 1 layer without all tasks, 1 of 15"),
+    ],
 )
-def test_the_finding_of_a_single_model_is_its_own(without: set[tuple[int, str]], beginning: str) -> None:
-    assert any(line.startswith(beginning) for line in findings(report(("m", ""), without=without)))
+def test_the_finding_of_a_single_model_is_its_own(without: list[tuple[int, str]], beginning: str) -> None:
+    said = score_findings(scores_of(("m", ""), without=without))
+    assert any(sentence.startswith(beginning) for sentence in said)
 
 
-def test_the_files(published: ScoreReport, tmp_path: Path) -> None:
-    written = write_report(published, tmp_path / "new" / "folder")
-    assert [path.name for path in written] == FILES
-    assert ScoreReport.model_validate_json(written[0].read_bytes()) == published
-    for plot in written[3:]:
-        image = imread(plot)
-        assert image.shape[0] > 500
-        assert image.std() > 0.05
-    text = written[1].read_text()
-    assert "| Pythia 410m | 25 (0–24) | 32 | yes | 0.4684 | 17 of 24 | 0.5189 | +0.0506 (+10.8 %) |" in text
-    assert "![Mean score by relative depth](scores_by_layer.png)" in text
-    again = write_report(published, tmp_path / "again")
-    assert [path.read_bytes() for path in again[:3]] == [path.read_bytes() for path in written[:3]]
+def test_hostile_names_stay_names() -> None:
+    """Every model has its curve, also one whose name begins with an underscore."""
+    assert len(lines_of(score_curves(HOSTILE_SCORES) or Figure())) == len(NAMES)
 
 
-def test_the_page_stands_alone_and_begins_with_the_findings(published: ScoreReport, tmp_path: Path) -> None:
-    html = write_report(published, tmp_path)[2].read_text()
-    page = Page(html)
-    assert_stands_alone(page)
-    assert page.tags["svg"] == 2
-    assert set(re.findall(r"https?://[^\"'\s<]*", html)) <= {
-        "http://www.w3.org/2000/svg",
-        "http://www.w3.org/1999/xlink",
-    }
-    assert page.said("li")[: len(findings(published))] == findings(published)
-    assert html.index(findings(published)[0]) < html.index("<svg") < html.index("<table")
-    table = model_table(published)
-    assert page.cells[: 1 + len(table.rows)] == [list(table.header), *map(list, table.rows)]
-    # Text of the plots is text.
-    assert {"160m", "relative depth (layer / highest layer on record)"} <= {text for _, text in page.text}
-
-
-def test_hostile_names_stay_names(tmp_path: Path) -> None:
-    rows = [
-        LayerScore(family=name, size="1b", layer=layer, task=task, score=0.1 * layer)
-        for name in HOSTILE
-        for layer in range(3)
-        for task in HOSTILE
-    ]
-    found = judge_scores(rows)
-    _, text, page, *plots = write_report(found, tmp_path)
+def test_the_published_scores_are_written(published: ScoreReport, tmp_path: Path) -> None:
+    data, _, page, *plots = write_score_report(published, tmp_path)
+    assert ScoreReport.model_validate_json(data.read_bytes()) == published
     assert len(plots) == 2
-    html = Page(page.read_text())
-    assert_stands_alone(html)
-    cells = {row[0] for row in html.cells}
-    assert {*HOSTILE, *(f"{name} 1b" for name in HOSTILE)} <= cells
-    table = [line for line in text.read_text().splitlines() if line.startswith("|")]
-    columns = {len(re.findall(r"(?<!\\)\|", line)) - 1 for line in table}
-    assert columns == {8, 6, 5}
-    assert "<script>" not in text.read_text()
-    # Every model has its curve, also one whose name begins with an underscore.
-    assert len(lines_of(curves(found) or Figure())) == len(HOSTILE)
-
-
-@pytest.mark.parametrize("models", [[], [("a", "")], [("a", ""), ("b", "")]])
-def test_a_report_of_little(tmp_path: Path, models: list[tuple[str, str]]) -> None:
-    found = report(*models, layers=1)
-    written = write_report(found, tmp_path)
-    assert [path.name for path in written] == FILES[:3]
-    assert_stands_alone(Page(written[2].read_text()))
-    assert json.loads(written[0].read_text())["models"] == [model.model_dump() for model in found.models]
-
-
-def test_many_models_and_tasks_are_drawn(tmp_path: Path) -> None:
-    rows = [
-        LayerScore(
-            family=f"family {number % 9}", size=f"{number}m", layer=layer, task=f"task {task}", score=layer * task
-        )
-        for number in range(16)
-        for layer in range(3)
-        for task in range(40)
-    ]
-    assert len(write_report(judge_scores(rows), tmp_path)) == len(FILES)
-
-
-def test_scores_are_read_and_judged_without_heavy_packages() -> None:
-    code = """
-import sys
-import pipeline.layer_scores, pipeline.layer_scores_report
-print({'torch', 'mteb', 'matplotlib', 'pandas', 'datasets', 'pyspark'} & set(sys.modules))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    # Text of the plots is text.
+    assert all(text in page.read_text() for text in (">160m<", "relative depth (layer / highest layer on record)"))

@@ -131,7 +131,7 @@ def test_a_judgement_prints_one_json_object_and_leaves_its_files(judged: tuple[W
     assert sorted(said["files"]) == sorted(str(path) for path in (world.root / "out").iterdir())
     report = report_of(said)
     assert LayerReport.model_validate_json((world.root / "out" / "layers.json").read_bytes()) == report
-    left = Path(report_folder(world.settings, report))
+    left = Path(report_folder(world.settings, report.report_id))
     assert LayerReport.model_validate_json((left / "layers.json").read_bytes()) == report
     assert (report.ds, report.kind, report.dim, report.sample, report.views) == (DS, "texts", 8, ITEMS, 2)
     assert not said["adopted"]
@@ -278,7 +278,7 @@ def test_as_a_stage_it_gives_the_same_report_for_the_training_that_was_announced
     with pytest.raises(UserError, match="changed while the training was under way"):
         judge_layers(open_deployment(settings), ds=DS, expected="0" * 32)
     folder = Path(publish_report(open_deployment(settings), report))
-    assert folder == Path(report_folder(settings, report))
+    assert folder == Path(report_folder(settings, report.report_id))
     assert {path.name for path in folder.iterdir()} == {Path(name).name for name in judged[1]["files"]}
     assert judge_layers(open_deployment(settings), ds=DS, expected=announced) == report, "the page lies beside it"
 
@@ -324,7 +324,7 @@ def test_parts_that_lie_there_are_summed_again_to_the_same(
     compared: LayerReport, plain: World, backbones: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a kill just before the end: only the report is missing."""
-    Path(report_folder(plain.settings, compared), "layers.json").unlink()
+    Path(report_folder(plain.settings, compared.report_id), "layers.json").unlink()
     small = plain.settings.model_copy(update={"layers": plain.settings.layers.model_copy(update={"sample": 40})})
     again = judge_layers(
         open_deployment(small), ds=DS, backbones=[backbones["bert"], backbones["mamba"]], poolings=["mean", "cls"]

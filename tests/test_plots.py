@@ -1,24 +1,27 @@
-"""Plots as SVG inside of a page that stands alone."""
+"""Plots as SVG, and the pages that contain them."""
 
 import os
 import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from matplotlib.figure import Figure
 from pages import Page, assert_stands_alone
 
-from pipeline import plots
-from pipeline.plots import PageTable, Section, html_page, legend, new_figure, svg, tidy
+from pipeline import report
+from pipeline.report.page import markdown_text, render
+from pipeline.report.plots import legend, panel_figure, svg
+from pipeline.report.sections import ReportPage, ReportPlot, ReportSection, ReportTable
 
 HOSTILE = '<script>alert("x")</script> & {{ 7*7 }} ]]> id="a" href="http://example.org/"'
 
 
 def figure(*values: float, label: str = "a line") -> Figure:
-    drawn = new_figure(3)
-    axes = tidy(drawn.subplots())
+    drawn, (axes,) = panel_figure(height=3)
     axes.plot(range(len(values)), values, marker="o", label=label)
     axes.fill_between(range(len(values)), values, alpha=0.2)
     legend(drawn)
@@ -32,7 +35,8 @@ def test_the_same_figure_gives_the_same_characters_without_a_date() -> None:
     assert first != svg(figure(1, 2, 4), title="t")
     # Another process, as chance and hash seeds differ there.
     code = (
-        "from test_plots import figure; from pipeline.plots import svg; print(svg(figure(1, 2, 3), title='t'), end='')"
+        "from test_plots import figure; from pipeline.report.plots import svg; "
+        "print(svg(figure(1, 2, 3), title='t'), end='')"
     )
     here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=here)
@@ -56,76 +60,106 @@ def test_references_inside_a_figure_are_those_to_its_own_parts() -> None:
 
 
 def test_a_page_of_several_figures_and_tables_stands_alone() -> None:
+    plots = [ReportPlot("up.png", "up", figure(1, 2)), ReportPlot("down.png", "down", figure(2, 1))]
     sections = [
-        Section("Curves", text=["One.", "Two."], figures=[svg(figure(1, 2)), svg(figure(2, 1))]),
-        Section("Table", tables=[PageTable(["name", "score"], [["a", "0.1"], ["b", "0.2"]], numbers=[1], caption="c")]),
-        Section("More", points=["p"], folded=True),
+        ReportSection("Curves", ["One.", "Two."], plots=plots),
+        ReportSection("Table", tables=[ReportTable(["name", "score"], [["a", "0.1"], ["b", "0.2"]], [1], "c")]),
+        ReportSection("More", points=["p"], folded=True),
     ]
-    html = html_page("A title", sections, lead="A lead.", findings=["First.", "Second."])
-    page = Page(html)
-    assert_stands_alone(page)
-    assert page.said("title", "h1")[:2] == ["A title", "A title"]
-    assert page.said("li") == ["First.", "Second.", "p"]
-    assert page.said("h2") == ["Curves", "Table", "More"]
-    assert page.said("p") == ["A lead.", "One.", "Two."]
-    assert page.cells == [["name", "score"], ["a", "0.1"], ["b", "0.2"]]
-    assert page.tags["svg"] == 2
-    assert page.tags["details"] == 1
-    assert html.count('class="number"') == 3
-    assert set(re.findall(r"https?://[^\"'\s<]*", html)) <= {
-        "http://www.w3.org/2000/svg",
-        "http://www.w3.org/1999/xlink",
-    }
+    page = ReportPage("A title", sections, lead=["A lead."], findings=["First.", "Second."])
+    html = render(page, "html")
+    found = Page(html)
+    assert_stands_alone(found)
+    assert found.said("title", "h1")[:2] == ["A title", "A title"]
+    assert found.said("li") == ["First.", "Second.", "p"]
+    assert found.said("h2") == ["Curves", "Table", "More"]
+    assert found.said("p") == ["A lead.", "One.", "Two."]
+    assert found.cells == [["name", "score"], ["a", "0.1"], ["b", "0.2"]]
+    assert (found.tags["svg"], found.tags["details"], html.count('class="number"')) == (2, 1, 3)
+    assert (
+        render(page, "md")
+        == """\
+# A title
+
+A lead.
+
+- First.
+- Second.
+
+## Curves
+
+One.
+
+Two.
+
+![up](up.png)
+
+![down](down.png)
+
+## Table
+
+c
+
+| name | score |
+|---|---:|
+| a | 0.1 |
+| b | 0.2 |
+
+## More
+
+- p
+"""
+    )
 
 
 def test_hostile_text_is_text_wherever_it_stands() -> None:
-    table = PageTable([HOSTILE], [[HOSTILE]], caption=HOSTILE)
-    section = Section(
+    section = ReportSection(
         HOSTILE,
-        text=[HOSTILE],
+        paragraphs=[HOSTILE],
         points=[HOSTILE],
-        figures=[svg(figure(1, 2, label=HOSTILE), title=HOSTILE)],
-        tables=[table],
+        plots=[ReportPlot("plot.png", HOSTILE, figure(1, 2, label=HOSTILE))],
+        tables=[ReportTable([HOSTILE], [[HOSTILE]], caption=HOSTILE)],
     )
-    page = Page(html_page(HOSTILE, [section], lead=HOSTILE, findings=[HOSTILE]))
-    assert_stands_alone(page)
-    said = [text for _, text in page.text]
-    # Title, heading, lead, finding, heading, paragraph, point, caption, two cells; the figure's title and legend.
-    assert said.count(HOSTILE) == 12
+    page = ReportPage(HOSTILE, [section], lead=[HOSTILE], findings=[HOSTILE])
+    html = Page(render(page, "html"))
+    assert_stands_alone(html)
+    # Title, heading, lead, finding, heading, paragraph, point, caption, two cells; title and legend of the figure.
+    assert [text for _, text in html.text].count(HOSTILE) == 12
+    # The same without the title of the page, and without the figure's legend.
+    assert render(page, "md").count(markdown_text(HOSTILE)) == 10
 
 
-@pytest.mark.parametrize("sections", [[], [Section("Nothing")]])
-def test_a_page_with_nothing_in_it_opens(sections: list[Section]) -> None:
-    assert_stands_alone(Page(html_page("Empty", sections)))
+@pytest.mark.parametrize("sections", [[], [ReportSection("Nothing")]])
+def test_a_page_with_nothing_in_it_opens(sections: list[ReportSection]) -> None:
+    assert_stands_alone(Page(render(ReportPage("Empty", sections), "html")))
+    assert render(ReportPage("Empty", sections), "md").startswith("# Empty\n")
 
 
 def test_a_legend_without_labels_is_none() -> None:
-    drawn = new_figure(2)
-    drawn.subplots().plot([1, 2])
+    drawn, (axes,) = panel_figure(height=2)
+    axes.plot([1, 2])
     legend(drawn)
     assert not drawn.legends
 
 
 def test_a_long_legend_takes_several_lines() -> None:
-    drawn = new_figure(2)
-    axes = drawn.subplots()
+    drawn, (axes,) = panel_figure(height=2)
     for number in range(9):
         axes.plot([1, 2], label=f"line {number}")
     legend(drawn, columns=4)
     assert drawn.legends[0]._ncols == 4
 
 
-def test_the_module_opens_without_matplotlib_and_jinja2() -> None:
-    code = "import sys, pipeline.plots; print({'matplotlib', 'jinja2'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
-
-
-def test_the_template_is_among_the_files_of_the_package() -> None:
-    import tomllib
-    from pathlib import Path
-
-    project = tomllib.loads((Path(plots.__file__).parents[1] / "pyproject.toml").read_text())
+def test_the_templates_are_among_the_files_of_the_package() -> None:
+    folder = Path(report.__file__).parents[1]
+    project = tomllib.loads((folder.parent / "pyproject.toml").read_text())
     patterns = project["tool"]["setuptools"]["package-data"]["pipeline"]
-    folder = Path(plots.__file__).parent
-    assert folder / "templates" / plots.TEMPLATE in {path for pattern in patterns for path in folder.glob(pattern)}
+    found = {path.name for pattern in patterns for path in folder.glob(pattern)}
+    assert (
+        found
+        >= {path.name for path in (folder / "report" / "templates").iterdir()}
+        == {
+            "page.html.jinja",
+            "page.md.jinja",
+        }
+    )

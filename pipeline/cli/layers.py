@@ -13,6 +13,7 @@ from pipeline.config import parse_ds
 
 if TYPE_CHECKING:
     from pipeline.model.mteb_layers import TaskRun
+    from pipeline.report.sections import ReportTable
 
 Out = Annotated[Path, typer.Option(help="Folder for tables and plots.")]
 # Below the folder of the results; mteb writes its own beside it.
@@ -40,7 +41,7 @@ def layers(
 ) -> None:
     """Evaluate every layer of a model, and recommend one. Shows metrics, downstream AUC and cost by layer."""
     from pipeline import layers as stages
-    from pipeline.layer_report import choice_rows, layer_rows, write_report
+    from pipeline.layer_report import choice_table, layer_table, write_layer_report
 
     deployment = context.ensure_object(State).deployment
     settings = deployment.settings
@@ -56,18 +57,15 @@ def layers(
         backbones=backbone or (),
         poolings=pooling or (),
     )
-    written = [str(path) for path in write_report(report, out)]
+    written = [str(path) for path in write_layer_report(report, out)]
     adopted = stages.adopt(deployment, report) if adopt else None
     if as_json:
         facts = json.loads(report.model_dump_json())
         print_json({**facts, "adopted": adopted is not None, "files": written})
         return
     for model in report.models:
-        for title, (header, rows) in (
-            (f"{model.backbone}, {model.pooling} pooling (* to be kept)", layer_rows(model, brief=True)),
-            ("What every metric would choose", choice_rows(model)),
-        ):
-            print_table(title, header, rows, right=tuple(range(1, len(header))))
+        _print(f"{model.backbone}, {model.pooling} pooling (* layer to keep)", layer_table(model, brief=True))
+        _print("What every metric would choose", choice_table(model))
     print_table("Findings", [""], [[sentence] for sentence in report.findings])
     advice = [
         [f"layer {one.layers} of {one.backbone}, {one.pooling} pooling", one.reason] for one in report.recommendations
@@ -128,16 +126,21 @@ def _tell(run: "TaskRun") -> None:
 
 def _report(paths: Iterable[Path], out: Path, *, as_json: bool, more: dict[str, object] | None = None) -> None:
     from pipeline.layer_scores import judge_scores, read_scores
-    from pipeline.layer_scores_report import SHARED, findings, model_table, shared_table, write_report
+    from pipeline.layer_scores_report import SHARED, model_table, score_findings, shared_table, write_score_report
 
     report = judge_scores(read_scores(paths))
-    written = [str(path) for path in write_report(report, out)]
+    written = [str(path) for path in write_score_report(report, out)]
     if as_json:
         found = json.loads(report.model_dump_json())
-        print_json({**found, "findings": findings(report), **(more or {}), "files": written})
+        print_json({**found, "findings": score_findings(report), **(more or {}), "files": written})
         return
-    for title, table in (("Scores by layer, as recorded", model_table(report)), (SHARED, shared_table(report))):
-        if table.rows:
-            print_table(title, list(table.header), [list(row) for row in table.rows], right=tuple(table.numbers))
-    print_lines([f"- {finding}" for finding in findings(report)])
+    _print("Scores by layer, as recorded", model_table(report))
+    _print(SHARED, shared_table(report))
+    print_lines([f"- {finding}" for finding in score_findings(report)])
     print_table("Written", [""], [[path] for path in written])
+
+
+def _print(title: str, table: "ReportTable") -> None:
+    """A table of a report on standard output; nothing if it has no rows."""
+    if table.rows:
+        print_table(title, list(table.header), [list(row) for row in table.rows], right=tuple(table.numbers))

@@ -68,7 +68,7 @@ def evaluate(
 ) -> None:
     """Compare MARC with baselines and ablations on the interactions. Writes a table, JSON and plots."""
     from pipeline import train as stages
-    from pipeline.evaluation_report import write_report
+    from pipeline.evaluation_report import write_evaluation_report
     from pipeline.training_choices import with_train
 
     deployment = context.ensure_object(State).deployment
@@ -77,7 +77,7 @@ def evaluate(
     evaluate = settings.evaluate.model_copy(update={key: value for key, value in wanted.items() if value})
     deployment = deployment.with_settings(settings.model_copy(update={"evaluate": evaluate}))
     found = stages.evaluate(deployment, ds=parse_ds(ds), wanted=system or ())
-    written = [str(path) for path in write_report(found, out)]
+    written = [str(path) for path in write_evaluation_report(found, out)]
     if as_json:
         # By way of the contract, which writes a NaN as text: bare, it is no JSON.
         print_json({**json.loads(found.model_dump_json(exclude={"scores"})), "files": written})

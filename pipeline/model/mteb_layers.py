@@ -1,21 +1,18 @@
-"""Every layer of a backbone as an encoder for the tasks of mteb, from one pass over each text.
+"""Every layer of a backbone as an encoder for the tasks of mteb; each text goes through the model once.
 
-The package mteb is loaded when its tasks are first wanted; without it the module opens all the same.
+The package mteb is imported at the first use of a task: this module can be imported without it.
 """
 
-import fcntl
-import hashlib
 import importlib
 import json
 import logging
-import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -28,6 +25,7 @@ from pipeline.config import EncodeSettings, TrainSettings
 from pipeline.errors import PipelineError, Unencodable, UserError
 from pipeline.model.backbone import PACKAGE, PooledLayers, blocks, load_backbone
 from pipeline.model.encoder import Encoder, choose_device, choose_dtype
+from pipeline.model.state_cache import StateCache
 from pipeline.model.states import TEXTS_AT_ONCE, cutting_tokenizer
 from pipeline.resources import TaskResources
 
@@ -39,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # The tasks of Skean et al., "Layer by Layer: Uncovering Hidden Representations in Language Models", ICML 2025 (arXiv
-# 2502.02013): those of MTEB's English benchmark that are neither retrieval nor of whole paragraphs.
+# 2502.02013): those of MTEB's English benchmark, without retrieval and without whole paragraphs.
 PAPER_TASKS = (
     "AmazonCounterfactualClassification", "AmazonReviewsClassification", "ArxivClusteringS2S", "AskUbuntuDupQuestions",
     "BIOSSES", "Banking77Classification", "BiorxivClusteringS2S", "EmotionClassification", "MTOPDomainClassification",
@@ -49,126 +47,35 @@ PAPER_TASKS = (
     "ToxicConversationsClassification", "TweetSentimentExtractionClassification", "TwentyNewsgroupsClustering",
     "TwitterSemEval2015", "TwitterURLCorpus",
 )  # fmt: skip
-# Where tasks are looked up first: a benchmark says which languages and splits of a task it means.
+# Tasks are looked up here first: a benchmark selects the languages and splits of its tasks.
 BENCHMARKS = ("MTEB(eng, v1)", "MTEB(eng, v2)")
 INSTALL = "the tasks of MTEB need the package mteb: pip install 'marc-pipeline[mteb]'"
-DIGEST_BYTES = 16
 FINGERPRINT_CHARS = 10
-# What a configuration says of the machine and the file, not of the model.
+# Keys of a model's configuration that describe the machine or the file, not the model.
 NOT_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 
 log = logging.getLogger(__name__)
 
 
-# States
-
-
-class StateCache:
-    """Pooled states of texts at every layer, in files that only grow; usable after a process that was killed.
-
-    ``layer-NNN.f32`` holds float32 rows of one layer, ``index`` the digests of their texts in the same order. The index
-    is written last: rows that it does not name are written again.
-
-    Args:
-        folder: is made; one process at a time.
-        layers: files.
-        width: numbers per row.
-
-    Raises:
-        UserError: another process has the folder.
-    """
-
-    def __init__(self, folder: Path, *, layers: int, width: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._row_bytes = 4 * width
-        self._width = width
-        self._lock = _locked(folder / "lock")
-        self._index = folder / "index"
-        self._layers = [folder / f"layer-{layer:03}.f32" for layer in range(layers)]
-        for path in (self._index, *self._layers):
-            path.touch()
-        rows = min(
-            self._index.stat().st_size // DIGEST_BYTES,
-            *(path.stat().st_size // self._row_bytes for path in self._layers),
-        )
-        # What one file lacks, the others have for nothing.
-        os.truncate(self._index, rows * DIGEST_BYTES)
-        for path in self._layers:
-            os.truncate(path, rows * self._row_bytes)
-        digests = self._index.read_bytes()
-        self._places = {
-            digests[at : at + DIGEST_BYTES]: at // DIGEST_BYTES for at in range(0, len(digests), DIGEST_BYTES)
-        }
-        self._rows = rows
-
-    def close(self) -> None:
-        """Let other processes have the folder."""
-        self._lock.close()
-
-    def missing(self, texts: Iterable[str]) -> list[str]:
-        """Those texts that there are no states of, each once, in their order."""
-        return [text for text in dict.fromkeys(texts) if _digest(text) not in self._places]
-
-    def append(self, texts: Sequence[str], states: NDArray[np.float32]) -> None:
-        """Keep the states [n, layers, width] of n texts that are missing."""
-        for layer, path in enumerate(self._layers):
-            _write_at(path, self._rows * self._row_bytes, np.ascontiguousarray(states[:, layer], "<f4").tobytes())
-        digests = [_digest(text) for text in texts]
-        _write_at(self._index, self._rows * DIGEST_BYTES, b"".join(digests))
-        self._places.update((digest, self._rows + row) for row, digest in enumerate(digests))
-        self._rows += len(digests)
-
-    def read(self, layer: int, texts: Sequence[str]) -> NDArray[np.float32]:
-        """States [n, width] of texts that are there, in their order."""
-        places = np.array([self._places[_digest(text)] for text in texts], np.int64)
-        if not len(places):
-            return np.empty((0, self._width), np.float32)
-        rows = np.memmap(self._layers[layer], dtype="<f4", mode="r", shape=(self._rows, self._width))
-        return np.array(rows[places], np.float32)
-
-
-def _locked(path: Path) -> IO[bytes]:
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise UserError(f"{path.parent} is in use by another process; wait for it, or name another folder") from None
-    return file
-
-
-def _write_at(path: Path, offset: int, data: bytes) -> None:
-    """Write on top of whatever an earlier try left there, down to the disk."""
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
-
-
 class EveryLayer:
-    """A backbone whose pooled states of all layers are computed in one pass, once for every text.
+    """A backbone that computes the pooled states of all layers in one pass, once per text.
 
     Args:
         train: backbone, pooling, max_tokens.
-        encode: device, dtype and token budget, as the nights run the model.
+        encode: device, dtype and token budget, as in the nightly runs.
         resources: cores and GPU.
-        cache: folder for the states; one below it for each model, pooling, limit and dtype.
+        cache: folder for the states, with a subfolder for each model, pooling, limit and dtype.
 
     Attributes:
-        layers: blocks of the backbone; layer 0 is what the first one gets.
+        layers: number of blocks of the backbone; layer 0 is the input of the first block.
         width: numbers per vector.
-        max_tokens: of a text; the rest is cut off.
-        name: of the model as mteb wants it, ORGANISATION/MODEL.
-        variant: what vectors depend on besides: pooling, limit, dtype, and a fingerprint of weights and tokenizer.
-        computed: texts that went through the model so far.
+        max_tokens: longer texts are truncated.
+        name: name of the model for mteb, ORGANISATION/MODEL.
+        variant: the other inputs of the vectors: pooling, limit, dtype, and a fingerprint of weights and tokenizer.
+        computed: number of texts that went through the model so far.
 
     Raises:
-        UserError: unknown backbone, or another process has the cache.
+        UserError: the backbone is unknown, or another process uses the cache.
     """
 
     def __init__(self, train: TrainSettings, *, encode: EncodeSettings, resources: TaskResources, cache: Path) -> None:
@@ -180,7 +87,7 @@ class EveryLayer:
         if device.type == "cpu":
             torch.set_num_threads(encode.threads or resources.cpus)
         self.name = _mteb_name(train.backbone)
-        # Before the encoder, which alters the model.
+        # Computed before the encoder is made, because the encoder changes the model.
         mark = _fingerprint(backbone, tokenizer)[:FINGERPRINT_CHARS]
         self.variant = f"{train.pooling}-{self.max_tokens}-{str(dtype).removeprefix('torch.')}-{mark}"
         self.computed = 0
@@ -202,11 +109,11 @@ class EveryLayer:
         self.close()
 
     def close(self) -> None:
-        """Let other processes have the cache."""
+        """Release the lock on the cache."""
         self._cache.close()
 
     def states(self, layer: int, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Pooled states [n, width] of texts at a layer; what is not cached is computed, for all layers.
+        """Pooled states [n, width] of texts at a layer; missing texts are computed, for all layers.
 
         Raises:
             Unencodable: a text cannot be encoded.
@@ -223,17 +130,17 @@ class EveryLayer:
         """The encoder of one layer.
 
         Raises:
-            UserError: there is no such layer.
+            UserError: the backbone has no such layer.
         """
         if not 0 <= number <= self.layers:
-            raise UserError(f"layer {number} is wanted, the backbone has 0 (its embeddings) to {self.layers}")
+            raise UserError(f"there is no layer {number}: the backbone has layers 0 (embeddings) to {self.layers}")
         return LayerEncoder(self, number)
 
 
 class LayerEncoder:
-    """One layer as mteb's EncoderProtocol has it: texts in, pooled states out, compared by their cosine.
+    """One layer as an encoder of mteb (its EncoderProtocol): texts in, pooled states out, compared by cosine.
 
-    Prompts and instructions are not added: a backbone knows none.
+    Prompts and instructions are not added, because a backbone is not trained on any.
     """
 
     def __init__(self, every: EveryLayer, number: int) -> None:
@@ -242,9 +149,9 @@ class LayerEncoder:
 
     @property
     def mteb_model_meta(self) -> "ModelMeta":
-        """Name and revision; the revision tells the layer, so that results of different layers never mix."""
+        """Name and revision. The revision contains the layer, so results of different layers are kept apart."""
         _mteb()
-        from mteb.models.model_meta import ModelMeta, ScoringFunction  # noqa: PLC0415 - only who runs tasks has it
+        from mteb.models.model_meta import ModelMeta, ScoringFunction  # noqa: PLC0415 - mteb is optional
 
         facts: dict[str, Any] = {
             "name": self._every.name,
@@ -261,16 +168,16 @@ class LayerEncoder:
         """Vectors float32 [n, width] of batches of texts, in their order.
 
         Args:
-            inputs: mteb's DataLoader; every batch has its texts under ``text``.
-            _: what mteb says of task, split and prompt; vectors do not depend on it.
+            inputs: the DataLoader of mteb; every batch has its texts under ``text``.
+            _: task, split and prompt; vectors do not depend on them.
 
         Raises:
-            UserError: the task is not one of texts.
+            UserError: the inputs of the task are not texts.
         """
         texts: list[str] = []
         for batch in inputs:
             if "text" not in batch:
-                raise UserError("a language model encodes tasks of texts only")
+                raise UserError("a language model encodes texts only: name tasks whose inputs are texts")
             texts += batch["text"]
         return self._every.states(self.number, texts)
 
@@ -289,7 +196,7 @@ def _unit(vectors: Any) -> Tensor:  # noqa: ANN401
 
 
 def _mteb_name(backbone: str) -> str:
-    """ORGANISATION/MODEL, of characters that a file's name may have."""
+    """ORGANISATION/MODEL, with characters that are allowed in file names."""
     if backbone.startswith(PACKAGE):
         parts = ["package", backbone.removeprefix(PACKAGE).split("/", 1)[0]]
     elif Path(backbone).is_dir():
@@ -300,7 +207,7 @@ def _mteb_name(backbone: str) -> str:
 
 
 def _fingerprint(backbone: "PreTrainedModel", tokenizer: "Tokenizer") -> str:
-    """Of everything that states depend on: architecture, weights, tokenizer and its limit."""
+    """Hash of all inputs of the states: architecture, weights, tokenizer and its limit."""
     config = {key: value for key, value in backbone.config.to_dict().items() if key not in NOT_THE_MODEL}
     said = [type(backbone).__name__, json.dumps(config, sort_keys=True, default=str), str(tokenizer.to_str())]
     found = xxhash.xxh3_128("\n".join(said).encode())
@@ -315,12 +222,12 @@ def _fingerprint(backbone: "PreTrainedModel", tokenizer: "Tokenizer") -> str:
 
 @dataclass(frozen=True)
 class TaskRun:
-    """What became of a task.
+    """The result of a task at a layer.
 
     Attributes:
-        layer: None for a task that was skipped at every layer.
-        score: the task's main score; None where it was skipped.
-        skipped: why; empty where there is a score.
+        layer: None if the task was skipped at every layer.
+        score: the main score of the task; None if it was skipped.
+        skipped: the reason; empty if there is a score.
     """
 
     task: str
@@ -330,10 +237,10 @@ class TaskRun:
 
 
 def find_tasks(names: Sequence[str]) -> "list[AbsTask]":
-    """Tasks by name, with the languages and splits of MTEB's English benchmark where it has them.
+    """Tasks by name; tasks of MTEB's English benchmark with its languages and splits.
 
     Raises:
-        UserError: there is no such task, or mteb is not installed.
+        UserError: mteb has no such task, or it is not installed.
     """
     mteb = _mteb()
     known = {task.metadata.name: task for name in reversed(BENCHMARKS) for task in mteb.get_benchmark(name).tasks}
@@ -342,27 +249,27 @@ def find_tasks(names: Sequence[str]) -> "list[AbsTask]":
         try:
             found.append(known.get(name) or mteb.get_task(name))
         except (KeyError, ValueError):
-            raise UserError(f"mteb knows no task {name!r}") from None
+            raise UserError(f"mteb has no task {name!r}") from None
     return found
 
 
 def run_tasks(every: EveryLayer, tasks: "Sequence[AbsTask]", layers: Sequence[int], results: Path) -> Iterator[TaskRun]:
-    """Run tasks with mteb's own evaluator at layers; results that are there are not computed again.
+    """Run tasks at layers with the evaluator of mteb; existing results are not computed again.
 
-    The data of a task is loaded once for all layers. A task whose data cannot be loaded, or that fails on its texts,
-    is told of and skipped.
+    The data of a task is loaded once for all layers. A task is skipped, with its reason, if its data cannot be loaded
+    or if it fails on its texts.
 
     Args:
         every: the backbone.
-        tasks: of :func:`find_tasks`, or any others of mteb.
-        layers: of the backbone.
-        results: folder for mteb's result files: ``results/MODEL/layer-…/TASK.json`` below it.
+        tasks: from :func:`find_tasks`, or other tasks of mteb.
+        layers: numbers of layers of the backbone.
+        results: folder for the result files of mteb: ``results/MODEL/layer-…/TASK.json`` below it.
 
     Yields:
-        What became of each task, layer by layer.
+        The result of each task, layer by layer.
 
     Raises:
-        UserError: nothing could be run; a layer is not there; mteb is not installed.
+        UserError: no task could be run, a layer does not exist, or mteb is not installed.
     """
     mteb = _mteb()
     encoders = [every.layer(layer) for layer in layers]
@@ -375,18 +282,18 @@ def run_tasks(every: EveryLayer, tasks: "Sequence[AbsTask]", layers: Sequence[in
                 reasons.append(f"{run.task}: {run.skipped}")
             yield run
     if not ran:
-        raise UserError(f"no task could be run; {reasons[0] if reasons else 'none was named'}")
+        raise UserError(f"no task could be run; {reasons[0] if reasons else 'name at least one'}")
 
 
-def _run_task(mteb: Any, cache: Any, task: "AbsTask", encoders: "Sequence[LayerEncoder]") -> Iterator[TaskRun]:  # noqa: ANN401 - mteb is loaded late
+def _run_task(mteb: Any, cache: Any, task: "AbsTask", encoders: "Sequence[LayerEncoder]") -> Iterator[TaskRun]:  # noqa: ANN401 - mteb is optional
     name = str(task.metadata.name)
     was_loaded = task.data_loaded
     if any(_is_unfinished(cache, task, encoder.mteb_model_meta) for encoder in encoders):
         try:
             with _quiet():
                 task.load_data()
-        except Exception as error:  # what a library says when there is no network, no file, no access
-            log.debug("%s: its data cannot be loaded", name, exc_info=True)
+        except Exception as error:  # libraries raise many types without network, file or access
+            log.debug("%s: cannot load its data", name, exc_info=True)
             yield TaskRun(name, None, None, f"its data cannot be loaded: {_first_line(error)}")
             return
     try:
@@ -408,14 +315,14 @@ def _run_task(mteb: Any, cache: Any, task: "AbsTask", encoders: "Sequence[LayerE
 
 
 def _is_unfinished(cache: Any, task: "AbsTask", meta: "ModelMeta") -> bool:  # noqa: ANN401
-    """Whether a layer's result is not there, or not all of it; what a killed process left half written is removed."""
+    """Whether the result of a layer is missing or incomplete; a broken file of a killed process is deleted."""
     path: Path = cache.get_task_result_path(task.metadata.name, meta)
     if not path.is_file():
         return True
     try:
         found = cache.load_task_result(task.metadata.name, meta)
     except ValueError:
-        log.warning("%s is not whole: removed, its task runs again", path)
+        log.warning("%s is incomplete: deleted, its task runs again", path)
         path.unlink()
         return True
     return bool(found.get_missing_evaluations(task))
@@ -423,7 +330,7 @@ def _is_unfinished(cache: Any, task: "AbsTask", meta: "ModelMeta") -> bool:  # n
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the advice to take a newer task: these are the ones that others can be compared with."""
+    """Suppress the advice to take a newer task: published results exist for the older one."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"The task '.*' is superseded by", category=UserWarning)
         yield
@@ -435,8 +342,8 @@ def _first_line(error: BaseException) -> str:
     return first if isinstance(error, PipelineError) else f"{type(error).__name__}: {first}"
 
 
-def _mteb() -> Any:  # noqa: ANN401 - it may not be there for a type checker either
-    """The package.
+def _mteb() -> Any:  # noqa: ANN401 - mteb is optional, also for the type checker
+    """The package mteb.
 
     Raises:
         UserError: it is not installed.

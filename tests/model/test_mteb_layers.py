@@ -21,8 +21,9 @@ from tiny_models import CPU_FLOAT32, LAYERS, MAX_TOKENS, ONE_CORE, TEXTS, WIDTH,
 from pipeline.config import TrainSettings
 from pipeline.errors import UserError
 from pipeline.layer_scores import judge_scores, read_scores
-from pipeline.model import mteb_layers
-from pipeline.model.mteb_layers import PAPER_TASKS, EveryLayer, LayerEncoder, StateCache, find_tasks, run_tasks
+from pipeline.model import mteb_layers, state_cache
+from pipeline.model.mteb_layers import PAPER_TASKS, EveryLayer, LayerEncoder, find_tasks, run_tasks
+from pipeline.model.state_cache import StateCache
 from pipeline.model.states import write_states
 
 mteb = pytest.importorskip("mteb")
@@ -302,7 +303,7 @@ def test_a_write_that_failed_half_way_is_written_over(tmp_path: Path, monkeypatc
     cache = StateCache(tmp_path, layers=3, width=2)
     states = RNG.normal(size=(4, 3, 2)).astype(np.float32)
     cache.append(["a", "b"], states[:2])
-    write, written = mteb_layers._write_at, []
+    write, written = state_cache._write_at, []
 
     def full(path: Path, offset: int, data: bytes) -> None:
         written.append(path)
@@ -310,7 +311,7 @@ def test_a_write_that_failed_half_way_is_written_over(tmp_path: Path, monkeypatc
             raise OSError(28, "No space left on device")
         write(path, offset, data)
 
-    monkeypatch.setattr(mteb_layers, "_write_at", full)
+    monkeypatch.setattr(state_cache, "_write_at", full)
     with pytest.raises(OSError, match="No space"):
         cache.append(["c"], states[2:3])
     assert cache.missing(["a", "c", "c"]) == ["c"]
@@ -376,7 +377,7 @@ def test_a_layer_is_what_mteb_calls_an_encoder(backbone: str, open_layers: Calla
 
 @pytest.mark.parametrize("layer", [-1, LAYERS + 1])
 def test_a_layer_that_is_not_there(open_layers: Callable[..., EveryLayer], layer: int) -> None:
-    with pytest.raises(UserError, match=rf"layer {layer} is wanted, the backbone has 0 \(its embeddings\) to {LAYERS}"):
+    with pytest.raises(UserError, match=rf"no layer {layer}: the backbone has layers 0 \(embeddings\) to {LAYERS}"):
         open_layers().layer(layer)
 
 
@@ -393,7 +394,7 @@ def test_similarities_are_cosines(open_layers: Callable[..., EveryLayer]) -> Non
 
 
 def test_a_task_without_texts_is_refused(open_layers: Callable[..., EveryLayer]) -> None:
-    with pytest.raises(UserError, match="tasks of texts only"):
+    with pytest.raises(UserError, match="a language model encodes texts only"):
         open_layers().layer(1).encode([{"image": [1]}])
 
 
@@ -633,7 +634,7 @@ def test_the_tasks_of_the_paper_are_those_of_its_scores(repository: Path) -> Non
 def test_other_tasks_are_found_by_name_and_unknown_ones_refused() -> None:
     names = ["NFCorpus", "STS12", "NFCorpus", "GermanSTSBenchmark"]
     assert [task.metadata.name for task in find_tasks(names)] == ["NFCorpus", "STS12", "GermanSTSBenchmark"]
-    with pytest.raises(UserError, match="mteb knows no task 'STS99'"):
+    with pytest.raises(UserError, match="mteb has no task 'STS99'"):
         find_tasks(["STS99"])
 
 

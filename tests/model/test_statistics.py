@@ -368,14 +368,14 @@ def the_one(found: Sequence[str], *words: str) -> str:
 
 def test_the_mid_layer_advantage_is_there_or_not_or_not_shown() -> None:
     there = the_one(sentences(BASE), "mid-layer advantage at d = 32")
-    assert "is there: test AUC 0.6920 for the PCA of layer 2" in there
+    assert "is confirmed: test AUC 0.6920 for the PCA of layer 2" in there
     assert "0.6790 for the final layer's, +0.0130 (95 % interval +0.0" in there
     deviation = np.std(JITTER, ddof=1)
     assert f"+{0.013 / deviation:.1f} pooled standard deviations" in there
     final_first = sentences(BASE | {("pca-layer-3", 32): 0.699})
-    assert "is not there, on the contrary" in the_one(final_first, "mid-layer advantage")
+    assert "is refuted" in the_one(final_first, "mid-layer advantage")
     even = sentences(BASE | {("pca-layer-3", 32): 0.6921})
-    assert "is not shown" in the_one(even, "mid-layer advantage")
+    assert "is not confirmed" in the_one(even, "mid-layer advantage")
 
 
 def test_the_embeddings_are_no_middle_layer() -> None:
@@ -501,7 +501,9 @@ def test_one_seed_judges_nothing() -> None:
     for sentence in found:
         assert "there is no interval to judge by" in sentence
         assert "one seed" in sentence
-        assert not any(claim in sentence for claim in ("beats", "is there", "worth having", "is better", "is higher"))
+        assert not any(
+            claim in sentence for claim in ("beats", "is confirmed", "worth having", "is better", "is higher")
+        )
 
 
 def test_what_is_missing_is_not_judged() -> None:
@@ -526,8 +528,8 @@ def test_other_users_are_mentioned_and_may_cast_doubt() -> None:
         the_one(findings(summaries, entries, layers=3, comparison="marc"), "marc beats") for summaries in (sure, unsure)
     )
     # The summary subtracts marc; the sentence subtracts from it.
-    assert one.endswith("; with the test users drawn anew +0.0030 to +0.0120.")
-    assert other.endswith("; with the test users drawn anew −0.0030 to +0.0120, so other users might not show it.")
+    assert one.endswith("; with resampled test users +0.0030 to +0.0120.")
+    assert other.endswith("; with resampled test users −0.0030 to +0.0120, so it may not hold for other users.")
 
 
 def test_other_users_cast_no_doubt_where_nothing_is_claimed() -> None:
@@ -538,7 +540,7 @@ def test_other_users_cast_no_doubt_where_nothing_is_claimed() -> None:
     ]
     (found,) = findings(summaries, entries, layers=3, comparison="marc")
     assert found.startswith("At d = 32 marc does not demonstrably beat mrl")
-    assert found.endswith("; with the test users drawn anew −0.0030 to +0.0040.")
+    assert found.endswith("; with resampled test users −0.0030 to +0.0040.")
 
 
 def test_verdicts_agree_with_their_figures_everywhere() -> None:

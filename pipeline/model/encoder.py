@@ -27,7 +27,7 @@ from pipeline.model.batches import PackedTokens, PaddedTokens, TokenBatch
 from pipeline.model.budget import CPU_TOKENS, budget_of
 from pipeline.model.bundle import local_bundle
 from pipeline.model.compressor import load_compressor
-from pipeline.model.onednn import can_prepack, prepack
+from pipeline.model.onednn import can_prepack, multiplies_bfloat16, prepack
 from pipeline.model.packed import use_packed
 from pipeline.model.tokens import load_tokenizer, token_ids
 from pipeline.resources import TaskResources
@@ -118,8 +118,8 @@ class Encoder:
                 os.environ.setdefault(name, str(PROGRAMS))
         longest = (tokenizer.truncation or {}).get("max_length", CPU_TOKENS)
         self._first_position = use_packed(self._pooled, pooled.model, longest=longest)
-        if device.type == "cpu" and dtype == torch.bfloat16 and can_prepack():
-            self._prepack()
+        if device.type == "cpu" and dtype == torch.bfloat16:
+            self._prepare_bfloat16()
         self._token_budget = token_budget or budget_of(device, self._name(), _TimedPass(self, longest))
 
     @property
@@ -252,6 +252,13 @@ class Encoder:
         """Raise what a text that is known to be good meets: then it is not the texts that are bad."""
         if _odd(self._forward(self._good).cpu().numpy()).any():
             raise Unencodable(f"the model on {self.device} gives NaN or infinity for any text")
+
+    def _prepare_bfloat16(self) -> None:
+        """Lay the weights out for oneDNN; on a CPU that does not multiply bf16, leave them as they are."""
+        if can_prepack():
+            self._prepack()
+        elif not multiplies_bfloat16():
+            log.warning("this CPU does not multiply bfloat16: encode.dtype float32 is faster here, and more precise")
 
     def _prepack(self) -> None:
         """Lay the weights out for oneDNN, unless the model then gives something else."""
@@ -460,9 +467,7 @@ def choose_dtype(settings: EncodeSettings, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    cpu = torch.cpu.get_capabilities()
-    native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
 
 
 def use_threads(count: int) -> None:

@@ -34,16 +34,33 @@ class PrepackedLinear(nn.Module):
         return found
 
 
+def multiplies_bfloat16() -> bool:
+    """Return whether this CPU has bf16 instructions and oneDNN uses them. Every choice of bf16 on a CPU asks here.
+
+    The CPU's flags are not enough: oneDNN refuses bf16 weights where its own answer is no, for example under
+    ``ONEDNN_MAX_CPU_ISA=AVX2``. oneDNN's answer is not enough either: with AVX512 alone it emulates bf16 in float32.
+    """
+    cpu = torch.cpu.get_capabilities()
+    native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    return bool(native) and _has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def can_prepack() -> bool:
-    """Whether this build of torch has the operators."""
-    operators = ("_reorder_linear_weight", "_linear_pointwise")
+    """Return whether this CPU multiplies bf16 and this build of torch can lay out weights for that."""
+    return multiplies_bfloat16() and all(
+        hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
+    )
+
+
+def _has_onednn() -> bool:
     built = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return bool(built) and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+    return bool(built) and hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
 
 
 def prepack(model: nn.Module) -> Callable[[], None]:
     """Replace every bf16 linear map of a model on the CPU, in place; where BERT's GELU follows one, it joins it.
 
+    Call it only where :func:`can_prepack` is true: elsewhere torch refuses the layout, or emulates the products.
     Some models read the weights of their maps themselves (Mamba's scan): what they give then must be looked at.
 
     Returns:

@@ -17,10 +17,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pipeline.model.batches import PackedTokens, PaddedTokens, TokenBatch, current_batch
+from pipeline.model.onednn import multiplies_bfloat16
 
 NAME = "marc_packed"
 # Two batched products, with the scores in memory between them, are twice as fast as torch's fused attention for short
-# texts on a CPU, and slower for long ones.
+# texts on a CPU that multiplies bf16, and slower for long ones. On AVX2 alone bf16 products are up to 40 times slower.
 PRODUCTS_BELOW = 160
 # oneDNN keeps a program for every shape that it met: texts of one length are multiplied in groups of one size, of about
 # so many tokens; those that are left over are fused.
@@ -152,7 +153,7 @@ def _attend_by_length(
 ) -> Tensor:
     """Attention [T, H, d] of queries [T, H, d], keys and values [T, H', d]."""
     found = torch.empty_like(query, memory_format=torch.contiguous_format)
-    products = query.dtype == torch.bfloat16 and not query.is_cuda and not causal and query.shape[1] == key.shape[1]
+    products = _has_fast_products(query) and not causal and query.shape[1] == key.shape[1]
     start = 0
     for texts, length in batch.runs:
         end = start + texts * length
@@ -175,6 +176,10 @@ def _attend_by_length(
             )
         start = end
     return found
+
+
+def _has_fast_products(query: Tensor) -> bool:
+    return query.dtype == torch.bfloat16 and not query.is_cuda and multiplies_bfloat16()
 
 
 def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None) -> Tensor:

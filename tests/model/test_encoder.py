@@ -42,6 +42,7 @@ from pipeline.model.encoder import (
     next_batch,
     token_batches,
 )
+from pipeline.model.onednn import PrepackedLinear
 from pipeline.model.tokens import token_ids
 from pipeline.resources import TaskResources
 from pipeline.storage import Storage
@@ -540,18 +541,20 @@ def test_asking_for_cuda_where_there_is_none_is_the_users_mistake(monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "dtype"),
+    ("capabilities", "onednn", "dtype"),
     [
-        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
-        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
-        ({"avx512_bf16": False, "amx_bf16": False}, torch.float32),
-        ({}, torch.float32),
+        ({"avx512_bf16": True, "amx_bf16": False}, True, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, True, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": False}, True, torch.float32),
+        ({"avx512_bf16": True, "amx_bf16": True}, False, torch.float32),
+        ({}, False, torch.float32),
     ],
 )
 def test_the_cpu_runs_bfloat16_only_where_it_multiplies_it_natively(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], onednn: bool, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
     assert choose_dtype(EncodeSettings(), torch.device("cpu")) == dtype
     assert choose_dtype(EncodeSettings(dtype="float32"), torch.device("cpu")) == torch.float32
     assert choose_dtype(EncodeSettings(dtype="bfloat16"), torch.device("cpu")) == torch.bfloat16
@@ -610,6 +613,17 @@ def test_bfloat16_on_the_cpu_agrees_with_float32(minilm_float32: NDArray[np.floa
     assert found.dtype == np.float32
     assert not np.array_equal(found, minilm_float32)
     assert cosines(found, minilm_float32).min() >= 0.999
+
+
+def test_no_weights_are_packed_for_a_cpu_that_does_not_multiply_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, minilm_float32: NDArray[np.float32]
+) -> None:
+    """As on a CPU with AVX2 alone: the encoder gives the same vectors and logs that float32 is faster."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    encoder = minilm(EncodeSettings(device="cpu", dtype="bfloat16"))
+    assert not [module for module in encoder._pooled.modules() if isinstance(module, PrepackedLinear)]
+    assert [record.levelname for record in caplog.records if "encode.dtype float32" in record.message] == ["WARNING"]
+    assert cosines(encoder.encode(TITLES).vectors, minilm_float32).min() >= 0.999
 
 
 def test_in_bfloat16_too_a_vector_hardly_depends_on_the_texts_around_it() -> None:

@@ -1,6 +1,7 @@
 """Packed texts: every architecture that may run them gives what it gives for each text alone, and no other may."""
 
 import copy
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -129,11 +130,11 @@ def test_outside_of_a_packed_batch_the_attention_is_transformers_own() -> None:
 
 @pytest.mark.parametrize("heads", [4, 2])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "native"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
 @settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.sampled_from([1, 2, 5, 30, 170]), min_size=1, max_size=6))
 def test_attention_by_length_is_softmax_by_hand(
-    heads: int, causal: bool, dtype: torch.dtype, lengths: list[int]
+    heads: int, causal: bool, dtype: torch.dtype, native: bool, lengths: list[int]
 ) -> None:
     lengths = sorted(lengths, reverse=True)
     generator = torch.Generator().manual_seed(0)
@@ -142,7 +143,7 @@ def test_attention_by_length_is_softmax_by_hand(
     )
     batch = PackedTokens.of(texts_of(lengths))
     module = nn.Module()
-    with batch.attended():
+    with batch.attended(), patch.object(packed, "multiplies_bfloat16", return_value=native):
         found, _ = packed.packed_attention(module, query, key, value, None, scaling=0.3, is_causal=causal)
     start = 0
     for length in lengths:
@@ -201,7 +202,7 @@ def test_a_batch_knows_positions_and_runs() -> None:
     assert batch.runs == ((2, 4), (1, 2), (2, 1))
 
 
-@pytest.mark.skipif(not can_prepack(), reason="this torch has no oneDNN")
+@pytest.mark.skipif(not can_prepack(), reason="this CPU does not multiply bfloat16")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_prepacked_weights_give_the_same_states_but_for_rounding(architecture: str) -> None:
     model = tiny_model(architecture, vocabulary=VOCABULARY).to(torch.bfloat16)
@@ -224,7 +225,7 @@ def test_prepacked_weights_give_the_same_states_but_for_rounding(architecture: s
     np.testing.assert_array_equal(alone(altered, texts), alone(pooled, texts))
 
 
-@pytest.mark.skipif(not can_prepack(), reason="this torch has no oneDNN")
+@pytest.mark.skipif(not can_prepack(), reason="this CPU does not multiply bfloat16")
 def test_float32_weights_are_left_alone() -> None:
     model = tiny_model("bert", vocabulary=VOCABULARY)
     prepack(model)

@@ -237,7 +237,7 @@ def _sweep_id(settings: Settings, inputs: list[object]) -> str:
 
 def _image_paths(folder: str, limit: int) -> tuple[str, ...]:
     """Images below a folder, by their names; a sample by the hash of their paths beyond ``limit``."""
-    from pipeline.model.images import image_files
+    from pipeline.model.image_files import image_files
 
     if is_s3(folder):
         raise UserError(f"{folder}: images are read from a folder; copy them to one that this machine and workers see")

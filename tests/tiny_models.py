@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
@@ -108,6 +109,11 @@ def tiny_vision_model(architecture: str, *, layers: int = LAYERS, seed: int = 0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _random_model(config).eval()
+
+
+def noise_image(width: int = 40, height: int = 30, *, seed: int = 0) -> Image.Image:
+    """An RGB image of random pixels."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
 def _random_model(config: PreTrainedConfig) -> PreTrainedModel:

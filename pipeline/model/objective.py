@@ -1,4 +1,4 @@
-"""What the training loop trains: a compressor, with whatever its objective needs beside it."""
+"""The interface of training objectives: a batch of interactions, states of items, and a loss with validation AUC."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,14 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Clicks:
-    """Interactions of one batch: int64 items [b], earlier clicks and skips [b, k] (−1: none), float32 labels [b].
+    """Interactions of one batch. Items are row numbers of one matrix of states; −1 is padding.
 
-    All name rows of one matrix of states; ``profiles`` [b, 1] those of the users' texts, None where there are none.
+    Attributes:
+        items: int64 [b], the candidates.
+        clicked: int64 [b, k], items that the user clicked earlier.
+        skipped: int64 [b, k], items that the user rated earlier without a click.
+        labels: float32 [b], 1 for a click.
+        profiles: int64 [b, 1], rows of the users' texts; None if users have no texts.
     """
 
     items: Tensor
@@ -29,7 +34,7 @@ class Clicks:
         return len(self.items)
 
     def to(self, device: torch.device) -> "Clicks":
-        """The same on a device."""
+        """Return the batch on another device."""
         return Clicks(
             self.items.to(device),
             self.clicked.to(device),
@@ -39,20 +44,20 @@ class Clicks:
         )
 
 
-class Source(nn.Module):
-    """Where the states of items come from."""
+class ItemStates(nn.Module):
+    """Provides the hidden states of items."""
 
     def forward(self, items: Tensor, candidate: Tensor) -> Tensor:
-        """States [m, D] of items [m]; ``candidate`` [m] says which of them the loss is about."""
+        """Return states [m, D] of items [m]; ``candidate`` [m] marks the items whose clicks the loss predicts."""
         raise NotImplementedError
 
     def all_states(self) -> Tensor:
-        """States [items, D], as they are now."""
+        """Return the current states [items, D] of all items."""
         raise NotImplementedError
 
 
-class FrozenStates(Source):
-    """Pooled hidden states of all items, computed beforehand.
+class FrozenStates(ItemStates):
+    """Pooled hidden states of all items, computed in advance.
 
     Args:
         states: [items, D].
@@ -65,39 +70,39 @@ class FrozenStates(Source):
     states: Tensor
 
     def forward(self, items: Tensor, candidate: Tensor) -> Tensor:
-        """States [m, D] of items [m]."""
+        """Return states [m, D] of items [m]."""
         states: Tensor = functional.embedding(items, self.states)
         return states
 
     def all_states(self) -> Tensor:
-        """States [items, D]."""
+        """Return the states [items, D]."""
         return self.states
 
 
 class Objective(nn.Module):
-    """A loss over batches of interactions, and how well the compressor serves it on others.
+    """A loss over batches of interactions, and its validation on other interactions.
 
     Args:
-        source: from items [m] and which of them are candidates [m] to their states h [m, D].
-        compressor: from h [n, D] to z [n, d].
+        source: provides states h [m, D] of items [m].
+        compressor: maps h [n, D] to z [n, d].
     """
 
-    def __init__(self, source: Source, compressor: nn.Module) -> None:
+    def __init__(self, source: ItemStates, compressor: nn.Module) -> None:
         super().__init__()
         self.source = source
         self.compressor = compressor
 
     def forward(self, batch: Clicks) -> dict[str, Tensor]:
-        """``loss`` and its terms."""
+        """Return ``loss`` and its terms."""
         raise NotImplementedError
 
     def score(self, vectors: Tensor, batch: Clicks) -> Tensor:
-        """How likely a click is, in any unit [b], given the vectors [items, d] of all items."""
+        """Return scores [b] that rise with the probability of a click, from the vectors [items, d] of all items."""
         raise NotImplementedError
 
     @torch.no_grad()
     def vectors(self) -> Tensor:
-        """Vectors [items, d] of all items, as the compressor makes them."""
+        """Return the compressor's vectors [items, d] of all items, in evaluation mode."""
         mode = self.training
         self.eval()
         made: Tensor = self.compressor(self.source.all_states())
@@ -106,7 +111,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def validate(self, batch: Clicks) -> float:
-        """AUC of the scores of interactions that were not trained on; NaN where there is none."""
+        """Return the AUC of held-out interactions; NaN if a score is not finite or all labels are equal."""
         mode = self.training
         vectors = self.vectors()
         self.eval()
@@ -118,20 +123,20 @@ class Objective(nn.Module):
 
 
 def scaled(vectors: Tensor) -> Tensor:
-    """Vectors [n, d] at length √d: what is shipped has unit length, networks like numbers of size 1."""
+    """Scale vectors [n, d] to length √d, so that their numbers have mean square 1 for the networks."""
     return functional.normalize(vectors, dim=-1).mul(vectors.shape[-1] ** 0.5)
 
 
 def distinct(batch: Clicks) -> tuple[Tensor, Tensor, Tensor]:
-    """The items that a batch touches.
+    """Return the distinct items of a batch.
 
     Returns:
-        Each once [m]; which of them are candidates [m]; and the rows of the batch's entries in them, items first,
-        then clicks, skips and profiles, flattened.
+        The items [m]; a mask [m] of the candidates; and for each entry of the batch its row in the items. The entries
+        are flattened: items first, then clicks, skips and profiles.
     """
     parts = [batch.items, batch.clicked, batch.skipped, *([] if batch.profiles is None else [batch.profiles])]
     everything = torch.cat([part.flatten() for part in parts])
-    # Where there is none, an item that is touched anyway: no other may enter the batch.
+    # Replace padding (−1) with an item that is already in the batch.
     items, places = torch.unique(everything.where(everything >= 0, batch.items[:1]), return_inverse=True)
     candidate = torch.zeros(len(items), dtype=torch.bool, device=items.device)
     candidate[places[: len(batch)]] = True
@@ -139,7 +144,7 @@ def distinct(batch: Clicks) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def mean_of(vectors: Tensor, history: Tensor) -> Tensor:
-    """Mean [b, d] of the rows of vectors [m, d] that history [b, k] names; zeros where it names none."""
+    """Return the mean [b, d] of the vectors [m, d] in each history [b, k]; zeros for a history of padding only."""
     present = (history >= 0).to(vectors.dtype)
-    found = functional.embedding(history.clamp(min=0), vectors)
+    found = functional.embedding(history.clamp(min=0), vectors)  # [b, k, d]
     return torch.bmm(present.unsqueeze(1), found).squeeze(1) / present.sum(dim=1, keepdim=True).clamp(min=1)

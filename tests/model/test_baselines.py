@@ -1,7 +1,6 @@
 """The losses that MARC is compared with, recomputed by hand."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,15 +12,9 @@ from pipeline.model.baselines import TEMPERATURE, Autoencoder, Contrastive, Matr
 from pipeline.model.compressor import Bottleneck
 from pipeline.model.objective import Clicks, FrozenStates, mean_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DIM = 8
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Reduced-rank regression against a dense one: every user a column, and numpy's singular value decomposition."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -14,15 +12,9 @@ from pipeline.model.compressor import WhitenedPCA, fit_pca
 from pipeline.model.learning import LearningData, known_states, learning_data
 from pipeline.model.regression import PRIOR, RIDGE, VARIANCE_SHARE, fit_regression
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Array = NDArray[np.float64]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def project(module: WhitenedPCA, states: NDArray[np.float32]) -> Array:

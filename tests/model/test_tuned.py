@@ -52,13 +52,11 @@ STORAGE = Storage()
 DIM, KEPT, HISTORY = 8, 3, 5
 EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 # peft 0.21 asks transformers 5.23 for a property by its old name.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
 LEARNED = ("compressor.", "matching.", "clicked.", "skipped.")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)

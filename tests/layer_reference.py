@@ -2,17 +2,16 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tiny_models import LAYERS, WIDTH, hidden_state_index
+from tiny_models import LAYERS, hidden_state_index
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.config import LayerSettings
 from pipeline.model.entropy import dataset_entropy, effective_rank, spectrum, unit_rows
 from pipeline.model.invariance import dime, infonce, lidar
 from pipeline.model.measured import UNDEFINED
@@ -71,54 +70,53 @@ def naive_figures(states: States, order: float) -> list[list[float]]:
     return [[naive_entropy(one, order), len(one), naive_curvature(one)] for one in states]
 
 
-def sample_metrics(
-    plain: Sequence[States],
-    views: Sequence[Sequence[States]],
-    blocks: Sequence[tuple[int, Sequence[int]]],
-    wanted: LayerSettings,
-) -> list[dict[str, float]]:
-    """Metrics of every layer with all states in memory.
+def layer_metrics(
+    texts: Tensor,
+    figures: Array,
+    views: Tensor,
+    blocks: Iterable[tuple[int, Sequence[int] | NDArray[np.int64]]],
+    *,
+    order: float = 1.0,
+    temperature: float = 0.1,
+    ridge: float = 1e-4,
+    permutations: int = 5,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Metrics of one layer with all vectors in memory.
 
     Args:
-        plain: states of every input.
-        views: states of views [q][inputs].
-        blocks: number and inputs of each block.
-        wanted: settings of the metrics.
+        texts: pooled vectors [n, D].
+        figures: prompt entropy, tokens and curvature of each text [n, 3].
+        views: pooled vectors of views [n, q, D].
+        blocks: number and rows of each block.
+        order, temperature, ridge, permutations, seed: settings of the metrics.
     """
+    n, width = texts.shape
+    entropies, lengths, turns = figures.T
     found = []
-    for layer in range(LAYERS + 1):
-        tokens = [states[layer] for states in plain]
-        pooled = torch.tensor(np.stack([one.mean(axis=0) for one in tokens]))
-        seen = torch.tensor(np.stack([[states[layer].mean(axis=0) for states in view] for view in views], axis=1))
-        entropies, lengths, turns = np.array(naive_figures(tokens, wanted.order)).T
-        raw, rows = dataset_entropy(pooled, wanted.order).item(), len(pooled)
-        several = lengths > 1
-        losses, joints, weights = [], [], []
-        for number, places in blocks:
-            a, b = seen[list(places), 0], seen[list(places), 1]
-            if len(places) < 2:
-                continue
-            losses.append(infonce(a, b, wanted.temperature).item())
-            joints.append(dime(a, b, order=wanted.order, seed=(wanted.seed, number)).item())
-            weights.append(len(places))
-        bounds = [math.log(n) - loss for n, loss in zip(weights, losses, strict=True)]
-        found.append(
-            {
-                "texts": rows,
-                "prompt_entropy": entropies.mean(),
-                "prompt_entropy_log_rows": (entropies[several] / np.log(lengths[several])).mean(),
-                "prompt_entropy_log_width": entropies.mean() / math.log(WIDTH),
-                "prompt_entropy_log_least": (entropies[several] / np.log(np.minimum(lengths[several], WIDTH))).mean(),
-                "curvature": turns[turns >= 0].mean(),
-                "dataset_entropy": raw,
-                "dataset_entropy_log_rows": raw / math.log(rows),
-                "dataset_entropy_log_width": raw / math.log(WIDTH),
-                "dataset_entropy_log_least": raw / math.log(min(rows, WIDTH)),
-                "effective_rank": effective_rank(spectrum(pooled)).item(),
-                "infonce": np.average(losses, weights=weights),
-                "information_bound": np.average(bounds, weights=weights),
-                "lidar": lidar(math.sqrt(WIDTH) * unit_rows(seen)).item(),
-                "dime": np.average(joints, weights=weights),
-            }
-        )
-    return found
+    for number, rows in blocks:
+        if len(rows) < 2:
+            continue
+        a, b = views[list(rows), 0], views[list(rows), 1]
+        loss = infonce(a, b, temperature).item()
+        gain = dime(a, b, order=order, permutations=permutations, seed=(seed, number)).item()
+        found.append((len(rows), loss, math.log(len(rows)) - loss, gain))
+    weights, losses, bounds, gains = np.array(found).T
+    raw, several = dataset_entropy(texts, order).item(), lengths > 1
+    return {
+        "texts": n,
+        "prompt_entropy": entropies.mean(),
+        "prompt_entropy_log_rows": (entropies[several] / np.log(lengths[several])).mean(),
+        "prompt_entropy_log_width": entropies.mean() / math.log(width),
+        "prompt_entropy_log_least": (entropies[several] / np.log(np.minimum(lengths[several], width))).mean(),
+        "curvature": turns[turns >= 0].mean(),
+        "dataset_entropy": raw,
+        "dataset_entropy_log_rows": raw / math.log(n),
+        "dataset_entropy_log_width": raw / math.log(width),
+        "dataset_entropy_log_least": raw / math.log(min(n, width)),
+        "effective_rank": effective_rank(spectrum(texts)).item(),
+        "infonce": np.average(losses, weights=weights),
+        "information_bound": np.average(bounds, weights=weights),
+        "lidar": lidar(math.sqrt(width) * unit_rows(views), ridge).item(),
+        "dime": np.average(gains, weights=weights),
+    }

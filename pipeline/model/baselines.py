@@ -58,11 +58,9 @@ class TwoTower(Objective):
 
     def _towers(self, batch: Clicks) -> tuple[Tensor, Tensor]:
         """Return item vectors [b, d] and means of the clicks [b, d]."""
-        items, candidate, places = distinct(batch)
+        items, candidate, local = distinct(batch)
         vectors = scaled(self.compressor(self.source(items, candidate)))  # [m, d]
-        b, k = batch.clicked.shape
-        clicked = places[b : b + b * k].view(b, k).masked_fill(batch.clicked < 0, -1)
-        return functional.embedding(places[:b], vectors), mean_of(vectors, clicked)
+        return functional.embedding(local.items, vectors), mean_of(vectors, local.clicked)
 
 
 class Matryoshka(TwoTower):

@@ -72,21 +72,9 @@ class Marc(Objective):
 
     def forward(self, batch: Clicks) -> dict[str, Tensor]:
         """Return ``loss`` and its terms: ``click`` (BCE, nats), and ``keep`` and ``decouple`` (nHSIC) if weighted."""
-        items, candidate, places = distinct(batch)
-        b, k = batch.clicked.shape
+        items, candidate, local = distinct(batch)
         hidden = self.source(items, candidate)  # [m, D]
         vectors = scaled(self.compressor(hidden))  # [m, d]
-        clicked, skipped = places[b : b + 2 * b * k].view(2, b, k)
-        profiles = None
-        if batch.profiles is not None:
-            profiles = places[b + 2 * b * k :].view(b, 1).masked_fill(batch.profiles < 0, -1)
-        local = Clicks(
-            places[:b],
-            clicked.masked_fill(batch.clicked < 0, -1),
-            skipped.masked_fill(batch.skipped < 0, -1),
-            batch.labels,
-            profiles,
-        )
         logits, states, chosen = self._match(vectors, local)
         terms = {"click": functional.binary_cross_entropy_with_logits(logits, batch.labels)}
         loss, wanted = terms["click"], self.constraints

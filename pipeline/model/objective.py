@@ -1,6 +1,7 @@
 """The interface of training objectives: a batch of interactions, states of items, and a loss with validation AUC."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from sklearn.metrics import roc_auc_score
@@ -27,21 +28,17 @@ class Clicks:
     profiles: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> "Clicks":
-        profiles = None if self.profiles is None else self.profiles[rows]
-        return Clicks(self.items[rows], self.clicked[rows], self.skipped[rows], self.labels[rows], profiles)
+        return self._each(lambda part: part[rows])
 
     def __len__(self) -> int:
         return len(self.items)
 
     def to(self, device: torch.device) -> "Clicks":
         """Return the batch on another device."""
-        return Clicks(
-            self.items.to(device),
-            self.clicked.to(device),
-            self.skipped.to(device),
-            self.labels.to(device),
-            None if self.profiles is None else self.profiles.to(device),
-        )
+        return self._each(lambda part: part.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Clicks":
+        return Clicks(**{name: None if part is None else change(part) for name, part in vars(self).items()})
 
 
 class ItemStates(nn.Module):
@@ -127,20 +124,21 @@ def scaled(vectors: Tensor) -> Tensor:
     return functional.normalize(vectors, dim=-1).mul(vectors.shape[-1] ** 0.5)
 
 
-def distinct(batch: Clicks) -> tuple[Tensor, Tensor, Tensor]:
+def distinct(batch: Clicks) -> tuple[Tensor, Tensor, Clicks]:
     """Return the distinct items of a batch.
 
     Returns:
-        The items [m]; a mask [m] of the candidates; and for each entry of the batch its row in the items. The entries
-        are flattened: items first, then clicks, skips and profiles.
+        The items [m]; a mask [m] of the candidates; and the batch with row numbers of these items.
     """
-    parts = [batch.items, batch.clicked, batch.skipped, *([] if batch.profiles is None else [batch.profiles])]
-    everything = torch.cat([part.flatten() for part in parts])
+    parts = {name: part for name, part in vars(batch).items() if name != "labels" and part is not None}
+    everything = torch.cat([part.flatten() for part in parts.values()])
     # Replace padding (−1) with an item that is already in the batch.
     items, places = torch.unique(everything.where(everything >= 0, batch.items[:1]), return_inverse=True)
     candidate = torch.zeros(len(items), dtype=torch.bool, device=items.device)
     candidate[places[: len(batch)]] = True
-    return items, candidate, places
+    rows = places.masked_fill(everything < 0, -1).split([part.numel() for part in parts.values()])
+    local = {name: row.view(part.shape) for (name, part), row in zip(parts.items(), rows, strict=True)}
+    return items, candidate, replace(batch, **local)
 
 
 def mean_of(vectors: Tensor, history: Tensor) -> Tensor:

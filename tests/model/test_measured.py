@@ -38,6 +38,7 @@ from schemas.bundle import Pooling
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY = 64
+Models = dict[str, PreTrainedModel]
 PACKABLE = ("bert", "llama", "qwen3")
 LENGTHS = [12, 9, 9, 9, 5, 3, 3, 2, 2, 1, 1]
 EVERY_LAYOUT = pytest.mark.parametrize(
@@ -46,7 +47,7 @@ EVERY_LAYOUT = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[str, PreTrainedModel]:
+def models() -> Models:
     """One whole model of every architecture; tests hook and change copies only."""
     found = {name: tiny_model(name, vocabulary=VOCABULARY) for name in ARCHITECTURES}
     return {**found, "vit": tiny_vision_model("vit")}
@@ -80,7 +81,7 @@ def measure(found: MeasuredLayers, batch: TokenBatch) -> Tensor:
 @EVERY_LAYOUT
 @pytest.mark.parametrize("order", [1.0, 2.0])
 def test_token_figures_equal_those_of_each_text_alone(
-    models: dict[str, PreTrainedModel], architecture: str, packed: bool, order: float
+    models: Models, architecture: str, packed: bool, order: float
 ) -> None:
     found = measured(models[architecture], order=order)
     texts = texts_of(LENGTHS)
@@ -97,7 +98,7 @@ def test_token_figures_equal_those_of_each_text_alone(
 @EVERY_LAYOUT
 @pytest.mark.parametrize("pooling", ["mean", "last", "cls"])
 def test_measuring_does_not_change_the_pooled_states(
-    models: dict[str, PreTrainedModel], architecture: str, packed: bool, pooling: Pooling
+    models: Models, architecture: str, packed: bool, pooling: Pooling
 ) -> None:
     found, plain = measured(models[architecture], pooling), PooledLayers(copy.deepcopy(models[architecture]), pooling)
     texts = texts_of(LENGTHS)
@@ -108,7 +109,7 @@ def test_measuring_does_not_change_the_pooled_states(
         assert torch.equal(measure(found, batch)[..., :WIDTH], plain(batch))
 
 
-def test_token_figures_of_images_are_those_of_their_patches(models: dict[str, PreTrainedModel]) -> None:
+def test_token_figures_of_images_are_those_of_their_patches(models: Models) -> None:
     pixels = torch.randn(3, 3, IMAGE_SIDE, IMAGE_SIDE, generator=torch.Generator().manual_seed(0))
     seen = measure(measured(models["vit"]), ImageBatch(pixels))
     with torch.inference_mode():
@@ -126,7 +127,7 @@ def test_token_figures_of_images_are_those_of_their_patches(models: dict[str, Pr
     seed=st.integers(0, 99),
 )
 def test_token_figures_do_not_depend_on_other_texts_in_the_batch(
-    models: dict[str, PreTrainedModel], lengths: list[int], layout: tuple[str, bool], fill: int, seed: int
+    models: Models, lengths: list[int], layout: tuple[str, bool], fill: int, seed: int
 ) -> None:
     architecture, packed = layout
     found = measured(models[architecture])
@@ -138,9 +139,7 @@ def test_token_figures_do_not_depend_on_other_texts_in_the_batch(
 
 
 @EVERY_LAYOUT
-def test_short_texts_have_undefined_curvature_and_no_nan(
-    models: dict[str, PreTrainedModel], architecture: str, packed: bool
-) -> None:
+def test_short_texts_have_undefined_curvature_and_no_nan(models: Models, architecture: str, packed: bool) -> None:
     found = measured(models[architecture])
     texts = texts_of([3, 2, 1, 0])
     entropies, tokens, turns = measure(found, batch_of(found, texts, packed=packed))[..., WIDTH:].unbind(dim=2)
@@ -152,15 +151,13 @@ def test_short_texts_have_undefined_curvature_and_no_nan(
     assert ((entropies[:2] > 0) & (entropies[:2] <= math.log(3))).all()
 
 
-def test_equal_tokens_have_undefined_curvature_in_the_embeddings(models: dict[str, PreTrainedModel]) -> None:
+def test_equal_tokens_have_undefined_curvature_in_the_embeddings(models: Models) -> None:
     ids = np.full(6, 7, np.int32)
     seen = measure(measured(models["llama"]), PaddedTokens.of([ids]))[0, :, WIDTH:]
     assert seen[0].tolist() == [pytest.approx(0, abs=1e-6), 6, UNDEFINED]
 
 
-def test_without_measuring_figures_are_undefined_and_no_time_is_added(
-    models: dict[str, PreTrainedModel],
-) -> None:
+def test_without_measuring_figures_are_undefined_and_no_time_is_added(models: Models) -> None:
     found = measured(models["bert"])
     batch = PaddedTokens.of(texts_of(LENGTHS))
     with torch.inference_mode():
@@ -182,7 +179,7 @@ def test_without_measuring_figures_are_undefined_and_no_time_is_added(
 # --- time
 
 
-def test_seconds_cover_embeddings_and_blocks_and_only_grow(models: dict[str, PreTrainedModel]) -> None:
+def test_seconds_cover_embeddings_and_blocks_and_only_grow(models: Models) -> None:
     found = measured(models["qwen3"])
     assert found.seconds().tolist() == [0] * (LAYERS + 1)
     batch = PaddedTokens.of(texts_of(LENGTHS))
@@ -210,20 +207,22 @@ class Slow(nn.Module):
 
 
 @pytest.mark.parametrize("slow", [0, 2, LAYERS - 1])
-def test_the_time_of_a_block_is_added_to_that_block(models: dict[str, PreTrainedModel], slow: int) -> None:
+def test_the_time_of_a_block_is_added_to_that_block(models: Models, slow: int) -> None:
     model = copy.deepcopy(models["llama"])
     stack = blocks(model)[2]
     stack[slow] = Slow(stack[slow], 0.05)
     found = MeasuredLayers(model, "mean")
-    measure(found, PaddedTokens.of(texts_of([4, 3])))
-    seconds = found.seconds()
+    totals = [found.seconds()]
+    for _ in range(3):
+        measure(found, PaddedTokens.of(texts_of([4, 3])))
+        totals.append(found.seconds())
+    # The minimum over passes, because other processes may interrupt one of them.
+    seconds = np.diff(totals, axis=0).min(axis=0)
     assert seconds[slow + 1] >= 0.05
     assert np.delete(seconds, slow + 1).max() < 0.05
 
 
-def test_the_time_of_the_measurement_is_excluded(
-    models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_time_of_the_measurement_is_excluded(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.model import measured as module
 
     def slow(tokens: Tensor, order: float) -> Tensor:
@@ -243,12 +242,7 @@ def encoder_of(found: MeasuredLayers, architecture: str) -> Encoder:
     tokenizer = tiny_tokenizer(architecture)
     tokenizer.enable_truncation(max_length=MAX_TOKENS)
     return Encoder(
-        found,
-        tokenizer,
-        head=nn.Identity(),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        token_budget=400,
+        found, tokenizer, head=nn.Identity(), device=torch.device("cpu"), dtype=torch.float32, token_budget=400
     )
 
 
@@ -297,9 +291,7 @@ def test_a_batch_that_runs_again_in_parts_is_measured_once(architecture: str, er
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "vit"])
 @pytest.mark.parametrize("item_bytes", [2, 4])
-def test_weights_equal_those_of_the_truncated_model(
-    models: dict[str, PreTrainedModel], architecture: str, item_bytes: int
-) -> None:
+def test_weights_equal_those_of_the_truncated_model(models: Models, architecture: str, item_bytes: int) -> None:
     model = models[architecture]
     found = weights_bytes(model, item_bytes=item_bytes)
     assert len(found) == LAYERS + 1

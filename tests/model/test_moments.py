@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from layer_reference import layer_metrics
 from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.model.curvature import curvature
-from pipeline.model.entropy import dataset_entropy, effective_rank, normalise, prompt_entropy, spectrum, unit_rows
-from pipeline.model.invariance import dime, infonce, lidar
+from pipeline.model.entropy import dataset_entropy, prompt_entropy, unit_rows
+from pipeline.model.invariance import lidar
 from pipeline.model.moments import LayerFigures, LayerMoments
 
 WIDTH = 6
@@ -60,44 +61,9 @@ def cut(whole: Block, sizes: Sequence[int]) -> list[Block]:
 
 def at_once(whole: Block, sizes: Sequence[int], **options: Any) -> LayerFigures:
     """Metrics of the whole sample; InfoNCE and DiME of each block."""
-    order, temperature = options.get("order", 1.0), options.get("temperature", 0.1)
-    permutations, seed = options.get("permutations", 5), options.get("seed", 0)
-    n = len(whole.texts)
-    figures = whole.token_figures.numpy()
-
-    def mean(values: Any) -> float:
-        return float(np.nanmean(values))
-
-    with np.errstate(divide="ignore"):
-        rows, least = (1 / np.log(np.minimum(figures[:, 1], most)) for most in (math.inf, WIDTH))
-    ratios = [figures[:, 0] * np.where(np.isinf(one), math.nan, one) for one in (rows, least)]
-    raw = dataset_entropy(whole.texts, order)
-    found = []
-    for block in cut(whole, sizes):
-        size = len(block.texts)
-        if size > 1:
-            a, b = block.views[:, 0], block.views[:, 1]
-            loss = infonce(a, b, temperature).item()
-            lost = dime(a, b, order=order, permutations=permutations, seed=(seed, block.block)).item()
-            found.append((size, loss, math.log(size) - loss, lost))
-    blocks = np.array(found)
-    of_blocks = np.average(blocks[:, 1:], axis=0, weights=blocks[:, 0])
+    blocks = enumerate(np.split(np.arange(len(whole.texts)), np.cumsum(sizes)[:-1]))
     return LayerFigures(
-        texts=n,
-        prompt_entropy=mean(figures[:, 0]),
-        prompt_entropy_log_rows=mean(ratios[0]),
-        prompt_entropy_log_width=mean(figures[:, 0]) / math.log(WIDTH),
-        prompt_entropy_log_least=mean(ratios[1]),
-        curvature=mean(np.where(figures[:, 2] < 0, math.nan, figures[:, 2])),
-        dataset_entropy=raw.item(),
-        dataset_entropy_log_rows=normalise(raw, n, WIDTH, "log_rows").item(),
-        dataset_entropy_log_width=normalise(raw, n, WIDTH, "log_width").item(),
-        dataset_entropy_log_least=normalise(raw, n, WIDTH, "log_least").item(),
-        effective_rank=effective_rank(spectrum(whole.texts)).item(),
-        infonce=float(of_blocks[0]),
-        information_bound=float(of_blocks[1]),
-        lidar=lidar(math.sqrt(WIDTH) * unit_rows(whole.views), options.get("ridge", 1e-4)).item(),
-        dime=float(of_blocks[2]),
+        **layer_metrics(whole.texts, whole.token_figures.numpy(), whole.views, blocks, **options)  # type: ignore[arg-type]
     )
 
 

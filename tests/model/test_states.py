@@ -36,19 +36,22 @@ from schemas.bundle import Pooling
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY = 64
+Models = dict[str, PreTrainedModel]
+Backbones = dict[str, str]
+Ids = tuple[Tensor, Tensor]
 POOLINGS: list[Pooling] = ["mean", "last", "cls"]
 EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 EVERY_POOLING = pytest.mark.parametrize("pooling", POOLINGS)
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[str, PreTrainedModel]:
+def models() -> Models:
     """One whole model of every architecture; tests hook and change copies only."""
     return {name: tiny_model(name, vocabulary=VOCABULARY) for name in ARCHITECTURES}
 
 
 @pytest.fixture(scope="module")
-def batch() -> tuple[Tensor, Tensor]:
+def batch() -> Ids:
     """Token ids and mask [3, 9], two of the rows padded on the right."""
     ids = torch.randint(4, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
@@ -57,7 +60,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return ids * mask, mask
 
 
-def every_layer(model: PreTrainedModel, batch: tuple[Tensor, Tensor], pooling: Pooling) -> Tensor:
+def every_layer(model: PreTrainedModel, batch: Ids, pooling: Pooling) -> Tensor:
     with torch.inference_mode():
         found: Tensor = PooledLayers(copy.deepcopy(model), pooling)(PaddedTokens(*batch))
     return found
@@ -66,7 +69,7 @@ def every_layer(model: PreTrainedModel, batch: tuple[Tensor, Tensor], pooling: P
 @EVERY_ARCHITECTURE
 @EVERY_POOLING
 def test_every_layer_equals_the_truncated_model_bit_for_bit(
-    models: dict[str, PreTrainedModel], batch: tuple[Tensor, Tensor], architecture: str, pooling: Pooling
+    models: Models, batch: Ids, architecture: str, pooling: Pooling
 ) -> None:
     found = every_layer(models[architecture], batch, pooling)
     assert (found.shape, found.dtype) == ((3, LAYERS + 1, WIDTH), torch.float32)
@@ -80,7 +83,7 @@ def test_every_layer_equals_the_truncated_model_bit_for_bit(
 @EVERY_ARCHITECTURE
 @EVERY_POOLING
 def test_every_layer_equals_transformers_hidden_state_bit_for_bit(
-    models: dict[str, PreTrainedModel], batch: tuple[Tensor, Tensor], architecture: str, pooling: Pooling
+    models: Models, batch: Ids, architecture: str, pooling: Pooling
 ) -> None:
     model = models[architecture]
     found = every_layer(model, batch, pooling)
@@ -97,9 +100,7 @@ def test_every_layer_equals_transformers_hidden_state_bit_for_bit(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mamba"])
-def test_only_the_last_layer_of_a_decoder_has_the_final_norm(
-    models: dict[str, PreTrainedModel], batch: tuple[Tensor, Tensor], architecture: str
-) -> None:
+def test_only_the_last_layer_of_a_decoder_has_the_final_norm(models: Models, batch: Ids, architecture: str) -> None:
     found = every_layer(models[architecture], batch, "last")
     other = copy.deepcopy(models[architecture])
     norm = other.norm_f if architecture == "mamba" else other.norm
@@ -111,9 +112,7 @@ def test_only_the_last_layer_of_a_decoder_has_the_final_norm(
 
 
 @EVERY_ARCHITECTURE
-def test_a_failed_pass_does_not_affect_the_next(
-    models: dict[str, PreTrainedModel], batch: tuple[Tensor, Tensor], architecture: str
-) -> None:
+def test_a_failed_pass_does_not_affect_the_next(models: Models, batch: Ids, architecture: str) -> None:
     pooled = PooledLayers(copy.deepcopy(models[architecture]), "mean")
     ids, mask = batch
     with torch.inference_mode():
@@ -128,9 +127,7 @@ def test_a_failed_pass_does_not_affect_the_next(
             pooled.model(input_ids=ids, attention_mask=mask)
 
 
-def test_states_are_pooled_in_float32_for_every_dtype(
-    models: dict[str, PreTrainedModel], batch: tuple[Tensor, Tensor]
-) -> None:
+def test_states_are_pooled_in_float32_for_every_dtype(models: Models, batch: Ids) -> None:
     exact = every_layer(models["bert"], batch, "mean")
     rough = every_layer(copy.deepcopy(models["bert"]).to(torch.bfloat16), batch, "mean")
     assert rough.dtype == torch.float32
@@ -142,7 +139,7 @@ def test_states_are_pooled_in_float32_for_every_dtype(
 
 
 @pytest.fixture(scope="module")
-def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> Backbones:
     folder = tmp_path_factory.mktemp("states")
     return {name: save_tiny_backbone(folder / name, name) for name in ARCHITECTURES}
 
@@ -166,7 +163,7 @@ def expected_states(backbone: str, architecture: str, text: str, pooling: Poolin
 @EVERY_ARCHITECTURE
 @EVERY_POOLING
 def test_the_file_contains_every_layer_of_every_text(
-    backbones: dict[str, str], tmp_path: Path, architecture: str, pooling: Pooling
+    backbones: Backbones, tmp_path: Path, architecture: str, pooling: Pooling
 ) -> None:
     # The last text is cut at the limit of 48 tokens.
     texts = [*TEXTS[:9], "river and kitchen " * 40]
@@ -180,7 +177,7 @@ def test_the_file_contains_every_layer_of_every_text(
 
 @EVERY_ARCHITECTURE
 def test_the_file_does_not_depend_on_the_batching_of_texts(
-    backbones: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
+    backbones: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:
     whole, facts = written(backbones[architecture], tmp_path / "whole.npy")
     for at_once in (1, 7, len(TEXTS) - 1, len(TEXTS)):
@@ -195,7 +192,7 @@ def test_the_file_does_not_depend_on_the_batching_of_texts(
 @EVERY_ARCHITECTURE
 @EVERY_POOLING
 def test_an_empty_text_has_finite_states_independent_of_other_texts(
-    backbones: dict[str, str], tmp_path: Path, architecture: str, pooling: Pooling
+    backbones: Backbones, tmp_path: Path, architecture: str, pooling: Pooling
 ) -> None:
     alone, _ = written(backbones[architecture], tmp_path / "alone.npy", [""], pooling=pooling)
     among, _ = written(backbones[architecture], tmp_path / "among.npy", [*TEXTS[:3], "", "x " * 30], pooling=pooling)
@@ -204,7 +201,7 @@ def test_an_empty_text_has_finite_states_independent_of_other_texts(
 
 
 @EVERY_ARCHITECTURE
-def test_tokens_after_the_limit_are_ignored(backbones: dict[str, str], tmp_path: Path, architecture: str) -> None:
+def test_tokens_after_the_limit_are_ignored(backbones: Backbones, tmp_path: Path, architecture: str) -> None:
     texts = ["river " * 10 + "seven", "river " * 10 + "kitchen " * 50]
     found, facts = written(backbones[architecture], tmp_path / "states.npy", texts, max_tokens=8)
     assert facts.max_tokens == 8
@@ -215,14 +212,14 @@ def test_tokens_after_the_limit_are_ignored(backbones: dict[str, str], tmp_path:
 
 @pytest.mark.parametrize(("architecture", "tokens"), [("bert", 64), ("llama", 64), ("mamba", 500)])
 def test_a_text_is_cut_at_the_backbones_positions(
-    backbones: dict[str, str], tmp_path: Path, architecture: str, tokens: int
+    backbones: Backbones, tmp_path: Path, architecture: str, tokens: int
 ) -> None:
     found, facts = written(backbones[architecture], tmp_path / "states.npy", ["seven " * 700], max_tokens=500)
     assert facts.max_tokens == tokens
     assert np.isfinite(found).all()
 
 
-def test_bfloat16_states_are_written_as_float32_with_their_dtype(backbones: dict[str, str], tmp_path: Path) -> None:
+def test_bfloat16_states_are_written_as_float32_with_their_dtype(backbones: Backbones, tmp_path: Path) -> None:
     exact, _ = written(backbones["bert"], tmp_path / "exact.npy")
     bfloat16 = CPU_FLOAT32.model_copy(update={"dtype": "bfloat16"})
     rough, facts = written(backbones["bert"], tmp_path / "rough.npy", encode=bfloat16)
@@ -230,7 +227,7 @@ def test_bfloat16_states_are_written_as_float32_with_their_dtype(backbones: dict
     assert 0 < np.abs(rough - exact).max() < 0.5
 
 
-def test_the_layers_setting_does_not_change_the_states(backbones: dict[str, str], tmp_path: Path) -> None:
+def test_the_layers_setting_does_not_change_the_states(backbones: Backbones, tmp_path: Path) -> None:
     found, facts = written(backbones["llama"], tmp_path / "states.npy", layers=2)
     assert (len(found), facts.layers) == (LAYERS + 1, len(blocks(tiny_model("llama"))[2]))
     assert np.array_equal(found, written(backbones["llama"], tmp_path / "all.npy")[0])
@@ -240,7 +237,7 @@ def test_the_layers_setting_does_not_change_the_states(backbones: dict[str, str]
     ("layers", "dims", "message"), [(LAYERS + 1, (), "choose at most 4"), (None, (8, 33), "33 dimensions are wanted")]
 )
 def test_impossible_layers_and_dimensions_are_refused_before_the_pass(
-    backbones: dict[str, str], tmp_path: Path, layers: int | None, dims: tuple[int, ...], message: str
+    backbones: Backbones, tmp_path: Path, layers: int | None, dims: tuple[int, ...], message: str
 ) -> None:
     train = TrainSettings(backbone=backbones["bert"], layers=layers)
     with pytest.raises(UserError, match=message):

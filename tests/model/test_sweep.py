@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from layer_reference import States, image_states, sample_metrics, text_states
+from layer_reference import States, image_states, layer_metrics, naive_figures, tensor, text_states
 from numpy.typing import NDArray
 from PIL import Image
 from tiny_models import (
@@ -48,6 +48,8 @@ SOME = TEXTS[:21]
 BOUNDS = [0, 7, 14, 21]
 IMAGE_BOUNDS = [0, 4, 8, 11]
 POISON = "poison 🎬"
+Backbones = dict[str, str]
+Metrics = dict[str, float]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +60,7 @@ def _empty_caches() -> None:
 
 
 @pytest.fixture(scope="module")
-def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> Backbones:
     folder = tmp_path_factory.mktemp("sweep")
     found = {name: save_tiny_backbone(folder / name, name) for name in ARCHITECTURES}
     return {**found, "vit": save_tiny_vision_backbone(folder / "vit")}
@@ -107,7 +109,7 @@ def parts_of(
     ]
 
 
-def swept(parts: Sequence[SweepPart]) -> tuple[SweepFacts, list[dict[str, float]]]:
+def swept(parts: Sequence[SweepPart]) -> tuple[SweepFacts, list[Metrics]]:
     for part in parts:
         assert run_part(part, ONE_CORE) == part.inputs
     return merge_parts(parts)
@@ -139,15 +141,24 @@ def whole_metrics(
     bounds: Sequence[int],
     without: Sequence[int],
     wanted: LayerSettings,
-) -> list[dict[str, float]]:
+) -> list[Metrics]:
     """Metrics of all inputs except ``without``; a view depends on the place in the whole sample."""
     kept = [number for number in range(len(plain)) if number not in without]
     blocks = [
         (number, [place for place, one in enumerate(kept) if start <= one < stop])
         for number, (start, stop) in enumerate(itertools.pairwise(bounds))
     ]
-    kept_views = [[view[number] for number in kept] for view in views]
-    return sample_metrics([plain[number] for number in kept], kept_views, blocks, wanted)
+    options = wanted.model_dump(include={"order", "temperature", "seed"})
+    found = []
+    for layer in range(LAYERS + 1):
+        texts, *pooled = (
+            np.stack([inputs[number][layer].mean(axis=0) for number in kept]) for inputs in (plain, *views)
+        )
+        figures = naive_figures([plain[number][layer] for number in kept], wanted.order)
+        found.append(
+            layer_metrics(tensor(texts), np.array(figures), tensor(np.stack(pooled, axis=1)), blocks, **options)
+        )
+    return found
 
 
 def text_metrics(
@@ -157,7 +168,7 @@ def text_metrics(
     *,
     without: Sequence[int] = (),
     wanted: LayerSettings = SETTINGS,
-) -> list[dict[str, float]]:
+) -> list[Metrics]:
     read = text_reader(architecture, backbone)
     views = text_views(texts, views=wanted.views, seed=wanted.seed, probability=wanted.probability)
     return whole_metrics(
@@ -165,7 +176,7 @@ def text_metrics(
     )
 
 
-def image_metrics(backbone: str, pictures: Sequence[str], *, without: Sequence[int] = ()) -> list[dict[str, float]]:
+def image_metrics(backbone: str, pictures: Sequence[str], *, without: Sequence[int] = ()) -> list[Metrics]:
     read = image_reader(backbone)
     images = [read_image(Path(path)) for path in pictures]
     views = image_views(images, views=SETTINGS.views, seed=SETTINGS.seed)
@@ -174,9 +185,7 @@ def image_metrics(backbone: str, pictures: Sequence[str], *, without: Sequence[i
     )
 
 
-def assert_same(
-    found: Sequence[dict[str, float]], expected: Sequence[dict[str, float]], tolerance: float = 1e-5
-) -> None:
+def assert_same(found: Sequence[Metrics], expected: Sequence[Metrics], tolerance: float = 1e-5) -> None:
     assert len(found) == len(expected) == LAYERS + 1
     for layer, (one, other) in enumerate(zip(found, expected, strict=True)):
         assert one == pytest.approx(other, rel=tolerance, abs=tolerance, nan_ok=True), layer
@@ -187,7 +196,7 @@ SPLITS = [[[0, 1, 2]], [[2], [0, 1]], [[1], [2], [0]]]
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_split_of_texts_gives_the_metrics_of_the_whole(
-    backbones: dict[str, str], tmp_path: Path, architecture: str
+    backbones: Backbones, tmp_path: Path, architecture: str
 ) -> None:
     backbone = backbones[architecture]
     expected = text_metrics(architecture, backbone, SOME)
@@ -201,7 +210,7 @@ def test_every_split_of_texts_gives_the_metrics_of_the_whole(
         assert all(abs(one[name] - other[name]) > 1e-4 for name in names)
 
 
-def test_the_metrics_use_their_settings(backbones: dict[str, str], tmp_path: Path) -> None:
+def test_the_metrics_use_their_settings(backbones: Backbones, tmp_path: Path) -> None:
     other = SETTINGS.model_copy(update={"views": 2, "probability": 0.9, "order": 2.0, "temperature": 0.5, "seed": 4})
     _, found = swept(parts_of(tmp_path / "other", backbones["bert"], SOME, layers=other))
     assert_same(found, text_metrics("bert", backbones["bert"], SOME, wanted=other))
@@ -211,7 +220,7 @@ def test_the_metrics_use_their_settings(backbones: dict[str, str], tmp_path: Pat
 
 
 def test_every_split_of_images_gives_the_metrics_of_the_whole(
-    backbones: dict[str, str], pictures: list[str], tmp_path: Path
+    backbones: Backbones, pictures: list[str], tmp_path: Path
 ) -> None:
     expected = image_metrics(backbones["vit"], pictures)
     for number, split in enumerate(SPLITS[:2]):
@@ -221,7 +230,7 @@ def test_every_split_of_images_gives_the_metrics_of_the_whole(
         assert (facts.layers, facts.width, facts.max_tokens, facts.left_out) == (LAYERS, WIDTH, 0, 0)
 
 
-def test_facts_describe_how_the_model_ran(backbones: dict[str, str], tmp_path: Path) -> None:
+def test_facts_describe_how_the_model_ran(backbones: Backbones, tmp_path: Path) -> None:
     backbone = backbones["qwen3"]
     facts, _ = swept(parts_of(tmp_path / "one", backbone, SOME, [[0], [1, 2]]))
     expected = (LAYERS, WIDTH, MAX_TOKENS, "float32", "cpu")
@@ -235,7 +244,7 @@ def test_facts_describe_how_the_model_ran(backbones: dict[str, str], tmp_path: P
     assert_same(metrics, text_metrics("qwen3", backbone, SOME), tolerance=0.2)
 
 
-def test_each_part_has_its_own_seconds(backbones: dict[str, str], tmp_path: Path) -> None:
+def test_each_part_has_its_own_seconds(backbones: Backbones, tmp_path: Path) -> None:
     parts = parts_of(tmp_path, backbones["bert"], SOME, [[0], [1], [2]])
     whole, _ = swept(parts)
     alone = [merge_parts([part])[0].seconds for part in parts]
@@ -249,7 +258,7 @@ def test_each_part_has_its_own_seconds(backbones: dict[str, str], tmp_path: Path
 
 
 def test_a_finished_part_is_not_computed_again(
-    backbones: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbones: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = parts_of(tmp_path, backbones["llama"], SOME, [[0], [1, 2]])
     run_part(parts[0], ONE_CORE)
@@ -270,9 +279,7 @@ def test_a_finished_part_is_not_computed_again(
     assert_same(found, text_metrics("llama", backbones["llama"], SOME))
 
 
-def test_a_killed_part_leaves_no_file(
-    backbones: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_part_leaves_no_file(backbones: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = parts_of(tmp_path, backbones["bert"], SOME, [[0, 1, 2]])
 
     def dies(*_: object, **__: object) -> None:
@@ -308,7 +315,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("architecture", ["bert", "mamba"])
 def test_a_text_that_cannot_be_encoded_is_left_out_with_its_views(
-    backbones: dict[str, str], tmp_path: Path, architecture: str
+    backbones: Backbones, tmp_path: Path, architecture: str
 ) -> None:
     texts = [*SOME]
     texts[3], texts[16] = f"{POISON} {texts[3]}", f"{POISON} {texts[16]}"
@@ -319,7 +326,7 @@ def test_a_text_that_cannot_be_encoded_is_left_out_with_its_views(
 
 
 def test_a_text_with_a_failing_view_is_left_out(
-    backbones: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbones: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     views = text_views(SOME, views=SETTINGS.views, seed=SETTINGS.seed, probability=SETTINGS.probability)
     bad = views[1][9]
@@ -331,7 +338,7 @@ def test_a_text_with_a_failing_view_is_left_out(
 
 
 @pytest.mark.usefixtures("poison")
-def test_the_sweep_fails_if_no_text_can_be_encoded(backbones: dict[str, str], tmp_path: Path) -> None:
+def test_the_sweep_fails_if_no_text_can_be_encoded(backbones: Backbones, tmp_path: Path) -> None:
     good = SOME[:7]
     bad = [f"{POISON} {text}" for text in good]
     parts = parts_of(tmp_path, backbones["bert"], bad, [[0]], bounds=[0, 7])
@@ -344,7 +351,7 @@ def test_the_sweep_fails_if_no_text_can_be_encoded(backbones: dict[str, str], tm
     assert found[1]["dataset_entropy"] == pytest.approx(alone[1]["dataset_entropy"], abs=1e-5)
 
 
-def test_parts_with_different_dtypes_are_refused(backbones: dict[str, str], tmp_path: Path) -> None:
+def test_parts_with_different_dtypes_are_refused(backbones: Backbones, tmp_path: Path) -> None:
     """For example, one of two workers computes in bfloat16, or a sweep resumes on another machine."""
     parts = parts_of(tmp_path, backbones["bert"], SOME, [[0], [1]], bounds=[0, 4, 7])
     run_part(parts[0], ONE_CORE)
@@ -355,7 +362,7 @@ def test_parts_with_different_dtypes_are_refused(backbones: dict[str, str], tmp_
 
 
 def test_an_unreadable_image_is_left_out_with_its_views(
-    backbones: dict[str, str], pictures: list[str], tmp_path: Path
+    backbones: Backbones, pictures: list[str], tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(Path(pictures[0]).read_bytes()[:200])
@@ -367,7 +374,7 @@ def test_an_unreadable_image_is_left_out_with_its_views(
     assert_same(found, image_metrics(backbones["vit"], pictures, without=[5]))
 
 
-def test_the_error_names_the_first_file_if_no_image_can_be_read(backbones: dict[str, str], tmp_path: Path) -> None:
+def test_the_error_names_the_first_file_if_no_image_can_be_read(backbones: Backbones, tmp_path: Path) -> None:
     paths = [tmp_path / f"{number}.txt" for number in range(3)]
     for path in paths:
         path.write_text("no image")
@@ -377,7 +384,7 @@ def test_the_error_names_the_first_file_if_no_image_can_be_read(backbones: dict[
 
 
 @pytest.mark.parametrize("architecture", ["bert", "mamba"])
-def test_unusual_texts_are_processed(backbones: dict[str, str], tmp_path: Path, architecture: str) -> None:
+def test_unusual_texts_are_processed(backbones: Backbones, tmp_path: Path, architecture: str) -> None:
     odd = [
         "",
         " ",
@@ -396,7 +403,7 @@ def test_unusual_texts_are_processed(backbones: dict[str, str], tmp_path: Path, 
         assert all(math.isfinite(value) for value in figures.values()), figures
 
 
-def test_the_size_of_a_part_does_not_grow_with_its_texts(backbones: dict[str, str], tmp_path: Path) -> None:
+def test_the_size_of_a_part_does_not_grow_with_its_texts(backbones: Backbones, tmp_path: Path) -> None:
     (few,), (many,) = (
         parts_of(
             tmp_path / f"{count}", backbones["bert"], TEXTS[:count], [range(count // 6)], bounds=range(0, count + 1, 6)

@@ -36,6 +36,7 @@ from pipeline.model.images import ImageBatch, ImageEncoder, is_vision, load_proc
 from schemas.bundle import Pooling
 
 TOKENS = (IMAGE_SIDE // PATCH) ** 2 + 1
+Models = dict[str, PreTrainedModel]
 SMALL = {
     "hidden_size": WIDTH,
     "num_hidden_layers": LAYERS,
@@ -74,7 +75,7 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[str, PreTrainedModel]:
+def models() -> Models:
     """One whole model of every architecture, without a pooler; tests change copies only."""
     found = {name: tiny_vision_model(name) for name in VISION_ARCHITECTURES}
     return found | {name: random_model(config_of(name, **SEEING)) for name in OTHERS}
@@ -97,7 +98,7 @@ def whole_states(model: PreTrainedModel, batch: ImageBatch) -> list[Tensor]:
 @EVERY_MODEL
 @pytest.mark.parametrize("kept", range(1, LAYERS + 1))
 def test_truncated_states_are_bit_for_bit_the_hidden_states_of_the_whole_model(
-    models: dict[str, PreTrainedModel], batch: ImageBatch, tmp_path: Path, architecture: str, kept: int
+    models: Models, batch: ImageBatch, tmp_path: Path, architecture: str, kept: int
 ) -> None:
     states = whole_states(models[architecture], batch)
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(states))
@@ -113,7 +114,7 @@ def test_truncated_states_are_bit_for_bit_the_hidden_states_of_the_whole_model(
 @EVERY_MODEL
 @EVERY_POOLING
 def test_one_pass_gives_every_layer_bit_for_bit(
-    models: dict[str, PreTrainedModel], batch: ImageBatch, architecture: str, pooling: Pooling
+    models: Models, batch: ImageBatch, architecture: str, pooling: Pooling
 ) -> None:
     states = whole_states(models[architecture], batch)
     with torch.inference_mode():
@@ -124,9 +125,7 @@ def test_one_pass_gives_every_layer_bit_for_bit(
 
 
 @pytest.mark.parametrize("architecture", VISION_ARCHITECTURES)
-def test_only_the_whole_model_ends_with_its_final_norm(
-    models: dict[str, PreTrainedModel], batch: ImageBatch, architecture: str
-) -> None:
+def test_only_the_whole_model_ends_with_its_final_norm(models: Models, batch: ImageBatch, architecture: str) -> None:
     model = copy.deepcopy(models[architecture])
     with torch.inference_mode():
         before, after = HiddenStates(model, whole=False)(batch), HiddenStates(model, whole=True)(batch)
@@ -144,7 +143,7 @@ def test_pooling_of_images_equals_a_loop_over_the_tokens(pooling: Pooling) -> No
     assert pooled.dtype == torch.float32
 
 
-def test_all_images_form_one_group_with_all_tokens(models: dict[str, PreTrainedModel], batch: ImageBatch) -> None:
+def test_all_images_form_one_group_with_all_tokens(models: Models, batch: ImageBatch) -> None:
     with torch.inference_mode():
         states = batch.run(models["vit"])
     assert states.shape == (3, TOKENS, WIDTH)

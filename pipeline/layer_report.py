@@ -208,8 +208,10 @@ def _curves(panel: "Axes", report: LayerReport, value: Callable[[JudgedLayer], f
 def _mark_kept(panel: "Axes", model: JudgedModel, height: float | None) -> None:
     if model.keep is not None and height is not None and not math.isnan(height):
         depth = model.judged[model.keep].depth
-        ring = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "color": plots.BLACK, "linestyle": "none"}
-        panel.plot([depth], [height], label="layer to keep", **ring)
+        panel.plot(
+            [depth], [height], label="layer to keep", marker="o", markersize=12, markerfacecolor="none",
+            color=plots.BLACK, linestyle="none",
+        )  # fmt: skip
         panel.axvline(depth, color=plots.GREY, linewidth=0.8, linestyle=":")
 
 

@@ -240,7 +240,7 @@ def _sweep_id(settings: Settings, inputs: list[object]) -> str:
 
 def _image_paths(folder: str, limit: int) -> tuple[str, ...]:
     """Images below a folder; more than ``limit`` are sampled by the hash of their paths."""
-    from pipeline.model.images import image_files
+    from pipeline.model.image_files import image_files
 
     if is_s3(folder):
         raise UserError(f"{folder}: images are not read from S3; copy them to a folder that all workers can read")

@@ -102,8 +102,8 @@ def _require_replaceable(settings: Settings, live: Release, chosen: Sequence[int
         )
     if live.table.mantissa_bits != settings.mantissa_bits:
         raise UserError(
-            f"release {live.release_id} of {live.ds} stores {live.table.mantissa_bits} mantissa bits, the configuration "
-            f"says {settings.mantissa_bits}: backfill the whole day"
+            f"release {live.release_id} of {live.ds} stores {live.table.mantissa_bits} mantissa bits, the "
+            f"configuration says {settings.mantissa_bits}: backfill the whole day"
         )
 
 

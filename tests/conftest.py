@@ -33,6 +33,17 @@ def netflix() -> Path:
 
 
 @pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One torch thread for the module's tests: tiny models lose time by handing work between threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a real S3 server's clients; a machine has one at a time, and modules may run side by side."""
     from s3_server import running_s3

@@ -1,4 +1,4 @@
-"""Tiny random models with the architectures of real ones, their tokenizers, and bundles trained on them."""
+"""Tiny random models with real architectures, their tokenizers and processors, and bundles trained on them."""
 
 import itertools
 from functools import lru_cache
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
@@ -29,7 +30,7 @@ from pipeline.model.training import train_pca
 from pipeline.resources import TaskResources
 from pipeline.storage import Storage
 
-# Models this small spend their time handing work between threads.
+# Tiny models lose time by handing work between threads.
 torch.set_num_threads(1)
 
 ARCHITECTURES = ("bert", "llama", "qwen3", "mamba")
@@ -55,7 +56,7 @@ TEXTS: list[str] = [
 
 
 def tiny_config(architecture: str, *, vocabulary: int, layers: int = LAYERS) -> PreTrainedConfig:
-    """A configuration of width 32 whose random weights are large enough that every layer matters."""
+    """A configuration of width 32 with random weights so large that every layer changes the states."""
     shape: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": WIDTH,
@@ -84,7 +85,7 @@ def tiny_model(architecture: str, *, vocabulary: int = 64, layers: int = LAYERS,
         torch.manual_seed(seed)
         model = _random_model(config)
         with torch.no_grad():
-            # The padding token's row begins as zeros: a text that spells "[PAD]" would have no direction.
+            # The padding token's row is initialised with zeros, so that the text "[PAD]" would have a zero vector.
             model.get_input_embeddings().weight[0].normal_()
     return model.eval()
 
@@ -110,24 +111,29 @@ def tiny_vision_model(architecture: str, *, layers: int = LAYERS, seed: int = 0)
         return _random_model(config).eval()
 
 
+def noise_image(width: int = 40, height: int = 30, *, seed: int = 0) -> Image.Image:
+    """An RGB image of random pixels."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
 def _random_model(config: PreTrainedConfig) -> PreTrainedModel:
     model: PreTrainedModel = AutoModel.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Norms begin as exact ones and hide mistakes: a final norm must not look like no norm.
+            # Norm weights are initialised with 1, which hides errors such as a missing final norm.
             if "norm" in name.lower():
                 parameter.add_(torch.rand_like(parameter))
     return model
 
 
 def tiny_tokenizer(architecture: str) -> Tokenizer:
-    """A tokenizer of the kind that the architecture comes with; every call gives one of the caller's own."""
+    """A new tokenizer of the architecture's usual kind."""
     return Tokenizer.from_str(_wordpiece() if architecture == "bert" else _byte_bpe())
 
 
 @lru_cache(maxsize=1)
 def _wordpiece() -> str:
-    """A BERT tokenizer that knows the words of :data:`TEXTS` and printable ASCII; the rest is [UNK]."""
+    """A BERT tokenizer for the words of :data:`TEXTS` and printable ASCII; all else is [UNK]."""
     characters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
     words = sorted({word.lower() for text in TEXTS for word in text.replace(".", " ").replace(",", " ").split()})
     pieces = [*SPECIAL_TOKENS, *characters, *(f"##{character}" for character in characters), *words]
@@ -144,7 +150,7 @@ def _wordpiece() -> str:
 
 @lru_cache(maxsize=1)
 def _byte_bpe() -> str:
-    """A byte-level BPE as decoders have it: no special tokens around a text, so an empty text has no tokens."""
+    """A byte-level BPE tokenizer without special tokens, as in decoders: an empty text has no tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -192,7 +198,7 @@ def train_tiny_bundle(
     """Train a bundle of a tiny backbone below ``folder`` and make it current.
 
     Args:
-        folder: gets ``backbone-ARCHITECTURE-SEED`` and ``bundles``.
+        folder: parent of ``backbone-ARCHITECTURE-SEED`` and ``bundles``.
         architecture: one of :data:`ARCHITECTURES`.
         texts: training texts, :data:`TEXTS` by default.
         seed: of the backbone's weights.
@@ -217,10 +223,10 @@ def train_tiny_bundle(
 
 
 def hidden_state_index(architecture: str, layers: int) -> int:
-    """Where transformers puts the state after so many of the :data:`LAYERS` blocks in ``hidden_states``.
+    """Index in transformers' ``hidden_states`` of the state after so many of the :data:`LAYERS` blocks.
 
-    Mamba's list begins after the first block, not with the embeddings, and holds the last state twice: before
-    and after the final norm.
+    Mamba's list starts after the first block, not with the embeddings. It contains the last state twice: before and
+    after the final norm.
     """
     return layers - 1 if architecture == "mamba" and layers < LAYERS else layers
 

@@ -1,10 +1,10 @@
-"""What MARC is compared with: an autoencoder, a matryoshka head and a contrastive head, trained in the same loop."""
+"""Baseline objectives that MARC is compared with: an autoencoder, a matryoshka loss and a contrastive loss."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.model.objective import Clicks, Objective, Source, distinct, mean_of, scaled
+from pipeline.model.objective import Clicks, ItemStates, Objective, distinct, mean_of, scaled
 
 TEMPERATURE = 0.07
 NESTED = (1, 2, 4, 8)
@@ -14,14 +14,14 @@ class Autoencoder(Objective):
     """loss = mean of (decode(compress(h)) − h)² over the items of a batch, h standardised.
 
     Args:
-        source: states of items.
-        compressor: from h [n, D] to z [n, d].
-        states: of the training part's items [n, D], to standardise by.
+        source: provides the states of items.
+        compressor: maps h [n, D] to z [n, d].
+        states: states [n, D] of the training part's items, whose mean and deviation standardise h.
         dim: d.
         hidden: width of the decoder.
     """
 
-    def __init__(self, source: Source, compressor: nn.Module, *, states: Tensor, dim: int, hidden: int) -> None:
+    def __init__(self, source: ItemStates, compressor: nn.Module, *, states: Tensor, dim: int, hidden: int) -> None:
         super().__init__(source, compressor)
         self.decoder = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, states.shape[1]))
         self.register_buffer("mean", states.mean(dim=0), persistent=False)
@@ -31,16 +31,16 @@ class Autoencoder(Objective):
     std: Tensor
 
     def forward(self, batch: Clicks) -> dict[str, Tensor]:
-        """The loss."""
+        """Return the loss."""
         items = torch.unique(batch.items)
         return {"loss": self._error(self.source(items, torch.ones_like(items, dtype=torch.bool)))}
 
     @torch.no_grad()
     def validate(self, batch: Clicks) -> float:
-        """Minus the error on the items of interactions that were not trained on."""
+        """Return minus the loss on held-out interactions, in evaluation mode."""
         mode = self.training
         self.eval()
-        error = self._error(self.source(torch.unique(batch.items), torch.unique(batch.items) >= 0))
+        error = self(batch)["loss"]
         self.train(mode)
         return -float(error)
 
@@ -50,19 +50,17 @@ class Autoencoder(Objective):
 
 
 class TwoTower(Objective):
-    """Base of the heads that compare an item with the mean of the user's clicks by their cosine."""
+    """Base class of objectives that score an item by its cosine with the mean of the user's clicks."""
 
     def score(self, vectors: Tensor, batch: Clicks) -> Tensor:
-        """Cosine [b] of item and mean of the clicks."""
+        """Return the cosines [b] of items and means of clicks."""
         return functional.cosine_similarity(vectors[batch.items], mean_of(scaled(vectors), batch.clicked))
 
     def _towers(self, batch: Clicks) -> tuple[Tensor, Tensor]:
-        """Item vectors [b, d] and means of the clicks [b, d]."""
-        items, candidate, places = distinct(batch)
-        vectors = scaled(self.compressor(self.source(items, candidate)))
-        b, k = batch.clicked.shape
-        clicked = places[b : b + b * k].view(b, k).masked_fill(batch.clicked < 0, -1)
-        return functional.embedding(places[:b], vectors), mean_of(vectors, clicked)
+        """Return item vectors [b, d] and means of the clicks [b, d]."""
+        items, candidate, local = distinct(batch)
+        vectors = scaled(self.compressor(self.source(items, candidate)))  # [m, d]
+        return functional.embedding(local.items, vectors), mean_of(vectors, local.clicked)
 
 
 class Matryoshka(TwoTower):
@@ -71,14 +69,14 @@ class Matryoshka(TwoTower):
     Kusupati et al., Matryoshka Representation Learning, NeurIPS 2022 (arXiv 2205.13147).
     """
 
-    def __init__(self, source: Source, compressor: nn.Module, *, dim: int) -> None:
+    def __init__(self, source: ItemStates, compressor: nn.Module, *, dim: int) -> None:
         super().__init__(source, compressor)
         self.sizes = [dim // share for share in NESTED if dim // share]
         self.scale = nn.Parameter(torch.ones(len(self.sizes)))
         self.bias = nn.Parameter(torch.zeros(len(self.sizes)))
 
     def forward(self, batch: Clicks) -> dict[str, Tensor]:
-        """The loss."""
+        """Return the loss."""
         items, users = self._towers(batch)
         losses = [
             functional.binary_cross_entropy_with_logits(
@@ -90,14 +88,14 @@ class Matryoshka(TwoTower):
 
 
 class Contrastive(TwoTower):
-    """loss = −log softmax over a batch's clicked items of cos(u, z) / τ, for the item that the user did click.
+    """loss = −log softmax of cos(u, z) / τ over the batch's clicked items, at the item that the user clicked.
 
-    InfoNCE with in-batch negatives: van den Oord et al. 2018 (arXiv 1807.03748). The same item elsewhere in the
-    batch is no negative.
+    InfoNCE with in-batch negatives: van den Oord et al. 2018 (arXiv 1807.03748). Another row with the same item is
+    not a negative.
     """
 
     def forward(self, batch: Clicks) -> dict[str, Tensor]:
-        """The loss; 0 for a batch without clicks of users with a history."""
+        """Return the loss; 0 if the batch has fewer than two clicks of users with a history."""
         rows = torch.nonzero((batch.labels > 0) & (batch.clicked[:, 0] >= 0)).squeeze(1)
         clicks = batch[rows]
         if len(clicks) < 2:

@@ -1,4 +1,4 @@
-"""Several training processes as one group: entering it, and which member this process is."""
+"""Distributed training: join the process group of the launcher, and get this process's rank."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch.distributed
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the group that the launcher's variables describe (RANK, WORLD_SIZE, …), and leave it afterwards."""
+    """Join the process group of the launcher's variables (RANK, WORLD_SIZE, …), and leave it at the end."""
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
@@ -18,7 +18,7 @@ def process_group() -> Iterator[None]:
 
 
 def place() -> tuple[int, int]:
-    """Rank of this process and number of processes; (0, 1) outside of a group."""
+    """Return the rank of this process and the number of processes; (0, 1) without a group."""
     if not torch.distributed.is_initialized():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()

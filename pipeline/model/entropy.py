@@ -1,4 +1,4 @@
-"""Matrix-based entropy says over how many directions the rows of a representation spread.
+"""Matrix-based entropy: how many directions the rows of a representation spread over, and its effective rank.
 
 With the rows of Z [n, D] at unit length, K = Z Zᵀ [n, n] and λ the eigenvalues of K / tr K:
 
@@ -8,14 +8,14 @@ With the rows of Z [n, D] at unit length, K = Z Zᵀ [n, n] and λ the eigenvalu
     α → ∞           S_∞ = −log max λ
     effective rank  exp(S_1)
 
-S_α falls as α grows and lies in [0, log min(n, D)]. Zᵀ Z [D, D] has the same spectrum but for zeros, so that the
-smaller of the two is decomposed, and a second moment Σ z zᵀ gathered over any number of blocks is enough for all rows.
+S_α falls as α grows and is in [0, log min(n, D)]. Z Zᵀ and Zᵀ Z [D, D] share their nonzero eigenvalues. The code
+decomposes the smaller of the two. A second moment Σ z zᵀ, summed over blocks of rows, therefore replaces all rows.
 
 Giraldo, Rao and Príncipe 2015, Measures of Entropy from Data Using Infinitely Divisible Kernels (IEEE Transactions on
 Information Theory 61): S_α of a normalised Gram matrix. Roy and Vetterli 2007, The Effective Rank (EUSIPCO).
 Skean et al. 2025, Layer by Layer: Uncovering Hidden Representations in Language Models (ICML, arXiv 2502.02013): the
-linear kernel on unit rows, by token for a text and by text for a data set. Logarithms are natural. What counts as
-rounding, and that rows of zeros count for nothing, is this project's choice.
+linear kernel on unit rows, per token for a text and per text for a data set. Logarithms are natural. This project chose
+the rounding threshold, and that rows of zeros are ignored.
 """
 
 import math
@@ -27,28 +27,28 @@ from torch import Tensor
 Normalisation = Literal["raw", "log_rows", "log_width", "log_least"]
 
 ROUNDING = 1e-12
-"""Eigenvalues up to this share of the largest are 0. Fixed, so that n × n, D × D and gathered moments agree."""
+"""Eigenvalues up to this share of the largest count as 0. It is fixed, so that all ways to the spectrum agree."""
 NEAR_SHANNON = 0.01
-"""Orders this close to 1 take a formula that does not divide rounding by 1 − α."""
+"""Orders within this distance of 1 use a formula that does not divide rounding errors by 1 − α."""
 
 
 def unit_rows(z: Tensor) -> Tensor:
-    """Rows [..., D] at unit length, float64; a row of zeros stays one, a row with NaN or infinity becomes NaN."""
+    """Return the rows [..., D] at unit length, float64. Rows of zeros stay 0; rows with NaN or infinity become NaN."""
     z = z.to(torch.float64)
     peak = z.abs().amax(dim=-1, keepdim=True)
-    z = z / peak.masked_fill(peak == 0, 1.0)  # squares stay within float64 whatever the scale
+    z = z / peak.masked_fill(peak == 0, 1.0)  # so that squares neither overflow nor underflow
     lengths: Tensor = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
     return z / lengths.masked_fill(peak == 0, 1.0)
 
 
 def spectrum(z: Tensor) -> Tensor:
-    """Eigenvalues of Z Zᵀ / tr, of rows brought to unit length.
+    """Return the eigenvalues of Z Zᵀ divided by its trace, after scaling all rows to unit length.
 
     Args:
-        z: [..., n, D], n ≥ 1. Rows of zeros count for nothing: they pad texts of several lengths to one batch.
+        z: [..., n, D], n ≥ 1. Rows of zeros are ignored: they pad texts of different lengths to one batch.
 
     Returns:
-        Float64 [..., min(n, D)], ≥ 0, rising, with sum 1. All 0 where all rows are; NaN where one number is.
+        Float64 [..., min(n, D)], ≥ 0, ascending, with sum 1. All are 0 if all rows are 0, and NaN if a number is NaN.
 
     Raises:
         ValueError: z has no rows or no columns.
@@ -61,13 +61,13 @@ def spectrum(z: Tensor) -> Tensor:
 
 
 def spectrum_of(moment: Tensor) -> Tensor:
-    """The same of a second moment Zᵀ Z = Σ z zᵀ that was gathered over blocks, or of any Gram matrix.
+    """Return the same eigenvalues from a second moment Zᵀ Z = Σ z zᵀ, summed over blocks, or from any Gram matrix.
 
     Args:
-        moment: symmetric, positive semidefinite [..., D, D], of any trace.
+        moment: symmetric, positive semidefinite [..., D, D], with any trace.
 
     Returns:
-        Float64 [..., D], as ``spectrum``.
+        Float64 [..., D], as in ``spectrum``.
 
     Raises:
         ValueError: the matrix is not square, or empty.
@@ -76,20 +76,20 @@ def spectrum_of(moment: Tensor) -> Tensor:
         raise ValueError(f"moment must be [..., D, D] with D at least 1, not {[*moment.shape]}")
     moment = moment.to(torch.float64)
     finite = moment.isfinite().all(dim=-1).all(dim=-1)
-    # eigvalsh raises on a NaN and takes the rest of the batch with it.
+    # eigvalsh raises an error for the whole batch if one matrix contains NaN.
     eigenvalues = torch.linalg.eigvalsh(torch.where(finite[..., None, None], moment, 0.0))
     return _shares(eigenvalues.masked_fill(~finite[..., None], torch.nan))
 
 
 def entropy(eigenvalues: Tensor, order: float = 1.0) -> Tensor:
-    """S_α of a spectrum.
+    """Return the entropy S_α of a spectrum.
 
     Args:
-        eigenvalues: [..., k], k ≥ 1, of any sum: their shares of it are taken, and rounding is 0.
-        order: α ≥ 0; infinity too.
+        eigenvalues: [..., k], k ≥ 1, with any sum. They are divided by it, and rounding errors count as 0.
+        order: α ≥ 0; infinity is allowed.
 
     Returns:
-        Float64 [...] in [0, log k]; 0 where all eigenvalues are 0, since there is nothing to tell apart.
+        Float64 [...] in [0, log k]; 0 where all eigenvalues are 0.
 
     Raises:
         ValueError: the order is negative or NaN.
@@ -97,39 +97,39 @@ def entropy(eigenvalues: Tensor, order: float = 1.0) -> Tensor:
     if not order >= 0:
         raise ValueError(f"the order of an entropy must be at least 0, not {order}")
     shares = _shares(eigenvalues.to(torch.float64))
-    there = shares > 0
-    logs = shares.masked_fill(~there, 1.0).log()
+    positive = shares > 0
+    logs = shares.masked_fill(~positive, 1.0).log()
     if order == 1:
         found = -(shares * logs).sum(dim=-1)
     elif order == math.inf:
-        found = -logs.masked_fill(~there, -math.inf).amax(dim=-1)
+        found = -logs.masked_fill(~positive, -math.inf).amax(dim=-1)
     elif abs(order - 1) < NEAR_SHANNON:
         # Σ λ^α = 1 + Σ λ (λ^(α − 1) − 1), because Σ λ = 1.
         found = torch.log1p((shares * torch.expm1((order - 1) * logs)).sum(dim=-1)) / (1 - order)
     else:
-        found = torch.logsumexp((order * logs).masked_fill(~there, -math.inf), dim=-1) / (1 - order)
-    found = found.masked_fill(~there.any(dim=-1), 0.0).abs()  # of one eigenvalue it is −0
+        found = torch.logsumexp((order * logs).masked_fill(~positive, -math.inf), dim=-1) / (1 - order)
+    found = found.masked_fill(~positive.any(dim=-1), 0.0).abs()  # a single eigenvalue gives −0
     return found.masked_fill(shares.isnan().any(dim=-1), torch.nan)
 
 
 def effective_rank(eigenvalues: Tensor) -> Tensor:
-    """exp(S_1) of eigenvalues [..., k]: in [1, k], and 0, as the rank is, where all of them are 0."""
+    """Return exp(S_1) of eigenvalues [..., k], which is in [1, k]; 0, like the rank, where all eigenvalues are 0."""
     rank = entropy(eigenvalues).exp()
     return rank.masked_fill((eigenvalues == 0).all(dim=-1), 0.0)
 
 
 def prompt_entropy(tokens: Tensor, order: float = 1.0) -> Tensor:
-    """S_α of the tokens of each text.
+    """Return the entropy S_α of each text's tokens.
 
     Args:
-        tokens: [b, t, D]; tokens of zeros pad.
+        tokens: [b, t, D]; tokens of zeros are padding.
         order: α ≥ 0.
 
     Returns:
         Float64 [b].
 
     Raises:
-        ValueError: another shape, or a negative order.
+        ValueError: wrong shape, or a negative order.
     """
     if tokens.ndim != 3:
         raise ValueError(f"tokens must be [b, t, D], not {[*tokens.shape]}")
@@ -137,7 +137,7 @@ def prompt_entropy(tokens: Tensor, order: float = 1.0) -> Tensor:
 
 
 def dataset_entropy(z: Tensor, order: float = 1.0) -> Tensor:
-    """S_α of one vector per text.
+    """Return the entropy S_α of a data set with one vector per text.
 
     Args:
         z: [n, D].
@@ -147,7 +147,7 @@ def dataset_entropy(z: Tensor, order: float = 1.0) -> Tensor:
         A float64 scalar.
 
     Raises:
-        ValueError: another shape, or a negative order.
+        ValueError: wrong shape, or a negative order.
     """
     if z.ndim != 2:
         raise ValueError(f"z must be [n, D], not {[*z.shape]}")
@@ -155,22 +155,23 @@ def dataset_entropy(z: Tensor, order: float = 1.0) -> Tensor:
 
 
 def normalise(entropy: Tensor, rows: Tensor | int, width: Tensor | int, how: Normalisation) -> Tensor:
-    """An entropy by what it could be at most.
+    """Divide an entropy by its largest possible value.
 
     Args:
-        entropy: of any shape.
-        rows: N; broadcasts over it.
-        width: D; broadcasts over it.
-        how: "raw" leaves it, "log_rows" divides by log N, "log_width" by log D, "log_least" by log min(N, D).
+        entropy: any shape.
+        rows: N, broadcast to the shape of ``entropy``.
+        width: D, broadcast to the shape of ``entropy``.
+        how: "raw" returns it unchanged, "log_rows" divides by log N, "log_width" by log D, "log_least" by
+            log min(N, D).
 
     Returns:
-        Float64; NaN where the divisor is 0: of one row, or one column, there is nothing to compare with.
+        Float64; NaN where the divisor is 0, as for a single row or column.
 
     Raises:
         ValueError: an unknown normalisation.
     """
     if how not in get_args(Normalisation):
-        raise ValueError(f"a normalisation is one of {', '.join(get_args(Normalisation))}, not {how!r}")
+        raise ValueError(f"normalisation must be one of {', '.join(get_args(Normalisation))}, not {how!r}")
     entropy = entropy.to(torch.float64)
     if how == "raw":
         return entropy
@@ -180,9 +181,9 @@ def normalise(entropy: Tensor, rows: Tensor | int, width: Tensor | int, how: Nor
 
 
 def _shares(eigenvalues: Tensor) -> Tensor:
-    """Eigenvalues [..., k] of a positive semidefinite matrix by their sum; what is rounding, or negative, is 0."""
+    """Divide eigenvalues [..., k] by their sum; negative ones, and those below the rounding threshold, become 0."""
     noise = ROUNDING * eigenvalues.amax(dim=-1, keepdim=True)
-    # "≤" and filling let a NaN through, as in the kernels of HSIC: a diverged model must not look tidy.
+    # NaN ≤ x is false, so masked_fill keeps NaN: a diverged model must not look healthy.
     eigenvalues = eigenvalues.masked_fill((eigenvalues <= noise) | (eigenvalues <= 0), 0.0)
     total = eigenvalues.sum(dim=-1, keepdim=True)
     return eigenvalues / total.masked_fill(total == 0, 1.0)

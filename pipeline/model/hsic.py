@@ -1,4 +1,4 @@
-"""HSIC measures how strongly two representations of the same n samples depend on each other, differentiably.
+"""HSIC and nHSIC: differentiable measures of the dependence between two representations of the same n samples.
 
 With kernel matrices K of x and L of y [n, n], and H = I − 11ᵀ/n:
 
@@ -10,8 +10,8 @@ Gretton et al. 2005, Measuring Statistical Dependence with Hilbert-Schmidt Norms
 Song et al. 2012, Feature Selection via Dependence Maximization (JMLR 13): the unbiased one.
 Székely and Rizzo 2014, Partial Distance Correlation with Methods for Dissimilarities: U-centring, its inner product.
 Kornblith et al. 2019, Similarity of Neural Network Representations Revisited (ICML): nHSIC with linear kernels is CKA.
-Xi et al. 2026, Modular Representation Compression (MARC, SIGIR): HSIC as the constraint that keeps modules apart. The
-kernels, the bandwidth and the estimators offered here are this project's choice.
+Xi et al. 2026, Modular Representation Compression (MARC, SIGIR): HSIC as the constraint that separates modules. The
+kernels, the bandwidth and the estimators are this project's choice.
 """
 
 import math
@@ -25,20 +25,22 @@ Estimator = Literal["biased", "unbiased"]
 
 
 def hsic(x: Tensor, y: Tensor, *, kernel: Kernel = "linear", estimator: Estimator = "biased") -> Tensor:
-    """Hilbert-Schmidt independence criterion of a batch, ≥ 0 when biased, mean 0 for independent x, y when unbiased.
+    """Return the Hilbert-Schmidt independence criterion of a batch.
+
+    The biased estimate is ≥ 0. The unbiased estimate has mean 0 for independent x and y.
 
     Args:
         x: one representation [n, p].
-        y: another of the same samples [n, q].
-        kernel: k(a, b) = aᵀb, or exp(−‖a − b‖² / (2σ²)) with σ the median distance, apart for x and y. No gradient
-            flows through σ.
-        estimator: n ≥ 2 for biased, n ≥ 4 for unbiased.
+        y: another representation of the same samples [n, q].
+        kernel: "linear" is k(a, b) = aᵀb. "rbf" is exp(−‖a − b‖² / (2σ²)), with σ the median distance within x or
+            within y; no gradient flows through σ.
+        estimator: "biased" needs n ≥ 2, "unbiased" needs n ≥ 4.
 
     Returns:
-        A scalar, float32 or wider whatever the inputs and autocast.
+        A scalar in at least float32, for any input type and under autocast.
 
     Raises:
-        ValueError: x and y are not matrices with equally many rows, or have too few.
+        ValueError: x and y are not matrices with the same number of rows, or have too few rows.
     """
     x, y = _prepared(x, y, estimator)
     n = len(x)
@@ -50,18 +52,18 @@ def hsic(x: Tensor, y: Tensor, *, kernel: Kernel = "linear", estimator: Estimato
 
 
 def nhsic(x: Tensor, y: Tensor, *, kernel: Kernel = "linear", estimator: Estimator = "biased") -> Tensor:
-    """HSIC(x, y) / sqrt(HSIC(x, x) · HSIC(y, y)): 1 for x = y, in [0, 1] when biased and in [−1, 1] when unbiased.
+    """Return nHSIC, which is 1 for x = y, in [0, 1] when biased and in [−1, 1] when unbiased.
 
-    It is 0, with gradient 0, where x or y is constant up to rounding. Arguments and errors are those of ``hsic``.
+    If x or y is constant up to rounding, nHSIC and its gradient are 0. Errors are those of ``hsic``.
 
     Args:
         x: one representation [n, p].
-        y: another of the same samples [n, q].
-        kernel: linear gives CKA.
-        estimator: n ≥ 2 for biased, n ≥ 4 for unbiased.
+        y: another representation of the same samples [n, q].
+        kernel: as in ``hsic``; "linear" gives CKA.
+        estimator: as in ``hsic``.
 
     Returns:
-        A scalar, float32 or wider.
+        A scalar in at least float32.
     """
     x, y = (_unit_peak(features) for features in _prepared(x, y, estimator))
     with torch.autocast(x.device.type, enabled=False):
@@ -72,7 +74,7 @@ def nhsic(x: Tensor, y: Tensor, *, kernel: Kernel = "linear", estimator: Estimat
 
 
 def _prepared(x: Tensor, y: Tensor, estimator: Estimator) -> tuple[Tensor, Tensor]:
-    """Check x [n, p] and y [n, q], bring them to one dtype of at least float32, and centre them."""
+    """Check x [n, p] and y [n, q], convert them to one dtype of at least float32, and centre them."""
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise ValueError(f"x and y must be [n, p] and [n, q] with the same n, not {[*x.shape]} and {[*y.shape]}")
     least = 2 if estimator == "biased" else 4
@@ -83,28 +85,28 @@ def _prepared(x: Tensor, y: Tensor, estimator: Estimator) -> tuple[Tensor, Tenso
 
 
 def _centred(x: Tensor) -> Tensor:
-    """X − 1μᵀ [n, p]; a column that is constant up to rounding becomes exactly 0, not noise."""
+    """Return X − 1μᵀ [n, p]; columns that are constant up to rounding become exactly 0."""
     centred = x - x.mean(dim=0)
     noise = _rounding(x) * x.detach().abs().amax(dim=0)
-    # "≤" and filling, here and below, let a NaN through: a diverged model must not look independent.
+    # NaN ≤ x is false, so masked_fill keeps NaN, here and below: a diverged model must not look independent.
     return centred.masked_fill(centred.detach().abs().amax(dim=0) <= noise, 0.0)
 
 
 def _unit_peak(x: Tensor) -> Tensor:
-    """X / max|X|: nHSIC and its gradient stay the same, and fourth powers within float32."""
+    """Return X / max|X|, so that fourth powers fit into float32. nHSIC and its gradient do not change."""
     peak = x.detach().abs().amax()
     return x / peak.masked_fill(peak == 0, 1.0)
 
 
 def _linear_product(x: Tensor, y: Tensor) -> Tensor:
-    """‖XᵀY‖_F² = tr(XXᵀ YYᵀ) of centred x [n, p] and y [n, q], by way of the smaller of p × q and n × n."""
+    """Return ‖XᵀY‖_F² = tr(XXᵀ YYᵀ) of centred x [n, p] and y [n, q], computed with p × q or n × n numbers."""
     if x.shape[1] * y.shape[1] < len(x) ** 2:
         return (x.mT @ y).square().sum()
     return ((x @ x.mT) * (y @ y.mT)).sum()
 
 
 def _centred_kernel(x: Tensor, kernel: Kernel, estimator: Estimator) -> Tensor:
-    """The matrix [n, n] whose inner products are HSIC times (n − 1)² or n(n − 3); exactly 0 if all rounding."""
+    """Return the matrix [n, n] whose inner products are HSIC times (n − 1)² or n(n − 3); 0 if it is only rounding."""
     k = x @ x.mT if kernel == "linear" else _rbf(x)
     centred = _double_centred(k) if estimator == "biased" else _u_centred(k)
     noise = _rounding(k) * k.detach().norm()
@@ -112,14 +114,14 @@ def _centred_kernel(x: Tensor, kernel: Kernel, estimator: Estimator) -> Tensor:
 
 
 def _double_centred(k: Tensor) -> Tensor:
-    """H K H."""
+    """Return H K H."""
     return k - k.mean(dim=0) - k.mean(dim=1, keepdim=True) + k.mean()
 
 
 def _u_centred(k: Tensor) -> Tensor:
-    """Ã_ij = K̃_ij − Σ_l K̃_il/(n−2) − Σ_l K̃_lj/(n−2) + ΣΣK̃/((n−1)(n−2)) off the diagonal, 0 on it.
+    """Return Ã_ij = K̃_ij − Σ_l K̃_il/(n−2) − Σ_l K̃_lj/(n−2) + ΣΣK̃/((n−1)(n−2)), with 0 on the diagonal.
 
-    Σ Ã_ij B̃_ij / (n(n−3)) is Song's estimator, and as an inner product never negative for A = B.
+    Σ Ã_ij B̃_ij / (n(n−3)) is Song's estimator. It is an inner product, so that it is ≥ 0 for A = B.
     """
     n = len(k)
     diagonal = torch.eye(n, dtype=torch.bool, device=k.device)
@@ -129,25 +131,25 @@ def _u_centred(k: Tensor) -> Tensor:
 
 
 def _rbf(x: Tensor) -> Tensor:
-    """exp(−‖x_i − x_j‖² / (2σ²)) [n, n]."""
+    """Return exp(−‖x_i − x_j‖² / (2σ²)) [n, n]."""
     squared = _squared_distances(x)
     return torch.exp(-squared / (2 * _squared_bandwidth(squared.detach())))
 
 
 def _squared_distances(x: Tensor) -> Tensor:
-    """‖x_i − x_j‖² [n, n] of centred x; no root, so that the gradient is finite (and 0) between equal rows."""
+    """Return ‖x_i − x_j‖² [n, n] of centred x. Without a root, the gradient between equal rows is finite (0)."""
     gram = x @ x.mT
     lengths = gram.diagonal()
     sums = lengths[:, None] + lengths
     squared = sums - 2 * gram
-    # Equal rows differ by rounding here; a median of such differences would be no bandwidth.
+    # The difference of equal rows is a rounding error, which must not become the median bandwidth.
     return squared.masked_fill(squared.detach() <= _rounding(x, terms=x.shape[1]) * sums.detach(), 0.0)
 
 
 def _squared_bandwidth(squared: Tensor) -> Tensor:
-    """σ² of the median distance over i < j (the lower of two middle ones), from squared distances [n, n].
+    """Return σ², the squared median distance over i < j (the lower of two middle values), from squares [n, n].
 
-    When most rows are equal, the median over unequal pairs; when all are, 1.
+    If most rows are equal, this is the median over unequal pairs. If all rows are equal, it is 1.
     """
     n = len(squared)
     pairs = squared[torch.triu_indices(n, n, offset=1, device=squared.device).unbind()]
@@ -157,11 +159,11 @@ def _squared_bandwidth(squared: Tensor) -> Tensor:
 
 
 def _cosine(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
-    """The ratio xy / sqrt(xx · yy), and 0 with gradient 0 where xx or yy is 0, since xy is 0 then."""
+    """Return xy / sqrt(xx · yy), or 0 with gradient 0 if xx or yy is 0, because xy is 0 then."""
     own = xx * yy
-    return xy / own.masked_fill(own == 0, 1.0).sqrt()  # filled before the root, whose gradient at 0 is infinite
+    return xy / own.masked_fill(own == 0, 1.0).sqrt()  # masked before the root, whose gradient at 0 is infinite
 
 
 def _rounding(x: Tensor, terms: int = 0) -> float:
-    """Relative error to expect of x, and of a sum of so many terms of its dtype."""
+    """Return the expected relative error of x, or of a sum of so many terms of its dtype."""
     return (8 + math.sqrt(terms)) * torch.finfo(x.dtype).eps

@@ -1,4 +1,4 @@
-"""What a training may see: interactions before the boundary, and the hidden states of the items in them."""
+"""Training data of an objective: interactions before the time boundary, split into training rows and a holdout."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,12 +15,13 @@ from pipeline.model.objective import Clicks
 
 @dataclass(frozen=True)
 class LearningData:
-    """Interactions of the training part only, cut once more for early stopping.
+    """Interactions of the training part, split again for early stopping.
 
     Attributes:
-        rows: all of them, in the order of time; raters: their users [n].
-        end: training takes the rows before this one.
-        start: early stopping takes the rows from this one on.
+        rows: all n interactions, in the order of time.
+        raters: users of the interactions [n].
+        end: training uses the rows before this one.
+        start: early stopping uses the rows from this one on.
     """
 
     rows: Clicks
@@ -30,7 +31,7 @@ class LearningData:
 
     @cached_property
     def training(self) -> Clicks:
-        """What losses are computed on."""
+        """Interactions for the loss."""
         return self.rows[torch.arange(self.end)]
 
     @cached_property
@@ -45,28 +46,28 @@ class LearningData:
 
     @cached_property
     def known(self) -> Tensor:
-        """Items with interactions in ``training``, ascending: all that a fitted transform may see."""
+        """Items with interactions in ``training``, ascending. Transforms may be fitted on these items only."""
         return torch.from_numpy(np.unique(self.training.items.numpy()))
 
     def whole(self) -> "LearningData":
-        """The same with every row to train on; the holdout says nothing then."""
+        """Return a copy that trains on every row. Its holdout is then part of the training rows."""
         return replace(self, end=len(self.rows))
 
 
 def learning_data(
     interactions: Interactions, *, history: int, holdout: float, items: int | None = None
 ) -> LearningData:
-    """Prepare the interactions of a training part.
+    """Add histories to the interactions of a training part, and split off the holdout.
 
     Args:
-        interactions: of the training part; nothing later.
+        interactions: interactions before the boundary only.
         history: length of the users' histories.
-        holdout: share of the latest rows that early stopping gets.
-        items: of the catalogue; the states of the users' texts come after those of the items. Needed where there are
-            such texts.
+        holdout: share of the latest rows for early stopping.
+        items: number of items in the catalogue, required if users have texts. The states of the users' texts follow
+            those of the items.
 
     Raises:
-        UserError: nothing would be left to train on, or for early stopping.
+        UserError: the training rows or the holdout would be empty.
     """
     profiles = None
     if interactions.profiles is not None and items is not None:
@@ -75,8 +76,8 @@ def learning_data(
     cut = int(np.searchsorted(interactions.times, interactions.times[row])) if row < n else n
     if not 0 < cut < n:
         raise UserError(
-            f"train.holdout {holdout:g} leaves {cut:,} of {n:,} interactions to train on and {n - cut:,} for early "
-            "stopping, and both need some; change it, or give more interactions or finer timestamps"
+            f"train.holdout {holdout:g} splits {n:,} interactions into {cut:,} for training and {n - cut:,} for early "
+            "stopping, but both need at least one; change it, or provide more interactions or finer timestamps"
         )
     rows = Clicks(
         items=torch.from_numpy(interactions.items),
@@ -89,5 +90,5 @@ def learning_data(
 
 
 def known_states(states: NDArray[np.float32], data: LearningData) -> NDArray[np.float32]:
-    """States [m, D] of the known items."""
+    """Return the states [m, D] of the known items."""
     return np.asarray(states[data.known.numpy()])

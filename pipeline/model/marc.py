@@ -1,7 +1,7 @@
-"""MARC: compressor and matching network with separate duties, held apart by HSIC constraints.
+"""The MARC objective: a click loss with HSIC constraints that separate the compressor from the matching network.
 
-Xi et al., Modular Representation Compression, SIGIR 2026 (arXiv 2604.18146). The authors' code is not public: where
-this is more exact than the paper, it is this project's choice.
+Xi et al., Modular Representation Compression, SIGIR 2026 (arXiv 2604.18146). The authors' code is not public. Details
+that the paper leaves open are this project's choice.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from pipeline.model.hsic import Estimator, Kernel, nhsic
 from pipeline.model.matching import CrossingNetwork, ResidualNetwork
-from pipeline.model.objective import Clicks, Objective, Source, distinct, scaled
+from pipeline.model.objective import Clicks, ItemStates, Objective, distinct, scaled
 from pipeline.model.user import HistoryPooling
 
 
@@ -21,9 +21,11 @@ class Constraints:
     """Weights and estimators of the two information constraints.
 
     Attributes:
-        keep: α, of nHSIC(h, z): z keeps what h holds.
-        decouple: β, of nHSIC(z, s): the matching network's state is not a copy of z.
-        rows: at most so many samples go into an estimate.
+        keep: α, weight of nHSIC(h, z), which keeps the information of h in z.
+        decouple: β, weight of nHSIC(z, s), which keeps the matching network's state from copying z.
+        kernel: kernel of both estimates.
+        estimator: estimator of both estimates.
+        rows: maximum number of samples in an estimate.
     """
 
     keep: float
@@ -36,13 +38,13 @@ class Constraints:
 class Marc(Objective):
     """loss = BCE(click, m(z_u, z_i)) − α · nHSIC(h, z) + β · nHSIC(z, s).
 
-    A user is two vectors: attention over what they clicked lately, and over what they rated without a click; and where
-    users have texts, a third: that of the text, from the same backbone and compressor.
+    Two vectors represent a user: attention over recently clicked items, and over recent items without a click. If users
+    have texts, the text's vector from the same backbone and compressor is a third.
 
     Args:
-        source: states of items.
-        compressor: from h [n, D] to z [n, d].
-        matching: from item and user vectors to logits and states s.
+        source: provides the states of items.
+        compressor: maps h [n, D] to z [n, d].
+        matching: maps item and user vectors to logits and states s.
         dim: d.
         constraints: weights and estimators of the nHSIC terms.
         profiles: whether users have texts.
@@ -52,7 +54,7 @@ class Marc(Objective):
 
     def __init__(
         self,
-        source: Source,
+        source: ItemStates,
         compressor: nn.Module,
         matching: CrossingNetwork | ResidualNetwork,
         *,
@@ -64,28 +66,16 @@ class Marc(Objective):
         self.matching = matching
         self.clicked = HistoryPooling(dim)
         self.skipped = HistoryPooling(dim)
-        # A text is a history of one: only a user without any needs something learned.
+        # A text is treated as a history of length 1; a user without a text gets the learned vector.
         self.profile = HistoryPooling(dim) if profiles else None
         self.constraints = constraints
 
     def forward(self, batch: Clicks) -> dict[str, Tensor]:
-        """``loss`` and its terms: ``click`` (BCE, nats), ``keep`` and ``decouple`` (nHSIC) where weighed."""
-        items, candidate, places = distinct(batch)
-        b, k = batch.clicked.shape
-        hidden = self.source(items, candidate)
-        vectors = scaled(self.compressor(hidden))
-        clicked, skipped = places[b : b + 2 * b * k].view(2, b, k)
-        profiles = None
-        if batch.profiles is not None:
-            profiles = places[b + 2 * b * k :].view(b, 1).masked_fill(batch.profiles < 0, -1)
-        among = Clicks(
-            places[:b],
-            clicked.masked_fill(batch.clicked < 0, -1),
-            skipped.masked_fill(batch.skipped < 0, -1),
-            batch.labels,
-            profiles,
-        )
-        logits, states, chosen = self._match(vectors, among)
+        """Return ``loss`` and its terms: ``click`` (BCE, nats), and ``keep`` and ``decouple`` (nHSIC) if weighted."""
+        items, candidate, local = distinct(batch)
+        hidden = self.source(items, candidate)  # [m, D]
+        vectors = scaled(self.compressor(hidden))  # [m, d]
+        logits, states, chosen = self._match(vectors, local)
         terms = {"click": functional.binary_cross_entropy_with_logits(logits, batch.labels)}
         loss, wanted = terms["click"], self.constraints
         if wanted.keep:
@@ -98,11 +88,11 @@ class Marc(Objective):
         return {"loss": loss, **terms}
 
     def score(self, vectors: Tensor, batch: Clicks) -> Tensor:
-        """Logits [b]."""
+        """Return the logits [b]."""
         return self._match(scaled(vectors), batch)[0]
 
     def _match(self, vectors: Tensor, batch: Clicks) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [b], states [b, s] and item vectors [b, d]; the batch names rows of vectors [m, d]."""
+        """Return logits [b], states [b, s] and item vectors [b, d]; batch entries are row numbers of ``vectors``."""
         chosen = functional.embedding(batch.items, vectors)
         users = [self.clicked(chosen, vectors, batch.clicked), self.skipped(chosen, vectors, batch.skipped)]
         if self.profile is not None and batch.profiles is not None:

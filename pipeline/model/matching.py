@@ -1,4 +1,4 @@
-"""Matching networks: from user and item vectors to a click's logit. They adapt to the task, and are never shipped."""
+"""Matching networks: map user and item vectors to the logit of a click. Training uses them; encoding does not."""
 
 from collections.abc import Mapping
 
@@ -12,13 +12,13 @@ WEIGHTS = "matching.safetensors"
 class CrossingNetwork(nn.Module):
     """Crosses every user vector u with the item z: [z, u, u·z, |u − z|, …] → hidden → state s → logit.
 
-    Built otherwise than the compressor, as the paper wants it.
+    Its structure differs from the compressor's, as in the paper.
 
     Args:
         dim: d.
-        users: how many vectors describe a user.
-        hidden: width of both layers; the second one's output is the state s.
-        dropout: between them.
+        users: number of vectors per user.
+        hidden: width of both layers; the output of the second layer is the state s.
+        dropout: dropout between the layers.
     """
 
     def __init__(self, *, dim: int, users: int, hidden: int, dropout: float) -> None:
@@ -29,22 +29,22 @@ class CrossingNetwork(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, item: Tensor, users: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits [b] and states [b, hidden] of items [b, d] and user vectors, each [b, d]."""
-        crossed = [part for u in users for part in (u, u * item, (u - item).abs())]
+        """Return logits [b] and states [b, hidden] of items [b, d] and user vectors, each [b, d]."""
+        crossed = [part for u in users for part in (u, u * item, (u - item).abs())]  # 3 · users times [b, d]
         state = functional.relu(self.second(self.dropout(functional.relu(self.first(torch.cat([item, *crossed], 1))))))
         return self.logit(state).squeeze(1), state
 
 
 class ResidualNetwork(nn.Module):
-    """A linear path and a normalised residual branch over [z, u, …], as in the compressor; the default.
+    """A linear path and a normalised residual branch over [z, u, …], as in the compressor. This is the default.
 
-    In the project's own evaluation, vectors learned beside it are better than those learned beside the crossing one.
+    In the project's evaluation, vectors trained with it are better than those trained with the crossing network.
 
     Args:
         dim: d.
-        users: how many vectors describe a user.
+        users: number of vectors per user.
         hidden: width of the residual branch, and of the state s.
-        dropout: in the residual branch.
+        dropout: dropout in the residual branch.
     """
 
     def __init__(self, *, dim: int, users: int, hidden: int, dropout: float) -> None:
@@ -58,8 +58,8 @@ class ResidualNetwork(nn.Module):
         self.logit = nn.Linear(hidden, 1)
 
     def forward(self, item: Tensor, users: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits [b] and states [b, hidden] of items [b, d] and user vectors, each [b, d]."""
-        pair = torch.cat([item, *users], dim=1)
+        """Return logits [b] and states [b, hidden] of items [b, d] and user vectors, each [b, d]."""
+        pair = torch.cat([item, *users], dim=1)  # [b, (1 + users) · d]
         state = self.linear(pair) + self.down(self.dropout(functional.gelu(self.up(self.norm(pair)))))
         return self.logit(state).squeeze(1), state
 

@@ -1,4 +1,4 @@
-"""One pass that measures: pooled states of every layer, what only tokens tell of them, and what each block costs."""
+"""A measuring forward pass: pooled states and token figures of every layer, and the seconds and weights per block."""
 
 import time
 from collections.abc import Iterator
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKEN_FIGURES = ("prompt entropy", "tokens", "curvature")
-"""Columns that :class:`MeasuredLayers` puts behind the state's own."""
+"""Columns that :class:`MeasuredLayers` appends to the pooled state. Defined figures are never negative."""
 UNDEFINED = -1.0
-"""Stands for a figure that a text does not have: the encoder takes NaN for a failure. None of them is negative."""
+"""Replaces an undefined token figure, because the encoder treats NaN as a failure."""
 
 
 class MeasuredLayers(PooledLayers):
-    """Pooled states of every layer, each followed by the text's ``TOKEN_FIGURES`` there.
+    """Pooled states of every layer, each with the text's ``TOKEN_FIGURES`` in that layer as further columns.
 
-    Columns and not sums: a batch may fail half-way and be run again in parts, and a text may be left out later.
+    The figures are columns, not sums, because a batch may fail and run again in parts, and texts may be left out later.
 
     Args:
         model: a whole backbone.
@@ -46,7 +46,7 @@ class MeasuredLayers(PooledLayers):
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Here a pass looks at tokens and takes the time; elsewhere its ``TOKEN_FIGURES`` are undefined."""
+        """Measure token figures and time in this context. Outside of it, ``TOKEN_FIGURES`` are ``UNDEFINED``."""
         self._measuring = True
         try:
             yield
@@ -54,7 +54,7 @@ class MeasuredLayers(PooledLayers):
             self._measuring = False
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        """Pooled states and token figures [b, L + 1, D + 3], float32, of a batch of token ids."""
+        """Return pooled states and token figures [b, L + 1, D + 3], float32, of a batch."""
         self._device = next(self.model.parameters()).device
         self._marks = []
         self._mark()
@@ -64,13 +64,13 @@ class MeasuredLayers(PooledLayers):
         return found
 
     def summary(self, batch: TokenBatch, states: Tensor) -> Tensor:
-        """One row per text [b, D + 3]; the time that this takes is not the block's."""
+        """Return one row per text [b, D + 3]. The marks exclude this method's time from the block's time."""
         self._mark()
         pooled = super().summary(batch, states)
         figures = pooled.new_full((len(pooled), len(TOKEN_FIGURES)), UNDEFINED)
         if self._measuring:
             for places, tokens in batch.by_length(states):
-                found = torch.stack([prompt_entropy(tokens, self._order), curvature(tokens)], dim=1)
+                found = torch.stack([prompt_entropy(tokens, self._order), curvature(tokens)], dim=1)  # [group, 2]
                 entropies, curvatures = found.nan_to_num(nan=UNDEFINED).float().unbind(dim=1)
                 lengths = torch.full_like(entropies, tokens.shape[1])
                 figures[places] = torch.stack([entropies, lengths, curvatures], dim=1)
@@ -78,11 +78,11 @@ class MeasuredLayers(PooledLayers):
         return torch.cat([pooled, figures], dim=1)
 
     def seconds(self) -> NDArray[np.float64]:
-        """Seconds of all measured passes [L + 1]: embeddings, then each block; the last one with the final norm."""
+        """Return the seconds of all measured passes [L + 1]: embeddings, then each block; the last with final norm."""
         found = np.zeros(len(blocks(self.model)[2]) + 1)
         for marks in self._passes:
-            # One mark where the pass begins; then, for every layer, one before its summary and one after it.
-            found += [_between(begin, end) for begin, end in zip(marks[0::2], marks[1::2], strict=False)]
+            # The first mark is the start of the pass. Every layer adds one mark before its summary and one after it.
+            found += [_elapsed(begin, end) for begin, end in zip(marks[0::2], marks[1::2], strict=False)]
         return found
 
     def _mark(self) -> None:
@@ -95,19 +95,19 @@ class MeasuredLayers(PooledLayers):
 
 
 def weights_bytes(model: "PreTrainedModel", *, item_bytes: int) -> list[int]:
-    """Bytes of the weights of a model truncated after 0, 1, … L blocks.
+    """Return the bytes of the weights of a model truncated after 0, 1, … L blocks.
 
     Args:
         model: a whole backbone.
-        item_bytes: of one weight.
+        item_bytes: bytes of one weight.
     """
     of_blocks = [sum(weight.numel() for weight in block.parameters()) for block in blocks(model)[2]]
     rest = sum(weight.numel() for weight in model.parameters()) - sum(of_blocks)
     return [item_bytes * (rest + sum(of_blocks[:layer])) for layer in range(len(of_blocks) + 1)]
 
 
-def _between(begin: float | torch.Event, end: float | torch.Event) -> float:
+def _elapsed(begin: float | torch.Event, end: float | torch.Event) -> float:
     if isinstance(begin, torch.Event) and isinstance(end, torch.Event):
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1000
-    return float(end) - float(begin)  # type: ignore[arg-type]  # both or none are events
+    return float(end) - float(begin)  # type: ignore[arg-type]  # both are events, or neither

@@ -1,20 +1,22 @@
-"""The figures of one layer, streamed over blocks of texts: three D × D sums, whatever the number of texts.
+"""Layer metrics of one layer, accumulated over blocks of texts in three D × D sums. Memory is constant in the texts.
 
-What is gathered, in float64:
+The accumulated sums, in float64:
 
     moment    Σ z zᵀ of pooled vectors z at unit length                    → dataset entropy, effective rank
     between   Σ_i (μ_i − μ)(μ_i − μ)ᵀ of a text's mean over its views      → LiDAR
     within    Σ_ij (x_ij − μ_i)(x_ij − μ_i)ᵀ of its views                  → LiDAR
     sums      of prompt entropies, curvatures, InfoNCE and DiME, with their weights
 
-Scatters of two parts with n_1 and n_2 texts are joined by adding n_1 n_2 / (n_1 + n_2) · δδᵀ for the difference δ of
-their means (Chan, Golub and LeVeque 1983, Algorithms for Computing the Sample Variance, The American Statistician 37):
-nothing cancels, and neither the order of blocks nor their spread over processes matters beyond rounding.
+Two scatters of n_1 and n_2 texts are merged by adding n_1 n_2 / (n_1 + n_2) · δδᵀ, with δ the difference of their
+means. No term cancels: the order of blocks and the process that adds them change only the rounding. Source: Chan, Golub
+and LeVeque 1983, Algorithms for Computing the Sample Variance (The American Statistician 37).
 
-The measures are those of ``entropy``, ``curvature`` and ``invariance``. Choices of this project: views are brought to
-length sqrt(D) before LiDAR, so that numbers have mean square 1 and one ridge means the same for every layer and width;
-InfoNCE and DiME judge each block on its own, by its first two views, and are averaged over texts, so that figures
-compare only between equal block sizes; a block's permutations for DiME are drawn from the seed and its number.
+The modules ``entropy``, ``curvature`` and ``invariance`` define the metrics. Choices of this project:
+
+- Views are scaled to length sqrt(D) before LiDAR. One ridge then means the same for every layer and width.
+- InfoNCE and DiME compare the first two views within each block, and are averaged over texts. They are comparable
+  only between runs with equal block sizes.
+- The seed and the number of a block determine the block's permutations for DiME.
 """
 
 import math
@@ -38,32 +40,32 @@ MEANS = (
     "information_bound",
     "dime",
 )
-OF_TEXTS = 5
-"""The first of these are figures of a text, the others of a block."""
+PER_TEXT = 5
+"""The first so many means are over texts; the others are over blocks, weighted by their texts."""
 SPREAD_ROUNDING = 1e-13
-"""Class means whose root mean square distance is below this share of their length are equal."""
+"""Class means count as equal if their root mean square distance is below this share of their length."""
 
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """What one layer measures; NaN where a figure is undefined.
+    """Metrics of one layer; undefined ones are NaN.
 
     Attributes:
-        texts: pooled vectors that were seen.
-        prompt_entropy: of a text's tokens, mean over texts; nats.
-        prompt_entropy_log_rows: mean of each text's entropy / log(its tokens), texts of one token left out.
+        texts: number of pooled vectors.
+        prompt_entropy: mean entropy of a text's tokens, nats.
+        prompt_entropy_log_rows: mean of entropy / log(tokens), without texts of one token.
         prompt_entropy_log_width: mean of entropy / log D.
         prompt_entropy_log_least: mean of entropy / log(min(tokens, D)).
-        curvature: of a text's tokens, mean over the texts that have one; radians.
-        dataset_entropy: of the pooled vectors; nats.
-        dataset_entropy_log_rows: / log(texts).
-        dataset_entropy_log_width: / log D.
-        dataset_entropy_log_least: / log(min(texts, D)).
-        effective_rank: exp of their Shannon entropy, whatever the order of the entropies.
-        infonce: of two views, mean over blocks by their texts.
-        information_bound: log(texts in the block) − InfoNCE, averaged likewise.
-        lidar: of all views.
-        dime: of two views, averaged as InfoNCE.
+        curvature: mean over the texts that have a curvature, radians.
+        dataset_entropy: entropy of the pooled vectors, nats.
+        dataset_entropy_log_rows: dataset_entropy / log(texts).
+        dataset_entropy_log_width: dataset_entropy / log D.
+        dataset_entropy_log_least: dataset_entropy / log(min(texts, D)).
+        effective_rank: exp of the Shannon entropy of the pooled vectors, for every ``order``.
+        infonce: InfoNCE of two views, mean over blocks weighted by their texts.
+        information_bound: log(texts in the block) − InfoNCE, averaged in the same way.
+        lidar: LiDAR of all views.
+        dime: DiME of two views, averaged like InfoNCE.
     """
 
     texts: int
@@ -84,19 +86,19 @@ class LayerFigures:
 
 
 class LayerMoments:
-    """Gathers one layer's figures; 3 D² float64 of memory.
+    """Accumulates the metrics of one layer in 3 D² float64 numbers.
 
     Args:
         width: D of the layer.
         order: α of the entropies and of DiME.
-        temperature: of InfoNCE.
-        ridge: of LiDAR, beside views whose numbers have mean square 1.
-        permutations: of DiME, per block.
-        seed: of those permutations.
-        device: where the sums lie and the products are made; it needs float64.
+        temperature: temperature of InfoNCE.
+        ridge: ridge of LiDAR, for views whose numbers have mean square 1.
+        permutations: permutations of DiME per block.
+        seed: seed of the permutations.
+        device: device of the sums and products; it must support float64.
 
     Raises:
-        ValueError: a width below 1, or a setting that its measure refuses.
+        ValueError: a width below 1, or a setting outside the range of its metric.
     """
 
     def __init__(
@@ -133,21 +135,21 @@ class LayerMoments:
 
     @torch.no_grad()
     def add(self, texts: Tensor, token_figures: Tensor | None, views: Tensor | None, *, block: int) -> None:
-        """Take in one block of texts, on any device; nothing of it is kept.
+        """Add one block of texts, on any device, without keeping its tensors.
 
         Args:
             texts: pooled vectors [n, D].
-            token_figures: per text its prompt entropy (raw), number of tokens and curvature [n, 3]; NaN and whatever
-                is negative is undefined.
+            token_figures: prompt entropy (raw), number of tokens and curvature of each text [n, 3]. NaN and negative
+                values are undefined.
             views: pooled vectors of q ≥ 2 views of each text [n, q, D].
-            block: number of the block, its own among all that are added or merged.
+            block: number of the block, unique among all blocks that are added or merged.
 
         Raises:
-            ValueError: shapes that do not fit, fewer than 2 views, or a negative number.
+            ValueError: wrong shapes, fewer than 2 views, or a negative block number.
         """
         self._require_shapes(texts, token_figures, views)
         if block < 0:
-            raise ValueError(f"a block's number must be at least 0, not {block}")
+            raise ValueError(f"the block number must be at least 0, not {block}")
         device = self._moment.device
         rows = unit_rows(texts.to(device))
         self._moment.addmm_(rows.mT, rows)
@@ -159,13 +161,13 @@ class LayerMoments:
 
     @torch.no_grad()
     def merge(self, other: Self) -> None:
-        """Take in what another one has gathered of other blocks of the same layer.
+        """Add the sums of other blocks of the same layer.
 
         Raises:
-            ValueError: the other one has another width or other settings.
+            ValueError: ``other`` has a different width or different settings.
         """
         if self._settings() != other._settings():
-            raise ValueError(f"moments of {self._settings()} cannot take in those of {other._settings()}")
+            raise ValueError(f"moments with settings {other._settings()} cannot be merged into {self._settings()}")
         device = self._moment.device
         self._moment += other._moment.to(device)
         self._texts += other._texts
@@ -178,7 +180,7 @@ class LayerMoments:
             self._views += other._views
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that was gathered, and the settings, as float64 and int64 on the CPU; there the sums themselves."""
+        """Return all sums and settings as float64 and int64 tensors on the CPU. They share memory with CPU sums."""
         return {
             "moment": self._moment.cpu(),
             "between": self._between.cpu(),
@@ -193,34 +195,27 @@ class LayerMoments:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], *, device: torch.device | str = "cpu") -> Self:
-        """What ``tensors`` gave, as a copy that can be added to.
+        """Restore moments from the result of ``tensors``. The tensors are copied.
 
         Raises:
-            ValueError: a tensor is missing, or of another shape or dtype.
+            ValueError: a tensor is missing, or has a wrong shape or dtype.
         """
         order, temperature, ridge = _checked(tensors, "settings", 3).tolist()
         permutations, seed = _checked(tensors, "draw", 2, dtype=torch.int64).tolist()
         width = len(_checked(tensors, "class_mean", -1))
-        made = cls(
-            width,
-            order=order,
-            temperature=temperature,
-            ridge=ridge,
-            permutations=permutations,
-            seed=seed,
-            device=device,
-        )
+        settings = {"order": order, "temperature": temperature, "ridge": ridge}
+        moments = cls(width, **settings, permutations=permutations, seed=seed, device=device)
         for name in ("moment", "between", "within"):
-            getattr(made, f"_{name}").copy_(_checked(tensors, name, width, width))
-        made._class_mean.copy_(tensors["class_mean"])
-        made._sums.copy_(_checked(tensors, "sums", len(MEANS)))
-        made._weights.copy_(_checked(tensors, "weights", len(MEANS), dtype=torch.int64))
-        made._texts, made._classes, made._views = _checked(tensors, "counts", 3, dtype=torch.int64).tolist()
-        return made
+            getattr(moments, f"_{name}").copy_(_checked(tensors, name, width, width))
+        moments._class_mean.copy_(tensors["class_mean"])
+        moments._sums.copy_(_checked(tensors, "sums", len(MEANS)))
+        moments._weights.copy_(_checked(tensors, "weights", len(MEANS), dtype=torch.int64))
+        moments._texts, moments._classes, moments._views = _checked(tensors, "counts", 3, dtype=torch.int64).tolist()
+        return moments
 
     @torch.no_grad()
     def figures(self) -> LayerFigures:
-        """The figures of all that was gathered so far."""
+        """Return the metrics of all texts so far."""
         eigenvalues = spectrum_of(self._moment)
         dataset = entropy(eigenvalues, self.order)
         ratios = {
@@ -230,7 +225,7 @@ class LayerMoments:
         seen = {"dataset_entropy": dataset.item(), "effective_rank": effective_rank(eigenvalues).item(), **ratios}
         if not self._texts:
             seen = dict.fromkeys(seen, math.nan)
-        # 0 / 0 is the NaN of a figure that no text and no block had.
+        # 0 / 0 gives NaN for a metric that is undefined in every text or block.
         means = dict(zip(MEANS, (self._sums / self._weights).tolist(), strict=True))
         return LayerFigures(texts=self._texts, lidar=self._lidar(), **seen, **means)
 
@@ -239,13 +234,13 @@ class LayerMoments:
         raw, tokens, turns = figures.masked_fill(figures < 0, torch.nan).unbind(dim=1)
         ratios = [normalise(raw, tokens, self.width, how) for how in ("raw", "log_rows", "log_width", "log_least")]
         columns = torch.stack([*ratios, turns])
-        self._sums[:OF_TEXTS] += columns.nansum(dim=1)
-        self._weights[:OF_TEXTS] += (~columns.isnan()).sum(dim=1)
+        self._sums[:PER_TEXT] += columns.nansum(dim=1)
+        self._weights[:PER_TEXT] += (~columns.isnan()).sum(dim=1)
 
     def _add_views(self, views: Tensor, block: int) -> None:
         """Add views [n, q, D] of length sqrt(D)."""
         n, q, width = views.shape
-        means = views.mean(dim=1)
+        means = views.mean(dim=1)  # [n, D]
         mean = means.mean(dim=0)
         apart, inner = means - mean, (views - means[:, None]).view(n * q, width)
         self._join(mean, n)
@@ -256,12 +251,12 @@ class LayerMoments:
             return
         a, b = views[:, 0], views[:, 1]
         loss = infonce(a, b, self.temperature)
-        broken = dime(a, b, order=self.order, permutations=self.permutations, seed=(self.seed, block))
-        self._sums[OF_TEXTS:] += n * torch.stack([loss, information_bound(loss, n), broken]).cpu()
-        self._weights[OF_TEXTS:] += n
+        gained = dime(a, b, order=self.order, permutations=self.permutations, seed=(self.seed, block))
+        self._sums[PER_TEXT:] += n * torch.stack([loss, information_bound(loss, n), gained]).cpu()
+        self._weights[PER_TEXT:] += n
 
     def _join(self, mean: Tensor, n: int) -> None:
-        """Move the mean over classes, and add what lies between the old mean and that of n more classes."""
+        """Update the mean over classes with n more classes, and add the distance of both means to the scatter."""
         both = self._classes + n
         shift = mean - self._class_mean
         self._between.addr_(shift, shift, alpha=self._classes * n / both)
@@ -272,14 +267,13 @@ class LayerMoments:
         if self._classes < 2:
             return math.nan
         between = self._between / self._classes
-        # Lengths are sqrt(D); NaN is not below the limit and stays.
+        # Lengths are sqrt(D). NaN ≤ x is false, so NaN continues.
         if between.trace().item() <= SPREAD_ROUNDING**2 * self.width:
             return 0.0
         return lidar_of(between, self._within / self._views, self.ridge).item()
 
     def _settings(self) -> dict[str, float]:
-        names = ("width", "order", "temperature", "ridge", "permutations", "seed")
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def _require_shapes(self, texts: Tensor, token_figures: Tensor | None, views: Tensor | None) -> None:
         width = self.width
@@ -293,10 +287,10 @@ class LayerMoments:
 
 
 def _checked(tensors: Mapping[str, Tensor], name: str, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """A tensor of that name, shape (−1 for any size) and dtype."""
+    """Return the tensor of this name after checking its shape (−1 is any size) and dtype."""
     found = tensors.get(name)
     if found is None:
-        raise ValueError(f"moments without {name!r}")
+        raise ValueError(f"moments: the tensor {name!r} is missing")
     fits = len(found.shape) == len(shape) and all(
         size in (-1, own) for size, own in zip(shape, found.shape, strict=True)
     )

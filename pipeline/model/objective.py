@@ -1,6 +1,7 @@
-"""What the training loop trains: a compressor, with whatever its objective needs beside it."""
+"""The interface of training objectives: a batch of interactions, states of items, and a loss with validation AUC."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from sklearn.metrics import roc_auc_score
@@ -10,9 +11,14 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Clicks:
-    """Interactions of one batch: int64 items [b], earlier clicks and skips [b, k] (−1: none), float32 labels [b].
+    """Interactions of one batch. Items are row numbers of one matrix of states; −1 is padding.
 
-    All name rows of one matrix of states; ``profiles`` [b, 1] those of the users' texts, None where there are none.
+    Attributes:
+        items: int64 [b], the candidates.
+        clicked: int64 [b, k], items that the user clicked earlier.
+        skipped: int64 [b, k], items that the user rated earlier without a click.
+        labels: float32 [b], 1 for a click.
+        profiles: int64 [b, 1], rows of the users' texts; None if users have no texts.
     """
 
     items: Tensor
@@ -22,37 +28,33 @@ class Clicks:
     profiles: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> "Clicks":
-        profiles = None if self.profiles is None else self.profiles[rows]
-        return Clicks(self.items[rows], self.clicked[rows], self.skipped[rows], self.labels[rows], profiles)
+        return self._each(lambda part: part[rows])
 
     def __len__(self) -> int:
         return len(self.items)
 
     def to(self, device: torch.device) -> "Clicks":
-        """The same on a device."""
-        return Clicks(
-            self.items.to(device),
-            self.clicked.to(device),
-            self.skipped.to(device),
-            self.labels.to(device),
-            None if self.profiles is None else self.profiles.to(device),
-        )
+        """Return the batch on another device."""
+        return self._each(lambda part: part.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Clicks":
+        return Clicks(**{name: None if part is None else change(part) for name, part in vars(self).items()})
 
 
-class Source(nn.Module):
-    """Where the states of items come from."""
+class ItemStates(nn.Module):
+    """Provides the hidden states of items."""
 
     def forward(self, items: Tensor, candidate: Tensor) -> Tensor:
-        """States [m, D] of items [m]; ``candidate`` [m] says which of them the loss is about."""
+        """Return states [m, D] of items [m]; ``candidate`` [m] marks the items whose clicks the loss predicts."""
         raise NotImplementedError
 
     def all_states(self) -> Tensor:
-        """States [items, D], as they are now."""
+        """Return the current states [items, D] of all items."""
         raise NotImplementedError
 
 
-class FrozenStates(Source):
-    """Pooled hidden states of all items, computed beforehand.
+class FrozenStates(ItemStates):
+    """Pooled hidden states of all items, computed in advance.
 
     Args:
         states: [items, D].
@@ -65,39 +67,39 @@ class FrozenStates(Source):
     states: Tensor
 
     def forward(self, items: Tensor, candidate: Tensor) -> Tensor:
-        """States [m, D] of items [m]."""
+        """Return states [m, D] of items [m]."""
         states: Tensor = functional.embedding(items, self.states)
         return states
 
     def all_states(self) -> Tensor:
-        """States [items, D]."""
+        """Return the states [items, D]."""
         return self.states
 
 
 class Objective(nn.Module):
-    """A loss over batches of interactions, and how well the compressor serves it on others.
+    """A loss over batches of interactions, and its validation on other interactions.
 
     Args:
-        source: from items [m] and which of them are candidates [m] to their states h [m, D].
-        compressor: from h [n, D] to z [n, d].
+        source: provides states h [m, D] of items [m].
+        compressor: maps h [n, D] to z [n, d].
     """
 
-    def __init__(self, source: Source, compressor: nn.Module) -> None:
+    def __init__(self, source: ItemStates, compressor: nn.Module) -> None:
         super().__init__()
         self.source = source
         self.compressor = compressor
 
     def forward(self, batch: Clicks) -> dict[str, Tensor]:
-        """``loss`` and its terms."""
+        """Return ``loss`` and its terms."""
         raise NotImplementedError
 
     def score(self, vectors: Tensor, batch: Clicks) -> Tensor:
-        """How likely a click is, in any unit [b], given the vectors [items, d] of all items."""
+        """Return scores [b] that rise with the probability of a click, from the vectors [items, d] of all items."""
         raise NotImplementedError
 
     @torch.no_grad()
     def vectors(self) -> Tensor:
-        """Vectors [items, d] of all items, as the compressor makes them."""
+        """Return the compressor's vectors [items, d] of all items, in evaluation mode."""
         mode = self.training
         self.eval()
         made: Tensor = self.compressor(self.source.all_states())
@@ -106,7 +108,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def validate(self, batch: Clicks) -> float:
-        """AUC of the scores of interactions that were not trained on; NaN where there is none."""
+        """Return the AUC of held-out interactions; NaN if a score is not finite or all labels are equal."""
         mode = self.training
         vectors = self.vectors()
         self.eval()
@@ -118,28 +120,29 @@ class Objective(nn.Module):
 
 
 def scaled(vectors: Tensor) -> Tensor:
-    """Vectors [n, d] at length √d: what is shipped has unit length, networks like numbers of size 1."""
+    """Scale vectors [n, d] to length √d, so that their numbers have mean square 1 for the networks."""
     return functional.normalize(vectors, dim=-1).mul(vectors.shape[-1] ** 0.5)
 
 
-def distinct(batch: Clicks) -> tuple[Tensor, Tensor, Tensor]:
-    """The items that a batch touches.
+def distinct(batch: Clicks) -> tuple[Tensor, Tensor, Clicks]:
+    """Return the distinct items of a batch.
 
     Returns:
-        Each once [m]; which of them are candidates [m]; and the rows of the batch's entries in them, items first,
-        then clicks, skips and profiles, flattened.
+        The items [m]; a mask [m] of the candidates; and the batch with row numbers of these items.
     """
-    parts = [batch.items, batch.clicked, batch.skipped, *([] if batch.profiles is None else [batch.profiles])]
-    everything = torch.cat([part.flatten() for part in parts])
-    # Where there is none, an item that is touched anyway: no other may enter the batch.
+    parts = {name: part for name, part in vars(batch).items() if name != "labels" and part is not None}
+    everything = torch.cat([part.flatten() for part in parts.values()])
+    # Replace padding (−1) with an item that is already in the batch.
     items, places = torch.unique(everything.where(everything >= 0, batch.items[:1]), return_inverse=True)
     candidate = torch.zeros(len(items), dtype=torch.bool, device=items.device)
     candidate[places[: len(batch)]] = True
-    return items, candidate, places
+    rows = places.masked_fill(everything < 0, -1).split([part.numel() for part in parts.values()])
+    local = {name: row.view(part.shape) for (name, part), row in zip(parts.items(), rows, strict=True)}
+    return items, candidate, replace(batch, **local)
 
 
 def mean_of(vectors: Tensor, history: Tensor) -> Tensor:
-    """Mean [b, d] of the rows of vectors [m, d] that history [b, k] names; zeros where it names none."""
+    """Return the mean [b, d] of the vectors [m, d] in each history [b, k]; zeros for a history of padding only."""
     present = (history >= 0).to(vectors.dtype)
-    found = functional.embedding(history.clamp(min=0), vectors)
+    found = functional.embedding(history.clamp(min=0), vectors)  # [b, k, d]
     return torch.bmm(present.unsqueeze(1), found).squeeze(1) / present.sum(dim=1, keepdim=True).clamp(min=1)

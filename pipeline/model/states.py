@@ -1,4 +1,4 @@
-"""Hidden states of every layer for a list of texts: one pass over the backbone, streamed to disk."""
+"""Hidden states of every layer for a list of texts: one pass over the backbone, streamed to a .npy file."""
 
 import logging
 import time
@@ -35,18 +35,20 @@ def write_states(
     resources: TaskResources,
     dims: Sequence[int] = (),
 ) -> StatesFacts:
-    """Write pooled states float32 [L + 1, texts, D] as a ``.npy`` file; memory does not grow with the texts.
+    """Write pooled states float32 [L + 1, texts, D] to a ``.npy`` file, and return facts about them.
+
+    Memory does not grow with the number of texts.
 
     Args:
-        texts: any number.
-        path: of the file.
+        texts: any number of texts.
+        path: path of the file.
         train: backbone, pooling, max_tokens.
-        encode: device, dtype and token budget, as the nights run the model.
+        encode: device, dtype and token budget, as in the nightly run.
         resources: cores and GPU.
-        dims: lengths of vectors that are wanted of the states: what cannot be is said before the long pass.
+        dims: vector lengths that the states will be compressed to; checked before the pass.
 
     Raises:
-        UserError: unknown backbone, or one with too few layers or numbers.
+        UserError: the backbone is unknown, or has too few layers or too small a width.
     """
     backbone = load_backbone(train.backbone)
     layers, width = len(blocks(backbone)[2]), backbone.config.hidden_size
@@ -76,9 +78,8 @@ def write_states(
             reported = time.monotonic()
             done = min(len(texts), start + TEXTS_AT_ONCE)
             left = (reported - started) * (len(texts) / done - 1)
-            log.info(
-                "states: %s of %s texts, %s tokens, about %.0f s left", *map(_grouped, (done, len(texts), tokens)), left
-            )
+            counts = [f"{number:,}" for number in (done, len(texts), tokens)]
+            log.info("states: %s of %s texts, %s tokens, about %.0f s left", *counts, left)
     states.flush()
     return StatesFacts(
         layers=layers, width=width, max_tokens=max_tokens, dtype=str(dtype).removeprefix("torch."), device=str(device)
@@ -86,7 +87,7 @@ def write_states(
 
 
 def cutting_tokenizer(backbone: "PreTrainedModel", train: TrainSettings) -> "tuple[Tokenizer, int]":
-    """The backbone's tokenizer, truncating and never padding, and the tokens that it lets pass."""
+    """Return the backbone's tokenizer, which truncates and does not pad, and its limit in tokens."""
     max_tokens = min(train.max_tokens, positions(backbone) or train.max_tokens)
     tokenizer: Tokenizer = load_tokenizer(train.backbone).backend_tokenizer
     tokenizer.no_padding()
@@ -95,13 +96,9 @@ def cutting_tokenizer(backbone: "PreTrainedModel", train: TrainSettings) -> "tup
 
 
 def positions(backbone: "PreTrainedModel") -> int | None:
-    """Tokens that the backbone has positions for; RoBERTa and its like lose those up to the padding index."""
+    """Return the backbone's number of token positions. RoBERTa and similar models start after the padding index."""
     limit: int | None = getattr(backbone.config, "max_position_embeddings", None)
     for name, module in backbone.named_modules():
         if limit and name.endswith("position_embeddings") and isinstance(getattr(module, "padding_idx", None), int):
             return limit - int(module.padding_idx) - 1
     return limit
-
-
-def _grouped(number: int) -> str:
-    return f"{number:,}"

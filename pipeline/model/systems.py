@@ -16,7 +16,7 @@ from pipeline.model.fit import learn
 from pipeline.model.learning import LearningData, known_states
 from pipeline.model.marc import Constraints, Marc
 from pipeline.model.matching import NETWORKS
-from pipeline.model.objective import FrozenStates, Objective, Source
+from pipeline.model.objective import FrozenStates, ItemStates, Objective
 from pipeline.model.regression import fit_regression
 from schemas.evaluation import Family
 
@@ -154,7 +154,7 @@ def new_compressor(start: WhitenedPCA, train: TrainSettings) -> Bottleneck:
 
 
 def new_marc(
-    source: Source,
+    source: ItemStates,
     compressor: torch.nn.Module,
     *,
     dim: int,

@@ -1,4 +1,4 @@
-"""The tuned regime: LoRA adapters on the backbone's kept layers, trained with compressor and matching network."""
+"""The tuned regime: LoRA adapters on the backbone's kept layers, trained with the compressor and matching network."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
@@ -12,7 +12,7 @@ from torch.nn import functional
 from pipeline.model.backbone import HiddenStates, PooledStates
 from pipeline.model.batches import PaddedTokens
 from pipeline.model.encoder import token_batches
-from pipeline.model.objective import Source
+from pipeline.model.objective import ItemStates
 from schemas.bundle import Pooling
 
 if TYPE_CHECKING:
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 
 LORA_ALPHA_PER_RANK = 2
 LORA_DROPOUT = 0.05
-# Mamba's scan reads these as weights and never calls them: an adapter beside them would not be heard.
-READ_AS_WEIGHTS = ["dt_proj", "out_proj"]
+# Mamba's scan uses the weights of these modules without calling them, so that adapters would have no effect.
+UNCALLED_MODULES = ["dt_proj", "out_proj"]
 
 
-class TunedStates(Source):
+class TunedStates(ItemStates):
     """States of items from a backbone that is being tuned.
 
-    Candidates go through the backbone, with gradients. Items of histories are read from a bank that holds the latest
-    state of every item: encoding ten earlier items per candidate anew would cost ten times as much.
+    Candidates go through the backbone, with gradients. Items of histories come from a bank with the latest state of
+    every item, because encoding ten history items per candidate would cost ten times as much.
 
     Args:
-        backbone: truncated, with LoRA adapters.
-        tokens: ids of every item's text.
-        states: pooled states [items, D] of the untouched backbone, the bank's first content.
-        whole: whether no layer was cut off.
+        backbone: truncated backbone with LoRA adapters.
+        tokens: token ids of every item's text.
+        states: pooled states [items, D] of the original backbone, which initialise the bank.
+        whole: whether the backbone has all its layers.
         pooling: how token states become one vector.
-        dtype: of the passes through the backbone (autocast); weights stay float32.
+        dtype: type of the passes through the backbone (autocast); weights stay float32.
         token_budget: padded tokens per pass.
     """
 
@@ -59,13 +59,13 @@ class TunedStates(Source):
         self.tokens = tokens
         self.dtype = dtype
         self.token_budget = token_budget
-        # Persistent: a resumed run must find the bank as it was.
+        # Persistent, because a resumed run needs the same bank.
         self.register_buffer("bank", states.clone())
 
     bank: Tensor
 
     def forward(self, items: Tensor, candidate: Tensor) -> Tensor:
-        """States [m, D] of items [m]; those of candidates [m] with gradients, and fresh."""
+        """Return states [m, D] of items [m]; those of candidates [m] are newly computed, with gradients."""
         fresh = self._encoded(items[candidate])
         with torch.no_grad():
             self.bank[items[candidate]] = fresh
@@ -73,7 +73,7 @@ class TunedStates(Source):
 
     @torch.no_grad()
     def all_states(self) -> Tensor:
-        """States [items, D] of all items, fresh; the bank holds them afterwards."""
+        """Recompute the states [items, D] of all items, store them in the bank, and return them."""
         self.bank.copy_(self._encoded(torch.arange(len(self.bank), device=self.bank.device)))
         return self.bank
 
@@ -86,23 +86,23 @@ class TunedStates(Source):
             batch = PaddedTokens.of([self.tokens[chosen[place]] for place in order[rows]]).to(items.device)
             with torch.autocast(items.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
                 parts.append(self.pooled(batch).float())
-        found = torch.cat(parts)
+        found = torch.cat(parts)  # [m, D], in the order of length
         return torch.empty_like(found).index_copy(0, torch.from_numpy(order).to(items.device), found)
 
 
 def add_lora(backbone: "PreTrainedModel", *, rank: int, seed: int) -> "PeftModel":
-    """Adapters of low rank beside every linear map of the blocks; nothing else is trained.
+    """Add LoRA adapters to every linear layer of the blocks, and freeze all other weights.
 
-    Hu et al., LoRA, ICLR 2022 (arXiv 2106.09685). They begin as zero: the model begins as the untouched one.
+    Hu et al., LoRA, ICLR 2022 (arXiv 2106.09685). The adapters are initialised so that the states do not change.
     """
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - seconds that only the tuned regime pays
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - takes seconds, and only the tuned regime needs it
 
     config = LoraConfig(
         r=rank,
         lora_alpha=LORA_ALPHA_PER_RANK * rank,
         lora_dropout=LORA_DROPOUT,
         target_modules="all-linear",
-        exclude_modules=READ_AS_WEIGHTS if "mamba" in str(backbone.config.model_type) else None,
+        exclude_modules=UNCALLED_MODULES if "mamba" in str(backbone.config.model_type) else None,
         bias="none",
     )
     with torch.random.fork_rng(devices=[]):
@@ -111,5 +111,5 @@ def add_lora(backbone: "PreTrainedModel", *, rank: int, seed: int) -> "PeftModel
 
 
 def merged(backbone: "PeftModel") -> "PreTrainedModel":
-    """The backbone with its adapters added to the weights: an ordinary model again."""
+    """Return the plain backbone, with the adapters merged into its weights."""
     return cast("PreTrainedModel", backbone.merge_and_unload())

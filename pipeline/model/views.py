@@ -1,7 +1,7 @@
-"""Augmented views of texts: light noise as people type it, seeded.
+"""Augmented views of texts: typing errors (swaps, neighbouring keys, inserted spaces) with a fixed seed.
 
-The operations are those of Skean et al. (ICML 2025, arXiv 2502.02013): character swaps, keyboard slips and splits, with
-probability 0.3. How exactly each is done is this project's choice.
+The operations and their probability of 0.3 are those of Skean et al. (ICML 2025, arXiv 2502.02013). This project chose
+the details of each operation.
 """
 
 import re
@@ -12,16 +12,16 @@ import numpy as np
 
 from pipeline.errors import UserError
 
-# A language without spaces gets its noise too.
+# At most eight characters, so that languages without spaces get errors too.
 RUN = re.compile(r"\S{1,8}")
-# The rows of a QWERTY keyboard, and how far each is shifted to the right, in keys.
+# The rows of a QWERTY keyboard, and the shift of each to the right, in keys.
 ROWS = (("qwertyuiop", 0.0), ("asdfghjkl", 0.25), ("zxcvbnm", 0.75))
 JOINER = "\u200d"
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 
 
 def _slips() -> dict[str, str]:
-    """The letters beside each letter on the keyboard, in its case."""
+    """Return the neighbouring letters of each letter on the keyboard, in the same case."""
     place = {key: (row, column + shift) for row, (keys, shift) in enumerate(ROWS) for column, key in enumerate(keys)}
     slips: dict[str, str] = {}
     for key, (row, x) in place.items():
@@ -39,24 +39,24 @@ SLIPS = _slips()
 
 
 def text_view(text: str, *, seed: Sequence[int] | int, probability: float = 0.3) -> str:
-    """A damaged copy of a text, the same on every machine; whitespace is kept as it is.
+    """Return a copy of a text with typing errors, the same on every machine. Whitespace is unchanged.
 
-    Every run of up to eight characters that are no whitespace is, with ``probability``, damaged once: two neighbours
-    swapped, a letter replaced by one beside it on the keyboard, or a space put in. What cannot be done to a run falls
-    to the other two; a run to which nothing can be done is left. Linear in the text.
+    A run is up to eight characters without whitespace. Each run gets one error with ``probability``: two neighbouring
+    characters swapped, a letter replaced by its neighbour on the keyboard, or an inserted space. If an operation is
+    impossible for a run, the next one is tried. The time is linear in the text.
 
     Args:
-        text: of any length; what lies behind a run has no influence on it.
-        seed: one number or several, none negative.
-        probability: of damage, of each run.
+        text: any length. Characters after a run do not influence it.
+        seed: one or several numbers ≥ 0.
+        probability: probability of an error in each run.
 
     Raises:
-        UserError: ``probability`` is none.
+        UserError: ``probability`` is not between 0 and 1.
     """
     if not 0 <= probability <= 1:
-        raise UserError(f"{probability} is no probability: a view damages a share of 0 to 1 of the runs")
+        raise UserError(f"the probability of a view must be between 0 and 1, not {probability}")
     spans = [match.span() for match in RUN.finditer(text)]
-    # A row of numbers for every run, used or not: raising the probability damages more runs, the others as before.
+    # Every run draws its numbers, used or not: a higher probability adds errors and keeps the present ones.
     draws = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))).random((len(spans), 4))
     parts, done = [], 0
     for number in np.flatnonzero(draws[:, 0] < probability).tolist():
@@ -70,20 +70,20 @@ def text_view(text: str, *, seed: Sequence[int] | int, probability: float = 0.3)
 def text_views(
     texts: Sequence[str], *, views: int, seed: int, probability: float = 0.3, first: int = 0
 ) -> list[list[str]]:
-    """Damaged copies of texts, [views][texts].
+    """Return copies of texts with typing errors, [views][texts].
 
-    A view is seeded with ``seed``, its number, and the number of the text in the whole sample: a block of a sample
-    gets the views that it would get in the whole.
+    ``seed``, the number of the view and the number of the text in the whole sample determine a view. A block of a
+    sample therefore gets the same views as in the whole sample.
 
     Args:
-        texts: of the block.
-        views: of each text; no two share their noise.
-        seed: of the sample.
-        probability: of damage, of each run of characters.
+        texts: texts of the block.
+        views: number of views per text, each with its own errors.
+        seed: seed of the sample.
+        probability: probability of an error in each run of characters.
         first: number of the block's first text in the sample.
 
     Raises:
-        UserError: ``probability`` is none.
+        UserError: ``probability`` is not between 0 and 1.
     """
     return [
         [text_view(text, seed=(seed, view, first + i), probability=probability) for i, text in enumerate(texts)]
@@ -92,13 +92,15 @@ def text_views(
 
 
 def _damaged(run: str, operation: int, place: float, key: float) -> str:
-    """A run damaged once, by the first operation that is possible from number ``operation`` on, as it is by none.
+    """Return a run with one error: of the first possible operation, starting at number ``operation``.
+
+    A run for which no operation is possible is returned unchanged.
 
     Args:
-        run: without whitespace.
-        operation: 0 to 2.
-        place: where in the run, in [0, 1).
-        key: which of the neighbouring keys, in [0, 1).
+        run: characters without whitespace.
+        operation: number of the operation, 0 to 2.
+        place: position in the run, in [0, 1).
+        key: choice among the neighbouring keys, in [0, 1).
     """
     operations = (_swapped, _slipped, _split)
     for damage in operations[operation:] + operations[:operation]:
@@ -110,7 +112,7 @@ def _damaged(run: str, operation: int, place: float, key: float) -> str:
 
 def _swapped(run: str, place: float, _: float) -> str | None:
     characters = _characters(run)
-    # Swapping equals would change nothing.
+    # Swapping equal characters would not change the run.
     places = [i for i in range(len(characters) - 1) if characters[i] != characters[i + 1]]
     if not places:
         return None
@@ -137,7 +139,7 @@ def _split(run: str, place: float, _: float) -> str | None:
 
 
 def _characters(run: str) -> list[str]:
-    """What a reader takes for characters: marks, skin tones and joined emoji stay with what they belong to."""
+    """Split a run into visible characters: marks, skin tones and joined emoji stay with their base character."""
     if run.isascii():
         return list(run)
     characters: list[str] = []

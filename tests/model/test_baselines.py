@@ -1,7 +1,6 @@
-"""The losses that MARC is compared with, recomputed by hand."""
+"""The baseline losses against loops over the same numbers."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,15 +12,9 @@ from pipeline.model.baselines import TEMPERATURE, Autoencoder, Contrastive, Matr
 from pipeline.model.compressor import Bottleneck
 from pipeline.model.objective import Clicks, FrozenStates, mean_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DIM = 8
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +24,7 @@ def states() -> Tensor:
 
 @pytest.fixture(scope="module")
 def batch() -> Clicks:
-    """Rows of users with and without histories, and of items that more than one user clicks."""
+    """Rows of users with and without histories; several rows have the same item."""
     training = learnable()[0].training
     batch = training[torch.cat([torch.arange(30), torch.arange(400, 450)])]
     assert (batch.clicked[:, 0] < 0).any()
@@ -53,7 +46,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def user(vectors: Tensor, clicked: list[int]) -> Tensor:
-    """Mean of the directions of what was clicked, at any length."""
+    """Mean of the clicked items' unit vectors."""
     named = [vectors[item] / vectors[item].norm() for item in clicked if item >= 0]
     return torch.stack(named).mean(dim=0) if named else torch.zeros(vectors.shape[1])
 
@@ -62,7 +55,7 @@ def log_loss(logit: float, label: float) -> float:
     return math.log1p(math.exp(-logit if label else logit))
 
 
-def test_the_mean_of_a_history_is_that_of_the_items_it_names(states: Tensor) -> None:
+def test_the_mean_of_a_history_ignores_padding(states: Tensor) -> None:
     history = torch.tensor([[3, 5, 3], [7, -1, -1], [-1, -1, -1], [-1, 2, -1]])
     expected = torch.stack([(2 * states[3] + states[5]) / 3, states[7], torch.zeros(WIDTH), states[2]])
     torch.testing.assert_close(mean_of(states, history), expected)
@@ -89,13 +82,13 @@ def test_the_matryoshka_loss_is_the_mean_over_nested_cosines(
         for item, clicked, label in zip(
             batch.items.tolist(), batch.clicked.tolist(), batch.labels.tolist(), strict=True
         ):
-            # The user is a mean of whole directions; only then is it cut.
+            # The user's mean is computed from whole vectors, and cut afterwards.
             agreement = cosine(user(vectors, clicked)[:size], vectors[item][:size])
             losses.append(log_loss(scale * agreement + bias, label))
     assert objective(batch)["loss"].item() == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
-def test_two_towers_score_by_the_cosine_of_item_and_mean_of_clicks(states: Tensor, batch: Clicks) -> None:
+def test_two_tower_scores_are_cosines_of_item_and_mean_of_clicks(states: Tensor, batch: Clicks) -> None:
     module = compressor()
     for objective in (Matryoshka(FrozenStates(states), module, dim=DIM), Contrastive(FrozenStates(states), module)):
         vectors = objective.vectors()
@@ -121,22 +114,22 @@ def naive_contrastive(vectors: Tensor, batch: Clicks) -> float:
     return sum(losses) / len(losses)
 
 
-def test_the_contrastive_loss_takes_other_items_of_the_batch_as_negatives(states: Tensor, batch: Clicks) -> None:
+def test_the_contrastive_loss_uses_other_items_of_the_batch_as_negatives(states: Tensor, batch: Clicks) -> None:
     module = compressor()
     clicked_items = batch.items[(batch.labels > 0) & (batch.clicked[:, 0] >= 0)].tolist()
-    assert len(set(clicked_items)) < len(clicked_items)  # the same item elsewhere is there to be masked
+    assert len(set(clicked_items)) < len(clicked_items)  # so that the mask has an effect
     found = Contrastive(FrozenStates(states), module)(batch)["loss"].item()
     assert found == pytest.approx(naive_contrastive(module(states).detach(), batch), rel=1e-5)
 
 
-def test_the_same_item_elsewhere_is_no_negative(states: Tensor, batch: Clicks) -> None:
+def test_the_same_item_in_another_row_is_not_a_negative(states: Tensor, batch: Clicks) -> None:
     rows = torch.nonzero((batch.labels > 0) & (batch.clicked[:, 0] >= 0)).squeeze(1)[:6]
     one_item = replace(batch[rows], items=torch.full((6,), 30))
     found = Contrastive(FrozenStates(states), compressor())(one_item)["loss"]
     assert found.item() == pytest.approx(0, abs=1e-6)
 
 
-def test_rows_without_a_click_or_a_history_change_no_contrastive_loss(states: Tensor, batch: Clicks) -> None:
+def test_rows_without_a_click_or_a_history_do_not_change_the_contrastive_loss(states: Tensor, batch: Clicks) -> None:
     objective = Contrastive(FrozenStates(states), compressor())
     rows = torch.nonzero((batch.labels > 0) & (batch.clicked[:, 0] >= 0)).squeeze(1)
     assert 2 < len(rows) < len(batch)
@@ -173,7 +166,7 @@ def naive_error(objective: Autoencoder, states: Tensor, known: Tensor, items: Te
     return sum(errors) / len(errors)
 
 
-def test_the_autoencoders_loss_is_the_squared_error_in_standard_deviations(states: Tensor, batch: Clicks) -> None:
+def test_the_autoencoder_loss_is_the_squared_error_of_standardised_states(states: Tensor, batch: Clicks) -> None:
     known = states[20:]
     objective = Autoencoder(FrozenStates(states), compressor(), states=known, dim=DIM, hidden=16)
     expected = naive_error(objective, states, known, batch.items)
@@ -183,7 +176,7 @@ def test_the_autoencoders_loss_is_the_squared_error_in_standard_deviations(state
     assert torch.equal(objective(other_users)["loss"], objective(batch)["loss"])
 
 
-def test_the_autoencoder_validates_by_minus_its_error_without_dropout(states: Tensor, batch: Clicks) -> None:
+def test_the_autoencoder_validates_with_minus_its_loss_without_dropout(states: Tensor, batch: Clicks) -> None:
     module = Bottleneck(width=WIDTH, dim=DIM, hidden=16, dropout=0.5)
     with torch.no_grad():
         module.down.weight.normal_()
@@ -194,7 +187,7 @@ def test_the_autoencoder_validates_by_minus_its_error_without_dropout(states: Te
     assert found != pytest.approx(-objective.train()(batch)["loss"].item(), rel=1e-4)
 
 
-def test_a_number_that_never_changes_does_no_harm(states: Tensor, batch: Clicks) -> None:
+def test_a_constant_column_has_a_finite_loss(states: Tensor, batch: Clicks) -> None:
     constant = states.clone()
     constant[:, 3] = 7.0
     objective = Autoencoder(FrozenStates(constant), compressor(), states=constant, dim=DIM, hidden=16)

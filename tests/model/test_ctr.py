@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,16 +15,10 @@ from pipeline.interactions import Interactions, Split, split_by_time
 from pipeline.model import ctr
 from pipeline.model.ctr import ClickData, ClickScore, CtrSettings, click_data, score_vectors
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 USERS, ITEMS, RARE, ROWS, WIDTH = 40, 200, 100, 5000, 6
 FAST = CtrSettings(learning_rate=3e-3, batch=256, max_epochs=8, hidden=32)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tastes() -> tuple[Interactions, NDArray[np.float32]]:

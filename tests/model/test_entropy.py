@@ -1,15 +1,15 @@
-"""Matrix-based entropy against eigenvalues of loops, cases known by hand, and what must not change it."""
+"""Matrix-based entropy against loops, hand-computed cases, invariances and refused arguments."""
 
 import itertools
 import math
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from layer_reference import Array, rotation, tensor
 from torch import Tensor
 
 from pipeline.model.entropy import (
@@ -23,8 +23,6 @@ from pipeline.model.entropy import (
     spectrum_of,
     unit_rows,
 )
-
-Array = NDArray[np.float64]
 
 ORDERS = [0.0, 0.3, 0.5, 0.99, 0.995, 1.0, 1.005, 1.01, 1.5, 2.0, 5.0, 40.0, math.inf]
 all_orders = pytest.mark.parametrize("order", ORDERS)
@@ -51,18 +49,9 @@ def naive_entropy(z: Array, order: float) -> float:
 
 
 def random_rows(n: int, width: int, seed: int = 0) -> Array:
-    """Rows of many lengths whose directions are neither alike nor evenly spread."""
+    """Rows of different lengths whose directions are neither equal nor evenly spread."""
     rng = np.random.default_rng(seed)
     return rng.normal(size=(n, width)) * rng.uniform(0.2, 2, size=width) * rng.lognormal(size=(n, 1)) + 0.3
-
-
-def rotation(width: int, seed: int = 5) -> Array:
-    matrix: Array = np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))[0]
-    return matrix
-
-
-def tensor(array: Any) -> Tensor:
-    return torch.as_tensor(array, dtype=torch.float64)
 
 
 def orthonormal(n: int, width: int) -> Tensor:
@@ -104,20 +93,20 @@ def test_a_text_is_judged_as_if_it_were_alone(order: float, tokens: int) -> None
     assert found.tolist() == pytest.approx([naive_entropy(text, order) for text in texts], abs=1e-6)
 
 
-# Cases known by hand
+# Hand-computed cases
 
 
 @all_orders
 @pytest.mark.parametrize(("n", "width"), [(1, 4), (4, 4), (4, 9)])
 def test_orthogonal_rows_have_the_most_entropy(order: float, n: int, width: int) -> None:
-    z = orthonormal(n, width) * torch.arange(1.0, n + 1)[:, None]  # their lengths play no part
+    z = orthonormal(n, width) * torch.arange(1.0, n + 1)[:, None]  # of different lengths
     assert dataset_entropy(z, order).item() == pytest.approx(math.log(n), abs=1e-12)
     assert effective_rank(spectrum(z)).item() == pytest.approx(n, abs=1e-9)
 
 
 @all_orders
 @pytest.mark.parametrize(("n", "width"), [(1, 3), (9, 4), (4, 9)])
-def test_rows_on_one_line_have_none(order: float, n: int, width: int) -> None:
+def test_rows_on_one_line_have_entropy_0(order: float, n: int, width: int) -> None:
     z = tensor(np.outer(np.linspace(-3, 2, n), random_rows(1, width)[0]))
     found = dataset_entropy(z, order).item()
     assert found == pytest.approx(0, abs=1e-12)
@@ -125,7 +114,7 @@ def test_rows_on_one_line_have_none(order: float, n: int, width: int) -> None:
     assert effective_rank(spectrum(z)).item() == pytest.approx(1, abs=1e-12)
 
 
-def test_two_directions_of_known_shares() -> None:
+def test_entropies_of_two_directions_with_known_shares() -> None:
     z = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 5.0]])
     shares = (0.75, 0.25)
     assert spectrum(z).tolist() == pytest.approx([0.25, 0.75])
@@ -136,7 +125,7 @@ def test_two_directions_of_known_shares() -> None:
 
 
 @all_orders
-def test_nothing_but_zeros_has_no_entropy(order: float) -> None:
+def test_rows_of_zeros_only_have_entropy_0(order: float) -> None:
     zeros = torch.zeros(5, 3)
     assert spectrum(zeros).tolist() == [0, 0, 0]
     assert spectrum_of(torch.zeros(3, 3)).tolist() == [0, 0, 0]
@@ -146,7 +135,7 @@ def test_nothing_but_zeros_has_no_entropy(order: float) -> None:
 
 @all_orders
 @pytest.mark.parametrize("padded", [5, 40])
-def test_rows_of_zeros_count_for_nothing(order: float, padded: int) -> None:
+def test_rows_of_zeros_are_ignored(order: float, padded: int) -> None:
     texts = [random_rows(n, 6, n) for n in (2, 5, 4)]
     batch = torch.zeros(3, padded, 6, dtype=torch.float64)
     for row, text in zip(batch, texts, strict=True):
@@ -160,7 +149,9 @@ def test_rows_of_zeros_count_for_nothing(order: float, padded: int) -> None:
 
 @given(n=st.integers(1, 10), width=st.integers(1, 10), seed=st.integers(0, 2**32 - 1), rank=st.integers(1, 10))
 @settings(max_examples=40, deadline=None)
-def test_falls_with_the_order_between_0_and_the_log_of_the_rank(n: int, width: int, seed: int, rank: int) -> None:
+def test_entropy_falls_with_the_order_and_is_at_most_the_log_of_the_rank(
+    n: int, width: int, seed: int, rank: int
+) -> None:
     z = random_rows(n, rank, seed) @ random_rows(rank, width, seed + 1)
     found = [dataset_entropy(tensor(z), order).item() for order in ORDERS]
     assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(found)), found
@@ -169,7 +160,7 @@ def test_falls_with_the_order_between_0_and_the_log_of_the_rank(n: int, width: i
 
 
 @pytest.mark.parametrize("step", [1e-1, 1e-3, 1e-6, 1e-9, 1e-12, 1e-15])
-def test_orders_near_1_come_to_the_shannon_entropy(step: float) -> None:
+def test_orders_near_1_approach_the_shannon_entropy(step: float) -> None:
     eigenvalues = spectrum(tensor(random_rows(30, 20)))
     shannon = entropy(eigenvalues).item()
     for order in (1 - step, 1 + step):
@@ -177,13 +168,13 @@ def test_orders_near_1_come_to_the_shannon_entropy(step: float) -> None:
 
 
 @pytest.mark.parametrize("edge", [0.99, 1.01])
-def test_both_formulas_agree_where_one_takes_over(edge: float) -> None:
+def test_both_formulas_agree_at_the_threshold_between_them(edge: float) -> None:
     eigenvalues = spectrum(tensor(random_rows(30, 20)))
     inside, outside = (entropy(eigenvalues, edge + step).item() for step in (-1e-12, 1e-12))
     assert inside == pytest.approx(outside, abs=1e-11)
 
 
-def test_large_orders_come_to_the_largest_eigenvalue() -> None:
+def test_large_orders_approach_the_largest_eigenvalue() -> None:
     eigenvalues = spectrum(tensor(random_rows(30, 20)))
     assert entropy(eigenvalues, 1e6).item() == pytest.approx(entropy(eigenvalues, math.inf).item(), rel=1e-5)
     assert entropy(torch.full((8,), 1 / 8), 1e6).item() == pytest.approx(math.log(8))
@@ -191,7 +182,7 @@ def test_large_orders_come_to_the_largest_eigenvalue() -> None:
 
 @all_orders
 @pytest.mark.parametrize(("n", "width"), [(20, 6), (6, 20)])
-def test_rotation_scale_and_the_order_of_rows_change_nothing(order: float, n: int, width: int) -> None:
+def test_entropy_is_invariant_to_rotation_scale_and_row_order(order: float, n: int, width: int) -> None:
     z = random_rows(n, width)
     expected = dataset_entropy(tensor(z), order).item()
     rng = np.random.default_rng(1)
@@ -209,15 +200,15 @@ def test_rotation_scale_and_the_order_of_rows_change_nothing(order: float, n: in
 
 @all_orders
 @pytest.mark.parametrize(("n", "width"), [(30, 7), (7, 30)])
-def test_a_second_moment_gathered_in_blocks_is_as_good_as_all_rows(order: float, n: int, width: int) -> None:
-    """Also where it is the larger twin, and full of rounding where the smaller one has nothing."""
+def test_a_second_moment_summed_over_blocks_gives_the_same_entropy(order: float, n: int, width: int) -> None:
+    """The matrix may be the larger of the two, whose additional eigenvalues are rounding errors."""
     rows = unit_rows(tensor(random_rows(n, width)))
     moment = sum((block.mT @ block for block in rows.split(4)), torch.zeros(width, width))
     expected = entropy(spectrum(rows), order).item()
     assert entropy(spectrum_of(moment), order).item() == pytest.approx(expected, abs=1e-9)
 
 
-def test_rounding_is_no_direction() -> None:
+def test_rounding_errors_do_not_count_as_directions() -> None:
     z = np.repeat(random_rows(3, 40), 50, axis=0) * np.random.default_rng(0).uniform(0.1, 9, size=(150, 1))
     eigenvalues = spectrum(tensor(z))
     assert (eigenvalues > 0).sum() == 3
@@ -236,7 +227,7 @@ def test_narrow_inputs_are_computed_in_float64(dtype: torch.dtype) -> None:
 
 @all_orders
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_broken_text_is_nan_and_the_others_of_its_batch_are_not(order: float, bad: float) -> None:
+def test_a_text_that_is_not_finite_gives_nan_for_itself_only(order: float, bad: float) -> None:
     texts = tensor(np.stack([random_rows(6, 4, seed) for seed in range(3)]))
     expected = prompt_entropy(texts, order).tolist()
     texts[1, 2, 3] = bad
@@ -253,19 +244,19 @@ def test_a_broken_text_is_nan_and_the_others_of_its_batch_are_not(order: float, 
     ("how", "divisor"),
     [("raw", 1), ("log_rows", math.log(20)), ("log_width", math.log(8)), ("log_least", math.log(8))],
 )
-def test_normalisations(how: Normalisation, divisor: float) -> None:
+def test_normalisation_divides_by_the_largest_entropy(how: Normalisation, divisor: float) -> None:
     raw = dataset_entropy(tensor(random_rows(20, 8)))
     assert normalise(raw, 20, 8, how).item() == pytest.approx(raw.item() / divisor)
 
 
 @pytest.mark.parametrize(("n", "width"), [(4, 9), (9, 4), (4, 4)])
-def test_as_many_directions_as_can_be_are_1(n: int, width: int) -> None:
+def test_the_largest_possible_entropy_is_normalised_to_1(n: int, width: int) -> None:
     z = orthonormal(4, 9) if n < width else orthonormal(width, width).repeat(n, 1)[: n // width * width]
     raw = dataset_entropy(z)
     assert normalise(raw, len(z), width, "log_least").item() == pytest.approx(1)
 
 
-def test_each_text_has_its_own_number_of_rows() -> None:
+def test_normalisation_takes_one_number_of_rows_per_text() -> None:
     raw, rows = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([2, 16, 1, 0])
     expected = {
         "raw": [1, 1, 0, 0],
@@ -287,22 +278,20 @@ def test_a_negative_order_is_refused(order: float) -> None:
         entropy(torch.ones(3), order)
 
 
-@pytest.mark.parametrize("shape", [(4,), (0, 4), (4, 0), (2, 0, 4)])
-def test_a_spectrum_needs_rows_and_columns(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"z must be \[..., n, D\]"):
-        spectrum(torch.zeros(shape))
+@pytest.mark.parametrize(
+    ("function", "shape", "message"),
+    [
+        *((spectrum, shape, r"z must be \[..., n, D\]") for shape in [(4,), (0, 4), (4, 0), (2, 0, 4)]),
+        *((spectrum_of, shape, r"moment must be \[..., D, D\]") for shape in [(4,), (3, 4), (0, 0)]),
+        (prompt_entropy, (4, 3), r"tokens must be \[b, t, D\], not \[4, 3\]"),
+        (dataset_entropy, (2, 4, 3), r"z must be \[n, D\], not \[2, 4, 3\]"),
+    ],
+)
+def test_wrong_shapes_are_refused(function: Callable[[Tensor], Tensor], shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        function(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("shape", [(4,), (3, 4), (0, 0)])
-def test_a_moment_must_be_square(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"moment must be \[..., D, D\]"):
-        spectrum_of(torch.zeros(shape))
-
-
-def test_other_shapes_and_normalisations_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"tokens must be \[b, t, D\], not \[4, 3\]"):
-        prompt_entropy(torch.zeros(4, 3))
-    with pytest.raises(ValueError, match=r"z must be \[n, D\], not \[2, 4, 3\]"):
-        dataset_entropy(torch.zeros(2, 4, 3))
-    with pytest.raises(ValueError, match="a normalisation is one of raw, log_rows, log_width, log_least, not 'log'"):
+def test_an_unknown_normalisation_is_refused() -> None:
+    with pytest.raises(ValueError, match="normalisation must be one of raw, log_rows, log_width, log_least, not 'log'"):
         normalise(torch.ones(()), 3, 4, "log")  # type: ignore[arg-type]

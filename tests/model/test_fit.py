@@ -26,21 +26,15 @@ from pipeline.errors import UserError
 from pipeline.model import fit as module
 from pipeline.model.fit import Checkpoint, Progress, fit, learn
 from pipeline.model.learning import LearningData
-from pipeline.model.objective import Clicks, FrozenStates, Objective, Source
+from pipeline.model.objective import Clicks, FrozenStates, ItemStates, Objective
 from pipeline.model.systems import build
 from pipeline.storage import Storage
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 State = dict[str, Tensor]
 DROPPING: dict[str, Any] = {"dropout": 0.3, "keep": 0.5, "decouple": 0.1}
 PLAIN: dict[str, Any] = {"dropout": 0.0, "keep": 0.0, "decouple": 0.0}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rows(count: int) -> Clicks:
@@ -463,7 +457,7 @@ def test_no_part_of_a_short_step_is_too_small_for_an_estimate(
 # Rates, and what is not trained
 
 
-class Learned(Source):
+class Learned(ItemStates):
     """States that are parameters themselves, as a tuned backbone's are."""
 
     def __init__(self) -> None:

@@ -1,22 +1,20 @@
-"""InfoNCE, LiDAR and DiME against loops over their formulas, cases known by hand, and what must not change them."""
+"""InfoNCE, LiDAR and DiME against loops over their formulas, hand-computed cases, and their invariances."""
 
 import itertools
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from layer_reference import Array, rotation, tensor
 from scipy.linalg import sqrtm
 from torch import Tensor
 
 from pipeline.model.invariance import dime, infonce, information_bound, lidar, lidar_of, scatters
-
-Array = NDArray[np.float64]
 
 
 def cosine(x: Array, y: Array) -> float:
@@ -62,12 +60,12 @@ def naive_joint_entropy(a: Array, b: Array, order: float) -> float:
 
 
 def naive_dime(a: Array, b: Array, order: float, drawn: list[Array]) -> float:
-    broken = [naive_joint_entropy(a, b[order_b], order) for order_b in drawn]
-    return sum(broken) / len(broken) - naive_joint_entropy(a, b, order)
+    shuffled = [naive_joint_entropy(a, b[order_b], order) for order_b in drawn]
+    return sum(shuffled) / len(shuffled) - naive_joint_entropy(a, b, order)
 
 
 def pairs(n: int, width: int, *, seed: int = 0, noise: float = 0.5) -> tuple[Array, Array]:
-    """Two views [n, D] of the same vectors, which are far from centred and of many lengths."""
+    """Two views [n, D] of the same vectors, which are not centred and differ in length."""
     rng = np.random.default_rng(seed)
     base = rng.normal(size=(n, width)) + 0.4
     one, other = (base + noise * rng.normal(size=(n, width)) for _ in range(2))
@@ -75,19 +73,10 @@ def pairs(n: int, width: int, *, seed: int = 0, noise: float = 0.5) -> tuple[Arr
 
 
 def classes(n: int, q: int, width: int, *, seed: int = 0, noise: float = 0.5) -> Array:
-    """Views [n, q, D] about centres whose directions differ in spread, as does the noise."""
+    """Views [n, q, D] around centres; the spread of centres and of noise depends on the direction."""
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(n, 1, width)) * rng.uniform(0.3, 2, size=width) + 1
     return centres + noise * rng.normal(size=(n, q, width)) @ rng.normal(size=(width, width))
-
-
-def rotation(width: int, seed: int = 5) -> Array:
-    matrix: Array = np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))[0]
-    return matrix
-
-
-def tensor(array: Any) -> Tensor:
-    return torch.as_tensor(array, dtype=torch.float64)
 
 
 def tensors(arrays: tuple[Array, ...]) -> list[Tensor]:
@@ -113,12 +102,12 @@ def test_infonce_equals_naive_loops(n: int, width: int, temperature: float, nois
     assert found.item() == pytest.approx(naive_infonce(a, b, temperature), abs=1e-6)
 
 
-def test_the_temperature_is_a_tenth_unless_said() -> None:
+def test_the_default_temperature_is_0_1() -> None:
     a, b = pairs(9, 4)
     assert infonce(*tensors((a, b))).item() == pytest.approx(naive_infonce(a, b, 0.1), abs=1e-9)
 
 
-def test_orthogonal_texts_are_told_apart_the_better_the_lower_the_temperature() -> None:
+def test_infonce_of_orthogonal_texts_falls_with_the_temperature() -> None:
     views = tensor(rotation(6))
     temperatures = (10, 1, 0.3, 0.1, 0.03)
     found = [infonce(views, 3 * views, temperature).item() for temperature in temperatures]
@@ -130,26 +119,26 @@ def test_orthogonal_texts_are_told_apart_the_better_the_lower_the_temperature() 
 
 @pytest.mark.parametrize("n", [2, 7, 50])
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1])
-def test_texts_that_all_look_alike_cost_log_n_and_tell_nothing(n: int, temperature: float) -> None:
+def test_equal_texts_have_a_loss_of_log_n_and_a_bound_of_0(n: int, temperature: float) -> None:
     loss = infonce(torch.ones(n, 3), torch.ones(n, 3), temperature)
     assert loss.item() == pytest.approx(math.log(n), abs=1e-9)
     assert information_bound(loss, n).item() == pytest.approx(0, abs=1e-9)
 
 
-def test_wrong_pairs_cost_more_than_log_n() -> None:
+def test_wrong_pairs_have_a_loss_above_log_n() -> None:
     views = tensor(rotation(6))
     assert infonce(views, views.roll(1, dims=0)).item() > math.log(6)
 
 
-def test_both_directions_count() -> None:
+def test_infonce_is_symmetric_and_includes_both_directions() -> None:
     a, b = tensors(pairs(8, 3))
     forth = infonce(a, b, 0.2).item()
     assert infonce(b, a, 0.2).item() == pytest.approx(forth, abs=1e-12)
-    # All of b alike: from a nothing is found, and from b neither, but for another reason.
+    # If all of b is equal, neither direction finds its pairs.
     assert infonce(a, torch.ones(8, 3), 0.2).item() > math.log(8) + 0.01
 
 
-def test_infonce_ignores_rotation_lengths_and_the_order_of_texts() -> None:
+def test_infonce_is_invariant_to_rotation_lengths_and_text_order() -> None:
     a, b = pairs(12, 5)
     expected = infonce(*tensors((a, b))).item()
     order, lengths = np.random.default_rng(1).permutation(12), np.geomspace(1e-3, 1e3, 12)[:, None]
@@ -179,13 +168,13 @@ def test_lidar_equals_naive_loops(n: int, q: int, width: int, ridge: float, seed
     assert 1 - 1e-9 <= found.item() <= min(n - 1, width) + 1e-9
 
 
-def test_the_ridge_is_1e_4_unless_said() -> None:
+def test_the_default_ridge_is_1e_4() -> None:
     views = classes(5, 2, 8)
     assert lidar(tensor(views)).item() == pytest.approx(naive_lidar(views, 1e-4), rel=1e-6)
     assert abs(lidar(tensor(views), 1e-2).item() / lidar(tensor(views)).item() - 1) > 0.01
 
 
-def test_scatters_are_those_of_the_definition() -> None:
+def test_scatters_equal_their_definition() -> None:
     views = tensor([[[0.0, 0.0], [2.0, 0.0]], [[4.0, 3.0], [4.0, 5.0]]])
     between, within = scatters(views)  # means (1, 0) and (4, 4)
     assert between.tolist() == [[2.25, 3.0], [3.0, 4.0]]
@@ -194,14 +183,14 @@ def test_scatters_are_those_of_the_definition() -> None:
 
 @pytest.mark.parametrize("k", [2, 3, 6])
 @pytest.mark.parametrize("width", [6, 20])
-def test_k_classes_on_the_corners_of_a_simplex_have_k_minus_1_discriminants(k: int, width: int) -> None:
+def test_k_classes_at_the_corners_of_a_simplex_have_k_minus_1_discriminants(k: int, width: int) -> None:
     rng = np.random.default_rng(0)
     corners = rotation(width)[:k, None]
     noise = 0.01 * rng.normal(size=(k, 2000, width))
     assert lidar(tensor(5 + 3 * corners + noise)).item() == pytest.approx(k - 1, rel=0.02)
 
 
-def test_a_direction_in_which_views_differ_as_much_as_texts_counts_less() -> None:
+def test_a_direction_with_noisy_views_counts_less() -> None:
     rng = np.random.default_rng(0)
     corners = np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])[:, None]
     noise = rng.normal(size=(4, 5000, 2)) * [0.1, 1.0]
@@ -212,7 +201,7 @@ def test_a_direction_in_which_views_differ_as_much_as_texts_counts_less() -> Non
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.1, 1e6])
-def test_texts_with_the_same_views_have_none(offset: float) -> None:
+def test_texts_with_equal_views_have_lidar_0(offset: float) -> None:
     views = np.random.default_rng(0).normal(size=(1, 3, 5)) + offset
     assert lidar(tensor(np.repeat(views, 7, axis=0))).item() == 0
     shuffled = np.stack([views[0], views[0][::-1], views[0][[1, 2, 0]]])
@@ -220,7 +209,7 @@ def test_texts_with_the_same_views_have_none(offset: float) -> None:
     assert lidar_of(torch.zeros(4, 4), torch.eye(4)).item() == 0
 
 
-def test_lidar_ignores_rotation_translation_and_the_order_of_texts_and_views() -> None:
+def test_lidar_is_invariant_to_rotation_translation_and_order() -> None:
     views = classes(9, 3, 6)
     expected = lidar(tensor(views)).item()
     order = np.random.default_rng(1).permutation(9)
@@ -236,7 +225,7 @@ def test_the_ridge_scales_with_the_square_of_the_views(scale: float) -> None:
     assert abs(lidar(tensor(scale * views), 1e-3).item() / expected - 1) > 0.01
 
 
-def test_gathered_scatters_are_as_good_as_the_views() -> None:
+def test_lidar_from_scatters_equals_lidar_from_views() -> None:
     views = tensor(classes(9, 3, 6))
     assert lidar_of(*scatters(views), 1e-3).item() == lidar(views, 1e-3).item()
 
@@ -257,14 +246,14 @@ def test_dime_equals_naive_loops(order: float, n: int, width: int, permutations:
     assert found.item() == pytest.approx(naive_dime(a, b, order, drawn), abs=1e-6)
 
 
-def test_many_permutations_come_to_the_mean_over_all_of_them() -> None:
+def test_many_permutations_approach_the_mean_over_all_permutations() -> None:
     a, b = pairs(4, 3)
     every = [np.array(order) for order in itertools.permutations(range(4))]
     found = dime(*tensors((a, b)), permutations=2000)
     assert found.item() == pytest.approx(naive_dime(a, b, 1.0, every), rel=0.03)
 
 
-def test_shannon_and_five_permutations_unless_said() -> None:
+def test_the_default_is_shannon_entropy_and_five_permutations() -> None:
     a, b = tensors(pairs(12, 3))
     assert dime(a, b).item() == dime(a, b, order=1, permutations=5, seed=0).item()
     assert dime(a, b).item() != dime(a, b, permutations=6).item()
@@ -272,7 +261,7 @@ def test_shannon_and_five_permutations_unless_said() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("order", [0.5, 1.0, 2.0])
-def test_paired_views_have_a_joint_entropy_to_lose_and_independent_ones_have_none(order: float, seed: int) -> None:
+def test_dime_falls_with_the_noise_between_views_and_is_0_for_independent_views(order: float, seed: int) -> None:
     value = partial(dime, order=order, seed=seed)
     identical, near, apart, independent = (
         value(*tensors(views)).item()
@@ -296,14 +285,14 @@ def test_independent_views_have_a_dime_of_about_0_on_average() -> None:
     assert abs(values.mean()) < 4 * values.std() / math.sqrt(len(values))
 
 
-def test_views_without_a_direction_to_tell_have_none() -> None:
+def test_constant_views_and_two_texts_have_dime_0() -> None:
     a, _ = tensors(pairs(10, 4))
     assert dime(a, torch.ones(10, 4)).item() == pytest.approx(0, abs=1e-12)
     two = pairs(2, 4)
     assert dime(*tensors(two)).item() == pytest.approx(0, abs=1e-12)  # swapping both rows and columns of a 2 × 2 kernel
 
 
-def test_permutations_depend_on_the_seed_alone() -> None:
+def test_permutations_depend_only_on_the_seed() -> None:
     a, b = tensors(pairs(20, 4))
     torch.manual_seed(1)
     expected = dime(a, b, seed=3).item()
@@ -316,7 +305,7 @@ def test_permutations_depend_on_the_seed_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_dime_ignores_rotation_and_lengths_and_takes_views_of_two_widths() -> None:
+def test_dime_is_invariant_to_rotation_and_lengths_and_accepts_different_widths() -> None:
     a, b = pairs(20, 5)
     expected = dime(*tensors((a, b))).item()
     lengths = np.geomspace(1e-3, 1e3, 20)[:, None]
@@ -325,11 +314,11 @@ def test_dime_ignores_rotation_and_lengths_and_takes_views_of_two_widths() -> No
         assert dime(*tensors(other)).item() == pytest.approx(expected, abs=1e-9)
 
 
-# Broken and refused
+# Not finite, or refused
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_nan_and_infinity_come_out_as_nan(bad: float) -> None:
+def test_nan_and_infinity_give_nan(bad: float) -> None:
     a, b = tensors(pairs(6, 3))
     views = tensor(classes(6, 2, 3))
     a[2, 1] = views[2, 1, 1] = bad
@@ -352,7 +341,7 @@ def test_narrow_inputs_are_computed_in_float64(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shapes", [((5, 3), (6, 3)), ((5,), (5, 3)), ((5, 3), (5,)), ((2, 5, 3), (2, 5, 3))])
-def test_other_than_two_matrices_of_equally_many_rows_are_refused(shapes: tuple[tuple[int, ...], ...]) -> None:
+def test_views_that_are_not_matrices_with_equal_rows_are_refused(shapes: tuple[tuple[int, ...], ...]) -> None:
     views = [torch.randn(shape) for shape in shapes]
     with pytest.raises(ValueError, match=r"a and b must be \[n, D\] both, not \[.*\] and \[.*\]"):
         infonce(*views)
@@ -360,36 +349,36 @@ def test_other_than_two_matrices_of_equally_many_rows_are_refused(shapes: tuple[
         dime(*views)
 
 
-def test_settings_and_sizes_that_make_no_sense_are_refused() -> None:
-    a, b = tensors(pairs(4, 3))
-    with pytest.raises(ValueError, match=r"must be \[n, D\] both, not \[4, 3\] and \[4, 2\]"):
-        infonce(a, b[:, :2])
-    for measure in (infonce, dime):
-        with pytest.raises(ValueError, match="views of at least 2 texts are needed to compare, not of 1"):
-            measure(a[:1], b[:1])
-    for temperature in (0.0, -0.1, math.nan):
-        with pytest.raises(ValueError, match="the temperature must be above 0, not"):
-            infonce(a, b, temperature)
-    with pytest.raises(ValueError, match="at least 1 permutation, not 0"):
-        dime(a, b, permutations=0)
-    with pytest.raises(ValueError, match="order of an entropy must be at least 0, not -1"):
-        dime(a, b, order=-1)
+A, B = torch.randn(4, 3), torch.randn(4, 3)
 
 
-@pytest.mark.parametrize(("n", "q"), [(1, 3), (3, 1), (0, 2), (2, 0)])
-def test_lidar_needs_two_texts_and_two_views(n: int, q: int) -> None:
-    with pytest.raises(ValueError, match=f"LiDAR needs at least 2 texts and 2 views of each, not {n} and {q}"):
-        lidar(torch.randn(n, q, 3))
-
-
-def test_lidar_refuses_other_shapes_and_ridges_that_cannot_work() -> None:
-    with pytest.raises(ValueError, match=r"views must be \[n, q, D\], not \[4, 3\]"):
-        lidar(torch.randn(4, 3))
-    with pytest.raises(ValueError, match=r"between and within must be \[D, D\] both, not \[3, 3\] and \[4, 4\]"):
-        lidar_of(torch.eye(3), torch.eye(4))
-    for ridge in (0.0, -1e-4, math.nan):
-        with pytest.raises(ValueError, match="the ridge must be above 0, not"):
-            lidar(torch.randn(4, 2, 3), ridge)
-    line = torch.ones(3, 1, dtype=torch.float64) @ torch.ones(1, 3, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"a ridge of 0.0001 is lost beside a scatter within texts of 1e\+20"):
-        lidar_of(torch.eye(3), 1e20 * line)
+@pytest.mark.parametrize(
+    ("measure", "message"),
+    [
+        (partial(infonce, A, B[:, :2]), r"must be \[n, D\] both, not \[4, 3\] and \[4, 2\]"),
+        *(
+            (partial(function, A[:1], B[:1]), "comparing views needs at least 2 texts, not 1")
+            for function in (infonce, dime)
+        ),
+        *((partial(infonce, A, B, bad), "the temperature must be above 0, not") for bad in (0.0, -0.1, math.nan)),
+        (partial(dime, A, B, permutations=0), "at least 1 permutation, not 0"),
+        (partial(dime, A, B, order=-1), "order of an entropy must be at least 0, not -1"),
+        *(
+            (partial(lidar, torch.randn(n, q, 3)), f"LiDAR needs at least 2 texts and 2 views of each, not {n} and {q}")
+            for n, q in [(1, 3), (3, 1), (0, 2), (2, 0)]
+        ),
+        (partial(lidar, A), r"views must be \[n, q, D\], not \[4, 3\]"),
+        (partial(lidar_of, torch.eye(3), torch.eye(4)), r"must be \[D, D\] both, not \[3, 3\] and \[4, 4\]"),
+        *(
+            (partial(lidar, torch.randn(4, 2, 3), ridge), "the ridge must be above 0, not")
+            for ridge in (0.0, -1e-4, math.nan)
+        ),
+        (
+            partial(lidar_of, torch.eye(3), torch.full((3, 3), 1e20, dtype=torch.float64)),
+            r"the ridge 0.0001 is below the rounding of a scatter of 1e\+20",
+        ),
+    ],
+)
+def test_invalid_shapes_and_settings_are_refused(measure: Callable[[], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure()

@@ -1,4 +1,4 @@
-"""What a training may see, row by row against loops over the interactions."""
+"""Training data row by row against loops over the interactions: histories, holdout, and no leaks from later rows."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from pipeline.model.objective import Clicks
 
 
 def naive_history(interactions: Interactions, row: int, *, label: int, length: int) -> list[int]:
-    """What the row's user had strictly before, newest first; of one time, the later row first."""
+    """Items of the row's user with an earlier time, newest first; at equal times, the later row first."""
     earlier = [
         (int(interactions.times[other]), other)
         for other in range(len(interactions))
@@ -52,7 +52,7 @@ def ratings(draw: st.DrawFn) -> Interactions:
 
 @given(ratings(), st.integers(1, 4), st.floats(0.05, 0.95))
 @settings(max_examples=150, deadline=None)
-def test_every_row_is_trained_on_or_held_out_with_its_own_past(
+def test_every_row_is_in_training_or_holdout_with_its_earlier_history(
     interactions: Interactions, length: int, share: float
 ) -> None:
     n = len(interactions)
@@ -66,7 +66,7 @@ def test_every_row_is_trained_on_or_held_out_with_its_own_past(
     require_rows(data.holdout, interactions, cut, length=length)
     assert data.users.tolist() == interactions.users[:cut].tolist()
     assert data.known.tolist() == sorted(set(interactions.items[:cut].tolist()))
-    # Strictly later: a moment is never on both sides, and moves to the later one.
+    # All rows of one time are on the same side: in the holdout.
     assert interactions.times[:cut].max() < interactions.times[cut:].min() == wanted
 
 
@@ -78,7 +78,7 @@ def arrays(data: LearningData) -> list[bytes]:
 
 @given(ratings(), st.integers(0, 2**32 - 1))
 @settings(max_examples=60, deadline=None)
-def test_nothing_from_after_the_given_rows_is_in_it(interactions: Interactions, seed: int) -> None:
+def test_later_rows_do_not_change_the_training_data(interactions: Interactions, seed: int) -> None:
     part = slice(0, len(interactions) * 2 // 3)
     assume(part.stop >= 2)
     assume(interactions.times[round(part.stop / 2)] > interactions.times[0])
@@ -93,7 +93,7 @@ def test_nothing_from_after_the_given_rows_is_in_it(interactions: Interactions, 
     assert arrays(one) == arrays(other)
 
 
-def test_histories_of_what_is_trained_on_hold_nothing_that_is_held_out() -> None:
+def test_training_histories_do_not_contain_held_out_rows() -> None:
     interactions, _ = clicks()
     part = interactions.take(before_boundary(interactions))
     data = learning_data(part, history=HISTORY, holdout=0.1)
@@ -109,13 +109,13 @@ def test_histories_of_what_is_trained_on_hold_nothing_that_is_held_out() -> None
     assert torch.equal(data.known, other.known)
 
 
-def test_about_the_share_asked_for_is_held_out() -> None:
+def test_the_holdout_has_about_the_configured_share() -> None:
     for share in (0.1, 0.25, 0.5):
         data, _ = learnable(holdout=share)
         assert len(data.holdout) / (len(data.training) + len(data.holdout)) == pytest.approx(share, abs=0.01)
 
 
-def test_known_states_are_those_of_items_trained_on() -> None:
+def test_known_states_are_those_of_training_items() -> None:
     data, states = learnable()
     assert not set(data.known.tolist()) & set(range(NEW))
     found = known_states(states, data)
@@ -123,23 +123,19 @@ def test_known_states_are_those_of_items_trained_on() -> None:
     assert all(np.array_equal(row, states[item]) for row, item in zip(found, data.known.tolist(), strict=True))
 
 
-def test_the_whole_takes_every_row() -> None:
+def test_whole_trains_on_every_row() -> None:
     data, _ = learnable()
     whole = data.whole()
     assert torch.equal(whole.training.items, torch.cat([data.training.items, data.holdout.items]))
     assert torch.equal(whole.training.clicked, torch.cat([data.training.clicked, data.holdout.clicked]))
     assert len(whole.users) == len(whole.training)
     assert whole.known.tolist() == sorted(set(whole.training.items.tolist()))
-    assert len(data.training) < len(whole.training)  # and what it was made from is as it was
+    assert len(data.training) < len(whole.training)  # the original is unchanged
 
 
-def test_a_holdout_of_less_than_a_row_is_the_users_mistake() -> None:
+def test_an_empty_holdout_or_training_part_is_refused() -> None:
     interactions, _ = clicks()
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="splits 100 interactions into 100 for training and 0 for early stopping"):
         learning_data(interactions.take(slice(0, 100)), history=HISTORY, holdout=0.001)
-
-
-def test_nothing_left_to_train_on_is_the_users_mistake() -> None:
-    interactions, _ = clicks()
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"splits 3,000 interactions into 0 for training"):
         learning_data(replace(interactions, times=np.zeros(len(interactions), np.int64)), history=2, holdout=0.1)

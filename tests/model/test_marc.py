@@ -1,18 +1,18 @@
-"""MARC's loss and its parts against naive loops over the same numbers."""
+"""MARC's objective against loops: history pooling, matching networks, loss terms, and the initial compressor."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from clicks import HISTORY, WIDTH, learnable, train_settings
+from hsic_reference import Kind, all_kinds
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.model.compressor import Bottleneck
-from pipeline.model.hsic import Estimator, Kernel, nhsic
+from pipeline.model.hsic import nhsic
 from pipeline.model.marc import Constraints, Marc
 from pipeline.model.matching import CrossingNetwork, ResidualNetwork
 from pipeline.model.objective import Clicks, FrozenStates, distinct
@@ -20,19 +20,13 @@ from pipeline.model.regression import fit_regression
 from pipeline.model.systems import new_compressor
 from pipeline.model.user import HistoryPooling
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DIM = 6
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def uneven(module: nn.Module) -> nn.Module:
-    """Every parameter moved away from what it begins as: zeros and identities hide mistakes."""
+    """The module with random changes to all parameters, because initial zeros and identities hide errors."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -46,12 +40,12 @@ def pooling(dim: int = DIM) -> HistoryPooling:
 
 
 def histories(rows: int, items: int, *, length: int = HISTORY, seed: int = 0) -> Tensor:
-    """Rows of every number of earlier items, from none to ``length``."""
+    """Histories of every length from 0 to ``length``."""
     history = torch.randint(items, (rows, length), generator=torch.Generator().manual_seed(seed))
     return history.masked_fill(torch.arange(length) >= (torch.arange(rows) % (length + 1))[:, None], -1)
 
 
-# The user side
+# History pooling
 
 
 def naive_pooling(module: HistoryPooling, candidate: Tensor, vectors: Tensor, history: list[int]) -> Tensor:
@@ -72,10 +66,10 @@ def test_pooling_equals_a_naive_loop() -> None:
     torch.testing.assert_close(module(candidates, vectors, history), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_missing_entry_has_no_influence_whatever_the_vectors() -> None:
+def test_padding_of_a_history_has_no_influence() -> None:
     torch.manual_seed(0)
     module, candidates, vectors = pooling(), torch.randn(12, DIM), torch.randn(20, DIM).requires_grad_()
-    history = histories(12, 19).where(histories(12, 19) < 0, histories(12, 19) + 1)  # the first item is in none
+    history = histories(12, 19).where(histories(12, 19) < 0, histories(12, 19) + 1)  # item 0 is in no history
     found = module(candidates, vectors, history)
     found.square().sum().backward()
     assert vectors.grad is not None
@@ -87,26 +81,20 @@ def test_a_missing_entry_has_no_influence_whatever_the_vectors() -> None:
     torch.testing.assert_close(module(candidates, vectors, padded), found)
 
 
-def test_a_user_without_a_history_has_the_learned_vector() -> None:
+def test_only_users_without_a_history_have_the_learned_vector() -> None:
     torch.manual_seed(0)
-    module = pooling()
-    nobody = torch.full((4, HISTORY), -1)
-    found = module(torch.randn(4, DIM), torch.randn(20, DIM), nobody)
+    module, vectors = pooling(), torch.randn(20, DIM)
+    history = torch.full((4, HISTORY), -1)
+    found = module(torch.randn(4, DIM), vectors, history)
     assert torch.equal(found, module.nothing.expand(4, DIM))
     found.sum().backward()
     assert module.nothing.grad is not None
     assert torch.equal(module.nothing.grad, torch.full((DIM,), 4.0))
+    history[:, 0] = 3
+    torch.testing.assert_close(module(torch.randn(4, DIM), vectors, history), vectors[3].expand(4, DIM))
 
 
-def test_the_learned_vector_is_nobody_elses() -> None:
-    module = pooling()
-    somebody = torch.full((4, HISTORY), -1)
-    somebody[:, 0] = 3
-    vectors = torch.randn(20, DIM)
-    torch.testing.assert_close(module(torch.randn(4, DIM), vectors, somebody), vectors[3].expand(4, DIM))
-
-
-def test_the_order_of_a_history_changes_nothing() -> None:
+def test_pooling_is_invariant_to_the_order_of_a_history() -> None:
     torch.manual_seed(0)
     module, vectors, candidates = pooling(), torch.randn(20, DIM), torch.randn(36, DIM)
     history = histories(36, 20)
@@ -116,7 +104,7 @@ def test_the_order_of_a_history_changes_nothing() -> None:
         torch.testing.assert_close(module(candidates, vectors, shuffled), found, atol=1e-6, rtol=1e-5)
 
 
-def test_at_first_items_like_the_candidate_count_most() -> None:
+def test_initial_weights_are_the_softmax_of_the_cosines() -> None:
     vectors = functional.normalize(torch.randn(8, DIM, generator=torch.Generator().manual_seed(0)), dim=1) * DIM**0.5
     found = HistoryPooling(DIM)(vectors[:1], vectors, torch.arange(8)[None])
     weights = torch.softmax(functional.cosine_similarity(vectors[:1], vectors), dim=0)
@@ -137,12 +125,12 @@ def test_a_matching_network_gives_a_logit_and_a_state_per_pair(
     assert logits.shape == (7,)
     assert states.shape == (7, 10)
     torch.testing.assert_close(logits, states @ module.logit.weight[0] + module.logit.bias)
-    # Row by row: nobody's logit depends on who else is in the batch.
+    # A logit does not depend on the other rows of the batch.
     alone = torch.cat([module(item[row : row + 1], [u[row : row + 1] for u in others])[0] for row in range(7)])
     torch.testing.assert_close(alone, logits)
 
 
-def test_the_crossing_network_sees_item_user_product_and_distance() -> None:
+def test_the_crossing_network_uses_item_user_product_and_distance() -> None:
     torch.manual_seed(0)
     module = CrossingNetwork(dim=2, users=2, hidden=5, dropout=0.0)
     z, u, v = torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 0.5]]), torch.tensor([[-1.0, 4.0]])
@@ -157,7 +145,7 @@ def test_the_crossing_network_sees_item_user_product_and_distance() -> None:
     torch.testing.assert_close(logits[0], module.logit.weight[0] @ state + module.logit.bias[0])
 
 
-def test_the_residual_network_is_the_compressors_structure_over_the_pair() -> None:
+def test_the_residual_network_has_the_compressors_structure() -> None:
     torch.manual_seed(0)
     module = ResidualNetwork(dim=DIM, users=2, hidden=10, dropout=0.0)
     like = Bottleneck(width=3 * DIM, dim=10, hidden=10)
@@ -195,7 +183,7 @@ def states() -> Tensor:
 
 @pytest.fixture(scope="module")
 def batch() -> Clicks:
-    """64 rows of users with and without histories, of clicks or of skips."""
+    """64 rows of users with and without clicks and skips in their history."""
     training = learnable()[0].training
     rows = torch.cat([torch.arange(40), torch.arange(len(training) - 24, len(training))])
     assert (training[rows].clicked[:, 0] < 0).any()
@@ -204,12 +192,12 @@ def batch() -> Clicks:
 
 
 def full(batch: Clicks) -> Clicks:
-    """The rows whose histories are full."""
+    """The rows with full histories."""
     return batch[torch.nonzero((batch.clicked >= 0).all(dim=1) & (batch.skipped >= 0).all(dim=1)).squeeze(1)]
 
 
 def naive_terms(objective: Marc, states: Tensor, batch: Clicks) -> dict[str, Tensor]:
-    """Every row by itself, over vectors of all items."""
+    """The loss terms by a loop over rows, from the vectors of all items."""
     z = objective.compressor(states)
     z = torch.stack([row / row.norm() * math.sqrt(DIM) for row in z])
     logits, inner, chosen, losses = [], [], [], []
@@ -238,13 +226,9 @@ def naive_terms(objective: Marc, states: Tensor, batch: Clicks) -> dict[str, Ten
     }
 
 
-@pytest.mark.parametrize(
-    ("kernel", "estimator"), [("linear", "biased"), ("linear", "unbiased"), ("rbf", "biased"), ("rbf", "unbiased")]
-)
-def test_the_loss_equals_a_naive_recomputation(
-    states: Tensor, batch: Clicks, kernel: Kernel, estimator: Estimator
-) -> None:
-    objective = marc(states, keep=0.7, decouple=0.3, kernel=kernel, estimator=estimator)
+@all_kinds
+def test_the_loss_equals_a_naive_recomputation(states: Tensor, batch: Clicks, kind: Kind) -> None:
+    objective = marc(states, keep=0.7, decouple=0.3, **kind)
     batch = full(batch)
     found, expected = objective(batch), naive_terms(objective, states, batch)
     assert set(found) == {"loss", "click", "keep", "decouple"}
@@ -254,7 +238,7 @@ def test_the_loss_equals_a_naive_recomputation(
     torch.testing.assert_close(found["loss"], total, atol=1e-4, rtol=1e-4)
 
 
-def test_click_and_decouple_take_rows_with_short_histories_as_well(states: Tensor, batch: Clicks) -> None:
+def test_click_and_decouple_include_rows_with_short_histories(states: Tensor, batch: Clicks) -> None:
     objective = marc(states, decouple=0.3)
     found, expected = objective(batch), naive_terms(objective, states, batch)
     torch.testing.assert_close(found["click"], expected["click"], atol=1e-5, rtol=1e-5)
@@ -262,7 +246,7 @@ def test_click_and_decouple_take_rows_with_short_histories_as_well(states: Tenso
 
 
 def test_a_text_about_the_user_is_a_third_vector(states: Tensor, batch: Clicks) -> None:
-    # The last rows are texts about users here; every third user has none.
+    # The last 15 states are texts about users; every third user has no text.
     texts = torch.arange(len(batch)) % 15 + len(states) - 15
     with_texts = replace(batch, profiles=texts.where(texts % 3 > 0, -1)[:, None])
     objective = marc(states, decouple=0.3, profiles=True)
@@ -277,7 +261,7 @@ def test_a_text_about_the_user_is_a_third_vector(states: Tensor, batch: Clicks) 
     torch.testing.assert_close(keeping(everybody)["keep"], expected["keep"], atol=1e-5, rtol=1e-5)
 
 
-def test_keep_takes_the_items_of_the_batch_and_not_what_stands_for_none(states: Tensor, batch: Clicks) -> None:
+def test_keep_uses_the_items_of_the_batch_without_padding(states: Tensor, batch: Clicks) -> None:
     objective = marc(states, keep=1.0)
     assert 0 not in torch.cat([batch.items, batch.clicked.flatten(), batch.skipped.flatten()]).tolist()
     expected = naive_terms(objective, states, batch)["keep"]
@@ -292,7 +276,7 @@ def test_a_term_without_weight_is_not_computed(states: Tensor, batch: Clicks) ->
     assert torch.equal(plain["loss"], plain["click"])
 
 
-def test_an_estimate_takes_no_more_rows_than_allowed(
+def test_an_estimate_uses_at_most_the_configured_rows(
     states: Tensor, batch: Clicks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[tuple[int, int]] = []
@@ -321,7 +305,7 @@ def test_a_gradient_step_moves_a_term_in_its_direction(states: Tensor, batch: Cl
     assert change > 1e-6 if term == "keep" else change < -1e-6
 
 
-def test_scores_are_the_logits_that_the_loss_is_about(states: Tensor, batch: Clicks) -> None:
+def test_scores_are_the_logits_of_the_loss(states: Tensor, batch: Clicks) -> None:
     objective = marc(states, dropout=0.5).eval()
     scores = objective.score(objective.vectors(), batch)
     torch.testing.assert_close(scores, naive_terms(objective, states, batch)["logits"], atol=1e-5, rtol=1e-5)
@@ -329,7 +313,7 @@ def test_scores_are_the_logits_that_the_loss_is_about(states: Tensor, batch: Cli
     torch.testing.assert_close(objective(batch)["loss"], loss)
 
 
-def test_the_length_of_what_the_compressor_gives_does_not_matter(states: Tensor, batch: Clicks) -> None:
+def test_the_loss_is_invariant_to_the_length_of_vectors(states: Tensor, batch: Clicks) -> None:
     objective = marc(states, keep=0.5, decouple=0.5)
     loss, scores = objective(batch)["loss"], objective.score(objective.vectors(), batch)
     seen: list[Tensor] = []
@@ -344,11 +328,11 @@ def test_the_length_of_what_the_compressor_gives_does_not_matter(states: Tensor,
 
 
 def test_every_item_of_a_batch_is_compressed_once(states: Tensor, batch: Clicks) -> None:
-    items, candidate, places = distinct(batch)
+    items, candidate, local = distinct(batch)
     assert len(set(items.tolist())) == len(items)
     assert sorted(items[candidate].tolist()) == sorted(set(batch.items.tolist()))
-    everything = torch.cat([batch.items, batch.clicked.flatten(), batch.skipped.flatten()])
-    assert torch.equal(items[places][everything >= 0], everything[everything >= 0])
+    for entries, rows in zip(vars(batch).values(), (local.items, local.clicked, local.skipped), strict=False):
+        assert torch.equal(items[rows].where(rows >= 0, -1), entries)
     seen: list[int] = []
     objective = marc(states)
     objective.compressor.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
@@ -356,22 +340,22 @@ def test_every_item_of_a_batch_is_compressed_once(states: Tensor, batch: Clicks)
     assert seen == [len(items)]
 
 
-def test_validation_and_vectors_leave_training_mode_and_weights_as_they_were(states: Tensor, batch: Clicks) -> None:
+def test_validation_and_vectors_change_neither_training_mode_nor_weights(states: Tensor, batch: Clicks) -> None:
     objective = marc(states, dropout=0.5)
     before = {name: value.clone() for name, value in objective.state_dict().items()}
     for mode in (True, False):
         objective.train(mode)
-        assert objective.validate(batch) == objective.validate(batch)  # nothing is dropped
+        assert objective.validate(batch) == objective.validate(batch)  # without dropout
         assert torch.equal(objective.vectors(), objective.vectors())
         assert all(module.training == mode for module in objective.modules())
     assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
 
 
-# The start
+# The initial compressor
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_compressor_begins_as_the_projection_it_starts_from(training: bool) -> None:
+def test_a_new_compressor_equals_its_initial_projection(training: bool) -> None:
     data, states = learnable()
     start = fit_regression(states, data, dim=DIM)
     compressor = new_compressor(start, train_settings(dropout=0.5)).train(training)
@@ -379,7 +363,7 @@ def test_a_compressor_begins_as_the_projection_it_starts_from(training: bool) ->
     torch.testing.assert_close(compressor(hidden), start(hidden), atol=1e-4, rtol=1e-5)
     assert compressor.linear.weight.shape == (DIM, WIDTH)
     assert torch.equal(compressor.linear.weight, start.directions)
-    # The branch adds nothing yet, and can learn to.
+    # The residual branch is 0 at first, but has a gradient.
     linear = compressor.linear(hidden)
     assert torch.equal(compressor(hidden), linear)
     compressor.eval()(hidden).square().sum().backward()

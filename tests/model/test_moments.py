@@ -1,7 +1,7 @@
-"""Streaming: blocks of any size, in any order, merged and stored on the way, give the measures of everything."""
+"""Layer moments: blocks of any size, in any order, merged and stored in between, give the metrics of the whole."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from layer_reference import layer_metrics
 from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.model.curvature import curvature
-from pipeline.model.entropy import dataset_entropy, effective_rank, normalise, prompt_entropy, spectrum, unit_rows
-from pipeline.model.invariance import dime, infonce, lidar
+from pipeline.model.entropy import dataset_entropy, prompt_entropy, unit_rows
+from pipeline.model.invariance import lidar
 from pipeline.model.moments import LayerFigures, LayerMoments
 
 WIDTH = 6
@@ -25,11 +26,11 @@ OTHERS: dict[str, Any] = {"order": 2.0, "temperature": 0.5, "ridge": 1e-2, "perm
 
 @dataclass(frozen=True)
 class Block:
-    """What one ``add`` takes."""
+    """Arguments of one ``add``."""
 
     texts: Tensor
-    token_figures: Tensor | None
-    views: Tensor | None
+    token_figures: Any
+    views: Any
     block: int
 
     def to(self, moments: LayerMoments) -> None:
@@ -37,7 +38,7 @@ class Block:
 
 
 def layer(n: int, *, seed: int = 0, order: float = 1.0, q: int = 3) -> Block:
-    """One layer's vectors of n texts, far from centred and of many lengths, and figures of tokens of 1 to 8 a text."""
+    """One layer's vectors of n texts, not centred and of different lengths, and token figures of 1 to 8 tokens."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -54,54 +55,15 @@ def layer(n: int, *, seed: int = 0, order: float = 1.0, q: int = 3) -> Block:
 
 def cut(whole: Block, sizes: Sequence[int]) -> list[Block]:
     assert sum(sizes) == len(whole.texts)
-    assert whole.token_figures is not None
-    assert whole.views is not None
-    parts = zip(whole.texts.split(sizes), whole.token_figures.split(sizes), whole.views.split(sizes), strict=True)  # type: ignore[arg-type]
+    parts = zip(*(part.split(sizes) for part in (whole.texts, whole.token_figures, whole.views)), strict=True)
     return [Block(*part, block=number) for number, part in enumerate(parts)]
 
 
 def at_once(whole: Block, sizes: Sequence[int], **options: Any) -> LayerFigures:
-    """The measures of everything; of blocks where a measure is one of blocks."""
-    order, temperature = options.get("order", 1.0), options.get("temperature", 0.1)
-    permutations, seed = options.get("permutations", 5), options.get("seed", 0)
-    n = len(whole.texts)
-    assert whole.token_figures is not None
-    assert whole.views is not None
-    figures = whole.token_figures.numpy()
-
-    def mean(values: Any) -> float:
-        return float(np.nanmean(values))
-
-    with np.errstate(divide="ignore"):
-        rows, least = (1 / np.log(np.minimum(figures[:, 1], most)) for most in (math.inf, WIDTH))
-    ratios = [figures[:, 0] * np.where(np.isinf(one), math.nan, one) for one in (rows, least)]
-    raw = dataset_entropy(whole.texts, order)
-    found = []
-    for block in cut(whole, sizes):
-        size = len(block.texts)
-        if size > 1 and block.views is not None:
-            a, b = block.views[:, 0], block.views[:, 1]
-            loss = infonce(a, b, temperature).item()
-            lost = dime(a, b, order=order, permutations=permutations, seed=(seed, block.block)).item()
-            found.append((size, loss, math.log(size) - loss, lost))
-    blocks = np.array(found)
-    of_blocks = np.average(blocks[:, 1:], axis=0, weights=blocks[:, 0])
+    """Metrics of the whole sample; InfoNCE and DiME of each block."""
+    blocks = enumerate(np.split(np.arange(len(whole.texts)), np.cumsum(sizes)[:-1]))
     return LayerFigures(
-        texts=n,
-        prompt_entropy=mean(figures[:, 0]),
-        prompt_entropy_log_rows=mean(ratios[0]),
-        prompt_entropy_log_width=mean(figures[:, 0]) / math.log(WIDTH),
-        prompt_entropy_log_least=mean(ratios[1]),
-        curvature=mean(np.where(figures[:, 2] < 0, math.nan, figures[:, 2])),
-        dataset_entropy=raw.item(),
-        dataset_entropy_log_rows=normalise(raw, n, WIDTH, "log_rows").item(),
-        dataset_entropy_log_width=normalise(raw, n, WIDTH, "log_width").item(),
-        dataset_entropy_log_least=normalise(raw, n, WIDTH, "log_least").item(),
-        effective_rank=effective_rank(spectrum(whole.texts)).item(),
-        infonce=float(of_blocks[0]),
-        information_bound=float(of_blocks[1]),
-        lidar=lidar(math.sqrt(WIDTH) * unit_rows(whole.views), options.get("ridge", 1e-4)).item(),
-        dime=float(of_blocks[2]),
+        **layer_metrics(whole.texts, whole.token_figures.numpy(), whole.views, blocks, **options)  # type: ignore[arg-type]
     )
 
 
@@ -110,11 +72,11 @@ def assert_same(found: LayerFigures, expected: LayerFigures, tolerance: float = 
 
 
 def stored(moments: LayerMoments) -> LayerMoments:
-    """Through a file and back."""
+    """The moments after saving and loading them."""
     return LayerMoments.from_tensors(load(save(moments.tensors())))
 
 
-def streamed(blocks: Sequence[Block], **options: Any) -> LayerMoments:
+def accumulated(blocks: Sequence[Block], **options: Any) -> LayerMoments:
     moments = LayerMoments(WIDTH, **options)
     for block in blocks:
         block.to(moments)
@@ -136,7 +98,7 @@ def ways(draw: st.DrawFn) -> tuple[list[int], list[int], list[int], list[bool]]:
     return sizes, list(order), spread, [draw(st.booleans()) for _ in range(processes)]
 
 
-# The same as everything at once
+# Equality with the whole sample
 
 
 @pytest.mark.parametrize("options", [{}, OTHERS], ids=["defaults", "others"])
@@ -144,7 +106,7 @@ def ways(draw: st.DrawFn) -> tuple[list[int], list[int], list[int], list[bool]]:
 @example(way=([TEXTS], [0], [0], [False]), seed=0)
 @example(way=([1] * 21 + [2], list(range(22)), [0] * 22, [True]), seed=0)
 @settings(max_examples=30, deadline=None)
-def test_any_blocks_in_any_order_merged_in_any_way_are_everything_at_once(
+def test_blocks_in_any_order_and_merge_give_the_metrics_of_the_whole(
     options: dict[str, Any], way: tuple[list[int], list[int], list[int], list[bool]], seed: int
 ) -> None:
     sizes, order, spread, stores = way
@@ -161,19 +123,19 @@ def test_any_blocks_in_any_order_merged_in_any_way_are_everything_at_once(
     assert_same(first.figures(), at_once(whole, sizes, **options))
 
 
-def test_figures_can_be_taken_on_the_way() -> None:
+def test_figures_can_be_read_between_blocks() -> None:
     whole = layer(TEXTS)
     moments = LayerMoments(WIDTH)
     blocks = cut(whole, [10, 10, 3])
     for block in blocks[:2]:
         block.to(moments)
-    first = Block(whole.texts[:20], whole.token_figures[:20], whole.views[:20], 0)  # type: ignore[index]
+    first = Block(whole.texts[:20], whole.token_figures[:20], whole.views[:20], 0)
     assert_same(moments.figures(), at_once(first, [10, 10]))
     blocks[2].to(moments)
     assert_same(moments.figures(), at_once(whole, [10, 10, 3]))
 
 
-def test_more_numbers_than_texts() -> None:
+def test_a_width_above_the_number_of_texts() -> None:
     draw = torch.Generator().manual_seed(0)
     texts, views = torch.randn(9, 40, generator=draw), torch.randn(9, 2, 40, generator=draw)
     moments = LayerMoments(40)
@@ -187,8 +149,8 @@ def test_more_numbers_than_texts() -> None:
 
 def test_views_may_differ_in_number_between_blocks() -> None:
     few, many = layer(10, q=2), layer(10, seed=1, q=5)
-    moments = streamed([few, replace(many, block=1)])
-    views = [math.sqrt(WIDTH) * unit_rows(block.views) for block in (few, many) if block.views is not None]
+    moments = accumulated([few, replace(many, block=1)])
+    views = [math.sqrt(WIDTH) * unit_rows(block.views) for block in (few, many)]
     means = torch.cat([view.mean(dim=1) for view in views])
     apart = means - means.mean(dim=0)
     inner = torch.cat([(view - view.mean(dim=1, keepdim=True)).flatten(0, 1) for view in views])
@@ -198,24 +160,23 @@ def test_views_may_differ_in_number_between_blocks() -> None:
     assert moments.figures().lidar == pytest.approx(math.exp(-(shares * shares.log()).sum().item()), rel=1e-9)
 
 
-def test_the_seed_and_the_number_of_a_block_draw_its_permutations() -> None:
+def test_the_seed_and_the_block_number_determine_the_permutations() -> None:
     one, other = layer(12), layer(12, seed=1)
-    expected = streamed([replace(one, block=4), replace(other, block=9)]).figures()
+    expected = accumulated([replace(one, block=4), replace(other, block=9)]).figures()
     torch.manual_seed(5)
-    assert_same(streamed([replace(other, block=9), replace(one, block=4)]).figures(), expected)
-    assert streamed([replace(one, block=5), replace(other, block=9)]).figures().dime != expected.dime
-    assert streamed([replace(one, block=4), replace(other, block=9)], seed=1).figures().dime != expected.dime
+    assert_same(accumulated([replace(other, block=9), replace(one, block=4)]).figures(), expected)
+    assert accumulated([replace(one, block=5), replace(other, block=9)]).figures().dime != expected.dime
+    assert accumulated([replace(one, block=4), replace(other, block=9)], seed=1).figures().dime != expected.dime
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_no_figure_depends_on_the_scale_of_a_layer(scale: float) -> None:
+def test_figures_are_invariant_to_the_scale_of_a_layer(scale: float) -> None:
     whole = layer(TEXTS)
-    assert whole.views is not None
     scaled = Block(scale * whole.texts, whole.token_figures, scale * whole.views, 0)
-    assert_same(streamed([scaled]).figures(), streamed([whole]).figures())
+    assert_same(accumulated([scaled]).figures(), accumulated([whole]).figures())
 
 
-def test_the_ridge_stands_beside_numbers_of_mean_square_1() -> None:
+def test_the_ridge_is_relative_to_a_mean_square_of_1() -> None:
     draw = torch.Generator().manual_seed(0)
     signs = torch.randn(30, 1, 8, generator=draw) + 0.4 * torch.randn(30, 2, 8, generator=draw)
     views = signs.sign().double()
@@ -226,27 +187,25 @@ def test_the_ridge_stands_beside_numbers_of_mean_square_1() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_narrow_blocks_are_gathered_in_float64(dtype: torch.dtype) -> None:
+def test_narrow_blocks_are_accumulated_in_float64(dtype: torch.dtype) -> None:
     whole = layer(TEXTS)
-    assert whole.views is not None
     narrow = Block(whole.texts.to(dtype), whole.token_figures, whole.views.to(dtype), 0)
     wide = Block(narrow.texts.double(), whole.token_figures, whole.views.to(dtype).double(), 0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = streamed([narrow])
-    assert found.figures() == streamed([wide]).figures()
+        found = accumulated([narrow])
+    assert found.figures() == accumulated([wide]).figures()
     assert {tensor.dtype for tensor in found.tensors().values()} == {torch.float64, torch.int64}
 
 
-def test_vectors_with_gradients_leave_no_graph_behind() -> None:
+def test_moments_do_not_keep_the_graph_of_vectors_with_gradients() -> None:
     whole = layer(TEXTS)
-    assert whole.views is not None
-    moments = streamed([Block(whole.texts.requires_grad_(), whole.token_figures, whole.views.requires_grad_(), 0)])
+    moments = accumulated([Block(whole.texts.requires_grad_(), whole.token_figures, whole.views.requires_grad_(), 0)])
     assert not any(tensor.requires_grad for tensor in moments.tensors().values())
     assert_same(moments.figures(), at_once(replace(whole, texts=whole.texts.detach()), [TEXTS]))
 
 
 @pytest.mark.gpu
-def test_a_gpu_gathers_the_same() -> None:
+def test_a_gpu_gives_the_same_figures() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     whole = layer(TEXTS)
@@ -254,35 +213,33 @@ def test_a_gpu_gathers_the_same() -> None:
     for device in ("cpu", "cuda"):
         moments = LayerMoments(WIDTH, device=device)
         for block in cut(whole, [10, 13]):
-            assert block.token_figures is not None
-            assert block.views is not None
             moments.add(block.texts.cuda(), block.token_figures.cuda(), block.views.cuda(), block=block.block)
         assert_same(moments.figures(), expected)
         assert_same(LayerMoments.from_tensors(moments.tensors(), device="cuda").figures(), expected)
 
 
-# What is undefined
+# Undefined metrics
 
 
-def test_nothing_gathered_has_no_figures() -> None:
+def test_figures_of_no_texts_are_nan() -> None:
     found = asdict(LayerMoments(WIDTH).figures())
     assert found.pop("texts") == 0
     assert all(math.isnan(value) for value in found.values())
-    empty = streamed([layer(0)]).figures()
+    empty = accumulated([layer(0)]).figures()
     assert_same(empty, LayerMoments(WIDTH).figures())
-    moments = streamed([layer(TEXTS)])
+    moments = accumulated([layer(TEXTS)])
     moments.merge(LayerMoments(WIDTH))
-    assert_same(moments.figures(), streamed([layer(TEXTS)]).figures())
+    assert_same(moments.figures(), accumulated([layer(TEXTS)]).figures())
 
 
-def test_without_views_or_tokens_their_figures_are_nan_and_the_others_are_not() -> None:
+def test_without_views_or_tokens_only_their_figures_are_nan() -> None:
     whole = layer(TEXTS)
     expected = at_once(whole, [TEXTS])
     of_views = {"infonce": math.nan, "information_bound": math.nan, "lidar": math.nan, "dime": math.nan}
-    assert_same(streamed([replace(whole, views=None)]).figures(), replace(expected, **of_views))
+    assert_same(accumulated([replace(whole, views=None)]).figures(), replace(expected, **of_views))
     names = ("raw", "log_rows", "log_width", "log_least")
     of_tokens = {f"prompt_entropy_{how}".removesuffix("_raw"): math.nan for how in names} | {"curvature": math.nan}
-    assert_same(streamed([replace(whole, token_figures=None)]).figures(), replace(expected, **of_tokens))
+    assert_same(accumulated([replace(whole, token_figures=None)]).figures(), replace(expected, **of_tokens))
 
 
 def test_undefined_curvatures_and_texts_of_one_token_are_left_out_of_the_means() -> None:
@@ -306,45 +263,39 @@ def test_undefined_curvatures_and_texts_of_one_token_are_left_out_of_the_means()
 def test_blocks_of_one_text_have_no_pairs_but_are_classes() -> None:
     whole = layer(3)
     singles = cut(whole, [1, 1, 1])
-    assert whole.views is not None
-    found = streamed(singles).figures()
-    assert math.isnan(found.infonce)
-    assert math.isnan(found.information_bound)
-    assert math.isnan(found.dime)
+    found = accumulated(singles).figures()
+    assert all(math.isnan(value) for value in (found.infonce, found.information_bound, found.dime))
     assert found.lidar == pytest.approx(lidar(math.sqrt(WIDTH) * unit_rows(whole.views)).item(), rel=1e-9)
-    alone = streamed(singles[:1]).figures()
-    assert math.isnan(alone.lidar)
-    assert math.isnan(alone.dataset_entropy_log_rows)
-    assert alone.dataset_entropy == 0
-    assert alone.effective_rank == 1
+    alone = accumulated(singles[:1]).figures()
+    assert all(math.isnan(value) for value in (alone.lidar, alone.dataset_entropy_log_rows))
+    assert (alone.dataset_entropy, alone.effective_rank) == (0, 1)
 
 
 @pytest.mark.parametrize("sizes", [[12], [5, 4, 3]])
 @pytest.mark.parametrize("seed", range(4))
-def test_texts_that_all_look_alike(sizes: list[int], seed: int) -> None:
+def test_equal_texts_have_entropy_0_and_lidar_0(sizes: list[int], seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     views = torch.randn(1, 3, WIDTH, generator=draw, dtype=torch.float64)
     alike = Block(torch.ones(12, WIDTH), torch.zeros(12, 3), views.expand(12, 3, WIDTH), 0)
-    found = streamed(cut(alike, sizes)).figures()
+    found = accumulated(cut(alike, sizes)).figures()
     assert found.dataset_entropy == pytest.approx(0, abs=1e-12)
     assert found.effective_rank == pytest.approx(1)
     assert found.lidar == 0
     assert found.information_bound == pytest.approx(0, abs=1e-9)
     assert found.dime == pytest.approx(0, abs=1e-9)
-    # Their means differ by rounding.
+    # Shuffled views have means that differ by rounding.
     shuffled = torch.stack([views[0, torch.randperm(3, generator=draw)] for _ in range(12)])
-    assert streamed(cut(replace(alike, views=shuffled), sizes)).figures().lidar == 0
-    zeros = streamed([Block(torch.zeros(4, WIDTH), None, torch.zeros(4, 2, WIDTH), 0)]).figures()
+    assert accumulated(cut(replace(alike, views=shuffled), sizes)).figures().lidar == 0
+    zeros = accumulated([Block(torch.zeros(4, WIDTH), None, torch.zeros(4, 2, WIDTH), 0)]).figures()
     assert (zeros.dataset_entropy, zeros.effective_rank, zeros.lidar) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_broken_vector_is_seen_in_the_figures(bad: float) -> None:
+def test_a_vector_that_is_not_finite_gives_nan(bad: float) -> None:
     whole = layer(TEXTS)
-    assert whole.views is not None
     whole.texts[3, 2] = whole.views[5, 1, 2] = bad
-    moments = streamed(cut(whole, [8, 8, 7]))
-    moments.merge(streamed([layer(TEXTS, seed=1)]))
+    moments = accumulated(cut(whole, [8, 8, 7]))
+    moments.merge(accumulated([layer(TEXTS, seed=1)]))
     found = moments.figures()
     broken = ("dataset_entropy", "effective_rank", "infonce", "information_bound", "lidar", "dime")
     assert all(math.isnan(getattr(found, name)) for name in broken)
@@ -354,21 +305,20 @@ def test_a_broken_vector_is_seen_in_the_figures(bad: float) -> None:
 # Stored and merged
 
 
-def test_a_copy_from_tensors_is_its_own() -> None:
-    whole = layer(TEXTS)
-    first, second = cut(whole, [10, 13])
-    moments = streamed([first], **OTHERS)
+def test_moments_from_tensors_are_an_independent_copy() -> None:
+    first, second = cut(layer(TEXTS), [10, 13])
+    moments = accumulated([first], **OTHERS)
     before = moments.figures()
     copy = LayerMoments.from_tensors(moments.tensors())
     assert copy.figures() == before
     second.to(copy)
     assert moments.figures() == before
-    assert_same(copy.figures(), streamed([first, second], **OTHERS).figures())
+    assert_same(copy.figures(), accumulated([first, second], **OTHERS).figures())
 
 
-def test_merging_leaves_the_other_one_as_it_is() -> None:
+def test_merging_does_not_change_the_merged_moments() -> None:
     first, second = cut(layer(TEXTS), [10, 13])
-    moments, other = streamed([first]), streamed([second])
+    moments, other = accumulated([first]), accumulated([second])
     before = other.figures()
     moments.merge(other)
     first.to(moments)
@@ -378,23 +328,23 @@ def test_merging_leaves_the_other_one_as_it_is() -> None:
 @pytest.mark.parametrize(
     "options", [{"order": 2.0}, {"temperature": 0.2}, {"ridge": 1e-3}, {"permutations": 4}, {"seed": 1}, {"width": 7}]
 )
-def test_other_settings_cannot_be_merged(options: dict[str, Any]) -> None:
+def test_moments_with_different_settings_cannot_be_merged(options: dict[str, Any]) -> None:
     width = options.pop("width", WIDTH)
-    with pytest.raises(ValueError, match="cannot take in those of"):
+    with pytest.raises(ValueError, match="cannot be merged into"):
         LayerMoments(WIDTH).merge(LayerMoments(width, **options))
 
 
-def test_infinite_orders_and_large_seeds_survive_storage() -> None:
-    moments = streamed(cut(layer(TEXTS), [10, 13]), order=math.inf, seed=2**62)
+def test_infinite_orders_and_large_seeds_can_be_stored() -> None:
+    moments = accumulated(cut(layer(TEXTS), [10, 13]), order=math.inf, seed=2**62)
     assert stored(moments).figures() == moments.figures()
     stored(moments).merge(moments)
 
 
 @pytest.mark.parametrize("name", ["moment", "between", "within", "class_mean", "sums", "weights", "counts"])
-def test_tensors_that_are_missing_or_do_not_fit_are_refused(name: str) -> None:
-    tensors = streamed([layer(TEXTS)]).tensors()
+def test_missing_tensors_and_wrong_shapes_are_refused(name: str) -> None:
+    tensors = accumulated([layer(TEXTS)]).tensors()
     without = {key: tensor for key, tensor in tensors.items() if key != name}
-    with pytest.raises(ValueError, match=f"moments without '{name}'"):
+    with pytest.raises(ValueError, match=f"the tensor '{name}' is missing"):
         LayerMoments.from_tensors(without)
     for bad in (tensors[name][None], tensors[name].to(torch.float32)):
         with pytest.raises(ValueError, match=f"'{name}' must be torch"):
@@ -415,10 +365,10 @@ def test_tensors_that_are_missing_or_do_not_fit_are_refused(name: str) -> None:
         ({"views": torch.zeros(4, 1, 6)}, r"views must be \[4, q, 6\] with q at least 2, not \[4, 1, 6\]"),
         ({"views": torch.zeros(3, 2, 6)}, r"views must be \[4, q, 6\] with q at least 2, not \[3, 2, 6\]"),
         ({"views": torch.zeros(4, 2, 5)}, r"views must be \[4, q, 6\] with q at least 2, not \[4, 2, 5\]"),
-        ({"block": -1}, "a block's number must be at least 0, not -1"),
+        ({"block": -1}, "the block number must be at least 0, not -1"),
     ],
 )
-def test_blocks_that_do_not_fit_are_refused_and_leave_nothing_behind(change: dict[str, Any], message: str) -> None:
+def test_blocks_with_wrong_shapes_are_refused_and_not_added(change: dict[str, Any], message: str) -> None:
     moments = LayerMoments(WIDTH)
     with pytest.raises(ValueError, match=message):
         replace(layer(4), **change).to(moments)
@@ -429,7 +379,7 @@ def test_blocks_that_do_not_fit_are_refused_and_leave_nothing_behind(change: dic
     "options",
     [{"order": -1}, {"order": math.nan}, {"temperature": 0}, {"ridge": 0}, {"permutations": 0}, {"seed": -1}],
 )
-def test_settings_out_of_range_are_refused_before_any_work(options: dict[str, Any]) -> None:
+def test_settings_out_of_range_are_refused(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(ValueError, match=f"out of range: {name}"):
         LayerMoments(WIDTH, **options)
@@ -440,19 +390,14 @@ def test_settings_out_of_range_are_refused_before_any_work(options: dict[str, An
 # Memory
 
 
-def held(measure: Callable[[], LayerMoments]) -> int:
-    """Bytes of all tensors that hang on the moments, found by walking their attributes."""
-    return sum(value.untyped_storage().nbytes() for value in vars(measure()).values() if isinstance(value, Tensor))
-
-
 def test_memory_does_not_grow_with_the_texts() -> None:
     def bytes_after(blocks: int) -> int:
-        return held(lambda: streamed([replace(layer(20, seed=number), block=number) for number in range(blocks)]))
+        moments = accumulated([replace(layer(20, seed=number), block=number) for number in range(blocks)])
+        return sum(value.untyped_storage().nbytes() for value in vars(moments).values() if isinstance(value, Tensor))
 
-    few, many = bytes_after(2), bytes_after(20)
-    assert few == many == 8 * (3 * WIDTH**2 + WIDTH + 16)
-    moments = streamed([layer(20)])
-    sizes = sum(tensor.nbytes for tensor in moments.tensors().values())
-    assert sizes == sum(tensor.nbytes for tensor in streamed([layer(200)]).tensors().values())
+    assert bytes_after(2) == bytes_after(20) == 8 * (3 * WIDTH**2 + WIDTH + 16)
+    moments = accumulated([layer(20)])
+    sizes = [{name: tensor.nbytes for name, tensor in accumulated([layer(n)]).tensors().items()} for n in (20, 200)]
+    assert sizes[0] == sizes[1]
     others = [value for value in vars(moments).values() if not isinstance(value, Tensor)]
     assert all(isinstance(value, int | float) for value in others)

@@ -39,13 +39,11 @@ from mteb.models import EncoderProtocol  # noqa: E402
 from mteb.results import TaskResult  # noqa: E402
 
 # mteb's own classifier on a handful of rows.
-pytestmark = pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:lbfgs failed to converge"),
+]
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Hidden states of every layer in one pass: each is that of the model truncated there, however the texts are cut."""
+"""Hidden states of every layer in one pass: each equals that of the truncated model, for any batching of texts."""
 
 import copy
 import itertools
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layer_reference import text_states
 from numpy.typing import NDArray
 from tiny_models import (
     ARCHITECTURES,
@@ -32,25 +33,25 @@ from pipeline.model.states import write_states
 from pipeline.training_set import StatesFacts
 from schemas.bundle import Pooling
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCABULARY = 64
+Models = dict[str, PreTrainedModel]
+Backbones = dict[str, str]
+Ids = tuple[Tensor, Tensor]
 POOLINGS: list[Pooling] = ["mean", "last", "cls"]
 EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 EVERY_POOLING = pytest.mark.parametrize("pooling", POOLINGS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
-def models() -> dict[str, PreTrainedModel]:
-    """One whole model of every architecture; tests copy what they hook or change."""
+def models() -> Models:
+    """One whole model of every architecture; tests hook and change copies only."""
     return {name: tiny_model(name, vocabulary=VOCABULARY) for name in ARCHITECTURES}
 
 
 @pytest.fixture(scope="module")
-def batch() -> tuple[Tensor, Tensor]:
+def batch() -> Ids:
     """Token ids and mask [3, 9], two of the rows padded on the right."""
     ids = torch.randint(4, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
@@ -59,7 +60,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return ids * mask, mask
 
 
-def every_layer(model: PreTrainedModel, batch: tuple[Tensor, Tensor], pooling: Pooling) -> Tensor:
+def every_layer(model: PreTrainedModel, batch: Ids, pooling: Pooling) -> Tensor:
     with torch.inference_mode():
         found: Tensor = PooledLayers(copy.deepcopy(model), pooling)(PaddedTokens(*batch))
     return found
@@ -67,8 +68,8 @@ def every_layer(model: PreTrainedModel, batch: tuple[Tensor, Tensor], pooling: P
 
 @EVERY_ARCHITECTURE
 @EVERY_POOLING
-def test_every_entry_is_bit_for_bit_that_of_the_model_truncated_there(
-    models: dict[str, PreTrainedModel], batch: tuple[Tensor, Tensor], architecture: str, pooling: Pooling
+def test_every_layer_equals_the_truncated_model_bit_for_bit(
+    models: Models, batch: Ids, architecture: str, pooling: Pooling
 ) -> None:
     found = every_layer(models[architecture], batch, pooling)
     assert (found.shape, found.dtype) == ((3, LAYERS + 1, WIDTH), torch.float32)
@@ -81,8 +82,8 @@ def test_every_entry_is_bit_for_bit_that_of_the_model_truncated_there(
 
 @EVERY_ARCHITECTURE
 @EVERY_POOLING
-def test_every_entry_is_bit_for_bit_what_transformers_calls_a_hidden_state(
-    models: dict[str, PreTrainedModel], batch: tuple[Tensor, Tensor], architecture: str, pooling: Pooling
+def test_every_layer_equals_transformers_hidden_state_bit_for_bit(
+    models: Models, batch: Ids, architecture: str, pooling: Pooling
 ) -> None:
     model = models[architecture]
     found = every_layer(model, batch, pooling)
@@ -95,13 +96,11 @@ def test_every_entry_is_bit_for_bit_what_transformers_calls_a_hidden_state(
         assert torch.equal(found[:, layer], pool(expected, batch[1], pooling)), layer
     assert torch.equal(found[:, LAYERS], pool(output.last_hidden_state, batch[1], pooling)), "the whole model's output"
     for one, other in itertools.pairwise(found.unbind(dim=1)):
-        assert not torch.allclose(one, other), "every block does something"
+        assert not torch.allclose(one, other), "every block changes the state"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mamba"])
-def test_only_the_last_entry_of_a_decoder_went_through_the_final_norm(
-    models: dict[str, PreTrainedModel], batch: tuple[Tensor, Tensor], architecture: str
-) -> None:
+def test_only_the_last_layer_of_a_decoder_has_the_final_norm(models: Models, batch: Ids, architecture: str) -> None:
     found = every_layer(models[architecture], batch, "last")
     other = copy.deepcopy(models[architecture])
     norm = other.norm_f if architecture == "mamba" else other.norm
@@ -113,9 +112,7 @@ def test_only_the_last_entry_of_a_decoder_went_through_the_final_norm(
 
 
 @EVERY_ARCHITECTURE
-def test_a_pass_leaves_nothing_behind_for_the_next(
-    models: dict[str, PreTrainedModel], batch: tuple[Tensor, Tensor], architecture: str
-) -> None:
+def test_a_failed_pass_does_not_affect_the_next(models: Models, batch: Ids, architecture: str) -> None:
     pooled = PooledLayers(copy.deepcopy(models[architecture]), "mean")
     ids, mask = batch
     with torch.inference_mode():
@@ -130,21 +127,19 @@ def test_a_pass_leaves_nothing_behind_for_the_next(
             pooled.model(input_ids=ids, attention_mask=mask)
 
 
-def test_states_are_pooled_in_float32_whatever_the_model_computes_in(
-    models: dict[str, PreTrainedModel], batch: tuple[Tensor, Tensor]
-) -> None:
+def test_states_are_pooled_in_float32_for_every_dtype(models: Models, batch: Ids) -> None:
     exact = every_layer(models["bert"], batch, "mean")
     rough = every_layer(copy.deepcopy(models["bert"]).to(torch.bfloat16), batch, "mean")
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, atol=0.2, rtol=0.1)
-    assert not torch.equal(rough, rough.bfloat16().float()), "a mean of rounded states is not rounded itself"
+    assert not torch.equal(rough, rough.bfloat16().float()), "the mean of bfloat16 states is in float32"
 
 
 # --- the file
 
 
 @pytest.fixture(scope="module")
-def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> Backbones:
     folder = tmp_path_factory.mktemp("states")
     return {name: save_tiny_backbone(folder / name, name) for name in ARCHITECTURES}
 
@@ -157,36 +152,32 @@ def written(
     return np.load(path, allow_pickle=False), facts
 
 
-def second_computation(backbone: str, architecture: str, text: str, pooling: Pooling) -> NDArray[np.float64]:
-    """States [L + 1, D] of one text by transformers alone, pooled by hand; no embeddings where Mamba has none."""
+def expected_states(backbone: str, architecture: str, text: str, pooling: Pooling) -> NDArray[np.float64]:
+    """Pooled states [L + 1, D] of one text, by transformers alone."""
     model, tokenizer = AutoModel.from_pretrained(backbone).eval(), AutoTokenizer.from_pretrained(backbone)
     ids = tokenizer(text, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")["input_ids"]
-    with torch.inference_mode():
-        found = model(input_ids=ids, output_hidden_states=True).hidden_states
-    tokens = [found[hidden_state_index(architecture, kept)][0].double().numpy() for kept in range(1, LAYERS + 1)]
-    if architecture != "mamba":
-        tokens.insert(0, found[0][0].double().numpy())
+    tokens = text_states(architecture, model, ids)
     return np.stack([{"mean": one.mean(axis=0), "last": one[-1], "cls": one[0]}[pooling] for one in tokens])
 
 
 @EVERY_ARCHITECTURE
 @EVERY_POOLING
-def test_the_file_holds_every_layer_of_every_text_as_a_second_computation_does(
-    backbones: dict[str, str], tmp_path: Path, architecture: str, pooling: Pooling
+def test_the_file_contains_every_layer_of_every_text(
+    backbones: Backbones, tmp_path: Path, architecture: str, pooling: Pooling
 ) -> None:
-    # The last one is cut at the 48 tokens that every text may have.
+    # The last text is cut at the limit of 48 tokens.
     texts = [*TEXTS[:9], "river and kitchen " * 40]
     found, facts = written(backbones[architecture], tmp_path / "states.npy", texts, pooling=pooling)
     assert (found.shape, found.dtype) == ((LAYERS + 1, len(texts), WIDTH), np.float32)
     assert facts == StatesFacts(layers=LAYERS, width=WIDTH, max_tokens=MAX_TOKENS, dtype="float32", device="cpu")
     for place in (0, 4, len(texts) - 1):
-        expected = second_computation(backbones[architecture], architecture, texts[place], pooling)
-        np.testing.assert_allclose(found[-len(expected) :, place], expected, atol=2e-5, rtol=1e-4)
+        expected = expected_states(backbones[architecture], architecture, texts[place], pooling)
+        np.testing.assert_allclose(found[:, place], expected, atol=2e-5, rtol=1e-4)
 
 
 @EVERY_ARCHITECTURE
-def test_the_file_does_not_depend_on_how_many_texts_are_done_at_once(
-    backbones: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
+def test_the_file_does_not_depend_on_the_batching_of_texts(
+    backbones: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:
     whole, facts = written(backbones[architecture], tmp_path / "whole.npy")
     for at_once in (1, 7, len(TEXTS) - 1, len(TEXTS)):
@@ -200,8 +191,8 @@ def test_the_file_does_not_depend_on_how_many_texts_are_done_at_once(
 
 @EVERY_ARCHITECTURE
 @EVERY_POOLING
-def test_an_empty_text_has_finite_states_that_do_not_depend_on_its_neighbours(
-    backbones: dict[str, str], tmp_path: Path, architecture: str, pooling: Pooling
+def test_an_empty_text_has_finite_states_independent_of_other_texts(
+    backbones: Backbones, tmp_path: Path, architecture: str, pooling: Pooling
 ) -> None:
     alone, _ = written(backbones[architecture], tmp_path / "alone.npy", [""], pooling=pooling)
     among, _ = written(backbones[architecture], tmp_path / "among.npy", [*TEXTS[:3], "", "x " * 30], pooling=pooling)
@@ -210,9 +201,7 @@ def test_an_empty_text_has_finite_states_that_do_not_depend_on_its_neighbours(
 
 
 @EVERY_ARCHITECTURE
-def test_what_lies_behind_the_last_token_counts_for_nothing(
-    backbones: dict[str, str], tmp_path: Path, architecture: str
-) -> None:
+def test_tokens_after_the_limit_are_ignored(backbones: Backbones, tmp_path: Path, architecture: str) -> None:
     texts = ["river " * 10 + "seven", "river " * 10 + "kitchen " * 50]
     found, facts = written(backbones[architecture], tmp_path / "states.npy", texts, max_tokens=8)
     assert facts.max_tokens == 8
@@ -222,17 +211,15 @@ def test_what_lies_behind_the_last_token_counts_for_nothing(
 
 
 @pytest.mark.parametrize(("architecture", "tokens"), [("bert", 64), ("llama", 64), ("mamba", 500)])
-def test_a_text_is_cut_where_the_backbone_has_no_more_positions(
-    backbones: dict[str, str], tmp_path: Path, architecture: str, tokens: int
+def test_a_text_is_cut_at_the_backbones_positions(
+    backbones: Backbones, tmp_path: Path, architecture: str, tokens: int
 ) -> None:
     found, facts = written(backbones[architecture], tmp_path / "states.npy", ["seven " * 700], max_tokens=500)
     assert facts.max_tokens == tokens
     assert np.isfinite(found).all()
 
 
-def test_states_in_bfloat16_are_written_as_float32_and_the_facts_say_so(
-    backbones: dict[str, str], tmp_path: Path
-) -> None:
+def test_bfloat16_states_are_written_as_float32_with_their_dtype(backbones: Backbones, tmp_path: Path) -> None:
     exact, _ = written(backbones["bert"], tmp_path / "exact.npy")
     bfloat16 = CPU_FLOAT32.model_copy(update={"dtype": "bfloat16"})
     rough, facts = written(backbones["bert"], tmp_path / "rough.npy", encode=bfloat16)
@@ -240,25 +227,25 @@ def test_states_in_bfloat16_are_written_as_float32_and_the_facts_say_so(
     assert 0 < np.abs(rough - exact).max() < 0.5
 
 
-def test_the_layer_names_nothing_to_the_states(backbones: dict[str, str], tmp_path: Path) -> None:
+def test_the_layers_setting_does_not_change_the_states(backbones: Backbones, tmp_path: Path) -> None:
     found, facts = written(backbones["llama"], tmp_path / "states.npy", layers=2)
     assert (len(found), facts.layers) == (LAYERS + 1, len(blocks(tiny_model("llama"))[2]))
     assert np.array_equal(found, written(backbones["llama"], tmp_path / "all.npy")[0])
 
 
 @pytest.mark.parametrize(
-    ("layers", "dims", "says"), [(LAYERS + 1, (), "choose at most 4"), (None, (8, 33), "33 dimensions are wanted")]
+    ("layers", "dims", "message"), [(LAYERS + 1, (), "choose at most 4"), (None, (8, 33), "33 dimensions are wanted")]
 )
-def test_what_the_backbone_cannot_give_is_said_before_the_pass(
-    backbones: dict[str, str], tmp_path: Path, layers: int | None, dims: tuple[int, ...], says: str
+def test_impossible_layers_and_dimensions_are_refused_before_the_pass(
+    backbones: Backbones, tmp_path: Path, layers: int | None, dims: tuple[int, ...], message: str
 ) -> None:
     train = TrainSettings(backbone=backbones["bert"], layers=layers)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         write_states(TEXTS, tmp_path / "s.npy", train=train, encode=CPU_FLOAT32, resources=ONE_CORE, dims=dims)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_backbone_is_the_users_mistake_and_leaves_no_file(tmp_path: Path) -> None:
+def test_an_unknown_backbone_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot load backbone '/no/such/model'"):
         written("/no/such/model", tmp_path / "states.npy")
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
 """Every system of the yardstick: finite vectors, the same every time, and nothing of what lies behind the boundary."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
@@ -17,6 +17,8 @@ from pipeline.model.marc import Marc
 from pipeline.model.matching import CrossingNetwork, ResidualNetwork
 from pipeline.model.systems import KEEP, System, build, make_vectors, sweep_systems, systems, tuned_systems
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Vectors = NDArray[np.float32]
 Learn = Callable[[Interactions, slice], LearningData]
 
@@ -30,14 +32,6 @@ every_system = pytest.mark.parametrize("system", [s for s in SYSTEMS if s.name !
 every_fitted_system = pytest.mark.parametrize(
     "system", [s for s in SYSTEMS if s.name not in WITHOUT_FIT], ids=lambda s: s.name
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def of_the_training_part(interactions: Interactions, part: slice) -> LearningData:

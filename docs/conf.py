@@ -10,7 +10,7 @@ project = "marc-pipeline"
 copyright = "the marc-pipeline authors, Apache-2.0"  # noqa: A001 - the name that Sphinx reads
 release = version = installed("marc-pipeline")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "reference_pages"]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3

@@ -8,6 +8,7 @@ Needs ``marc-pipeline[reader]`` only: no torch, no pyspark, no airflow.
 import argparse
 
 import numpy as np
+
 from marc_pipeline.reader import open_release
 
 

@@ -10,13 +10,14 @@ from typing import Any, Literal, get_args, get_origin
 
 import typer
 from docutils import nodes
-from marc_pipeline import errors
-from marc_pipeline.cli.app import app
-from marc_pipeline.config import Settings
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+
+from marc_pipeline import errors
+from marc_pipeline.cli.app import app
+from marc_pipeline.config import Settings
 
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
@@ -74,7 +75,10 @@ def _values(field: FieldInfo) -> str:
     kind = field.annotation if get_origin(field.annotation) in {tuple, dict} else kinds[0]
     name = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
     limits = [
-        f"{sign} {getattr(bound, key)}" for bound in field.metadata for key, sign in BOUNDS.items() if hasattr(bound, key)
+        f"{sign} {getattr(bound, key)}"
+        for bound in field.metadata
+        for key, sign in BOUNDS.items()
+        if hasattr(bound, key)
     ]
     return " ".join([name, ", ".join(limits)]).strip()
 

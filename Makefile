@@ -31,7 +31,7 @@ setup: java $(VENV)/.installed ## Create .venv and install everything into it (o
 $(VENV)/.installed: pyproject.toml constraints.txt | java
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
 	  || { echo "Python 3.11 or 3.12 is needed, '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo not there); install it or say PYTHON=..." >&2; exit 2; }
-	@echo "Setting up $(VENV) (once; see README for what is downloaded) ..."
+	@echo "Setting up $(VENV) (once; docs/quickstart.md says what is downloaded) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

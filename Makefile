@@ -48,7 +48,7 @@ nightly: setup ## Run the DAG marc_nightly for DS, on the example catalogue unle
 	echo "DAG marc_nightly for $(DS); the whole log: $(NIGHT_LOG)"; \
 	$(AIRFLOW) dags test marc_nightly $(DS) 2>&1 | tee -a $(NIGHT_LOG) \
 	  | sed -un -e 's/.*\[DAG TEST\] starting task_id=\([a-z_]*\).*/task \1/p' \
-	            -e 's/^\(pipeline\.errors\.[A-Za-z]*: .*\)/  \1/p' \
+	            -e 's/^\(marc_pipeline\.errors\.[A-Za-z]*: .*\)/  \1/p' \
 	            -e 's/^[^ ]* \[[a-z]* *\] \([0-9:]\{8\} \(INFO\|WARNING\|ERROR\) .*[^ ]\) *\[airflow\.task\.hooks.*/  \1/p' \
 	  || { echo "the night of $(DS) failed; see $(NIGHT_LOG)" >&2; exit 1; }; \
 	$(BIN)/marc summary --ds $(DS) --since $$started

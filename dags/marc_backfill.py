@@ -7,11 +7,11 @@ from typing import Any
 from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOperator
 from airflow.sdk import Metadata, Param, dag, task
 
-from pipeline.scheduler.events import ITEM_VECTORS, release_event
-from pipeline.scheduler.operators import backfill_arguments, submission
-from pipeline.scheduler.params import CONFIG, date_param, given_params
-from pipeline.scheduler.retries import DEFAULT_ARGS, RetryFromTheStart
-from pipeline.scheduler.tasks import identify_backfills
+from marc_pipeline.scheduler.events import ITEM_VECTORS, release_event
+from marc_pipeline.scheduler.operators import backfill_arguments, submission
+from marc_pipeline.scheduler.params import CONFIG, date_param, given_params
+from marc_pipeline.scheduler.retries import DEFAULT_ARGS, RetryFromTheStart
+from marc_pipeline.scheduler.tasks import identify_backfills
 
 
 @dag(
@@ -40,7 +40,7 @@ from pipeline.scheduler.tasks import identify_backfills
     doc_md=__doc__,
 )
 def marc_backfill() -> None:
-    """Declare the tasks; :mod:`pipeline.scheduler` defines what they do."""
+    """Declare the tasks; :mod:`marc_pipeline.scheduler` defines what they do."""
 
     @task
     def identify() -> list[dict[str, Any]]:

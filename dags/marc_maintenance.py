@@ -5,9 +5,9 @@ from typing import Any
 
 from airflow.sdk import dag, task
 
-from pipeline.scheduler.params import CONFIG, given_params
-from pipeline.scheduler.retries import DEFAULT_ARGS
-from pipeline.scheduler.tasks import vacuum_files
+from marc_pipeline.scheduler.params import CONFIG, given_params
+from marc_pipeline.scheduler.retries import DEFAULT_ARGS
+from marc_pipeline.scheduler.tasks import vacuum_files
 
 
 @dag(
@@ -21,7 +21,7 @@ from pipeline.scheduler.tasks import vacuum_files
     doc_md=__doc__,
 )
 def marc_maintenance() -> None:
-    """Declare the vacuum; :mod:`pipeline.scheduler` defines what it does."""
+    """Declare the vacuum; :mod:`marc_pipeline.scheduler` defines what it does."""
 
     @task
     def vacuum() -> dict[str, Any]:

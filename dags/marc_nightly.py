@@ -7,11 +7,11 @@ from typing import Any
 
 from airflow.sdk import Metadata, dag, task
 
-from pipeline.scheduler.events import ITEM_VECTORS, release_event
-from pipeline.scheduler.operators import identified_arguments, spark_stage
-from pipeline.scheduler.params import CONFIG, ds_param, requested
-from pipeline.scheduler.retries import DEFAULT_ARGS
-from pipeline.scheduler.tasks import identify_night
+from marc_pipeline.scheduler.events import ITEM_VECTORS, release_event
+from marc_pipeline.scheduler.operators import identified_arguments, spark_stage
+from marc_pipeline.scheduler.params import CONFIG, ds_param, requested
+from marc_pipeline.scheduler.retries import DEFAULT_ARGS
+from marc_pipeline.scheduler.tasks import identify_night
 
 STAGES = ("plan", "encode", "audit", "index", "release")
 
@@ -28,7 +28,7 @@ STAGES = ("plan", "encode", "audit", "index", "release")
     doc_md=__doc__,
 )
 def marc_nightly() -> None:
-    """Declare the tasks; :mod:`pipeline.scheduler` defines what they do."""
+    """Declare the tasks; :mod:`marc_pipeline.scheduler` defines what they do."""
 
     @task
     def identify() -> dict[str, str]:

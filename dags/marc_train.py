@@ -5,10 +5,10 @@ from typing import Any
 
 from airflow.sdk import dag, task
 
-from pipeline.scheduler.operators import identified_arguments, spark_stage
-from pipeline.scheduler.params import CONFIG, ds_param, requested
-from pipeline.scheduler.retries import DEFAULT_ARGS
-from pipeline.scheduler.tasks import identify_training, promote_training
+from marc_pipeline.scheduler.operators import identified_arguments, spark_stage
+from marc_pipeline.scheduler.params import CONFIG, ds_param, requested
+from marc_pipeline.scheduler.retries import DEFAULT_ARGS
+from marc_pipeline.scheduler.tasks import identify_training, promote_training
 
 STAGES = ("hidden_states", "evaluate_layers", "train_marc", "evaluate_marc")
 
@@ -25,7 +25,7 @@ STAGES = ("hidden_states", "evaluate_layers", "train_marc", "evaluate_marc")
     doc_md=__doc__,
 )
 def marc_train() -> None:
-    """Declare the tasks; :mod:`pipeline.scheduler` defines what they do."""
+    """Declare the tasks; :mod:`marc_pipeline.scheduler` defines what they do."""
 
     @task
     def identify() -> dict[str, str]:

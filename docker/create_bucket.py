@@ -7,7 +7,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
-from pipeline.config import load_settings
+from marc_pipeline.config import load_settings
 
 
 def create_bucket(*, name: str, endpoint_url: str | None, region: str | None) -> bool:

@@ -1,6 +1,6 @@
 """spark-submit entry point of the audit stage."""
 
-from pipeline.jobs.nightly import audit
+from marc_pipeline.jobs.nightly import audit
 
 if __name__ == "__main__":
     audit()

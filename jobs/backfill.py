@@ -1,6 +1,6 @@
 """spark-submit entry point of a backfill."""
 
-from pipeline.jobs.nightly import backfill
+from marc_pipeline.jobs.nightly import backfill
 
 if __name__ == "__main__":
     backfill()

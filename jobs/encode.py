@@ -1,6 +1,6 @@
 """spark-submit entry point of the encode stage."""
 
-from pipeline.jobs.nightly import encode
+from marc_pipeline.jobs.nightly import encode
 
 if __name__ == "__main__":
     encode()

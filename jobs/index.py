@@ -1,6 +1,6 @@
 """spark-submit entry point of the index stage."""
 
-from pipeline.jobs.nightly import index
+from marc_pipeline.jobs.nightly import index
 
 if __name__ == "__main__":
     index()

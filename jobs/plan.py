@@ -1,6 +1,6 @@
 """spark-submit entry point of the plan stage."""
 
-from pipeline.jobs.nightly import plan
+from marc_pipeline.jobs.nightly import plan
 
 if __name__ == "__main__":
     plan()

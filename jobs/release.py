@@ -1,6 +1,6 @@
 """spark-submit entry point of the release stage."""
 
-from pipeline.jobs.nightly import release
+from marc_pipeline.jobs.nightly import release
 
 if __name__ == "__main__":
     release()

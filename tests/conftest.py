@@ -55,7 +55,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
 @pytest.fixture
 def s3_environment(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """The same, for clients in this process."""
-    from pipeline.storage import s3
+    from marc_pipeline.storage import s3
 
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
@@ -70,8 +70,8 @@ def s3_environment(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture(scope="session")
 def spark() -> "Iterator[SparkSession]":
     """One Spark session for the whole run: starting one takes seconds."""
-    from pipeline.config import SparkSettings
-    from pipeline.session import spark_session
+    from marc_pipeline.config import SparkSettings
+    from marc_pipeline.spark.session import spark_session
 
     with spark_session(SparkSettings(master="local[2]"), name="tests") as session:
         yield session

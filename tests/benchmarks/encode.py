@@ -49,14 +49,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from pipeline.config import EncodeSettings, SparkSettings
-from pipeline.model.backbone import blocks, load_backbone
-from pipeline.model.bundle import Bundle
-from pipeline.model.compressor import fit_pca
-from pipeline.model.encoder import load_encoder
-from pipeline.resources import TaskResources
-from pipeline.session import spark_session
-from pipeline.storage import Storage
+from marc_pipeline.config import EncodeSettings, SparkSettings
+from marc_pipeline.model.backbone import blocks, load_backbone
+from marc_pipeline.model.bundle import Bundle
+from marc_pipeline.model.compressor import fit_pca
+from marc_pipeline.model.encoder import load_encoder
+from marc_pipeline.resources import TaskResources
+from marc_pipeline.spark.session import spark_session
+from marc_pipeline.storage import Storage
 
 WARM_UP = 64
 PART = 1024

@@ -50,23 +50,23 @@ import numpy as np
 import pyarrow as pa
 from material import CORES, add_data, cpu, netflix, quiet, sample
 from numpy.typing import NDArray
-from planning import STORAGE, publish_files, settings_at
-from releases import altered
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import EncodeSettings, IndexSettings, Settings, TrainSettings
-from pipeline.feature_table import write_bucket_file
-from pipeline.model.bundle import Bundle, open_bundle
-from pipeline.model.encoder import load_encoder
-from pipeline.model.training import train_pca
-from pipeline.resources import TaskResources
-from schemas.feature_table import file_schema
-from schemas.files import PublishedFile
-from schemas.identity import content_hash, row_id
-from schemas.moments import Moments
-from schemas.receipt import IndexReceipt
-from schemas.release import Release
+from marc_pipeline.bundles.making import train_pca
+from marc_pipeline.config import EncodeSettings, IndexSettings, Settings, TrainSettings
+from marc_pipeline.model.bundle import Bundle, open_bundle
+from marc_pipeline.model.encoder import load_encoder
+from marc_pipeline.resources import TaskResources
+from marc_pipeline.table.write import write_bucket_file
+from marc_schemas.feature_table import file_schema
+from marc_schemas.files import PublishedFile
+from marc_schemas.identity import content_hash, row_id
+from marc_schemas.moments import Moments
+from marc_schemas.receipt import IndexReceipt
+from marc_schemas.release import Release
+from planning import STORAGE, publish_files, settings_at
+from release_cases import altered
 
 Matrix = NDArray[np.float32]
 Ids = NDArray[np.int64]

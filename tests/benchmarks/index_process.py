@@ -18,12 +18,12 @@ Build = Callable[[], dict[str, Any]]
 
 def ours(order: Order) -> Build:
     """The index stage: reads the table's files, builds or patches, measures the recall, publishes with checksums."""
-    from pipeline.config import IndexSettings
-    from pipeline.index import make_index
-    from pipeline.storage import Storage
-    from schemas.files import PublishedFile
-    from schemas.moments import Moments
-    from schemas.release import Release
+    from marc_pipeline.config import IndexSettings
+    from marc_pipeline.index import make_index
+    from marc_pipeline.storage import Storage
+    from marc_schemas.files import PublishedFile
+    from marc_schemas.moments import Moments
+    from marc_schemas.release import Release
 
     def build() -> dict[str, Any]:
         receipt = make_index(

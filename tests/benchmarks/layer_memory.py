@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.model.curvature import curvature
-from pipeline.model.entropy import prompt_entropy
-from pipeline.model.moments import LayerFigures, LayerMoments
+from marc_pipeline.layers.curvature import curvature
+from marc_pipeline.layers.entropy import prompt_entropy
+from marc_pipeline.layers.moments import LayerFigures, LayerMoments
 
 VIEW_NOISE = 0.3
 

@@ -26,16 +26,17 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import Settings, load_settings
-from pipeline.feature_table import read_rows, write_bucket_file
-from pipeline.model.bundle import Bundle, open_bundle
-from pipeline.model.ctr import click_data, score_vectors
-from pipeline.model.encoder import load_encoder, use_threads
-from pipeline.resources import TaskResources
-from pipeline.storage import Storage
-from pipeline.training_set import TrainingSet, identify_training, open_training_set
-from schemas.feature_table import MANTISSA_BITS, VECTOR_COLUMN, file_schema
-from schemas.identity import content_hash, row_id
+from marc_pipeline.config import Settings, load_settings
+from marc_pipeline.evaluation.click_model import click_data, score_vectors
+from marc_pipeline.model.bundle import Bundle, open_bundle
+from marc_pipeline.model.encoder import load_encoder, use_threads
+from marc_pipeline.resources import TaskResources
+from marc_pipeline.storage import Storage
+from marc_pipeline.table.rows import read_rows
+from marc_pipeline.table.write import write_bucket_file
+from marc_pipeline.training.training_set import TrainingSet, identify_training, open_training_set
+from marc_schemas.feature_table import MANTISSA_BITS, VECTOR_COLUMN, file_schema
+from marc_schemas.identity import content_hash, row_id
 
 CONFIG = Path(__file__).resolve().parent / "ml-latest-small" / "marc.yaml"
 BITS = "23,15,12,10,8,7,5,3"

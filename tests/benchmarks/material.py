@@ -17,13 +17,13 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers.utils import logging
 
-from pipeline.config import EncodeSettings, TrainSettings
-from pipeline.model.backbone import blocks, load_backbone, load_tokenizer, truncate
-from pipeline.model.bundle import Bundle, save_bundle
-from pipeline.model.compressor import WhitenedPCA, save_compressor
-from pipeline.model.encoder import choose_dtype
-from pipeline.storage import Storage
-from schemas.bundle import BundleCard, CompressorCard
+from marc_pipeline.config import EncodeSettings, TrainSettings
+from marc_pipeline.model.backbone import blocks, load_backbone, load_tokenizer, truncate
+from marc_pipeline.model.bundle import Bundle, save_bundle
+from marc_pipeline.model.compressor import WhitenedPCA, save_compressor
+from marc_pipeline.model.encoder import choose_dtype
+from marc_pipeline.storage import Storage
+from marc_schemas.bundle import BundleCard, CompressorCard
 
 CORES = len(os.sched_getaffinity(0))
 BACKBONE = TrainSettings().backbone

@@ -21,9 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.example.ratings import write_interactions
-from pipeline.example.shop import write_catalogue
-from schemas.plan import Plan
+from marc_pipeline.example.ratings import write_interactions
+from marc_pipeline.example.shop import write_catalogue
+from marc_schemas.plan import Plan
 
 DAYS = [f"2026-11-{day}" for day in range(20, 25)]
 FULL, CHANGED, NOTHING, ONE_BUCKET, FEW = DAYS
@@ -83,7 +83,7 @@ def prepare(folder: Path, items: int) -> None:
 
 
 def marc(folder: Path, *arguments: str, elsewhere: str = "data") -> dict[str, Any]:
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", *arguments, "--json"]
+    command = [sys.executable, "-c", "from marc_pipeline.cli import main; main()", *arguments, "--json"]
     env = {**os.environ, "MARC_CONFIG": str(folder / "marc.yaml"), "HF_HUB_OFFLINE": "1"}
     env |= {"MARC_ROOT": str(folder / elsewhere), "MARC_BUNDLE_URI": str(folder / "data" / "bundles")}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)

@@ -35,19 +35,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from planning import DIM, DS, STORAGE, Row, bundle_at, publish_files, tokenizer_json
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import feature_table
-from pipeline.config import CatalogueSettings, Settings
-from pipeline.deployment import open_deployment
-from pipeline.model.bundle import open_bundle, promote
-from pipeline.plan import make_plan
-from pipeline.plan_identity import identify
-from pipeline.session import spark_session
-from pipeline.workspace import Workspace
-from schemas.feature_table import file_schema
+from marc_pipeline.config import CatalogueSettings, Settings
+from marc_pipeline.deployment import open_deployment
+from marc_pipeline.model.bundle import open_bundle, promote
+from marc_pipeline.nightly.plan import make_plan
+from marc_pipeline.nightly.plan_identity import identify
+from marc_pipeline.spark.session import spark_session
+from marc_pipeline.table.write import write_bucket_file
+from marc_pipeline.work_area import Workspace
+from marc_schemas.feature_table import file_schema
+from planning import DIM, DS, STORAGE, Row, bundle_at, publish_files, tokenizer_json
 
 FIRST_NIGHT, BEFORE = DS, "2026-11-19"
 SLICE = 100_000
@@ -182,7 +182,7 @@ def publish_base(folder: Path, buckets: int) -> None:
         }
         rows = pa.table([made[name] for name in schema.names], schema=schema)
         given = {"ds": BEFORE, "bucket": bucket, "plan_id": "0" * 32}
-        files.append(feature_table.write_bucket_file(STORAGE, settings.table_uri, rows, footer={}, **given))
+        files.append(write_bucket_file(STORAGE, settings.table_uri, rows, footer={}, **given))
     publish_files(settings, files, ds=BEFORE)
 
 

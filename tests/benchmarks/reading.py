@@ -33,19 +33,19 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from published import DS, Site, items
-from releases import altered
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import release_log
-from pipeline.config import IndexSettings
-from pipeline.feature_table import write_bucket_file
-from pipeline.index import make_index
-from pipeline.reader import OpenRelease, open_release
-from schemas.feature_table import file_schema
-from schemas.identity import row_id
-from schemas.moments import Moments
+from marc_pipeline.config import IndexSettings
+from marc_pipeline.index import make_index
+from marc_pipeline.reader.release import OpenRelease, open_release
+from marc_pipeline.releases import log as release_log
+from marc_pipeline.table.write import write_bucket_file
+from marc_schemas.feature_table import file_schema
+from marc_schemas.identity import row_id
+from marc_schemas.moments import Moments
+from published import DS, Site, items
+from release_cases import altered
 
 COLUMNS = ["item_id", "vector"]
 LATER = 9

@@ -36,20 +36,20 @@ from material import BACKBONE, CORES, add_data, cpu, netflix, quiet, sample, sho
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import EncodeSettings, SparkSettings, TrainSettings
-from pipeline.encode import EncodeTask, encode_bucket
-from pipeline.model import batches, compressor, encoder
-from pipeline.model.bundle import Bundle
-from pipeline.model.training import train_pca
-from pipeline.resources import TaskResources
-from pipeline.session import run_buckets, spark_session
-from pipeline.storage import Storage
-from pipeline.workspace import Workspace
-from schemas.catalogue import ITEMS, Change
-from schemas.feature_table import MANTISSA_BITS
-from schemas.identity import content_hash, row_id
-from schemas.plan import BucketPlan
-from schemas.receipt import Receipt
+from marc_pipeline.bundles.making import train_pca
+from marc_pipeline.config import EncodeSettings, SparkSettings, TrainSettings
+from marc_pipeline.model import batches, compressor, encoder
+from marc_pipeline.model.bundle import Bundle
+from marc_pipeline.nightly.encode import EncodeTask, encode_bucket
+from marc_pipeline.resources import TaskResources
+from marc_pipeline.spark.session import run_buckets, spark_session
+from marc_pipeline.storage import Storage
+from marc_pipeline.work_area import Workspace
+from marc_schemas.catalogue import ITEMS, Change
+from marc_schemas.feature_table import MANTISSA_BITS
+from marc_schemas.identity import content_hash, row_id
+from marc_schemas.plan import BucketPlan
+from marc_schemas.receipt import Receipt
 
 DS = "2026-11-20"
 DIM = 64
@@ -312,7 +312,7 @@ def main() -> None:
     arguments = parse()
     console = Console(width=150)
     corpus = netflix(arguments.data)
-    logging.getLogger("pipeline").setLevel(logging.WARNING)
+    logging.getLogger("marc_pipeline").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="worker-benchmark-") as temporary, quiet():
         folder = Path(temporary)
         texts = short(corpus, arguments.items)

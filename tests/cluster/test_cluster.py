@@ -15,15 +15,16 @@ from pathlib import Path
 import numpy as np
 import pyspark
 import pytest
-from tiny_models import save_tiny_backbone
 
-from pipeline import run, train
-from pipeline.config import load_settings
-from pipeline.deployment import open_deployment
-from pipeline.example.shop import write_catalogue
-from pipeline.plan_identity import identify
-from pipeline.reader import open_release
-from schemas.receipt import Receipt
+from marc_pipeline.bundles import run as train
+from marc_pipeline.config import load_settings
+from marc_pipeline.deployment import open_deployment
+from marc_pipeline.example.shop import write_catalogue
+from marc_pipeline.nightly import run
+from marc_pipeline.nightly.plan_identity import identify
+from marc_pipeline.reader.release import open_release
+from marc_schemas.receipt import Receipt
+from tiny_models import save_tiny_backbone
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.spark]
 
@@ -34,8 +35,8 @@ START_SECONDS = 60
 GPUS = """
 import json, sys, time
 from pathlib import Path
-from pipeline.config import SparkSettings
-from pipeline.session import run_buckets, spark_session
+from marc_pipeline.config import SparkSettings
+from marc_pipeline.spark.session import run_buckets, spark_session
 
 def address(task, resources):
     time.sleep(2)  # so that both workers take part

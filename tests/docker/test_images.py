@@ -24,7 +24,7 @@ import yaml
 from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from urllib3 import HTTPResponse
 
-from pipeline.config import load_settings
+from marc_pipeline.config import load_settings
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"

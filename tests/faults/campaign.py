@@ -34,9 +34,9 @@ import pytest
 from checks import is_known, judge
 from hosts import Attempt, Ended, Host, Overdue, end_session, executors, python_workers
 from lanes import ROOM, S3, Lane, Local, Operation, Undisturbed
-from s3_server import running_s3
 
-from pipeline.errors import Superseded
+from marc_pipeline.errors import Superseded
+from s3_server import running_s3
 
 S3_SCRIPT = REPOSITORY.parent / "shared" / "tools" / "ceph-s3"
 RETRIES = 6

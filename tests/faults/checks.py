@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
 
-from pipeline import feature_table, release_log
-from pipeline.reader import OpenRelease
-from pipeline.storage import Storage
-from pipeline.verify import verify
+from marc_pipeline.reader.release import OpenRelease
+from marc_pipeline.reader.verify import verify
+from marc_pipeline.releases import log as release_log
+from marc_pipeline.storage import Storage
+from marc_pipeline.table.commit import committed_files
 
 TEXT_COLUMNS = ("title", "brand", "category", "description")
 # Of a bucket: what it holds (ids, texts, bundle), and the same with the bits of the vectors.
@@ -117,7 +118,7 @@ def look_at(storage: Storage, table_uri: str, wanted: Mapping[str, Sequence[set[
 def committed(storage: Storage, table_uri: str, ds: str, *, version: int | None = None) -> set[str]:
     """Paths that the Delta table holds for a date."""
     table = DeltaTable(table_uri, version=version, storage_options=storage.delta_options())
-    return feature_table.committed_files(table, ds=ds)
+    return committed_files(table, ds=ds)
 
 
 def files_below(storage: Storage, uris: Sequence[str]) -> frozenset[str]:

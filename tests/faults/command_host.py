@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
-from pipeline import stages
-from pipeline.cli import main as marc
-from pipeline.config import load_settings
-from pipeline.deployment import open_deployment
-from pipeline.entry import configure_logging, reported_errors
+from marc_pipeline.cli import main as marc
+from marc_pipeline.config import load_settings
+from marc_pipeline.deployment import open_deployment
+from marc_pipeline.entry import configure_logging, reported_errors
+from marc_pipeline.nightly import stages
 
 # Commands of our own, beside those of ``marc``: CONFIG DS [BUCKET …], and CONFIG PLAN_ID.
 PREPARE, RELEASE = "@prepare", "@release"
@@ -48,8 +48,8 @@ def perform(arguments: Sequence[str]) -> int:
 
 def prepare(config: str, ds: str, *buckets: str) -> None:
     """The stages before the index."""
-    from pipeline.plan_identity import identify
-    from pipeline.session import spark_session
+    from marc_pipeline.nightly.plan_identity import identify
+    from marc_pipeline.spark.session import spark_session
 
     deployment = open_deployment(load_settings(config))
     identity = identify(deployment, ds=ds, chosen=[int(bucket) for bucket in buckets])
@@ -67,7 +67,7 @@ def release(config: str, plan_id: str) -> None:
 
 
 def serve_spark(config: str) -> None:
-    from pipeline.session import spark_session
+    from marc_pipeline.spark.session import spark_session
 
     with spark_session(load_settings(config).spark, name="faults"):
         answer(ready=True)
@@ -80,7 +80,7 @@ def serve_spark(config: str) -> None:
 
 def serve_forks() -> None:
     # Imported only: whatever starts threads of its own is used in the children alone.
-    from pipeline import audit, index, plan, plan_identity, release, retention, verify  # noqa: F401
+    from marc_pipeline.reader import verify  # noqa: F401
 
     answer(ready=True)
     for line in sys.stdin:

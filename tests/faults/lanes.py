@@ -16,19 +16,20 @@ from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 from checks import Findings, State, files_below, look_at, usable_ids
-from faulty_proxy import PASSED, RESET, FaultyProxy
 from hosts import ColdAttempt, ForkAttempt, Host, WarmAttempt
-from s3_server import client_of
-from tiny_models import save_tiny_backbone
 from tree_events import TreeEvents
 
-from pipeline import release_log, retention
-from pipeline.config import Settings, load_settings
-from pipeline.deployment import open_deployment
-from pipeline.example.shop import write_catalogue
-from pipeline.plan_identity import identify
-from pipeline.storage import Storage
-from schemas.identity import plan_key, row_id
+from faulty_proxy import PASSED, RESET, FaultyProxy
+from marc_pipeline.config import Settings, load_settings
+from marc_pipeline.deployment import open_deployment
+from marc_pipeline.example.shop import write_catalogue
+from marc_pipeline.nightly.plan_identity import identify
+from marc_pipeline.releases import log as release_log
+from marc_pipeline.releases import retention
+from marc_pipeline.storage import Storage
+from marc_schemas.identity import plan_key, row_id
+from s3_server import client_of
+from tiny_models import save_tiny_backbone
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

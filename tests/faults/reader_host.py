@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from checks import contents_of
 
-from pipeline.errors import ReleaseGone
-from pipeline.reader import OpenRelease, open_release
-from pipeline.release_log import read_releases
-from pipeline.storage import Storage
+from marc_pipeline.errors import ReleaseGone
+from marc_pipeline.reader.release import OpenRelease, open_release
+from marc_pipeline.releases.log import read_releases
+from marc_pipeline.storage import Storage
 
 PAUSE_S = 0.3
 UNIT_TOLERANCE = 1e-3

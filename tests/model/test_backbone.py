@@ -9,6 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AlbertConfig, AutoModel, PreTrainedModel
+
+from marc_pipeline.config import TrainSettings
+from marc_pipeline.errors import UserError
+from marc_pipeline.model.backbone import HiddenStates, blocks, load_backbone, load_tokenizer, locate, truncate
+from marc_pipeline.model.batches import PaddedTokens, pool
+from marc_schemas.bundle import Pooling
 from tiny_models import (
     ARCHITECTURES,
     LAYERS,
@@ -19,14 +27,6 @@ from tiny_models import (
     tiny_model,
     tiny_tokenizer,
 )
-from torch import Tensor
-from transformers import AlbertConfig, AutoModel, PreTrainedModel
-
-from pipeline.config import TrainSettings
-from pipeline.errors import UserError
-from pipeline.model.backbone import HiddenStates, blocks, load_backbone, load_tokenizer, locate, truncate
-from pipeline.model.batches import PaddedTokens, pool
-from schemas.bundle import Pooling
 
 VOCABULARY = 64
 KEPT = [pytest.param(architecture, kept) for architecture in ARCHITECTURES for kept in range(1, LAYERS + 1)]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.model.budget import CPU_TOKENS, budget_of, find_budget
+from marc_pipeline.model.budget import CPU_TOKENS, budget_of, find_budget
 
 FIRST, MOST = 1024, 1 << 20
 

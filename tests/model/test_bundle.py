@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from folder_as_s3 import BUCKET, FolderAsS3
 
-from pipeline.errors import CorruptFile, UserError
-from pipeline.model.bundle import Bundle, check_bundle, local_bundle, open_bundle, promote, save_bundle
-from pipeline.storage import Storage
-from schemas.bundle import BundleCard, CompressorCard
+from folder_as_s3 import BUCKET, FolderAsS3
+from marc_pipeline.errors import CorruptFile, UserError
+from marc_pipeline.model.bundle import Bundle, check_bundle, local_bundle, open_bundle, promote, save_bundle
+from marc_pipeline.storage import Storage
+from marc_schemas.bundle import BundleCard, CompressorCard
 
 STORAGE = Storage()
 CARD = BundleCard(

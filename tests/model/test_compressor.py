@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch.nn import functional
 
-from pipeline.errors import UserError
-from pipeline.model.compressor import WEIGHTS, WhitenedPCA, fit_pca, load_compressor, save_compressor
-from pipeline.model.encoder import Normalised
-from schemas.bundle import CompressorCard
+from marc_pipeline.errors import UserError
+from marc_pipeline.model.compressor import WEIGHTS, WhitenedPCA, fit_pca, load_compressor, save_compressor
+from marc_pipeline.model.encoder import Normalised
+from marc_schemas.bundle import CompressorCard
 
 
 def hidden_states(rows: int, width: int, *, seed: int = 0) -> NDArray[np.float32]:

@@ -14,6 +14,28 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import PreTrainedModel
+
+from marc_pipeline.config import EncodeSettings, TrainSettings
+from marc_pipeline.errors import CorruptFile, Unencodable, UserError
+from marc_pipeline.model.backbone import HiddenStates, PooledStates, load_backbone, load_tokenizer, locate
+from marc_pipeline.model.bundle import Bundle, save_bundle
+from marc_pipeline.model.encoder import (
+    Encoder,
+    OutOfMemory,
+    choose_device,
+    choose_dtype,
+    load_encoder,
+    next_batch,
+    token_batches,
+)
+from marc_pipeline.model.onednn import PrepackedLinear
+from marc_pipeline.model.tokens import token_ids
+from marc_pipeline.resources import TaskResources
+from marc_pipeline.storage import Storage
+from marc_schemas.bundle import BundleCard, Pooling
 from tiny_models import (
     CPU_FLOAT32,
     MAX_TOKENS,
@@ -25,28 +47,6 @@ from tiny_models import (
     tiny_tokenizer,
     train_tiny_bundle,
 )
-from tokenizers import Tokenizer
-from torch import nn
-from transformers import PreTrainedModel
-
-from pipeline.config import EncodeSettings, TrainSettings
-from pipeline.errors import CorruptFile, Unencodable, UserError
-from pipeline.model.backbone import HiddenStates, PooledStates, load_backbone, load_tokenizer, locate
-from pipeline.model.bundle import Bundle, save_bundle
-from pipeline.model.encoder import (
-    Encoder,
-    OutOfMemory,
-    choose_device,
-    choose_dtype,
-    load_encoder,
-    next_batch,
-    token_batches,
-)
-from pipeline.model.onednn import PrepackedLinear
-from pipeline.model.tokens import token_ids
-from pipeline.resources import TaskResources
-from pipeline.storage import Storage
-from schemas.bundle import BundleCard, Pooling
 
 LONG = "a golden river " * 400
 ODD_TEXTS = [
@@ -334,7 +334,7 @@ def test_a_tokenizer_that_fails_on_anything_is_broken(bert: PreTrainedModel, mon
         raise ValueError("no vocabulary")
 
     encoder = tiny_encoder("bert", bert)
-    monkeypatch.setattr("pipeline.model.encoder.token_ids", broken)
+    monkeypatch.setattr("marc_pipeline.model.encoder.token_ids", broken)
     with pytest.raises(ValueError, match="no vocabulary"):
         list(encoder.stream([(None, TEXTS[:3])]))
 
@@ -379,7 +379,7 @@ def test_a_text_that_the_tokenizer_fails_on_is_told_of(bert: PreTrainedModel, mo
 
     encoder = tiny_encoder("bert", bert)
     expected = encoder.encode(TEXTS[:4]).vectors
-    monkeypatch.setattr("pipeline.model.encoder.token_ids", panics)
+    monkeypatch.setattr("marc_pipeline.model.encoder.token_ids", panics)
     ((_, encoded),) = encoder.stream([(None, [*TEXTS[:2], "poison", *TEXTS[2:4]])])
     assert encoded.failed == {2: "tokenizer: PanicException: index out of bounds"}
     np.testing.assert_allclose(encoded.vectors[[0, 1, 3, 4]], expected, atol=1e-5)
@@ -420,7 +420,7 @@ list(encoder.stream([(None, TEXTS[:3])], stuck_after_s=0.3))
 
 
 def test_a_device_that_hangs_ends_the_process_with_a_trace() -> None:
-    script = STUCK.format(tests=str(Path(__file__).parents[1]))
+    script = STUCK.format(tests=str(Path(__file__).parents[1] / "fixtures"))
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1, done.stderr

@@ -9,7 +9,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tiny_models import ARCHITECTURES, LAYERS, MAX_TOKENS, cosines, tiny_config, tiny_model
 from torch import nn
 from transformers import (
     AutoModel,
@@ -24,11 +23,12 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from pipeline.model import packed
-from pipeline.model.backbone import HiddenStates, PooledLayers, PooledStates, truncate
-from pipeline.model.batches import PackedTokens, PaddedTokens
-from pipeline.model.onednn import PrepackedLinear, can_prepack, prepack
-from schemas.bundle import Pooling
+from marc_pipeline.model import packed
+from marc_pipeline.model.backbone import HiddenStates, PooledLayers, PooledStates, truncate
+from marc_pipeline.model.batches import PackedTokens, PaddedTokens
+from marc_pipeline.model.onednn import PrepackedLinear, can_prepack, prepack
+from marc_schemas.bundle import Pooling
+from tiny_models import ARCHITECTURES, LAYERS, MAX_TOKENS, cosines, tiny_config, tiny_model
 
 VOCABULARY = 64
 SHAPE = {

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import MAX_TOKENS, TEXTS, save_tiny_backbone, tiny_tokenizer
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from pipeline.model.tokens import TokenCount, count_tokens, load_tokenizer, sample_of, token_ids
-from pipeline.storage import Storage
+from marc_pipeline.model.tokens import TokenCount, count_tokens, load_tokenizer, sample_of, token_ids
+from marc_pipeline.storage import Storage
+from tiny_models import MAX_TOKENS, TEXTS, save_tiny_backbone, tiny_tokenizer
 
 LONG = "river " * 500
 

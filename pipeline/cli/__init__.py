@@ -1,5 +1,0 @@
-"""The command line ``marc``."""
-
-from pipeline.cli.app import main
-
-__all__ = ["main"]

@@ -1,6 +1,0 @@
-"""The index stage: a FAISS index over a plan's files, chosen, patched or built, and measured against exact search."""
-
-from pipeline.index.choice import EXACT_BELOW, Choice, choose, predict
-from pipeline.index.make import Run, in_turn, make_index, satisfies
-
-__all__ = ["EXACT_BELOW", "Choice", "Run", "choose", "in_turn", "make_index", "predict", "satisfies"]

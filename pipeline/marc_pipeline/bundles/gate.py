@@ -1,0 +1,58 @@
+"""The gate before promotion: a bundle's files verify, and its vectors of a sample of the catalogue are sound."""
+
+import numpy as np
+
+from marc_pipeline.config import Settings
+from marc_pipeline.errors import CorruptFile, Unencodable, UserError
+from marc_pipeline.model.bundle import check_bundle, open_bundle
+from marc_pipeline.model.encoder import load_encoder
+from marc_pipeline.resources import TaskResources
+from marc_pipeline.storage import Storage, join
+
+UNIT_TOLERANCE = 1e-3
+MIN_SPREAD = 1e-3
+
+
+def damage(settings: Settings, version: str, *, storage: Storage) -> list[str]:
+    """What is wrong with the files of a bundle that was promoted once."""
+    try:
+        return check_bundle(storage, open_bundle(storage, join(settings.bundle_uri, version)))
+    except UserError as error:
+        return [str(error)]
+
+
+def problems(
+    settings: Settings, texts: list[str], version: str, *, storage: Storage, resources: TaskResources
+) -> list[str]:
+    """Reasons against a bundle, with value and limit; none when it may be promoted.
+
+    Args:
+        settings: how to encode, and ``evaluate.audit_sample``, the most texts that are encoded.
+        texts: of the catalogue; the sample is spread evenly over them.
+        version: of the bundle.
+        storage: access to it.
+        resources: cores and GPU.
+    """
+    bundle = open_bundle(storage, join(settings.bundle_uri, version))
+    found = check_bundle(storage, bundle)
+    if found:
+        return found
+    size = min(len(texts), settings.evaluate.audit_sample)
+    sample = [texts[number * len(texts) // size] for number in range(size)]
+    try:
+        encoder = load_encoder(storage, bundle.uri, version, settings.encode, resources)
+    except CorruptFile as error:
+        return [str(error)]
+    try:
+        vectors = encoder.encode(sample).vectors
+    except Unencodable as error:
+        return [f"of {len(sample)} sampled texts: {error}"]
+    if vectors.shape[1] != bundle.card.dim:
+        found.append(f"vectors have {vectors.shape[1]} numbers, the card says {bundle.card.dim}")
+    off = int((np.abs(np.linalg.norm(vectors, axis=1) - 1) > UNIT_TOLERANCE).sum())
+    if bundle.card.normalised and off:
+        found.append(f"{off} of {len(sample)} sampled vectors have no unit length")
+    spread = float(vectors.std(axis=0).max())
+    if spread < MIN_SPREAD:
+        found.append(f"all sampled vectors are alike: no number varies by more than {spread:.1e}")
+    return found

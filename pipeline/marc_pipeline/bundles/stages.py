@@ -1,0 +1,300 @@
+"""The stages of a training: training set, layer to keep, bundle. Each reads and writes the work area."""
+
+import io
+import json
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from marc_pipeline.bundles.choices import with_train
+from marc_pipeline.config import Settings
+from marc_pipeline.deployment import Deployment
+from marc_pipeline.errors import UserError
+from marc_pipeline.resources import machine
+from marc_pipeline.storage import join
+from marc_pipeline.training.training_set import (
+    StatesFacts,
+    TrainingIdentity,
+    TrainingSet,
+    identify_training,
+    make_training_set,
+    open_training_set,
+    read_card,
+    require_announced,
+    require_shape,
+    training_uri,
+)
+from marc_pipeline.work_area import read_contract
+from marc_schemas.identity import digest
+from marc_schemas.layers import Decision
+from marc_schemas.training import TrainingRun
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from marc_pipeline.bundles.making import Trained
+    from marc_pipeline.evaluation.tasks import EvaluateTask
+
+RUN = "run.json"
+CHECKPOINT = "checkpoint.pt"
+CURVES = "curves.png"
+LAYERS = "layers.json"
+TUNED = "states.npy"
+
+log = logging.getLogger(__name__)
+
+
+def run_id(settings: Settings, training_id: str) -> str:
+    """Names a training run by its data and settings, so that a retry continues the same run."""
+    parts = [training_id, settings.interactions.history, settings.train.model_dump(exclude={"checkpoint_every"})]
+    return digest(parts, chars=16)
+
+
+def run_uri(settings: Settings, training_id: str) -> str:
+    """Folder of a training run."""
+    return join(training_uri(settings.work_uri, training_id), "runs", run_id(settings, training_id))
+
+
+def identify(deployment: Deployment, *, ds: str) -> TrainingIdentity:
+    """The training set that a training of this date would use. Needs no Spark."""
+    return identify_training(deployment.settings, ds=ds, storage=deployment.storage)
+
+
+def states_stage(
+    spark: "SparkSession",
+    deployment: Deployment,
+    identity: TrainingIdentity,
+    *,
+    dims: Sequence[int] = (),
+    expected: str | None = None,
+) -> TrainingSet:
+    """Make the training set: items, interactions, hidden states of every layer; once.
+
+    Args:
+        spark: reads the catalogue.
+        deployment: settings and storage.
+        identity: from :func:`identify`.
+        dims: lengths of vectors that will be wanted.
+        expected: training_id that an earlier task of the same run announced.
+
+    Raises:
+        UserError: catalogue or interactions cannot be used or changed since the id was announced, or the backbone has
+            too few layers or numbers.
+    """
+    if expected is not None:
+        require_announced(identity, expected)
+    from marc_pipeline.training.states import write_states
+
+    settings = deployment.settings
+
+    def write(texts: list[str], path: Path) -> StatesFacts:
+        return write_states(texts, path, train=settings.train, encode=settings.encode, resources=machine(), dims=dims)
+
+    made = make_training_set(spark, settings, identity, storage=deployment.storage, write_states=write)
+    require_shape(settings.train, dims, layers=made.card.layers, width=made.card.width)
+    return made
+
+
+def fold_scores(spark: "SparkSession", deployment: Deployment, training_id: str) -> dict[int, list[float]]:
+    """AUC of every layer within the training part, one per group of users; computed once."""
+    from marc_pipeline.evaluation import tasks as evaluation
+
+    def tasks(training_set: TrainingSet) -> "list[EvaluateTask]":
+        return evaluation.sweep_tasks(deployment.settings, training_set, storage=deployment.storage)
+
+    return _layer_scores(spark, deployment, training_id, LAYERS, tasks)
+
+
+def tested_layers(spark: "SparkSession", deployment: Deployment, training_id: str) -> dict[int, list[float]]:
+    """Test AUC of every layer's PCA at the dimensions of a training, one per seed; computed once."""
+    from marc_pipeline.evaluation import tasks as evaluation
+
+    settings = deployment.settings
+    dims, seeds = (settings.train.dim,), settings.evaluate.seeds
+    asked = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"dims": dims})})
+
+    def tasks(training_set: TrainingSet) -> "list[EvaluateTask]":
+        wanted = [f"pca-layer-{layer}" for layer in range(training_set.card.layers + 1)]
+        return evaluation.evaluation_tasks(asked, training_set, storage=deployment.storage, chosen=0, wanted=wanted)
+
+    return _layer_scores(spark, deployment, training_id, f"layers_tested_{seeds}.json", tasks)
+
+
+def _layer_scores(
+    spark: "SparkSession",
+    deployment: Deployment,
+    training_id: str,
+    name: str,
+    tasks: "Callable[[TrainingSet], list[EvaluateTask]]",
+) -> dict[int, list[float]]:
+    """AUC of every layer, computed once and kept in a file of the training run."""
+    from marc_pipeline.evaluation import tasks as evaluation
+
+    settings, storage = deployment.settings, deployment.storage
+    uri = join(run_uri(settings, training_id), name)
+    with suppress(FileNotFoundError):
+        return {int(layer): aucs for layer, aucs in json.loads(storage.read(uri)).items()}
+    training_set = open_training_set(storage, settings.work_uri, training_id)
+    scores = evaluation.layer_scores(evaluation.run_tasks(spark, tasks(training_set), label="layers"))
+    storage.write(uri, json.dumps(scores).encode())
+    return scores
+
+
+def layer_stage(spark: "SparkSession", deployment: Deployment, training_id: str) -> int:
+    """The layer to keep: as configured, or as the training part chooses."""
+    from marc_pipeline.evaluation.layer_choice import choose_layer
+
+    if deployment.settings.train.layers is not None:
+        return deployment.settings.train.layers
+    scores = fold_scores(spark, deployment, training_id)
+    chosen = choose_layer(scores)
+    means = ", ".join(f"{layer} {fmean(aucs):.4f}" for layer, aucs in scores.items())
+    log.info("layers: %s; kept: %d", means, chosen)
+    return chosen
+
+
+def train_stage(
+    spark: "SparkSession", deployment: Deployment, training_id: str, *, decision: Decision = "configuration"
+) -> TrainingRun:
+    """Choose the layer, train, and save the bundle. A finished run is not repeated.
+
+    Args:
+        spark: runs click models side by side, and several processes of the training.
+        deployment: settings and storage, as :func:`marc_pipeline.bundles.choices.reviewed` returns them.
+        training_id: the training set.
+        decision: what decides the layers, for the bundle's card.
+
+    Raises:
+        UserError: there is too little to learn from, or the loss is not finite.
+    """
+    from marc_pipeline.model.bundle import CARD
+    from marc_pipeline.report.training_curves import training_curves
+
+    settings, storage = deployment.settings, deployment.storage
+    uri = run_uri(settings, training_id)
+    done = read_contract(storage, join(uri, RUN), TrainingRun)
+    if done is not None and storage.stat(join(settings.bundle_uri, done.bundle, CARD)):
+        log.info("train: bundle %s exists already", done.bundle)
+        return done
+    # Checked here: a Spark task would find the same error later and report it in many lines.
+    card = read_card(storage, settings.work_uri, training_id)
+    require_shape(settings.train, (settings.train.dim,), layers=card.layers, width=card.width)
+    layers = layer_stage(spark, deployment, training_id)
+    if settings.train.processes > 1:
+        from marc_pipeline.spark.session import distribute
+
+        bundle, history = distribute(
+            spark, train_member, deployment, training_id, layers, decision, processes=settings.train.processes
+        )
+    else:
+        bundle, history = train_process(deployment, training_id, layers, decision)
+    chosen = settings.train.layers is None
+    scores = json.loads(storage.read(join(uri, LAYERS))) if chosen else {}
+    run = TrainingRun(
+        training_id=training_id,
+        run_id=run_id(settings, training_id),
+        bundle=bundle,
+        layers=layers,
+        layer_auc={int(layer): fmean(aucs) for layer, aucs in scores.items()},
+        history=history,
+    )
+    with storage.staged(join(uri, CURVES)) as staged:
+        training_curves(history, staged)
+        storage.publish(staged, join(uri, CURVES))
+    storage.write(join(uri, RUN), run.model_dump_json(indent=1).encode())
+    log.info("train: bundle %s; curves: %s", bundle, join(uri, CURVES))
+    return run
+
+
+def trained_bundle(deployment: Deployment, training_id: str) -> str:
+    """Version of the bundle that the training with these settings made.
+
+    Raises:
+        UserError: it has not finished.
+    """
+    run = read_contract(deployment.storage, join(run_uri(deployment.settings, training_id), RUN), TrainingRun)
+    if run is None:
+        raise UserError(f"training {training_id} has made no bundle with these settings yet; train first")
+    return run.bundle
+
+
+def train_process(
+    deployment: Deployment, training_id: str, layers: int, decision: Decision
+) -> tuple[str, list[dict[str, float]]]:
+    """One process of a training. Of several processes, each trains on its share and the first one writes the bundle.
+
+    Returns:
+        Version of the bundle, and the history of the training.
+    """
+    from marc_pipeline.bundles.making import save_marc
+    from marc_pipeline.training.distributed import place
+
+    settings = deployment.settings
+    trained, training_set = _train(deployment, training_id, layers)
+    if place()[0] > 0:
+        return "", []
+    bundle = save_marc(
+        trained,
+        training_set,
+        train=settings.train,
+        storage=deployment.storage,
+        bundle_uri=settings.bundle_uri,
+        layers_from=decision,
+    )
+    return bundle.version, trained.progress.history
+
+
+def train_member(
+    deployment: Deployment, training_id: str, layers: int, decision: Decision
+) -> tuple[str, list[dict[str, float]]]:
+    """:func:`train_process` as a member of a process group."""
+    from marc_pipeline.training.distributed import process_group
+
+    with process_group():
+        return train_process(deployment, training_id, layers, decision)
+
+
+def tuned_stage(deployment: Deployment, training_id: str) -> str:
+    """Tune the whole backbone for a bounded number of steps, once, and leave its final layer's states [items, D].
+
+    Returns:
+        Uri of the states, a ``.npy`` file.
+    """
+    storage, settings, wanted = deployment.storage, deployment.settings, deployment.settings.evaluate
+    layers = read_card(storage, settings.work_uri, training_id).layers
+    steps = {"max_steps": wanted.tuned_steps, "validate_every": wanted.tuned_steps, "batch": wanted.tuned_batch}
+    settings = with_train(settings, {"regime": "tuned", "layers": layers, **steps})
+    uri = join(run_uri(settings, training_id), TUNED)
+    if storage.stat(uri) is None:
+        log.info("tune: at most %d steps of %d interactions on all layers", wanted.tuned_steps, wanted.tuned_batch)
+        trained, _ = _train(deployment.with_settings(settings), training_id, layers)
+        buffer = io.BytesIO()
+        np.save(buffer, trained.objective.source.all_states().numpy(force=True))
+        storage.write(uri, buffer.getvalue())
+    return uri
+
+
+def _train(deployment: Deployment, training_id: str, layers: int) -> "tuple[Trained, TrainingSet]":
+    from marc_pipeline.bundles.making import train_marc
+    from marc_pipeline.training.fit import Checkpoint
+
+    settings, storage = deployment.settings, deployment.storage
+    training_set = open_training_set(storage, settings.work_uri, training_id)
+    checkpoint = Checkpoint(
+        storage, join(run_uri(settings, training_id), CHECKPOINT), key=f"{run_id(settings, training_id)}-{layers}"
+    )
+    trained = train_marc(
+        training_set,
+        layers=layers,
+        train=settings.train,
+        encode=settings.encode,
+        history=settings.interactions.history,
+        resources=machine(),
+        checkpoint=checkpoint,
+    )
+    return trained, training_set

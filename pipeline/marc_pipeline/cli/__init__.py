@@ -1,0 +1,5 @@
+"""The command line ``marc``."""
+
+from marc_pipeline.cli.app import main
+
+__all__ = ["main"]

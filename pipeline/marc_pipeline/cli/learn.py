@@ -1,0 +1,138 @@
+"""Commands of the model's side: train, evaluate, promote, demote."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from marc_pipeline.cli.options import Json, State, print_json, print_table
+from marc_pipeline.config import parse_ds
+from marc_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from marc_pipeline.model.bundle import Bundle
+
+TrainDs = Annotated[str, typer.Option("--ds", help="Date whose catalogue is used.")]
+Layers = Annotated[int | None, typer.Option(help="Blocks of the backbone to keep; overrides train.layers.")]
+Names = Annotated[list[str] | None, typer.Option("--system", help="Only these systems (repeatable); default: all.")]
+
+
+def train(
+    context: typer.Context,
+    ds: TrainDs,
+    compressor: Annotated[str | None, typer.Option(help="marc or pca; overrides train.compressor.")] = None,
+    regime: Annotated[str | None, typer.Option(help="frozen or tuned; overrides train.regime.")] = None,
+    dim: Annotated[int | None, typer.Option(help="Dimensions of the vectors; overrides train.dim.")] = None,
+    layers: Layers = None,
+    seed: Annotated[int | None, typer.Option(help="Overrides train.seed.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Overrides train.max_steps.")] = None,
+    promote: Annotated[bool, typer.Option(help="Make the bundle current if it passes the gate.")] = True,
+    if_none: Annotated[bool, typer.Option("--if-none", help="Do nothing when there is a current bundle.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a bundle, and make it current if it passes the gate.
+
+    The gate refuses a bundle that is worse than the current one.
+    """
+    from marc_pipeline.bundles import run as stages
+    from marc_pipeline.bundles.choices import with_train
+    from marc_pipeline.model.bundle import open_bundle
+
+    deployment = context.ensure_object(State).deployment
+    settings = deployment.settings
+    if if_none:
+        try:
+            _print_bundle(open_bundle(deployment.storage, settings.bundle_uri), as_json=as_json)
+        except UserError:
+            pass
+        else:
+            return
+    given = {
+        "compressor": compressor, "regime": regime, "dim": dim, "layers": layers, "seed": seed, "max_steps": max_steps,
+    }  # fmt: skip
+    wanted = deployment.with_settings(with_train(settings, given))
+    bundle = stages.train_bundle(wanted, ds=parse_ds(ds), promote=promote)
+    _print_bundle(bundle, as_json=as_json)
+
+
+def evaluate(
+    context: typer.Context,
+    ds: TrainDs,
+    out: Annotated[Path, typer.Option(help="Folder for tables and plots.")] = Path("evaluation"),
+    system: Names = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Overrides evaluate.seeds.")] = None,
+    dim: Annotated[list[int] | None, typer.Option(min=1, help="Overrides evaluate.dims (repeatable).")] = None,
+    layers: Layers = None,
+    as_json: Json = False,
+) -> None:
+    """Compare MARC with baselines and ablations on the interactions. Writes a table, JSON and plots."""
+    from marc_pipeline.bundles import run as stages
+    from marc_pipeline.bundles.choices import with_train
+    from marc_pipeline.evaluation.report import write_evaluation_report
+
+    deployment = context.ensure_object(State).deployment
+    settings = with_train(deployment.settings, {"layers": layers})
+    wanted = {"seeds": seeds, "dims": tuple(dim) if dim else None}
+    evaluate = settings.evaluate.model_copy(update={key: value for key, value in wanted.items() if value})
+    deployment = deployment.with_settings(settings.model_copy(update={"evaluate": evaluate}))
+    found = stages.evaluate(deployment, ds=parse_ds(ds), wanted=system or ())
+    written = [str(path) for path in write_evaluation_report(found, out)]
+    if as_json:
+        # By way of the contract, which writes a NaN as text: bare, it is no JSON.
+        print_json({**json.loads(found.model_dump_json(exclude={"scores"})), "files": written})
+        return
+    rows = [
+        [s.system, str(s.dim), f"{s.auc:.4f} ± {s.auc_std:.4f}", f"{s.cold_auc:.4f}", f"{s.log_loss:.4f}"]
+        for s in sorted(found.summaries, key=lambda s: (s.dim, s.auc))
+    ]
+    print_table("Test AUC", ["system", "dim", "AUC", "cold items", "log loss"], rows, right=(1, 2, 3, 4))
+    print_table("Findings", [""], [[sentence] for sentence in found.findings])
+    print_table("Written", [""], [[path] for path in written])
+
+
+def promote(
+    context: typer.Context,
+    version: Annotated[str, typer.Argument(help="The bundle.")],
+    ds: TrainDs,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a bundle, and make it current if it passes the gate.
+
+    The gate compares it with the current bundle. The exit code is 3 if the gate refuses it.
+    """
+    from marc_pipeline.bundles import run as stages
+
+    comparison = stages.evaluate_and_promote(context.ensure_object(State).deployment, version, ds=parse_ds(ds))
+    facts = comparison.model_dump(exclude={"scores", "problems"})
+    if as_json:
+        print_json(facts)
+    else:
+        print_table("Promoted", ["", ""], [[name.replace("_", " "), str(value)] for name, value in facts.items()])
+
+
+def demote(context: typer.Context, as_json: Json = False) -> None:
+    """Make the previous bundle current again."""
+    from marc_pipeline.model.bundle import demote as step_back
+
+    deployment = context.ensure_object(State).deployment
+    version = step_back(deployment.storage, deployment.settings.bundle_uri)
+    if as_json:
+        print_json({"bundle": version})
+    else:
+        print_table(None, ["", ""], [["current bundle", version]])
+
+
+def _print_bundle(bundle: "Bundle", *, as_json: bool) -> None:
+    card = bundle.card
+    if as_json:
+        print_json({"bundle": bundle.version, "uri": bundle.uri, **card.model_dump(exclude={"files"})})
+        return
+    rows = [
+        ["bundle", bundle.version],
+        ["folder", bundle.uri],
+        ["backbone", f"{card.backbone}, {card.layers_kept} of {card.backbone_layers} layers, {card.pooling} pooling"],
+        ["compressor", f"{card.compressor.kind}, {card.width} → {card.dim} dimensions"],
+        *([name.replace("_", " "), f"{value:.4f}"] for name, value in card.metrics.items()),
+    ]
+    print_table("Bundle", ["", ""], rows)

@@ -1,0 +1,1 @@
+"""Evaluation: every system of vectors judged by the same click model."""

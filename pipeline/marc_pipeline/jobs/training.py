@@ -1,0 +1,48 @@
+"""The jobs of a training."""
+
+from marc_pipeline.bundles.choices import LayerDecision, as_decided
+from marc_pipeline.deployment import Deployment
+from marc_pipeline.jobs.arguments import Job, job, spark_job
+from marc_schemas.layers import Decision
+
+
+def hidden_states() -> None:
+    """Make the training set: items, interactions, and the hidden states of every layer."""
+    from marc_pipeline.bundles.stages import identify, states_stage
+
+    with spark_job(hidden_states.__doc__, "hidden states", of="training_id") as (called, spark):
+        deployment, _ = _decided(called)
+        states_stage(spark, deployment, identify(deployment, ds=called.ds), expected=called.training_id)
+
+
+def evaluate_layers() -> None:
+    """Judge every layer, and write the report."""
+    from marc_pipeline.layers.judge import judge_layers, publish_report
+
+    with job(evaluate_layers.__doc__, of="training_id", announced=False) as called:
+        deployment, _ = _decided(called)
+        publish_report(deployment, judge_layers(deployment, ds=called.ds, expected=called.training_id or None))
+
+
+def train_marc() -> None:
+    """Train MARC: choose the layer, train, save the bundle."""
+    from marc_pipeline.bundles.stages import train_stage
+
+    with spark_job(train_marc.__doc__, "train", of="training_id") as (called, spark):
+        deployment, decision = _decided(called)
+        train_stage(spark, deployment, called.training_id, decision=decision)
+
+
+def evaluate_marc() -> None:
+    """Compare the trained bundle with the current one."""
+    from marc_pipeline.bundles.promotion import compare_stage
+    from marc_pipeline.bundles.stages import trained_bundle
+
+    with spark_job(evaluate_marc.__doc__, "evaluate", of="training_id") as (called, spark):
+        deployment, _ = _decided(called)
+        compare_stage(spark, deployment, called.training_id, trained_bundle(deployment, called.training_id))
+
+
+def _decided(called: Job) -> tuple[Deployment, Decision]:
+    """The deployment with the layers and the pooling that the run decided, and who decided."""
+    return as_decided(called.deployment, LayerDecision.parse(called.decided) if called.decided else None)

@@ -1,0 +1,271 @@
+"""Choose the layer to keep: what each metric would choose, what that costs, a recommendation, and the findings."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+from marc_pipeline.evaluation.findings import ADVANTAGE, difference_text, verdict
+from marc_pipeline.evaluation.statistics import paired_difference
+from marc_pipeline.report.cells import plural, signed, with_deviation
+from marc_schemas.layers import Basis, JudgedLayer, JudgedModel, MetricChoice, Recommendation
+
+View = Literal["information", "geometry", "invariance"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of representations.
+
+    Attributes:
+        name: key of its values.
+        title: name in reports.
+        view: the property that it measures.
+        better: the end that counts as better, by the meaning of the metric: richer, smoother, less changed by noise.
+            This is a choice of this project; the correlation shows whether it holds for a model.
+        unit: empty for plain numbers.
+    """
+
+    name: str
+    title: str
+    view: View
+    better: Literal["high", "low"]
+    unit: str = ""
+
+
+METRICS = (
+    Metric("prompt_entropy", "prompt entropy", "information", "high", "nats"),
+    Metric("dataset_entropy", "dataset entropy", "information", "high", "nats"),
+    Metric("effective_rank", "effective rank", "information", "high"),
+    Metric("curvature", "curvature", "geometry", "low", "rad"),
+    Metric("infonce", "InfoNCE", "invariance", "low", "nats"),
+    Metric("information_bound", "information bound", "invariance", "high", "nats"),
+    Metric("lidar", "LiDAR", "invariance", "high"),
+    Metric("dime", "DiME", "invariance", "high", "nats"),
+)
+
+
+WITHOUT_CLICKS = ("prompt_entropy", "curvature", "dime")
+"""The metrics that choose the layer when there are no clicks, one of each view.
+
+They were selected on ml-latest-small with the default backbone, where the best layer was known: dataset entropy,
+InfoNCE and LiDAR prefer the final layer there, one of the worst. On other data the choice may be poor.
+"""
+
+
+def choices(judged: Sequence[JudgedLayer]) -> list[MetricChoice]:
+    """The layer that every metric would choose, embeddings excluded, and what that costs.
+
+    Args:
+        judged: all layers, the embeddings first.
+    """
+    found = []
+    aucs = {layer.layer: fmean(layer.test_auc) for layer in judged if layer.test_auc}
+    best = max((auc for layer, auc in aucs.items() if layer), default=None)
+    for metric in METRICS:
+        values = {layer.layer: layer.metrics.get(metric.name, math.nan) for layer in judged}
+        layer = best_layer(metric, values)
+        lost = None if best is None or layer is None else best - aucs[layer]
+        correlation = _spearman(values, aucs)
+        found.append(
+            MetricChoice(metric=metric.name, better=metric.better, layer=layer, correlation=correlation, lost_auc=lost)
+        )
+    return found
+
+
+def best_layer(metric: Metric, values: Mapping[int, float]) -> int | None:
+    """The layer where a metric is best, embeddings excluded; of equal layers the lowest; None if it is undefined."""
+    sign = 1 if metric.better == "high" else -1
+    ranked = [(-sign * value, layer) for layer, value in values.items() if layer and not math.isnan(value)]
+    return min(ranked)[1] if ranked else None
+
+
+def choose_by_metrics(judged: Sequence[JudgedLayer]) -> int | None:
+    """The layer with the best mean rank over ``WITHOUT_CLICKS``; of equal layers the lowest; None if all are undefined.
+
+    Args:
+        judged: all layers, the embeddings first.
+    """
+    layers = [layer for layer in judged if layer.layer]
+    ranks = []
+    for metric in _defined(judged):
+        sign = 1 if metric.better == "low" else -1
+        ranks.append(stats.rankdata([sign * layer.metrics[metric.name] for layer in layers]))
+    return layers[int(np.argmin(np.mean(ranks, axis=0)))].layer if ranks else None
+
+
+def with_choice(model: JudgedModel) -> JudgedModel:
+    """The model with the choices of its metrics, and with the layer to keep: clicks decide if there are any."""
+    folds = fold_aucs(model)
+    basis: Basis = "clicks" if folds else "metrics"
+    keep = choose_layer(folds) if folds else choose_by_metrics(model.judged)
+    return model.model_copy(update={"choices": choices(model.judged), "keep": keep, "basis": basis})
+
+
+def recommend(models: Sequence[JudgedModel]) -> list[Recommendation]:
+    """The layer and the pooling to use for each backbone: of several poolings the one that scored best with clicks.
+
+    Without clicks nothing tells which pooling is better: the first one is taken.
+
+    Args:
+        models: from :func:`with_choice`; those of one backbone differ in their pooling.
+    """
+    found = []
+    for backbone in dict.fromkeys(model.backbone for model in models):
+        candidates = [model for model in models if model.backbone == backbone and model.keep is not None]
+        if not candidates:
+            continue
+        best = max(candidates, key=_score)
+        others = [model.pooling for model in candidates if model is not best and best.basis == "clicks"]
+        found.append(
+            Recommendation(
+                backbone=backbone,
+                layers=best.keep or 0,
+                pooling=best.pooling,
+                basis=best.basis or "metrics",
+                reason=_reason(best, others),
+            )
+        )
+    return found
+
+
+def layer_findings(models: Sequence[JudgedModel]) -> list[str]:
+    """The results with their numbers, one sentence per claim, also where a claim fails."""
+    found = []
+    for model in models:
+        lead = f"{model.backbone}, {model.pooling} pooling: " if len(models) > 1 else ""
+        sentences = [*_advantage(model), *_kept(model), *_metrics(model)]
+        if model.left_out:
+            sentences.append(
+                f"{model.left_out} of {model.inputs:,} inputs failed and are left out; the first error: "
+                f"{model.left_out_because}."
+            )
+        found += [lead + sentence for sentence in sentences]
+    return found
+
+
+def fold_aucs(model: JudgedModel) -> dict[int, list[float]]:
+    """AUC within the training part, by layer, one per fold; empty without interactions."""
+    return {layer.layer: layer.fold_auc for layer in model.judged if layer.fold_auc}
+
+
+def mean_auc(layer: JudgedLayer) -> float:
+    """Mean test AUC over seeds, NaN without interactions."""
+    return fmean(layer.test_auc) if layer.test_auc else math.nan
+
+
+def std_auc(layer: JudgedLayer) -> float:
+    """Sample standard deviation of the test AUC over seeds, NaN with fewer than two."""
+    return stdev(layer.test_auc) if len(layer.test_auc) > 1 else math.nan
+
+
+def auc_text(layer: JudgedLayer) -> str:
+    """Test AUC as ``mean ± deviation`` over seeds."""
+    return with_deviation(mean_auc(layer), std_auc(layer))
+
+
+def best_by_test(model: JudgedModel) -> JudgedLayer | None:
+    """The layer with the highest mean test AUC, embeddings excluded."""
+    return max((layer for layer in model.judged if layer.layer and layer.test_auc), key=mean_auc, default=None)
+
+
+def _advantage(model: JudgedModel) -> list[str]:
+    """Not about the best layer by test AUC: that one is partly best by chance."""
+    best, final = best_by_test(model), model.judged[-1]
+    if best is None or model.keep is None:
+        return []
+    if model.keep == model.layers:
+        return [
+            f"The final layer is the one to keep, with test AUC {auc_text(final)}; the layer with the best test AUC is "
+            f"{best.layer}."
+        ]
+    layer = model.judged[model.keep]
+    difference = paired_difference(dict(enumerate(layer.test_auc)), dict(enumerate(final.test_auc)))
+    return [
+        f"The mid-layer advantage {verdict(difference, *ADVANTAGE)}: layer {layer.layer}, chosen without the test "
+        f"part, has test AUC {auc_text(layer)}, the final layer {auc_text(final)}, {difference_text(difference)}."
+    ]
+
+
+def _kept(model: JudgedModel) -> list[str]:
+    if model.keep is None:
+        return []
+    layer, final, best = model.judged[model.keep], model.judged[-1], best_by_test(model)
+    found = []
+    if final.seconds > 0:
+        time, memory = layer.seconds / final.seconds, layer.weights_bytes / final.weights_bytes
+        found.append(
+            f"The first {model.keep} of {model.layers} layers take {100 * time:.0f} % of the time of the whole model "
+            f"and {100 * memory:.0f} % of the memory of its weights."
+        )
+    if folds := fold_aucs(model):
+        curve = smoothed(folds).values()
+        found.append(
+            f"Within the training part the smoothed AUC of the layers is between {min(curve):.4f} and "
+            f"{max(curve):.4f}. The smaller this range, the less certain is the choice."
+        )
+    if best is not None and best.layer != layer.layer:
+        spread, behind = std_auc(best), mean_auc(best) - mean_auc(layer)
+        within = "" if math.isnan(spread) else f", {'within' if behind <= spread else 'beyond'} one standard deviation"
+        found.append(
+            f"The best layer by test AUC, {best.layer} with {auc_text(best)}, is {behind:.4f} above layer "
+            f"{layer.layer}{within}; it cannot be known before the test."
+        )
+    return found
+
+
+def _metrics(model: JudgedModel) -> list[str]:
+    titles = {metric.name: metric.title for metric in METRICS}
+    known = [choice for choice in model.choices if choice.correlation is not None and choice.lost_auc is not None]
+    if not known:
+        return []
+    cheap = min(known, key=lambda choice: choice.lost_auc or 0.0)
+    strong = max(known, key=lambda choice: abs(choice.correlation or 0.0))
+    return [
+        f"Of the metrics, which do not see clicks, {titles[cheap.metric]} chooses best: layer {cheap.layer}, at a loss "
+        f"of {cheap.lost_auc:.4f} of test AUC. {titles[strong.metric]} has the strongest correlation with the test "
+        f"AUC: Spearman {signed(strong.correlation, 2)} over the layers."
+    ]
+
+
+def _reason(model: JudgedModel, others: Sequence[str]) -> str:
+    if model.basis == "clicks":
+        folds = fold_aucs(model)
+        beside = f", and {model.pooling} pooling is better than {' and '.join(others)}" if others else ""
+        return (
+            f"A smooth curve through the AUC within the training part, over {plural(len(folds[min(folds)]), 'group')} "
+            f"of users, is highest at layer {model.keep} of {model.layers}{beside}. The validation and test parts were "
+            "not used."
+        )
+    titles = ", ".join(metric.title for metric in _defined(model.judged))
+    return (
+        f"There are no clicks: layer {model.keep} of {model.layers} has the best mean rank of {titles}. "
+        "This is a hint, not a measurement."
+    )
+
+
+def _defined(judged: Sequence[JudgedLayer]) -> list[Metric]:
+    """The metrics of ``WITHOUT_CLICKS`` that every layer but the embeddings has."""
+    return [
+        metric
+        for metric in METRICS
+        if metric.name in WITHOUT_CLICKS
+        and not any(math.isnan(layer.metrics.get(metric.name, math.nan)) for layer in judged if layer.layer)
+    ]
+
+
+def _score(model: JudgedModel) -> float:
+    folds = fold_aucs(model)
+    return max(smoothed(folds).values()) if folds else 0.0
+
+
+def _spearman(values: Mapping[int, float], aucs: Mapping[int, float]) -> float | None:
+    pairs = [(values[layer], auc) for layer, auc in aucs.items() if not math.isnan(values[layer])]
+    if len(pairs) < 3 or any(len(set(column)) < 2 for column in zip(*pairs, strict=True)):
+        return None
+    left, right = zip(*pairs, strict=True)
+    return float(stats.spearmanr(left, right).statistic)

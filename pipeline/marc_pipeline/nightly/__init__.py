@@ -1,0 +1,1 @@
+"""The stages of a nightly run: plan, encode, audit, publish."""

@@ -1,0 +1,211 @@
+"""The plan stage: compare the day's catalogue with the previous release and write down the work, bucket by bucket."""
+
+import logging
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from marc_pipeline.catalogue import source as catalogue
+from marc_pipeline.config import Settings
+from marc_pipeline.deployment import Deployment
+from marc_pipeline.errors import Superseded, UserError
+from marc_pipeline.nightly.plan_bucket import PLANNED_ROWS, BucketContext, BucketSummary, by_bucket, plan_bucket
+from marc_pipeline.nightly.plan_identity import PlanIdentity
+from marc_pipeline.releases import log as release_log
+from marc_pipeline.releases.log import ReleaseLog
+from marc_pipeline.work_area import Workspace
+from marc_schemas.plan import Plan
+from marc_schemas.release import Release
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+PARTITIONS_PER_CORE = 4
+# Spark needs several times the size of the files to sort a catalogue. A partition of this size fits into a small heap.
+PARTITION_BYTES = 16 * 1024 * 1024
+# Number of encode stages whose start-up times are averaged.
+STARTS = 7
+
+log = logging.getLogger(__name__)
+
+
+def make_plan(spark: "SparkSession", deployment: Deployment, identity: PlanIdentity, *, parallel: int = 1) -> Plan:
+    """Plan a date: quarantine, latest row per id, changes against the base release, tokens. Publishes nothing.
+
+    An existing plan is returned as it is. If another release was published since, the plan is made again on top of
+    that release; receipts of the earlier plan stay valid where they carry no vectors over.
+
+    Args:
+        spark: the session.
+        deployment: settings and storage.
+        identity: from :func:`marc_pipeline.nightly.plan_identity.identify`.
+        parallel: number of buckets that will be encoded at a time.
+
+    Raises:
+        UserError: missing columns, no rows at all, or the catalogue changed while it was read.
+        Superseded: the release whose buckets the plan replaces was itself replaced.
+    """
+    settings, storage = deployment.settings, deployment.storage
+    workspace = Workspace.of(deployment, identity.plan_id)
+    found = release_log.read_log(storage, settings.table_uri)
+    live, last = found.live(identity.ds), found.last(identity.ds)
+    base = base_release(found.releases, ds=identity.ds)
+    wanted = (identity.bundle.version, identity.buckets, settings.catalogue.template, identity.mantissa_bits)
+    if identity.chosen and (live is None or live.made_with != wanted):
+        raise Superseded(f"the release of {identity.ds} was replaced a moment ago; run again to start from the new one")
+    earlier = workspace.read_plan()
+    names = (base and base.release_id, last and last.release_id)
+    if earlier and (earlier.base_release, earlier.live_release) == names:
+        log.info("plan %s stands already", identity.plan_id)
+        return earlier
+    bundle = identity.bundle
+    if bundle.card.template != settings.catalogue.template:
+        log.warning(
+            "bundle %s was trained on template %r, the catalogue uses %r", bundle.version, bundle.card.template,
+            settings.catalogue.template,
+        )  # fmt: skip
+    if base and base.table.mantissa_bits < identity.mantissa_bits:
+        log.warning(
+            "release %s stores %d mantissa bits, %d are wanted: every text is encoded anew", base.release_id,
+            base.table.mantissa_bits, identity.mantissa_bits,
+        )  # fmt: skip
+    context = BucketContext(
+        workspace=workspace,
+        table_uri=settings.table_uri,
+        buckets=identity.buckets,
+        bundle=bundle.version,
+        bundle_uri=bundle.uri,
+        max_tokens=bundle.card.max_tokens,
+        base=base,
+        mantissa_bits=identity.mantissa_bits,
+        recompute=identity.recompute,
+    )
+    rows = catalogue.read_rows(spark, identity.source, settings.catalogue, storage=storage)
+    source_bytes = sum(file.bytes for file in identity.source.files)
+    summaries = _plan_buckets(spark, rows, context, chosen=identity.chosen, source_bytes=source_bytes)
+    catalogue.require_unchanged(identity.source, storage=storage)
+    plan = _assemble(settings, identity, context, summaries, found, parallel=parallel)
+    if plan.rows_read == 0 and not identity.chosen:
+        raise UserError(f"the catalogue at {identity.source.uri} is empty: it has no rows")
+    return workspace.write_plan(plan, replacing=earlier)
+
+
+def base_release(releases: Sequence[Release], *, ds: str) -> Release | None:
+    """The release that a date is compared with: the latest of that date or before, else the earliest after."""
+    live = release_log.live_releases(releases)
+    before = [day for day in live if day <= ds]
+    return live[max(before)] if before else live[min(live)] if live else None
+
+
+def _plan_buckets(
+    spark: "SparkSession",
+    rows: "DataFrame",
+    context: BucketContext,
+    *,
+    chosen: tuple[int, ...] | None,
+    source_bytes: int,
+) -> list[BucketSummary]:
+    buckets = context.buckets
+    numbers = chosen or tuple(range(buckets))
+    # In proportion to the size, so that every partition can be sorted in memory.
+    wanted = max(PARTITIONS_PER_CORE * spark.sparkContext.defaultParallelism, source_bytes // PARTITION_BYTES)
+    partitions = min(len(numbers), wanted)
+    if chosen:
+        # Rows without an id belong to no bucket: they are in the quarantine of the whole day.
+        rows = rows.where(f"item_id IS NOT NULL AND row_id % {buckets} IN ({', '.join(map(str, chosen))})")
+    # Chosen buckets may all be multiples of the number of partitions, so rows are partitioned by the bucket's place.
+    place = f"CAST(array_position(array({', '.join(map(str, chosen))}), bucket) AS INT)" if chosen else "bucket"
+    # Rows that cannot be used get negative buckets, so that one pass over the catalogue is enough.
+    rejected = f"-1 - pmod(xxhash64(row), {buckets})"
+    # Spark sorts by bucket number only, which is cheap. The planner of a bucket sorts the ids faster than Spark would.
+    ordered = (
+        rows.selectExpr(
+            "item_id",
+            f"CASE WHEN reason IS NULL THEN row_id ELSE {rejected} END AS row_id",
+            "coalesce(row, text) AS text",
+            "unix_micros(updated_at) AS updated_at",
+            "source",
+            "reason",
+        )
+        .selectExpr("*", f"CAST(IF(row_id < 0, row_id, row_id % {buckets}) AS INT) AS bucket")
+        .selectExpr("*", f"{place} AS place")
+        .repartitionById(partitions, "place")
+        .sortWithinPartitions("bucket")
+        # Hashed after the shuffle: a hash is a quarter as long as a text and does not compress.
+        .selectExpr(
+            "item_id",
+            "row_id",
+            "text",
+            f"coalesce(reason, {catalogue.CONTENT_HASH}) AS content_hash",
+            "updated_at",
+            "source",
+        )
+    )
+
+    def plan_partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for number, table in by_bucket(batches, buckets):
+            yield plan_bucket(context, number, table).to_arrow()
+
+    found = ordered.mapInArrow(plan_partition, BucketSummary.SPARK_SCHEMA).collect()
+    done = [BucketSummary.from_row(row.asDict()) for row in found]
+    if context.base is not None:
+        # A bucket without items in the catalogue still needs its deletions planned.
+        seen = {summary.bucket for summary in done}
+        done += [plan_bucket(context, number, PLANNED_ROWS.empty_table()) for number in sorted(set(numbers) - seen)]
+    return done
+
+
+def _assemble(
+    settings: Settings,
+    identity: PlanIdentity,
+    context: BucketContext,
+    summaries: Sequence[BucketSummary],
+    found: ReleaseLog,
+    *,
+    parallel: int,
+) -> Plan:
+    last = found.last(identity.ds)
+    quarantined: Counter[str] = Counter()
+    for summary in summaries:
+        quarantined.update(summary.quarantined)
+    work = sorted((s.work for s in summaries if s.work), key=lambda b: b.bucket)
+    # The largest run is the best estimate: in a small run, loading the model takes longer than the tokens.
+    of_bundle = (release for release in found.releases if release.bundle.version == context.bundle)
+    measured = max(of_bundle, key=lambda release: release.counts.tokens, default=None)
+    return Plan(
+        plan_id=identity.plan_id,
+        ds=identity.ds,
+        created_at=datetime.now(UTC),
+        catalogue=identity.source.files,
+        bundle=context.bundle,
+        bundle_uri=context.bundle_uri,
+        dim=identity.bundle.card.dim,
+        template=settings.catalogue.template,
+        buckets=context.buckets,
+        mantissa_bits=context.mantissa_bits,
+        chosen=identity.chosen,
+        base_release=context.base.release_id if context.base else None,
+        live_release=last.release_id if last else None,
+        rows_read=sum(b.items for b in work) + quarantined.total(),
+        quarantined=dict(sorted(quarantined.items())),
+        work=tuple(b for b in work if b.items or b.deleted),
+        tokens_exact=all(summary.exact for summary in summaries),
+        tokens_per_second=measured.tokens_per_second if measured else None,
+        start_seconds=_start_seconds(found.releases, measured) if measured else 0.0,
+        parallel=parallel,
+    )
+
+
+def _start_seconds(releases: Sequence[Release], measured: Release) -> float:
+    """Median start-up time of the latest encode stages: their seconds without those of the tokens."""
+    speed = measured.tokens_per_second
+    beyond = [
+        max(0.0, release.seconds.get("encode", 0.0) - release.counts.tokens / speed)
+        for release in releases
+        if speed and release.bundle.version == measured.bundle.version and release.tokens_per_second
+    ]
+    return statistics.median(beyond[-STARTS:]) if beyond else 0.0

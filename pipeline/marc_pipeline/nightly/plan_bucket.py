@@ -1,0 +1,313 @@
+"""The planner of one bucket: quarantine, latest row per id, changes against the base release, tokens to encode."""
+
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from marc_pipeline.errors import CorruptFile
+from marc_pipeline.model.tokens import TokenCount, count_tokens, load_tokenizer, sample_of
+from marc_pipeline.storage import Storage, join
+from marc_pipeline.table.rows import empty_rows, read_rows
+from marc_pipeline.work_area import Workspace
+from marc_schemas.catalogue import ITEMS, QUARANTINE, Change, Reason
+from marc_schemas.feature_table import bucket_number
+from marc_schemas.files import PublishedFile
+from marc_schemas.plan import BucketPlan
+from marc_schemas.release import Release
+
+TOKEN_SAMPLE = 10_000
+"""Number of texts of the whole catalogue that are tokenized to estimate the tokens."""
+BUCKET_SAMPLE = 25
+"""Smallest number of sampled texts of a bucket, for an estimate of the variance."""
+PIECE_BYTES = 16 * 1024 * 1024
+PLANNED_ROWS = pa.schema(
+    [
+        *((f.name, f.type) for f in ITEMS if f.name != "change"),
+        ("updated_at", pa.int64()),  # microseconds since 1970
+        ("source", pa.string()),
+    ]
+)
+"""Rows as they arrive at the planner of a bucket.
+
+For a row that cannot be used, ``row_id`` holds the negative bucket, ``content_hash`` the reason and ``text`` the
+record, because every additional column costs Spark time for every row.
+"""
+NEWEST_FIRST = [
+    ("item_id", "ascending"), ("updated_at", "descending"), ("content_hash", "descending"), ("source", "ascending")
+]  # fmt: skip
+"""The first of several rows of an id counts. Same order as :data:`marc_pipeline.catalogue.source.NEWEST_FIRST`."""
+# Spark's to_json writes hexadecimal escapes in upper case; Python writes them in lower case.
+JSON_ESCAPES = {code: f"\\u{code:04X}" for code in range(32)} | {
+    ord(raw): f"\\{letter}" for raw, letter in ('""', "\\\\", "\bb", "\ff", "\nn", "\rr", "\tt")
+}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BucketContext:
+    """Inputs of a bucket's planner; sent to Spark's Python workers."""
+
+    workspace: Workspace
+    table_uri: str
+    buckets: int
+    bundle: str
+    bundle_uri: str
+    max_tokens: int
+    base: Release | None
+    mantissa_bits: int
+    recompute: bool = False
+
+    @property
+    def carries_over(self) -> bool:
+        """Whether vectors of the base release may be carried over."""
+        # Raising the precision re-encodes every item: bits that were not stored are lost.
+        too_coarse = self.base is not None and self.base.table.mantissa_bits < self.mantissa_bits
+        return not (self.recompute or too_coarse)
+
+
+@dataclass(frozen=True)
+class BucketSummary:
+    """Result of the planner of one bucket; ``work`` is None for rows that belong to no bucket."""
+
+    SPARK_SCHEMA: ClassVar[str] = "bucket INT, work STRING, quarantined STRING, exact BOOLEAN"
+
+    bucket: int
+    work: BucketPlan | None
+    quarantined: dict[str, int]
+    exact: bool
+
+    def to_arrow(self) -> pa.RecordBatch:
+        """One row of :attr:`SPARK_SCHEMA`."""
+        work = self.work.model_dump_json() if self.work else None
+        columns = {
+            "bucket": pa.array([self.bucket], pa.int32()),
+            "work": pa.array([work], pa.string()),
+            "quarantined": pa.array([json.dumps(self.quarantined)], pa.string()),
+            "exact": pa.array([self.exact], pa.bool_()),
+        }
+        return pa.RecordBatch.from_pydict(columns)
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "BucketSummary":
+        """The summary in a row of :attr:`SPARK_SCHEMA`."""
+        work = BucketPlan.model_validate_json(row["work"]) if row["work"] else None
+        return cls(bucket=row["bucket"], work=work, quarantined=json.loads(row["quarantined"]), exact=row["exact"])
+
+
+def by_bucket(batches: Iterator[pa.RecordBatch], buckets: int) -> Iterator[tuple[int, pa.Table]]:
+    """Split batches of :data:`PLANNED_ROWS`, which are sorted by bucket, into one table per bucket."""
+    current: int | None = None
+    pieces: list[pa.RecordBatch] = []
+    for batch in batches:
+        ids = batch.column("row_id").to_numpy(zero_copy_only=False)
+        numbers = np.where(ids < 0, ids, ids % buckets)
+        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+        for start, end in pairwise(edges):
+            if start == end:
+                continue
+            if current is not None and numbers[start] != current:
+                yield current, pa.Table.from_batches(pieces)
+                pieces = []
+            current = int(numbers[start])
+            pieces.append(batch.slice(start, end - start))
+    if current is not None:
+        yield current, pa.Table.from_batches(pieces)
+
+
+def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSummary:
+    """Plan one bucket: quarantine what cannot be used, compare the rest, write the items to encode.
+
+    Args:
+        context: the plan's settings and base release.
+        bucket: its number; negative for rows that belong to no bucket because they cannot be used.
+        rows: columns of :data:`PLANNED_ROWS`, in any order.
+    """
+    # One chunk with 64-bit offsets, because the texts of a bucket may exceed 2 GiB.
+    wide = [f.with_type(pa.large_string()) if f.type == pa.string() else f for f in PLANNED_ROWS]
+    rows = rows.select(PLANNED_ROWS.names).cast(pa.schema(wide)).combine_chunks()
+    quarantine_uri = context.workspace.quarantine_uri
+    if bucket < 0:
+        # Sorted by id, rows without an id first.
+        by_id = np.roll(pc.sort_indices(rows["item_id"]).to_numpy(), rows["item_id"].null_count)
+        uri = join(quarantine_uri, f"rejected-{-1 - bucket:05d}.parquet")
+        named = rows.rename_columns({"content_hash": "reason", "text": "row"})
+        pieces = (piece for _, piece in _pieces(named, by_id))
+        _write(context.workspace.storage, uri, pieces, QUARANTINE)
+        return BucketSummary(bucket=bucket, work=None, quarantined=_counts(named["reason"]), exact=True)
+    order, older, collided = _in_order(rows)
+    rejected = older | collided
+    if rejected.any():
+        is_older = older[rejected]
+        pieces = (_with_reasons(piece, is_older[where]) for where, piece in _pieces(rows, order[rejected]))
+        _write(context.workspace.storage, join(quarantine_uri, f"bucket-{bucket:05d}.parquet"), pieces, QUARANTINE)
+    kept = order[~rejected]
+    items = rows.select(["item_id", "content_hash"]).take(kept)
+    files = previous_files(context, bucket)
+    lost: tuple[PublishedFile, ...] = ()
+    try:
+        previous = _previous_rows(context, bucket, files)
+    except CorruptFile as error:
+        # A damaged base release must not stop the run: nothing is carried over, and the whole bucket is encoded.
+        log.warning("bucket %d is encoded whole: %s", bucket, error)
+        lost, files, previous = files, (), _previous_rows(context, bucket, ())
+    change, deleted = compare(items, previous, bundle=context.bundle if context.carries_over else None)
+    if context.base and context.base.table.buckets == context.buckets:
+        # The log still has the number of items of unreadable files, and the gate on deletions must count them.
+        deleted += max(0, sum(file.rows for file in lost) - items.num_rows)
+    if items.num_rows:
+        uri = context.workspace.items_uri(bucket, context.base.release_id if context.base else None)
+        pieces = (piece.append_column("change", change[where]) for where, piece in _pieces(rows, kept))
+        _write(context.workspace.storage, uri, pieces, ITEMS)
+    fresh = pc.not_equal(change, Change.UNCHANGED.value).to_numpy(zero_copy_only=False)
+    tokens = _cost(context, rows, kept[fresh])
+    counts = _counts(change)
+    work = BucketPlan(
+        bucket=bucket,
+        items=items.num_rows,
+        new=counts[Change.NEW],
+        changed=counts[Change.CHANGED],
+        unchanged=counts[Change.UNCHANGED],
+        deleted=deleted,
+        tokens=tokens.tokens,
+        tokens_error=tokens.error,
+        previous=files,
+    )
+    unusable = {Reason.OLDER_DUPLICATE.value: int(older.sum()), Reason.ROW_ID_COLLISION.value: int(collided.sum())}
+    quarantined = {reason: count for reason, count in unusable.items() if count}
+    return BucketSummary(bucket=bucket, work=work, quarantined=quarantined, exact=tokens.exact)
+
+
+def compare(items: pa.Table, previous: pa.Table, *, bundle: str | None) -> tuple[pa.Array, int]:
+    """The change of each item against the base release, and the number of deleted items.
+
+    Args:
+        items: ``item_id`` and ``content_hash`` of today, ids unique.
+        previous: ``item_id``, ``content_hash`` and ``bundle`` of the base release, ids unique.
+        bundle: version that encodes today; a vector of another bundle is never carried over. None: no vector is.
+    """
+    hashes = items["content_hash"]
+    previous_ids = previous["item_id"].cast(items["item_id"].type).combine_chunks()
+    where = pc.index_in(items["item_id"], value_set=previous_ids)
+    same_text = pc.equal(hashes, previous["content_hash"].cast(hashes.type).take(where))
+    same_bundle = pc.equal(previous["bundle"].take(where), pa.scalar(bundle, pa.string()))
+    kept = pc.fill_null(pc.and_(same_text, same_bundle), fill_value=False)
+    change = pc.if_else(
+        pc.is_null(where), Change.NEW.value, pc.if_else(kept, Change.UNCHANGED.value, Change.CHANGED.value)
+    )
+    found = items.num_rows - where.null_count
+    return pa.chunked_array(change, type=pa.string()).combine_chunks(), previous.num_rows - found
+
+
+def previous_files(context: BucketContext, bucket: int) -> tuple[PublishedFile, ...]:
+    """Files of the base release that can hold items of a bucket, also when the number of buckets changed."""
+    base = context.base
+    if base is None:
+        return ()
+    shared = math.gcd(base.table.buckets, context.buckets)
+    return tuple(file for file in base.table.files if bucket_number(file.path) % shared == bucket % shared)
+
+
+def _previous_rows(context: BucketContext, bucket: int, files: Sequence[PublishedFile]) -> pa.Table:
+    columns = ["item_id", "row_id", "content_hash", "bundle"]
+    storage = context.workspace.storage
+    tables = [read_rows(storage, context.table_uri, file, columns=columns) for file in files]
+    if not tables:
+        return empty_rows(1).select(columns)
+    rows = pa.concat_tables([table.replace_schema_metadata() for table in tables])
+    return rows.filter(pa.array(rows["row_id"].to_numpy() % context.buckets == bucket))
+
+
+def _in_order(rows: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Order of a bucket's rows by id, the latest of an id first; which are older duplicates, and which collide."""
+    order = pc.sort_indices(rows["item_id"]).to_numpy().astype(np.int64)
+    names = rows["item_id"].take(order)
+    again = pc.equal(names[1:], names[:-1]).to_numpy()
+    if again.any():
+        # Only rows with duplicates need the comparison of all columns.
+        shared = np.r_[again, False] | np.r_[False, again]
+        several = order[shared]
+        found = rows.select([name for name, _ in NEWEST_FIRST]).take(several)
+        # Nulls are sorted last.
+        order[shared] = several[pc.sort_indices(found, NEWEST_FIRST).to_numpy()]
+    older = np.r_[np.zeros(min(1, len(order)), bool), again]
+    latest = np.flatnonzero(~older)
+    _, first = np.unique(rows["row_id"].to_numpy()[order[latest]], return_index=True)
+    collided = ~older
+    collided[latest[first]] = False
+    return order, older, collided
+
+
+def _pieces(rows: pa.Table, order: NDArray[np.int64]) -> Iterator[tuple[slice, pa.Table]]:
+    """Rows in an order, in pieces of bounded size, each with its slice of the order."""
+    texts = [field.name for field in rows.schema if field.type == pa.large_string()]
+    sizes = sum(pc.fill_null(pc.binary_length(rows[name]), 0).to_numpy() for name in texts)
+    ends = np.cumsum(sizes[order])
+    start = 0
+    while start < len(order):
+        before = ends[start - 1] if start else 0
+        end = max(start + 1, int(np.searchsorted(ends, before + PIECE_BYTES, side="right")))
+        yield slice(start, end), rows.take(order[start:end])
+        start = end
+
+
+def _with_reasons(rows: pa.Table, is_older: NDArray[np.bool_]) -> pa.Table:
+    """Rejected duplicates and collisions, with reason and record."""
+    records = [
+        _older_record(row["item_id"], row["text"], row["updated_at"])
+        if older
+        else json.dumps({name: row[name] for name in ("item_id", "row_id", "text")})
+        for older, row in zip(is_older.tolist(), rows.to_pylist(), strict=True)
+    ]
+    reasons = np.where(is_older, Reason.OLDER_DUPLICATE.value, Reason.ROW_ID_COLLISION.value)
+    found = rows.append_column("reason", pa.array(reasons, pa.string()))
+    return found.append_column("row", pa.array(records, pa.large_string()))
+
+
+def _older_record(item_id: str, text: str, updated_at: int | None) -> str:
+    """A row as JSON in the form of Spark's ``to_json``, like all other rows of the quarantine."""
+    values = {"item_id": item_id, "text": text}
+    if updated_at is not None:
+        moment = str(np.datetime64(updated_at // 1000, "ms"))
+        # Only years after 9999 have a sign.
+        values["updated_at"] = f"{moment if len(moment) == 23 or moment[0] == '-' else '+' + moment}Z"
+    members = (f'"{name}":"{value.translate(JSON_ESCAPES)}"' for name, value in values.items())
+    return f"{{{','.join(members)}}}"
+
+
+def _counts(values: pa.ChunkedArray) -> Counter[str]:
+    """Number of occurrences of each value."""
+    return Counter({found["values"]: found["counts"] for found in pc.value_counts(values).to_pylist()})
+
+
+def _cost(context: BucketContext, rows: pa.Table, fresh: NDArray[np.int64]) -> TokenCount:
+    """Tokens of the distinct texts among the rows that must be encoded."""
+    hashes = rows["content_hash"].take(fresh).combine_chunks().dictionary_encode()
+    _, first = np.unique(hashes.indices.to_numpy(), return_index=True)
+    if not len(first):
+        return TokenCount(0)
+    distinct = fresh[first]
+    chosen = sample_of(len(distinct), max(BUCKET_SAMPLE, -(-TOKEN_SAMPLE // context.buckets)))
+    tokenizer = load_tokenizer(context.workspace.storage, context.bundle_uri, context.max_tokens)
+    return count_tokens(tokenizer, rows["text"].take(distinct[chosen]).to_pylist(), of=len(distinct))
+
+
+def _write(storage: Storage, uri: str, pieces: Iterator[pa.Table], schema: pa.Schema) -> None:
+    repeated = [name for name in ("change", "reason", "source") if name in schema.names]
+    with storage.staged(uri) as staged:
+        # No dictionaries for ids, hashes and texts: they rarely repeat, and the lookup costs more than writing them.
+        with pq.ParquetWriter(staged, schema, compression="zstd", use_dictionary=repeated) as writer:
+            for piece in pieces:
+                writer.write_table(piece.select(schema.names).cast(schema))
+        storage.publish(staged, uri)

@@ -1,0 +1,121 @@
+"""The inputs of a plan, and the plan_id that names them: catalogue and bundle of a date, and the settings."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from marc_pipeline.catalogue import source as catalogue
+from marc_pipeline.catalogue.source import CatalogueSource
+from marc_pipeline.config import Settings
+from marc_pipeline.deployment import Deployment
+from marc_pipeline.errors import UserError
+from marc_pipeline.model.bundle import Bundle, open_bundle
+from marc_pipeline.releases import log as release_log
+from marc_schemas.feature_table import bucket_number
+from marc_schemas.identity import digest
+from marc_schemas.plan import FORMAT_VERSION
+from marc_schemas.release import Release
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlanIdentity:
+    """Everything that names a plan: date, catalogue, bundle and settings. Known before Spark starts.
+
+    Attributes:
+        plan_id: hash of everything below.
+        ds: date of the snapshot.
+        source: the day's catalogue.
+        bundle: encodes the texts. The current bundle, or that of the day's release where only some buckets are chosen.
+        buckets: number of buckets; that of the day's release where only some are chosen.
+        mantissa_bits: that vectors are stored with.
+        chosen: buckets of a backfill; None for the whole day.
+        recompute: whether vectors of unchanged texts are computed again as well.
+    """
+
+    plan_id: str
+    ds: str
+    source: CatalogueSource
+    bundle: Bundle
+    buckets: int
+    mantissa_bits: int
+    chosen: tuple[int, ...] | None = None
+    recompute: bool = False
+
+
+def identify(deployment: Deployment, *, ds: str, chosen: Sequence[int] = (), recompute: bool = False) -> PlanIdentity:
+    """Find the catalogue and the bundle of a date, and name the plan that a run of this date makes. Needs no Spark.
+
+    Args:
+        deployment: settings and storage.
+        ds: date of the snapshot.
+        chosen: buckets to replace in the release of that date; empty for the whole day. A date without a release is
+            always planned whole: a release never holds a part of a day.
+        recompute: compute vectors of unchanged texts as well.
+
+    Raises:
+        UserError: no catalogue for the date, no bundle, or buckets that the release of the date does not have.
+    """
+    settings, storage = deployment.settings, deployment.storage
+    seen = release_log.read_log(storage, settings.table_uri).live(ds) if chosen or recompute else None
+    live = seen if chosen else None
+    if chosen and live is None:
+        log.warning("%s has no release: the whole day is planned, not buckets %s alone", ds, list(chosen))
+    if live is not None:
+        _require_replaceable(settings, live, chosen)
+    bundle = open_bundle(storage, live.bundle.uri if live else settings.bundle_uri)
+    buckets = live.table.buckets if live else settings.buckets
+    some = tuple(sorted(set(chosen))) if live else None
+    source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
+    files = sorted((file.uri.rsplit("/", 1)[1], file.digest) for file in source.files)
+    wanted = settings.catalogue
+    parts = [
+        FORMAT_VERSION, ds, files, source.format, wanted.id_column, wanted.updated_at_column, wanted.template,
+        bundle.version, buckets, settings.mantissa_bits, some, _recomputed(seen, some) if recompute else None,
+    ]  # fmt: skip
+    return PlanIdentity(
+        plan_id=digest(parts),
+        ds=ds,
+        source=source,
+        bundle=bundle,
+        buckets=buckets,
+        mantissa_bits=settings.mantissa_bits,
+        chosen=some,
+        recompute=recompute,
+    )
+
+
+def _recomputed(live: Release | None, chosen: tuple[int, ...] | None) -> list[str]:
+    """Files whose vectors are computed again. To compute them a second time is another plan."""
+    files = live.table.files if live else ()
+    return [file.path for file in files if chosen is None or bucket_number(file.path) in chosen]
+
+
+def _require_replaceable(settings: Settings, live: Release, chosen: Sequence[int]) -> None:
+    unknown = sorted(set(chosen) - set(range(live.table.buckets)))
+    if unknown:
+        raise UserError(f"no bucket {unknown[0]}: release {live.release_id} has buckets 0 to {live.table.buckets - 1}")
+    if live.table.template != settings.catalogue.template:
+        raise UserError(
+            f"release {live.release_id} of {live.ds} was made with template {live.table.template!r}, the configuration "
+            f"says {settings.catalogue.template!r}: backfill the whole day"
+        )
+    if live.table.mantissa_bits != settings.mantissa_bits:
+        raise UserError(
+            f"release {live.release_id} of {live.ds} stores {live.table.mantissa_bits} mantissa bits, the "
+            f"configuration says {settings.mantissa_bits}: backfill the whole day"
+        )
+
+
+def require_expected(identity: PlanIdentity, expected: str | None) -> None:
+    """Check that catalogue, bundle and settings are still those of the plan that an earlier task announced.
+
+    Raises:
+        UserError: they changed.
+    """
+    if expected is not None and identity.plan_id != expected:
+        raise UserError(
+            f"the catalogue, the bundle or the settings of {identity.ds} changed while the run was under way: plan "
+            f"{expected} is now {identity.plan_id}; start the run again"
+        )

@@ -1,0 +1,1 @@
+"""The release log: publish rules, roll back, retention."""

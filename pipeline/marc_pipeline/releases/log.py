@@ -1,0 +1,283 @@
+"""The release log: a small Delta table beside the feature table, where every reader starts."""
+
+import logging
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+
+from marc_pipeline.errors import DiskFull, ReleaseGone, Superseded, UserError
+from marc_pipeline.storage import Storage, disk_full_names, join
+from marc_pipeline.storage.delta import COMMIT_ERRORS, open_or_create, open_table
+from marc_pipeline.table.commit import commit_day, committed_files
+from marc_schemas.arrow import from_arrow, to_arrow
+from marc_schemas.release import FORMAT_VERSION, OLDEST_FORMAT, RELEASES, Release
+
+# An underscore keeps the log out of what Delta and Spark take for data of the feature table.
+FOLDER = "_releases"
+TRIES = 5
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ReleaseLog:
+    """The log as it stood at one moment.
+
+    Attributes:
+        table_uri: the feature table.
+        releases: every row, oldest first.
+        table: the Delta table at that version; None before the first release.
+    """
+
+    table_uri: str
+    releases: tuple[Release, ...]
+    table: DeltaTable | None
+
+    def live(self, ds: str) -> Release | None:
+        """What readers of a date see; None where nothing was published, or the last one was withdrawn."""
+        return newest(self.releases, ds=ds)
+
+    def last(self, ds: str) -> Release | None:
+        """The last turn of a date, also where it says that the date was withdrawn."""
+        return max((release for release in self.releases if release.ds == ds), key=lambda r: r.turn, default=None)
+
+    def find(self, release_id: str | None) -> Release | None:
+        """A release by id."""
+        return next((release for release in self.releases if release.release_id == release_id), None)
+
+    def next_turn(self, ds: str) -> int:
+        """The turn that a release of this date must take to be the next one."""
+        # From the log's state, which outlives rows that retention removed.
+        taken = self.table.transaction_version(_day(ds)) if self.table else None
+        return (taken or 0) + 1
+
+
+def read_log(storage: Storage, table_uri: str) -> ReleaseLog:
+    """The whole log, at one version; records of an older format are migrated.
+
+    Raises:
+        UserError: a record is of a newer format, or of one that was never released.
+    """
+    table = open_table(storage, join(table_uri, FOLDER))
+    if table is None:
+        return ReleaseLog(table_uri, (), None)
+    # Names, not uris: those come percent-encoded.
+    names = [uri.rsplit("/", 1)[1] for uri in table.file_uris()]
+    rows = [row for name in names for row in _read_file(storage, join(table_uri, FOLDER, name))]
+    releases = [_record(row, table_uri) for row in rows]
+    ordered = sorted(releases, key=lambda release: (release.created_at, release.release_id))
+    return ReleaseLog(table_uri, tuple(ordered), table)
+
+
+def _record(row: Mapping[str, Any], table_uri: str) -> Release:
+    """A row of the log in the current format: fields that its format did not have yet take their defaults.
+
+    Raises:
+        UserError: the format is newer than this program, or older than the first released one.
+    """
+    version = row["format_version"]
+    if not OLDEST_FORMAT <= version <= FORMAT_VERSION:
+        readable = f"this marc-pipeline reads formats {OLDEST_FORMAT} to {FORMAT_VERSION}"
+        remedy = "upgrade marc-pipeline" if version > FORMAT_VERSION else "publish into a new table_uri"
+        raise UserError(f"release {row['release_id']} at {table_uri} has format {version}, {readable}; {remedy}")
+    return Release.model_validate({**row, "format_version": FORMAT_VERSION})
+
+
+def read_releases(storage: Storage, table_uri: str) -> list[Release]:
+    """Every release of a feature table, oldest first; empty before the first."""
+    return list(read_log(storage, table_uri).releases)
+
+
+def new_release_id(now: datetime) -> str:
+    """Return a new release id; ids sort by time of publication."""
+    return f"{now:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:4]}"
+
+
+def live_releases(releases: Iterable[Release]) -> dict[str, Release]:
+    """What readers of each date see, by date in order: its last turn, unless that withdrew it."""
+    last: dict[str, Release] = {}
+    for release in releases:
+        if release.ds not in last or release.turn > last[release.ds].turn:
+            last[release.ds] = release
+    return {ds: last[ds] for ds in sorted(last) if not last[ds].withdrawn}
+
+
+def newest(releases: Iterable[Release], *, ds: str | None = None) -> Release | None:
+    """What readers see: of one ds, or of the latest ds that there is.
+
+    A backfill of an old day therefore never becomes what readers of the newest day see.
+    """
+    live = live_releases(releases)
+    if ds is not None:
+        return live.get(ds)
+    return live[max(live)] if live else None
+
+
+def find_release(
+    storage: Storage,
+    table_uri: str,
+    *,
+    ds: str | None = None,
+    release_id: str | None = None,
+    at: datetime | None = None,
+) -> Release:
+    """One release by id, by date, or the newest; with ``at``, as readers saw it at that moment.
+
+    Raises:
+        UserError: there is none; the message says what there is.
+        ReleaseGone: what was seen at that moment is not in the log any more.
+    """
+    found = read_log(storage, table_uri)
+    if at is not None:
+        if release_id is not None:
+            raise UserError("a release is named by its id or by a moment, not by both")
+        return _seen_at(found, at, ds=ds)
+    live = live_releases(found.releases)
+    if not live:
+        raise UserError(f"no release at {table_uri} yet; the nightly run publishes one")
+    release = found.find(release_id) if release_id is not None else newest(found.releases, ds=ds)
+    if release is not None and release.withdrawn:
+        raise UserError(f"release {release_id} says that {release.ds} was withdrawn; it has nothing to read")
+    days = list(live)
+    if release is None:
+        wanted = f"release {release_id}" if release_id is not None else f"release of {ds}"
+        raise UserError(
+            f"no {wanted} at {table_uri}; there are {len(found.releases)} releases of {days[0]} to {days[-1]}"
+        )
+    if ds is not None and release.ds != ds:
+        raise UserError(f"release {release_id} is of {release.ds}, not of {ds}")
+    return release
+
+
+def _seen_at(found: ReleaseLog, at: datetime, *, ds: str | None) -> Release:
+    """What readers saw at a moment, of one ds or of the latest that there was."""
+    if at.tzinfo is None:
+        raise UserError(f"the moment {at} has no time zone; use datetime(..., tzinfo=UTC)")
+    seen = newest((release for release in found.releases if release.created_at <= at), ds=ds)
+    # What was published next on a date names what readers saw of it until then.
+    following: dict[str, Release] = {}
+    for release in found.releases:
+        if release.created_at > at and (release.ds not in following or release.turn < following[release.ds].turn):
+            following[release.ds] = release
+    for day, release in following.items():
+        concerned = day == ds if ds is not None else seen is None or day >= seen.ds
+        if concerned and release.supersedes is not None and found.find(release.supersedes) is None:
+            raise ReleaseGone(
+                f"what readers of {day} saw at {at.isoformat()} is not known any more: retention gave up release "
+                f"{release.supersedes}"
+            )
+    if seen is None:
+        wanted = f"release of {ds}" if ds is not None else "release"
+        raise UserError(f"no {wanted} at {found.table_uri} was there at {at.isoformat()}")
+    return seen
+
+
+def append(
+    storage: Storage, table_uri: str, releases: Sequence[Release], *, turns: Mapping[str, int] | None = None
+) -> bool:
+    """Publish releases, one per date, in one atomic commit. Says whether this call made it.
+
+    Each takes the turn of its date, as Delta transaction ``(ds, turn)``: of runs that publish the same date at once,
+    one commits; the others find the turn taken, and must look at what is there now. Retention takes the turn of the
+    dates that it changes, too.
+
+    Args:
+        storage: access to ``table_uri``.
+        table_uri: the feature table.
+        releases: the rows.
+        turns: by ds, to take without a row: of dates that must stay as they are until the rows are in.
+    """
+    turns = {**(turns or {}), **{release.ds: release.turn for release in releases}}
+    properties = _taking(turns)
+
+    def commit() -> bool:
+        table = open_or_create(storage, join(table_uri, FOLDER), RELEASES, name="releases")
+        if any((table.transaction_version(_day(ds)) or 0) >= turn for ds, turn in turns.items()):
+            # A rival's turn; or ours, where the store took our commit and its answer was lost.
+            return bool(releases) and _holds(storage, table_uri, releases)
+        _write(table, releases, properties, mode="append")
+        return True
+
+    return storage.repeated(join(table_uri, FOLDER), commit, on=COMMIT_ERRORS)
+
+
+def settle(storage: Storage, table_uri: str, ds: str) -> None:
+    """Let the Delta table's newest version hold what the date's release does, where a run left other files in it.
+
+    Raises:
+        Superseded: other runs kept publishing.
+    """
+    for _ in range(TRIES):
+        found = read_log(storage, table_uri)
+        live = found.live(ds)
+        files, dim = (live.table.files, live.table.dim) if live else ((), 1)
+        table = open_table(storage, table_uri)
+        if table is None or committed_files(table, ds=ds) == {file.path for file in files}:
+            return
+        commit_day(storage, table_uri, files, dim=dim, ds=ds)
+        # A run that has committed its own files meanwhile, and not released them yet, commits them once more.
+        if append(storage, table_uri, [], turns={ds: found.next_turn(ds)}):
+            return
+    raise Superseded(f"other runs keep publishing {ds} at {table_uri}; run again")
+
+
+def replace(storage: Storage, found: ReleaseLog, kept: Sequence[Release]) -> bool:
+    """Replace the rows of a log that was read by others, in one commit; rows of other dates appended meanwhile stay.
+
+    Returns:
+        False where another run changed the same dates at the same moment, or the store failed: read again.
+    """
+    if found.table is None:
+        return True
+    days = {ds for ds in {r.ds for r in found.releases} if _of(found.releases, ds) != _of(kept, ds)}
+    try:
+        properties = _taking({ds: found.next_turn(ds) for ds in days})
+        with disk_full_names(found.table_uri):
+            _write(found.table, kept, properties, mode="overwrite")
+    except DiskFull:
+        raise
+    except COMMIT_ERRORS as error:
+        log.info("the release log of %s could not be written, or was so at the same moment: %s", found.table_uri, error)
+        return False
+    return True
+
+
+def _of(releases: Sequence[Release], ds: str) -> list[Release]:
+    return [release for release in releases if release.ds == ds]
+
+
+def _taking(turns: Mapping[str, int]) -> CommitProperties:
+    return CommitProperties(app_transactions=[Transaction(_day(ds), turn) for ds, turn in turns.items()])
+
+
+def _day(ds: str) -> str:
+    return f"ds={ds}"
+
+
+def _holds(storage: Storage, table_uri: str, releases: Sequence[Release]) -> bool:
+    found = read_log(storage, table_uri)
+    return all(found.find(release.release_id) for release in releases)
+
+
+def _read_file(storage: Storage, uri: str) -> list[dict[str, Any]]:
+    # Not through a dataset over delta-rs's file system: what such a scan leaves running can abort a process at exit.
+    filesystem, path = storage.filesystem(uri)
+    with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as parquet:
+        return from_arrow(parquet.read())
+
+
+def _write(
+    table: DeltaTable,
+    releases: Sequence[Release],
+    properties: CommitProperties,
+    *,
+    mode: Literal["append", "overwrite"],
+) -> None:
+    # "merge" adds the columns that a log of an older format lacks, and leaves the schema as it is otherwise.
+    rows = to_arrow(releases, Release)
+    write_deltalake(table, rows, mode=mode, schema_mode="merge", commit_properties=properties)

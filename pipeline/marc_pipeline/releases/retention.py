@@ -1,0 +1,185 @@
+"""Retention: which releases are kept; what neither they nor a reader or run of the grace period needs is removed."""
+
+import logging
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import PurePosixPath
+
+from marc_pipeline.config import RetentionSettings
+from marc_pipeline.deployment import Deployment
+from marc_pipeline.errors import Superseded
+from marc_pipeline.releases import log as release_log
+from marc_pipeline.storage import Storage, StoredObject, join
+from marc_pipeline.storage.delta import COMMIT_ERRORS, open_table
+from marc_pipeline.table.commit import committed_files, plan_of
+from marc_pipeline.work_area import PLAN_FILE, PLANS
+from marc_schemas.feature_table import partition_ds
+from marc_schemas.identity import PLAN_KEY_CHARS, plan_key
+from marc_schemas.release import Release
+
+TRIES = 5
+# What a reader of the log may be in the middle of, however short the grace period.
+LOG_GRACE_HOURS = 1
+# Of a table file's path: ds, bucket and name.
+PARTITION_PARTS = 3
+PLAN_ID = re.compile(rf"[0-9a-f]{{{PLAN_KEY_CHARS},}}")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a vacuum did, or would do.
+
+    Attributes:
+        retired: releases that retention gave up just now; their files stay for the grace period.
+        forgotten: releases whose grace period is over: gone from the log.
+        files: uris that were removed: of forgotten releases, and of runs that died.
+        bytes: their size.
+    """
+
+    retired: tuple[str, ...]
+    forgotten: tuple[str, ...]
+    files: tuple[str, ...]
+    bytes: int
+
+
+def vacuum(deployment: Deployment, *, now: datetime | None = None, dry_run: bool = False) -> Removal:
+    """Retire releases beyond retention, and delete files that no release, reader or run needs.
+
+    A release is retired first. The first vacuum after the grace period removes it from the log and deletes its files;
+    until then, a reader that has it open can read on. Files that no release names belong to a run. They are deleted
+    when that run has written nothing for the grace period. The log entry goes before the files, so that the next vacuum
+    finishes the work of a vacuum that was killed.
+
+    Args:
+        deployment: table, indexes and work area; its settings say what is kept, and for how long.
+        now: the time that retention and grace are counted from; default: the present.
+        dry_run: report what would be done, and change nothing.
+
+    Raises:
+        Superseded: other runs keep writing the release log.
+    """
+    now = now or datetime.now(UTC)
+    storage, table_uri, settings = deployment.storage, deployment.settings.table_uri, deployment.settings.retention
+    rows: list[Release] | None = None
+    for _ in range(TRIES):
+        found = release_log.read_log(storage, table_uri)
+        if rows == list(found.releases):
+            # The last write succeeded, although its response was lost.
+            break
+        rows, retired, forgotten = _decide(found.releases, settings, now)
+        if dry_run or rows == list(found.releases) or release_log.replace(storage, found, rows):
+            break
+    else:
+        raise Superseded(f"other runs keep writing the release log of {table_uri}; run again")
+    before = (now - timedelta(hours=settings.grace_hours)).timestamp()
+    doomed = _unneeded(deployment, rows, before=before)
+    if not dry_run:
+        _let_go(deployment, doomed)
+        # Plans are deleted first: a run without its plan cannot publish. Files of runs that wrote again are then kept.
+        plans = [stored for stored in doomed if stored.uri.endswith(f"/{PLAN_FILE}")]
+        storage.remove(stored.uri for stored in plans)
+        still = {stored.uri for stored in _unneeded(deployment, rows, before=before)}
+        doomed = [stored for stored in doomed if stored in plans or stored.uri in still]
+        storage.remove(stored.uri for stored in doomed)
+        _trim(deployment, now)
+    return Removal(
+        retired=tuple(release.release_id for release in retired),
+        forgotten=tuple(release.release_id for release in forgotten),
+        files=tuple(stored.uri for stored in doomed),
+        bytes=sum(stored.bytes for stored in doomed),
+    )
+
+
+def _decide(
+    releases: Sequence[Release], settings: RetentionSettings, now: datetime
+) -> tuple[list[Release], list[Release], list[Release]]:
+    """Rows that the log goes on with, those retired now, and those forgotten."""
+    # Of dates that readers see: one that was withdrawn takes no place, and stays while it is newer than those.
+    oldest = min([*release_log.live_releases(releases)][-settings.days :], default="")
+    last = sorted(releases, key=lambda release: (release.ds, -release.turn))
+    place: dict[str, int] = {}
+    rows, retired, forgotten = [], [], []
+    for release in last:
+        # A withdrawal holds no files and takes no release's place: it stays as long as its date.
+        place[release.ds] = place.get(release.ds, 0) + (not release.withdrawn)
+        row = release
+        beyond = place[release.ds] > settings.releases_per_day or release.ds < oldest
+        if release.retired_at is None and beyond:
+            row = release.model_copy(update={"retired_at": now})
+            retired.append(row)
+        if row.retired_at is not None and row.retired_at + timedelta(hours=settings.grace_hours) <= now:
+            forgotten.append(row)
+        else:
+            rows.append(row)
+    rows.sort(key=lambda release: (release.created_at, release.release_id))
+    return rows, retired, forgotten
+
+
+def _unneeded(deployment: Deployment, rows: Sequence[Release], *, before: float) -> list[StoredObject]:
+    """Files of table, indexes and plans that no row names, of runs that wrote nothing since ``before``."""
+    settings, storage = deployment.settings, deployment.storage
+    tables = {file.path for row in rows for file in row.table.files}
+    # An index that was patched may share files with an earlier index.
+    indexes = {file.path for row in rows for file in row.index.all_files}
+    # A plan's work area holds the quarantine and the texts: it is kept as long as any file of the plan.
+    works = {plan_key(row.plan_id) for row in rows} | {plan_of(path) for path in tables}
+    found = [
+        (stored, plan, _within(stored, PARTITION_PARTS) in tables)
+        for stored in storage.list(settings.table_uri, hidden=True)
+        if (plan := plan_of(stored.uri)) is not None
+    ]
+    found += [(stored, plan, _within(stored, 2) in indexes) for stored, plan in _by_plan(storage, settings.index_uri)]
+    found += [(s, plan, plan in works) for s, plan in _by_plan(storage, join(settings.work_uri, PLANS))]
+    active = {plan for stored, plan, _ in found if stored.modified >= before and plan}
+    return [s for s, plan, needed in found if not needed and s.modified < before and plan not in active]
+
+
+def _within(stored: StoredObject, parts: int) -> str:
+    """The last parts of a uri: what a file is called below the site's folder, in whichever way that is named."""
+    return "/".join(stored.uri.rsplit("/", parts)[1:])
+
+
+def _by_plan(storage: Storage, folder: str) -> list[tuple[StoredObject, str]]:
+    """Files in folders that are called after plans, with the plan."""
+    depth = len(PurePosixPath(folder).parts)
+    found = []
+    for stored in storage.list(folder, hidden=True):
+        name, *inside = PurePosixPath(stored.uri).parts[depth:]
+        if inside and PLAN_ID.fullmatch(name):
+            found.append((stored, plan_key(name)))
+    return found
+
+
+def _let_go(deployment: Deployment, doomed: Sequence[StoredObject]) -> None:
+    """Take files that are about to be removed out of the Delta table's newest version, where a dead run left them."""
+    table = open_table(deployment.storage, deployment.settings.table_uri)
+    held = committed_files(table) if table else set()
+    for ds in sorted({partition_ds(path) for path in held & {_within(stored, PARTITION_PARTS) for stored in doomed}}):
+        release_log.settle(deployment.storage, deployment.settings.table_uri, ds)
+
+
+def _trim(deployment: Deployment, now: datetime) -> None:
+    """Shorten the two Delta logs, and end uploads that nobody will end."""
+    settings, storage = deployment.settings, deployment.storage
+    releases = join(settings.table_uri, release_log.FOLDER)
+    hours = math.ceil(max(settings.retention.grace_hours, LOG_GRACE_HOURS))
+
+    def shorten(uri: str) -> None:
+        if table := open_table(storage, uri):
+            table.create_checkpoint()
+            table.cleanup_metadata()
+            # Files of the feature table are ours to remove; those of the log, which it has replaced, are Delta's.
+            if uri == releases:
+                table.vacuum(retention_hours=hours, dry_run=False, enforce_retention_duration=False)
+
+    for uri in (settings.table_uri, releases):
+        storage.repeated(uri, partial(shorten, uri), on=COMMIT_ERRORS)
+    before = (now - timedelta(hours=max(settings.retention.grace_hours, LOG_GRACE_HOURS))).timestamp()
+    for uri in (settings.table_uri, settings.index_uri, settings.work_uri):
+        storage.abort_uploads(uri, before=before)

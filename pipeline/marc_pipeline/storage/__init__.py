@@ -1,0 +1,19 @@
+"""Whole objects and columnar files under one uri scheme: a local path or ``s3://bucket/key``."""
+
+from marc_pipeline.storage.local import STAGED_PREFIX
+from marc_pipeline.storage.objects import Storage
+from marc_pipeline.storage.retry import disk_full_names
+from marc_pipeline.storage.s3 import MULTIPART_BYTES
+from marc_pipeline.storage.stored import StoredObject
+from marc_pipeline.uris import is_s3, join, require_bare
+
+__all__ = [
+    "MULTIPART_BYTES",
+    "STAGED_PREFIX",
+    "Storage",
+    "StoredObject",
+    "disk_full_names",
+    "is_s3",
+    "join",
+    "require_bare",
+]

@@ -1,0 +1,149 @@
+"""Objects on a local disk: atomic writes, and folders that appear and vanish with their files."""
+
+import builtins
+import os
+import random
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow.fs as pafs
+
+from marc_pipeline.storage.retry import disk_full_names
+from marc_pipeline.storage.stored import StoredObject, is_hidden
+
+R = TypeVar("R")
+
+# Delta, Spark and our own listings skip names that begin with a dot, and so a file that is still being written.
+STAGED_PREFIX = ".staged-"
+FOLDER_TRIES = 100
+# How many levels of folders above a removed file are removed once empty; the folders that a user made stay.
+PRUNED_LEVELS = 2
+
+
+class LocalObjects:
+    """Files on a local disk. See :class:`marc_pipeline.storage.Storage` for what each method promises."""
+
+    def staging_folder(self, uri: str) -> Path:
+        """Where a file is written before it is published: beside its final place, so that a rename is enough."""
+        return Path(uri).parent
+
+    def read(self, uri: str) -> bytes:
+        """Content of one file."""
+        return Path(uri).read_bytes()
+
+    def write(self, uri: str, data: bytes) -> None:
+        """Create or replace one file atomically."""
+        with staged_file(self.staging_folder(uri), uri) as path:
+            path.write_bytes(data)
+            self.publish(path, uri)
+
+    def create(self, uri: str, data: bytes) -> bool:
+        """Write one file unless it exists."""
+        with staged_file(self.staging_folder(uri), uri) as path:
+            path.write_bytes(data)
+            _flush(path)
+
+            def link() -> bool:
+                try:
+                    os.link(path, uri)
+                except FileExistsError:
+                    return False
+                return True
+
+            return _in_folder(Path(uri).parent, link)
+
+    def publish(self, staged: Path, uri: str) -> None:
+        """Rename a staged file."""
+        _flush(staged)
+        _in_folder(Path(uri).parent, lambda: staged.replace(uri))
+
+    def list(self, uri: str, *, hidden: bool) -> Iterator[StoredObject]:
+        """Every file below a folder."""
+        root = Path(uri)
+        if not root.is_dir():
+            return
+        # Links are followed, and unreadable folders are errors: a skipped folder would look like deletions.
+        for folder, _, names in os.walk(root, followlinks=True, onerror=_raise_unless_gone):
+            for path in (Path(folder) / name for name in names):
+                # A file that is deleted during the walk is left out.
+                with suppress(FileNotFoundError):
+                    if (hidden or not is_hidden(str(path.relative_to(root)))) and path.is_file():
+                        yield _stored(str(path), path.stat())
+
+    def stat(self, uri: str) -> StoredObject | None:
+        """One file, or None where there is none."""
+        path = Path(uri)
+        return _stored(uri, path.stat()) if path.is_file() else None
+
+    def remove(self, uris: Iterable[str]) -> builtins.list[str]:
+        """Delete files and the folders that become empty; the list of failures is empty."""
+        folders: set[Path] = set()
+        for path in map(Path, uris):
+            path.unlink(missing_ok=True)
+            folders.update(islice(path.parents, PRUNED_LEVELS))
+        for folder in sorted(folders, key=lambda f: len(f.parts), reverse=True):
+            # The system refuses where another process keeps a file or has just written one.
+            with suppress(OSError):
+                folder.rmdir()
+        return []
+
+    def abort_uploads(self, uri: str, *, before: float) -> int:
+        """A local disk has no multipart uploads."""
+        return 0
+
+    def copy(self, uri: str, path: Path) -> None:
+        """Copy one file."""
+        shutil.copyfile(uri, path)
+
+    def filesystem(self, uri: str) -> tuple[pafs.FileSystem, str]:
+        """The pyarrow file system, and the path inside it."""
+        return pafs.LocalFileSystem(), uri
+
+
+@contextmanager
+def staged_file(folder: Path, uri: str) -> Iterator[Path]:
+    """A file to write in a folder before it becomes the content of ``uri``; removed afterwards in any case.
+
+    Raises:
+        DiskFull: the error names ``uri``, whose content is unchanged.
+    """
+    path = folder / f"{STAGED_PREFIX}{uuid.uuid4().hex}"
+    try:
+        with disk_full_names(uri):
+            # Create the file now, so that no other process removes the folder as empty.
+            _in_folder(folder, path.touch)
+            yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _stored(uri: str, stat: os.stat_result) -> StoredObject:
+    return StoredObject(uri=uri, bytes=stat.st_size, modified=stat.st_mtime)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def _in_folder(folder: Path, action: Callable[[], R]) -> R:
+    """Do something that needs a folder, which another process may remove as empty the moment it is made."""
+    for _ in range(FOLDER_TRIES):
+        with suppress(FileNotFoundError, FileExistsError):
+            folder.mkdir(parents=True, exist_ok=True)
+            return action()
+        # A random pause, so that two processes do not keep in step.
+        time.sleep(random.uniform(0, 0.001))  # noqa: S311
+    folder.mkdir(parents=True, exist_ok=True)
+    return action()
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,1 @@
+"""The feature table: write, commit and read its Parquet files."""

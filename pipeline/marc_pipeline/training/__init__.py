@@ -1,0 +1,1 @@
+"""Training: interactions, objectives and the training loop of a compressor."""

@@ -1,0 +1,288 @@
+"""The training set: items, interactions and every layer's hidden states, made once and shared by all that learns."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from marc_pipeline.catalogue import source as catalogue
+from marc_pipeline.catalogue.source import CatalogueSource
+from marc_pipeline.config import Settings, TrainSettings
+from marc_pipeline.errors import CorruptFile, UserError
+from marc_pipeline.storage import Storage, StoredObject, join
+from marc_pipeline.storage.checksums import describe_file, verified_folder
+from marc_pipeline.training.interactions import (
+    Interactions,
+    Split,
+    find_interactions,
+    named_items,
+    read_interactions,
+    split_by_time,
+)
+from marc_schemas.files import PublishedFile
+from marc_schemas.identity import digest
+from marc_schemas.training import FORMAT_VERSION, TrainingSetCard
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+T = TypeVar("T")
+
+CARD = "training_set.json"
+ITEMS = "items.parquet"
+INTERACTIONS = "interactions.parquet"
+PROFILES = "profiles.parquet"
+STATES = "states.npy"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingIdentity:
+    """What a training would learn from; known before Spark starts."""
+
+    training_id: str
+    ds: str
+    source: CatalogueSource
+
+
+@dataclass(frozen=True)
+class StatesFacts:
+    """What the pass over the texts found out about the backbone."""
+
+    layers: int
+    width: int
+    max_tokens: int
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """A training set on this machine.
+
+    Attributes:
+        folder: local folder with the files.
+        card: what it was made from.
+        item_ids, texts: of the items, in one order.
+        interactions: ``items`` are positions in that order.
+    """
+
+    folder: Path
+    card: TrainingSetCard
+    item_ids: list[str]
+    texts: list[str]
+    interactions: Interactions
+
+    @property
+    def encoded_texts(self) -> list[str]:
+        """What the states are of: the items' texts, then those of the users."""
+        return [*self.texts, *self.interactions.profile_texts]
+
+    @cached_property
+    def split(self) -> Split:
+        """Training, validation and test part: 80, 10 and 10 % in the order of time."""
+        return split_by_time(self.interactions)
+
+    def states(self, layer: int) -> NDArray[np.float32]:
+        """Pooled hidden states [items + profiles, D] after so many blocks, 0 for the embeddings; a copy in memory."""
+        return np.array(np.load(self.folder / STATES, mmap_mode="r")[layer])
+
+
+def identify_training(settings: Settings, *, ds: str, storage: Storage) -> TrainingIdentity:
+    """Find catalogue and interactions, and name the training set they make.
+
+    Raises:
+        UserError: there is no catalogue for the date, or no interactions.
+    """
+    source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
+    rated = find_interactions(storage, settings.interactions)
+    wanted, train = settings.catalogue, settings.train
+    parts = [
+        FORMAT_VERSION, ds, sorted((file.uri.rsplit("/", 1)[1], file.digest) for file in source.files), source.format,
+        wanted.id_column, wanted.updated_at_column, wanted.template,
+        sorted(storage.content_digest(stored) for stored in rated),
+        settings.interactions.model_dump(exclude={"uri", "history"}),
+        train.backbone, backbone_files(train.backbone), train.pooling, train.max_tokens, train.sample,
+        settings.encode.dtype,
+    ]  # fmt: skip
+    training_id = digest(parts)
+    return TrainingIdentity(training_id=training_id, ds=ds, source=source)
+
+
+def require_announced(identity: TrainingIdentity, expected: str) -> None:
+    """Refuse a training set that is not the one that an earlier task of the same run announced.
+
+    Raises:
+        UserError: catalogue, interactions or settings changed meanwhile.
+    """
+    if identity.training_id != expected:
+        raise UserError(
+            f"the catalogue, the interactions or the settings changed while the training was under way: {expected} is "
+            f"now {identity.training_id}; start it again"
+        )
+
+
+def make_training_set(
+    spark: "SparkSession",
+    settings: Settings,
+    identity: TrainingIdentity,
+    *,
+    storage: Storage,
+    write_states: Callable[[list[str], Path], StatesFacts],
+) -> TrainingSet:
+    """Read items and interactions, compute the hidden states, and leave all of it in the work area, once.
+
+    Args:
+        spark: reads the catalogue.
+        settings: the configuration.
+        identity: from :func:`identify_training`.
+        storage: access to the uris.
+        write_states: writes the states [L + 1, texts, D] of the items' and then the users' texts as a ``.npy`` file.
+
+    Raises:
+        UserError: catalogue or interactions cannot be used.
+    """
+    uri = training_uri(settings.work_uri, identity.training_id)
+    if storage.stat(join(uri, CARD)):
+        log.info("training set %s: stands already", identity.training_id)
+        return open_training_set(storage, settings.work_uri, identity.training_id)
+    wanted = named_items(storage, settings.interactions)
+    items = catalogue.read_items(
+        spark, identity.source, settings.catalogue, storage=storage, wanted=wanted, sample=settings.train.sample
+    )
+    if not items:
+        raise UserError(f"the catalogue of {identity.ds} has no usable row; `marc plan` says why")
+    item_ids, texts = ([row[place] for row in items] for place in (0, 1))
+    interactions = read_interactions(storage, settings.interactions, item_ids)
+    split_by_time(interactions)  # a mistake shows before the long pass
+    log.info(
+        "training set: %s items, %s users, %s interactions (%.0f %% clicks)",
+        *(f"{n:,}" for n in (len(items), interactions.n_users, len(interactions))),
+        100 * interactions.labels.mean(),
+    )
+    files: dict[str, PublishedFile] = {}
+
+    def put(name: str, write: Callable[[Path], T]) -> T:
+        with storage.staged(join(uri, name)) as staged:
+            result = write(staged)
+            files[name] = describe_file(staged, path=name)
+            storage.publish(staged, join(uri, name))
+        return result
+
+    facts = put(STATES, lambda path: write_states([*texts, *interactions.profile_texts], path))
+    put(ITEMS, lambda path: pq.write_table(pa.table({"item_id": item_ids, "text": texts}), path))
+    profiles = pa.table({"text": pa.array(interactions.profile_texts, pa.string())})
+    put(PROFILES, lambda path: pq.write_table(profiles, path))
+    put(INTERACTIONS, lambda path: pq.write_table(_table(interactions), path))
+    card = TrainingSetCard(
+        training_id=identity.training_id,
+        ds=identity.ds,
+        template=settings.catalogue.template,
+        backbone=settings.train.backbone,
+        pooling=settings.train.pooling,
+        **vars(facts),
+        items=len(items),
+        users=interactions.n_users,
+        interactions=len(interactions),
+        clicks=int(interactions.labels.sum()),
+        files=files,
+    )
+    storage.write(join(uri, CARD), card.model_dump_json(indent=1).encode())
+    return open_training_set(storage, settings.work_uri, identity.training_id)
+
+
+def open_training_set(storage: Storage, work_uri: str, training_id: str) -> TrainingSet:
+    """Return a training set of the work area, all files verified; files on S3 are downloaded once per machine.
+
+    Raises:
+        UserError: the work area has no training set of this name.
+        CorruptFile: a file of the work area is missing or differs from its checksum.
+    """
+    uri = training_uri(work_uri, training_id)
+    card = read_card(storage, work_uri, training_id)
+    folder = verified_folder(
+        storage,
+        uri,
+        {name: file.sha256 for name, file in card.files.items()},
+        key=f"training/{training_id}",
+        remedy=f"delete the folder {uri} and train again",
+    )
+    items = pq.read_table(folder / ITEMS)
+    rows = pq.read_table(folder / INTERACTIONS)
+    # Copied: what Arrow shares is read-only, and torch warns of that.
+    columns = {name: np.array(rows[name]).copy() for name in rows.column_names}
+    return TrainingSet(
+        folder=folder,
+        card=card,
+        item_ids=items["item_id"].to_pylist(),
+        texts=items["text"].to_pylist(),
+        interactions=Interactions(**columns, profile_texts=tuple(pq.read_table(folder / PROFILES)["text"].to_pylist())),
+    )
+
+
+def read_card(storage: Storage, work_uri: str, training_id: str) -> TrainingSetCard:
+    """What a training set was made from; its files are not looked at.
+
+    Raises:
+        UserError: there is none of that name.
+        CorruptFile: the card cannot be read.
+    """
+    uri = join(training_uri(work_uri, training_id), CARD)
+    try:
+        return TrainingSetCard.model_validate_json(storage.read(uri))
+    except FileNotFoundError:
+        raise UserError(f"no training set {training_id} under {work_uri}; make it with `marc train`") from None
+    except ValidationError:
+        raise CorruptFile(f"{uri} cannot be read; delete the folder and train again") from None
+
+
+def backbone_files(backbone: str) -> list[tuple[str, str]]:
+    """Files of a backbone that is a folder, by name and digest: what lies at a path may change.
+
+    What a hub or a package names does not; of that there are none.
+    """
+    if not Path(backbone).is_dir():
+        return []
+    files = sorted(path for path in Path(backbone).iterdir() if path.is_file())
+    return [(path.name, Storage().content_digest(StoredObject(uri=str(path), bytes=0))) for path in files]
+
+
+def require_shape(train: TrainSettings, dims: Sequence[int], *, layers: int, width: int) -> None:
+    """Refuse what a backbone cannot give.
+
+    Args:
+        train: how many layers are to be kept.
+        dims: lengths of vectors that will be wanted.
+        layers: of the backbone.
+        width: D, of its states.
+
+    Raises:
+        UserError: it has fewer layers, or shorter states.
+    """
+    if train.layers is not None and train.layers > layers:
+        raise UserError(f"train.layers is {train.layers}, the backbone has {layers} layers; choose at most {layers}")
+    if dims and max(dims) > width:
+        raise UserError(
+            f"{max(dims)} dimensions are wanted, the backbone's hidden state has {width} numbers; "
+            f"choose at most {width}"
+        )
+
+
+def training_uri(work_uri: str, training_id: str) -> str:
+    """Folder of a training set."""
+    return join(work_uri, "training", training_id)
+
+
+def _table(interactions: Interactions) -> pa.Table:
+    names = ("users", "items", "labels", "times")
+    columns = {name: getattr(interactions, name) for name in names}
+    return pa.table(columns if interactions.profiles is None else {**columns, "profiles": interactions.profiles})

@@ -1,0 +1,209 @@
+"""The work area of one plan, keyed by plan_id and bucket: stages exchange their results through its files."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from marc_pipeline.deployment import Deployment
+from marc_pipeline.errors import UserError
+from marc_pipeline.storage import Storage, join
+from marc_schemas.files import Contract
+from marc_schemas.plan import Plan
+from marc_schemas.receipt import AuditReport, IndexReceipt, Receipt
+
+PLANS = "plans"
+PLAN_FILE = "plan.json"
+
+C = TypeVar("C", bound=Contract)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Reads and writes the files of one plan. Picklable, so that Spark tasks can carry it."""
+
+    storage: Storage
+    root: str
+    plan_id: str
+
+    @classmethod
+    def of(cls, deployment: Deployment, plan_id: str) -> "Workspace":
+        """The work area of a plan in a deployment."""
+        return cls(deployment.storage, deployment.settings.work_uri, plan_id)
+
+    @property
+    def uri(self) -> str:
+        """Folder of this plan."""
+        return join(self.root, PLANS, self.plan_id)
+
+    @property
+    def quarantine_uri(self) -> str:
+        """Folder of the quarantine's Parquet files."""
+        return join(self.uri, "quarantine")
+
+    def items_uri(self, bucket: int, base: str | None) -> str:
+        """Parquet file of a planned bucket's items, as they stand against the base release."""
+        return join(self.uri, "items", base or "nothing", f"{bucket:05d}.parquet")
+
+    def read_plan(self) -> Plan | None:
+        """The plan, once it is made."""
+        return self._read(Plan, PLAN_FILE)
+
+    def require_plan(self) -> Plan:
+        """The plan.
+
+        Raises:
+            UserError: the plan stage has not finished.
+        """
+        plan = self.read_plan()
+        if plan is None:
+            raise UserError(f"no plan {self.plan_id} under {self.root}; run the plan stage first")
+        return plan
+
+    def write_plan(self, plan: Plan, *, replacing: Plan | None = None) -> Plan:
+        """Record the plan. If two runs make the same plan at once, the first one is kept.
+
+        Args:
+            plan: the plan.
+            replacing: the one found before that it is made instead of.
+        """
+        uri = join(self.uri, PLAN_FILE)
+        if not self.storage.create(uri, _json(plan)):
+            earlier = self.read_plan()
+            if earlier is not None and earlier != replacing:
+                return earlier
+            self.storage.write(uri, _json(plan))
+        return plan
+
+    def read_receipts(self, plan: Plan) -> dict[int, Receipt]:
+        """Receipts of the finished buckets, by bucket."""
+        found = {}
+        for stored in self.storage.list(join(self.uri, "receipts")):
+            receipt = _parse(Receipt, self.storage.read(stored.uri))
+            if receipt and (receipt.plan_id, receipt.bundle) == (plan.plan_id, plan.bundle):
+                found[receipt.bucket] = receipt
+        return found
+
+    def require_receipts(self, plan: Plan) -> list[Receipt]:
+        """Receipts of every bucket of the plan, in bucket order.
+
+        Raises:
+            UserError: the encode stage has not finished.
+        """
+        found = self.read_receipts(plan)
+        missing = [work.bucket for work in plan.work if work.bucket not in found]
+        if missing:
+            raise UserError(f"plan {plan.plan_id}: no receipt for buckets {missing[:10]}; run the encode stage first")
+        return [found[work.bucket] for work in plan.work]
+
+    def write_receipt(self, receipt: Receipt, *, stands: Callable[[Receipt], bool] = lambda _: False) -> Receipt:
+        """Record a bucket's receipt, after its file is written. If two workers write at once, the first one is kept.
+
+        Args:
+            receipt: of this worker.
+            stands: whether the receipt that is there already is one that counts.
+
+        Returns:
+            The receipt that is there now.
+        """
+        uri = join(self.uri, "receipts", f"{receipt.bucket:05d}.json")
+        if not self.storage.create(uri, _json(receipt)):
+            earlier = read_contract(self.storage, uri, Receipt)
+            if earlier is not None and stands(earlier):
+                return earlier
+            self.storage.write(uri, _json(receipt))
+        return receipt
+
+    def write_progress(self, bucket: int, tokens: int) -> None:
+        """Record how many tokens of a running bucket are encoded."""
+        self.storage.write(join(self.uri, "progress", f"{bucket:05d}"), str(tokens).encode())
+
+    def clear_progress(self, buckets: Iterable[int]) -> None:
+        """Delete the progress of buckets that are finished or start again."""
+        self.storage.remove(join(self.uri, "progress", f"{bucket:05d}") for bucket in buckets)
+
+    def read_progress(self) -> dict[int, int]:
+        """Tokens encoded so far, by running bucket."""
+        found = {}
+        for stored in self.storage.list(join(self.uri, "progress")):
+            with suppress(ValueError, FileNotFoundError):
+                found[int(stored.uri.rsplit("/", 1)[1])] = int(self.storage.read(stored.uri))
+        return found
+
+    def read_audit(self) -> AuditReport | None:
+        """The report of the audit, if there is one."""
+        return self._read(AuditReport, "audit.json")
+
+    def write_audit(self, report: AuditReport) -> None:
+        """Record the report of the audit."""
+        self.storage.write(join(self.uri, "audit.json"), _json(report))
+
+    def read_index(self) -> IndexReceipt | None:
+        """The receipt of the index stage, if there is one."""
+        return self._read(IndexReceipt, "index.json")
+
+    def write_index(self, receipt: IndexReceipt) -> None:
+        """Record the receipt of the index stage."""
+        self.storage.write(join(self.uri, "index.json"), _json(receipt))
+
+    def sign_of_life(self) -> None:
+        """Mark the run as alive: a vacuum keeps the files of a run that wrote something during the grace period."""
+        self.storage.write(join(self.uri, "alive"), b"")
+
+    def write_seconds(self, stage: str, seconds: float) -> None:
+        """Record how long an attempt at a stage took; attempts add up."""
+        before = self.read_seconds().get(stage, 0.0)
+        value = json.dumps({"seconds": before + seconds}).encode()
+        self.storage.write(join(self.uri, "seconds", f"{stage}.json"), value)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Record and log how long a stage takes, also when it fails; a vacuum sees that the run is alive."""
+        started = time.monotonic()
+        self.sign_of_life()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - started
+            self.write_seconds(stage, seconds)
+            log.info("%s: %.1f s", stage, seconds)
+
+    def read_seconds(self) -> dict[str, float]:
+        """Wall time by stage so far."""
+        found = {}
+        for stored in self.storage.list(join(self.uri, "seconds")):
+            stage = stored.uri.rsplit("/", 1)[1].removesuffix(".json")
+            # Only informative: an unreadable figure is left out.
+            with suppress(ValueError, KeyError, TypeError, FileNotFoundError):
+                found[stage] = float(json.loads(self.storage.read(stored.uri))["seconds"])
+        return found
+
+    def _read(self, model: type[C], name: str) -> C | None:
+        return read_contract(self.storage, join(self.uri, name), model)
+
+
+def read_contract(storage: Storage, uri: str, model: type[C]) -> C | None:
+    """A contract that a stage wrote; None if it is missing or cannot be read."""
+    try:
+        return _parse(model, storage.read(uri))
+    except FileNotFoundError:
+        return None
+
+
+def _json(model: Contract) -> bytes:
+    return model.model_dump_json(indent=1).encode()
+
+
+def _parse(model: type[C], data: bytes) -> C | None:
+    # A file of an older format, or a damaged one, counts as missing: the stage runs again.
+    try:
+        return model.model_validate_json(data)
+    except ValidationError:
+        return None

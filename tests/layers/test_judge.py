@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_end_to_end import Marc
-from test_train import EXTRA
-from test_training_set import CONFIG, DS, ITEMS, RATINGS, Shop, item, ratings, write_rows
 
+from marc_command import Marc
 from marc_pipeline.bundles import choices as training_choices
 from marc_pipeline.bundles.choices import adopted_uri, reviewed, with_train
 from marc_pipeline.bundles.stages import identify
@@ -32,7 +30,9 @@ from marc_pipeline.model.bundle import open_bundle
 from marc_pipeline.storage import Storage
 from marc_pipeline.training.training_set import open_training_set
 from marc_schemas.layers import Adopted, JudgedLayer, JudgedModel, LayerReport, Recommendation
+from rated_shop import CONFIG, DS, ITEMS, RATINGS, Shop, item, ratings, write_rows
 from tiny_models import LAYERS, WIDTH, save_tiny_backbone, save_tiny_vision_backbone
+from training_world import EXTRA
 
 pytestmark = [pytest.mark.spark, pytest.mark.usefixtures("spark")]
 

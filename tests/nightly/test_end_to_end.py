@@ -1,15 +1,11 @@
 """The whole way of the data through the command line: nights, bad input, altered files. Real Spark, real model."""
 
 import csv
-import io
 import json
 import re
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,7 @@ import pyarrow.dataset as pads
 import pytest
 from numpy.typing import NDArray
 
-from marc_pipeline.cli import main
+from marc_command import Marc
 from marc_pipeline.example.shop import MESSY_ROWS, write_catalogue
 from marc_pipeline.model.bundle import local_bundle
 from marc_pipeline.model.encoder import load_encoder
@@ -44,50 +40,6 @@ train: {{layers: 2, dim: 16, max_tokens: 64}}
 """
 
 
-@dataclass
-class Answer:
-    """What a call of ``marc`` gave."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-class Marc:
-    """``marc`` as its users call it, in this process: Spark and the model start once."""
-
-    def __init__(self, root: Path, config: str = CONFIG) -> None:
-        self.root = root
-        self.config = root / "marc.yaml"
-        self.config.write_text(config.format(root=root))
-
-    def call(self, *arguments: str, env: dict[str, str] | None = None) -> Answer:
-        argv = ["marc", "--config", str(self.config), *arguments]
-        out, err, code = io.StringIO(), io.StringIO(), 0
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-            patch.setattr(sys, "argv", argv)
-            for name, value in (env or {}).items():
-                patch.setenv(name, value)
-            try:
-                main()
-            except SystemExit as stop:
-                code = int(stop.code or 0)
-            except Exception:
-                code = 1
-                traceback.print_exc(file=err)
-        return Answer(code, out.getvalue(), err.getvalue())
-
-    def json(self, *arguments: str) -> dict[str, Any]:
-        done = self.call(*arguments, "--json")
-        assert done.returncode == 0, done.stderr
-        answer: dict[str, Any] = json.loads(done.stdout)
-        return answer
-
-    @property
-    def table(self) -> Path:
-        return self.root / "data" / "item_vectors"
-
-
 def good_rows(path: Path) -> dict[str, str]:
     """Id to rendered text of the rows that can be used, read with Python's own csv module."""
     newest: dict[str, tuple[str, str]] = {}
@@ -104,7 +56,7 @@ def good_rows(path: Path) -> dict[str, str]:
 def nights(tmp_path_factory: pytest.TempPathFactory, spark: Any) -> "Nights":
     """Two nights, the first run twice."""
     root = tmp_path_factory.mktemp("nights")
-    marc = Marc(root)
+    marc = Marc(root, CONFIG)
     write_catalogue(root / "catalogue", ds=FIRST, items=ITEMS)
     write_catalogue(root / "catalogue", ds=SECOND, items=ITEMS)
     bundle = marc.json("train", "--compressor", "pca", "--ds", FIRST)
@@ -331,7 +283,7 @@ def test_a_users_mistake_gives_exit_code_2_and_one_clear_line(
     catalogue = nights.marc.root / "catalogue"
     (catalogue / "empty.csv").write_text("")
     (catalogue / "header.csv").write_text("item_id,title,brand,category,description,updated_at\n")
-    marc = Marc(tmp_path)
+    marc = Marc(tmp_path, CONFIG)
     text = CONFIG.format(root=nights.marc.root)
     wanted = text.replace(old.replace("{{", "{").replace("}}", "}"), new.replace("{{", "{").replace("}}", "}"))
     assert old == "" or wanted != text
@@ -358,7 +310,7 @@ def test_a_refused_gate_gives_exit_code_3_and_publishes_nothing(nights: Nights, 
     rows = "".join(f"x{number},,,,,2026-01-01\n" for number in range(300))
     source = nights.marc.root / "catalogue" / f"{SECOND}.csv"
     (tmp_path / "2026-11-22.csv").write_bytes(source.read_bytes() + rows.encode())
-    marc = Marc(tmp_path)
+    marc = Marc(tmp_path, CONFIG)
     text = CONFIG.format(root=nights.marc.root).replace(f"{nights.marc.root}/catalogue", str(tmp_path))
     marc.config.write_text(text)
     done = marc.call("run", "--ds", "2026-11-22")

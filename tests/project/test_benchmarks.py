@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import make_world
-from test_training_set import DS
 
+from rated_shop import DS
 from tiny_models import save_tiny_backbone
+from training_world import make_world
 
 pytestmark = pytest.mark.slow
 

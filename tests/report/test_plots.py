@@ -38,7 +38,7 @@ def test_the_same_figure_gives_the_same_characters_without_a_date() -> None:
         "from test_plots import figure; from marc_pipeline.report.plots import svg; "
         "print(svg(figure(1, 2, 3), title='t'), end='')"
     )
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=here)
     assert done.stdout == first
 

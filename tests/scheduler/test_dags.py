@@ -1,7 +1,6 @@
 """The DAGs through Airflow itself: they load, they run whole, and they retry only what a retry can cure."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from airflow_command import Airflow
 from marc_pipeline.bundles import run as train
 from marc_pipeline.config import load_settings
 from marc_pipeline.deployment import open_deployment
@@ -22,34 +22,6 @@ from tiny_models import save_tiny_backbone
 pytestmark = [pytest.mark.airflow, pytest.mark.spark]
 
 DS = "2026-11-20"
-
-
-class Airflow:
-    """Airflow's command line on a database of its own."""
-
-    def __init__(self, home: Path, repository: Path) -> None:
-        self.home = home
-        tools = Path(sys.executable).parent
-        self.env = {
-            **os.environ,
-            "AIRFLOW_HOME": str(home),
-            "AIRFLOW__CORE__DAGS_FOLDER": str(repository / "dags"),
-            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
-            "AIRFLOW_CONN_SPARK_DEFAULT": json.dumps({"conn_type": "spark", "host": "local[2]"}),
-            "PATH": f"{tools}:{os.environ['PATH']}",
-            "SPARK_LOCAL_IP": "127.0.0.1",
-        }
-
-    def call(self, *arguments: str, config: Path | None = None) -> subprocess.CompletedProcess[str]:
-        env = {**self.env, **({"MARC_CONFIG": str(config)} if config else {})}
-        return subprocess.run(
-            [sys.executable, "-m", "airflow", *arguments], capture_output=True, text=True, check=False, env=env
-        )
-
-    def json(self, *arguments: str) -> Any:
-        done = self.call(*arguments, "-o", "json")
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout[done.stdout.index("[{") :])
 
 
 @pytest.fixture(scope="module")

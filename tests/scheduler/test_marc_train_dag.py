@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_dags import Airflow
-from test_train import make_world
-from test_training_set import DS
 
+from airflow_command import Airflow
 from marc_pipeline.config import load_settings
 from marc_pipeline.model.bundle import current_version, open_bundle
 from marc_pipeline.storage import Storage
 from marc_schemas.layers import LayerReport
 from marc_schemas.promotion import Comparison
 from marc_schemas.training import TrainingRun
+from rated_shop import DS
 from tiny_models import save_tiny_backbone
+from training_world import make_world
 
 pytestmark = [pytest.mark.airflow, pytest.mark.spark]
 

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_mapped_file import FolderAsS3
 
 import published
+from folder_as_s3 import FolderAsS3
 from marc_pipeline.errors import CorruptFile
 from marc_pipeline.reader.release import OpenRelease, open_release
 from marc_pipeline.storage import Storage

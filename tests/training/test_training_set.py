@@ -1,10 +1,8 @@
 """The training set: items, ratings and states, named by what went in, made once, whole or not at all."""
 
-import csv
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import pytest
 
 from folder_as_s3 import BUCKET, FolderAsS3
 from marc_pipeline.bundles import stages as training_run
-from marc_pipeline.config import Settings, load_settings
+from marc_pipeline.config import Settings
 from marc_pipeline.deployment import open_deployment
 from marc_pipeline.errors import CorruptFile, UserError
 from marc_pipeline.storage import Storage, join, s3
@@ -26,94 +24,10 @@ from marc_pipeline.training.training_set import (
     open_training_set,
     training_uri,
 )
+from rated_shop import _GENRES, DS, ITEMS, RATINGS, USERS, Shop, item, ratings
 
-DS = "2026-11-20"
-ITEMS, USERS, RATINGS = 150, 40, 3000
-NEW, NEVER = range(125, 140), range(140, ITEMS)
-"""Items rated in the last fifth of the time only, and items never rated."""
 LAYERS, WIDTH = 2, 4
 STORAGE = Storage()
-
-_GENRES = ("Dramas", "Comedies", "Docuseries", "Thrillers", "Anime Features")
-_ADJECTIVES = ("Quiet", "Golden", "Last", "Electric", "Seven", "No")
-_NOUNS = ("River", "Detective", "Kitchen", "Machine", "Wedding")
-_LIKED = np.array([0.7, 0.05, 0.4, 0.05, 0.6])
-CONFIG = """
-root: {root}/data
-catalogue:
-  uri: {root}/catalogue/{{ds}}.csv
-  template: "{{title}}. {{genres}}"
-interactions: {{uri: {root}/ratings.csv}}
-buckets: 2
-encode: {{device: cpu, dtype: float32, threads: 1, token_budget: 1024}}
-"""
-
-
-def item(number: int) -> dict[str, str]:
-    """One row of the catalogue."""
-    genre = _GENRES[number % 5]
-    title = f"The {_ADJECTIVES[number % 6]} {_NOUNS[number // 6 % 5]} {number}"
-    return {"item_id": f"i{number:03d}", "title": title, "genres": f"{genre}, {genre}"}
-
-
-def ratings(*, seed: int = 0, cold: bool = True) -> list[dict[str, Any]]:
-    """Stars of users for the genre that they like and for what everybody likes, one a minute.
-
-    Args:
-        seed: of chance.
-        cold: whether some items are met in the last fifth only.
-    """
-    rng = np.random.default_rng(seed)
-    taste, users = rng.integers(0, 5, USERS), rng.integers(0, USERS, RATINGS)
-    items = (rng.random(RATINGS) ** 1.5 * NEW.start).astype(int)
-    if cold:
-        late = np.arange(RATINGS * 4 // 5, RATINGS)
-        late = late[rng.random(len(late)) < 0.25]
-        items[late] = rng.choice(NEW, len(late))
-    chance = np.where(items % 5 == taste[users], 0.9, _LIKED[items % 5])
-    stars = np.where(rng.random(RATINGS) < chance, 5, 2)
-    return [
-        {"user_id": f"u{u}", "item_id": f"i{i:03d}", "rating": str(s), "timestamp": str(1_700_000_000 + 60 * row)}
-        for row, (u, i, s) in enumerate(zip(users.tolist(), items.tolist(), stars.tolist(), strict=True))
-    ]
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Rows as CSV; the first one names the columns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-@dataclass(frozen=True)
-class Shop:
-    """A small catalogue, its ratings and its configuration with extra lines, below a folder."""
-
-    root: Path
-    extra: str = ""
-    config: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "config", self.root / "marc.yaml")
-        if not self.config.is_file():
-            self.catalogue([item(number) for number in range(ITEMS)])
-            self.rated(ratings())
-            self.config.write_text((CONFIG + self.extra).format(root=self.root))
-
-    def catalogue(self, rows: list[dict[str, Any]], *, ds: str = DS) -> Path:
-        return write_rows(self.root / "catalogue" / f"{ds}.csv", rows)
-
-    def rated(self, rows: list[dict[str, Any]]) -> Path:
-        return write_rows(self.root / "ratings.csv", rows)
-
-    def settings(self, **changes: dict[str, Any]) -> Settings:
-        """The configuration with some keys of its sections replaced."""
-        settings = load_settings(self.config)
-        update = {name: getattr(settings, name).model_copy(update=keys) for name, keys in changes.items()}
-        return settings.model_copy(update=update)
 
 
 class Backbone:

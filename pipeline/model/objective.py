@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from sklearn.metrics import roc_auc_score
@@ -38,7 +39,8 @@ class Clicks:
         return self._each(lambda part: part.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Clicks":
-        return Clicks(**{name: None if part is None else change(part) for name, part in vars(self).items()})
+        changed: dict[str, Any] = {name: None if part is None else change(part) for name, part in vars(self).items()}
+        return Clicks(**changed)
 
 
 class ItemStates(nn.Module):

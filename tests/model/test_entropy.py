@@ -241,8 +241,7 @@ def test_a_text_that_is_not_finite_gives_nan_for_itself_only(order: float, bad: 
 
 
 @pytest.mark.parametrize(
-    ("how", "divisor"),
-    [("raw", 1), ("log_rows", math.log(20)), ("log_width", math.log(8)), ("log_least", math.log(8))],
+    ("how", "divisor"), [("raw", 1), ("log_rows", math.log(20)), ("log_width", math.log(8)), ("log_least", math.log(8))]
 )
 def test_normalisation_divides_by_the_largest_entropy(how: Normalisation, divisor: float) -> None:
     raw = dataset_entropy(tensor(random_rows(20, 8)))

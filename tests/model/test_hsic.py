@@ -209,12 +209,7 @@ def test_the_unbiased_estimator_has_the_right_mean_under_dependence() -> None:
 @both_measures
 @pytest.mark.parametrize(("n", "p", "q"), [(6, 3, 2), (4, 5, 4)])
 def test_gradients_pass_gradcheck_at_a_fixed_bandwidth(
-    monkeypatch: pytest.MonkeyPatch,
-    measure: Measure,
-    kind: Kind,
-    n: int,
-    p: int,
-    q: int,
+    monkeypatch: pytest.MonkeyPatch, measure: Measure, kind: Kind, n: int, p: int, q: int
 ) -> None:
     """The bandwidth is fixed, because the detached median would change under finite differences."""
     monkeypatch.setattr(module, "_squared_bandwidth", lambda squared: squared.new_tensor(4.0))

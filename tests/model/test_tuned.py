@@ -11,17 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import (
-    ARCHITECTURES,
-    CPU_FLOAT32,
-    LAYERS,
-    MAX_TOKENS,
-    ONE_CORE,
-    TEMPLATE,
-    TEXTS,
-    WIDTH,
-    cosines,
-)
+from tiny_models import ARCHITECTURES, CPU_FLOAT32, LAYERS, MAX_TOKENS, ONE_CORE, TEMPLATE, TEXTS, WIDTH, cosines
 from tiny_training import DIM, HISTORY, KEPT, STORAGE, TinyTraining, encoded, tiny_training, unit
 from torch import Tensor
 
@@ -303,9 +293,6 @@ def test_a_killed_training_resumes_with_bit_identical_results(
     with caplog.at_level(logging.INFO, logger="pipeline"):
         training.trained(**wanted, checkpoint=Checkpoint(STORAGE, uri, "another run"))
     assert "is of another run" in caplog.text
-
-
-# --- frozen
 
 
 @pytest.fixture(scope="module", params=list(ARCHITECTURES))

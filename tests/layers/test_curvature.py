@@ -28,7 +28,7 @@ def paths(*turns: float, length: float = 1.0) -> Tensor:
     scale=st.floats(1e-3, 1e3),
 )
 @settings(max_examples=50, deadline=None)
-def test_equals_naive_loops(texts: int, tokens: int, width: int, seed: int, scale: float) -> None:
+def test_curvature_equals_naive_loops(texts: int, tokens: int, width: int, seed: int, scale: float) -> None:
     rng = np.random.default_rng(seed)
     batch = scale * (rng.normal(size=(texts, tokens, width)) + rng.normal(size=width))
     found = curvature(torch.from_numpy(batch))

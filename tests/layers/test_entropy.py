@@ -67,7 +67,7 @@ def orthonormal(n: int, width: int) -> Tensor:
 @example(n=5, width=12, seed=0)
 @example(n=6, width=6, seed=0)
 @settings(max_examples=15, deadline=None)
-def test_equals_naive_loops(order: float, n: int, width: int, seed: int) -> None:
+def test_entropy_equals_naive_loops(order: float, n: int, width: int, seed: int) -> None:
     z = random_rows(n, width, seed)
     found = dataset_entropy(tensor(z), order)
     assert found.shape == ()
@@ -86,7 +86,7 @@ def test_the_spectrum_is_that_of_the_unit_rows_and_sums_to_1(n: int, width: int)
 
 @all_orders
 @pytest.mark.parametrize("tokens", [1, 3, 20])
-def test_a_text_is_judged_as_if_it_were_alone(order: float, tokens: int) -> None:
+def test_the_entropy_of_a_text_does_not_depend_on_its_batch(order: float, tokens: int) -> None:
     texts = np.stack([random_rows(tokens, 8, seed) for seed in range(4)])
     found = prompt_entropy(tensor(texts), order)
     assert found.shape == (4,)
@@ -98,7 +98,7 @@ def test_a_text_is_judged_as_if_it_were_alone(order: float, tokens: int) -> None
 
 @all_orders
 @pytest.mark.parametrize(("n", "width"), [(1, 4), (4, 4), (4, 9)])
-def test_orthogonal_rows_have_the_most_entropy(order: float, n: int, width: int) -> None:
+def test_orthogonal_rows_have_the_largest_entropy(order: float, n: int, width: int) -> None:
     z = orthonormal(n, width) * torch.arange(1.0, n + 1)[:, None]  # of different lengths
     assert dataset_entropy(z, order).item() == pytest.approx(math.log(n), abs=1e-12)
     assert effective_rank(spectrum(z)).item() == pytest.approx(n, abs=1e-9)
@@ -241,8 +241,7 @@ def test_a_text_that_is_not_finite_gives_nan_for_itself_only(order: float, bad: 
 
 
 @pytest.mark.parametrize(
-    ("how", "divisor"),
-    [("raw", 1), ("log_rows", math.log(20)), ("log_width", math.log(8)), ("log_least", math.log(8))],
+    ("how", "divisor"), [("raw", 1), ("log_rows", math.log(20)), ("log_width", math.log(8)), ("log_least", math.log(8))]
 )
 def test_normalisation_divides_by_the_largest_entropy(how: Normalisation, divisor: float) -> None:
     raw = dataset_entropy(tensor(random_rows(20, 8)))

@@ -83,8 +83,11 @@ def accumulated(blocks: Sequence[Block], **options: Any) -> LayerMoments:
     return moments
 
 
+Way = tuple[list[int], list[int], list[int], list[bool]]
+
+
 @st.composite
-def ways(draw: st.DrawFn) -> tuple[list[int], list[int], list[int], list[bool]]:
+def ways(draw: st.DrawFn) -> Way:
     """Sizes of blocks, the order in which they come, the process of each, and which processes store theirs."""
     sizes, left = [], TEXTS
     while left:
@@ -107,7 +110,7 @@ def ways(draw: st.DrawFn) -> tuple[list[int], list[int], list[int], list[bool]]:
 @example(way=([1] * 21 + [2], list(range(22)), [0] * 22, [True]), seed=0)
 @settings(max_examples=30, deadline=None)
 def test_blocks_in_any_order_and_merge_give_the_metrics_of_the_whole(
-    options: dict[str, Any], way: tuple[list[int], list[int], list[int], list[bool]], seed: int
+    options: dict[str, Any], way: Way, seed: int
 ) -> None:
     sizes, order, spread, stores = way
     whole = layer(TEXTS, seed=seed, order=options.get("order", 1.0))
@@ -351,9 +354,6 @@ def test_missing_tensors_and_wrong_shapes_are_refused(name: str) -> None:
             LayerMoments.from_tensors({**without, name: bad})
 
 
-# Refused
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -376,18 +376,14 @@ def test_blocks_with_wrong_shapes_are_refused_and_not_added(change: dict[str, An
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"order": -1}, {"order": math.nan}, {"temperature": 0}, {"ridge": 0}, {"permutations": 0}, {"seed": -1}],
+    "options", [{"order": -1}, {"order": math.nan}, {"temperature": 0}, {"ridge": 0}, {"permutations": 0}, {"seed": -1}]
 )
 def test_settings_out_of_range_are_refused(options: dict[str, Any]) -> None:
     (name,) = options
-    with pytest.raises(ValueError, match=f"out of range: {name}"):
+    with pytest.raises(ValueError, match=f"{name} must be (at least|above) [01], not {options[name]}"):
         LayerMoments(WIDTH, **options)
-    with pytest.raises(ValueError, match="out of range: width"):
+    with pytest.raises(ValueError, match="width must be at least 1, not 0"):
         LayerMoments(0)
-
-
-# Memory
 
 
 def test_memory_does_not_grow_with_the_texts() -> None:

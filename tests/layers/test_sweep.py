@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,26 +116,6 @@ def swept(parts: Sequence[SweepPart]) -> tuple[SweepFacts, list[Metrics]]:
     return merge_parts(parts)
 
 
-# --- the whole sample at once
-
-
-def text_reader(architecture: str, backbone: str) -> Callable[[str], States]:
-    """A function from a text to its token states, by transformers alone."""
-    model, tokenizer = AutoModel.from_pretrained(backbone).eval(), AutoTokenizer.from_pretrained(backbone)
-
-    def read(text: str) -> States:
-        ids = tokenizer(text, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")["input_ids"]
-        return text_states(architecture, model, ids)
-
-    return read
-
-
-def image_reader(backbone: str) -> Callable[[Image.Image], States]:
-    """A function from an image to its token states, by transformers alone."""
-    model, processor = AutoModel.from_pretrained(backbone).eval(), load_processor(backbone)
-    return lambda image: image_states(model, processor(images=[image], return_tensors="pt")["pixel_values"])
-
-
 def whole_metrics(
     plain: Sequence[States],
     views: Sequence[Sequence[States]],
@@ -170,20 +150,29 @@ def text_metrics(
     without: Sequence[int] = (),
     wanted: LayerSettings = SETTINGS,
 ) -> list[Metrics]:
-    read = text_reader(architecture, backbone)
+    """Metrics of texts, from token states by transformers alone."""
+    model, tokenizer = AutoModel.from_pretrained(backbone).eval(), AutoTokenizer.from_pretrained(backbone)
+
+    def read(text: str) -> States:
+        ids = tokenizer(text, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")["input_ids"]
+        return text_states(architecture, model, ids)
+
     views = text_views(texts, views=wanted.views, seed=wanted.seed, probability=wanted.probability)
-    return whole_metrics(
-        [read(text) for text in texts], [[read(text) for text in view] for view in views], BOUNDS, without, wanted
-    )
+    plain, *states = ([read(text) for text in view] for view in (texts, *views))
+    return whole_metrics(plain, states, BOUNDS, without, wanted)
 
 
 def image_metrics(backbone: str, pictures: Sequence[str], *, without: Sequence[int] = ()) -> list[Metrics]:
-    read = image_reader(backbone)
+    """Metrics of images, from token states by transformers alone."""
+    model, processor = AutoModel.from_pretrained(backbone).eval(), load_processor(backbone)
+
+    def read(image: Image.Image) -> States:
+        return image_states(model, processor(images=[image], return_tensors="pt")["pixel_values"])
+
     images = [read_image(Path(path)) for path in pictures]
     views = image_views(images, views=SETTINGS.views, seed=SETTINGS.seed)
-    return whole_metrics(
-        [read(one) for one in images], [[read(one) for one in view] for view in views], IMAGE_BOUNDS, without, SETTINGS
-    )
+    plain, *states = ([read(image) for image in view] for view in (images, *views))
+    return whole_metrics(plain, states, IMAGE_BOUNDS, without, SETTINGS)
 
 
 def assert_same(found: Sequence[Metrics], expected: Sequence[Metrics], tolerance: float = 1e-5) -> None:
@@ -255,9 +244,6 @@ def test_each_part_has_its_own_seconds(backbones: Backbones, tmp_path: Path) -> 
     np.testing.assert_allclose(runner.measured.seconds(), whole.seconds)
 
 
-# --- killed and resumed
-
-
 def test_a_finished_part_is_not_computed_again(
     backbones: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,9 +253,9 @@ def test_a_finished_part_is_not_computed_again(
     loaded: list[str] = []
     run = sweep.TextRunner.run
 
-    def counted(subject: Any, inputs: Sequence[str], first: int) -> Any:
+    def counted(runner: Any, inputs: Sequence[str], first: int) -> Any:
         loaded.extend(inputs)
-        return run(subject, inputs, first)
+        return run(runner, inputs, first)
 
     monkeypatch.setattr(sweep.TextRunner, "run", counted)
     _, found = swept(parts)
@@ -292,9 +278,6 @@ def test_a_killed_part_leaves_no_file(backbones: Backbones, tmp_path: Path, monk
             run_part(parts[0], ONE_CORE)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [SAMPLE]
     assert_same(swept(parts)[1], text_metrics("bert", backbones["bert"], SOME))
-
-
-# --- inputs that cannot be processed
 
 
 def fail_on(monkeypatch: pytest.MonkeyPatch, bad: str) -> None:

@@ -37,15 +37,15 @@ from tiny_models import (
 
 TOKENS = (IMAGE_SIDE // PATCH) ** 2 + 1
 Models = dict[str, PreTrainedModel]
-SMALL = {
+FIELDS = {
     "hidden_size": WIDTH,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "intermediate_size": 64,
     "initializer_range": 0.2,
 }
-SEEING = {**SMALL, "image_size": IMAGE_SIDE, "patch_size": PATCH}
-READING = {**SMALL, "vocab_size": 64, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+VISION_FIELDS = {**FIELDS, "image_size": IMAGE_SIDE, "patch_size": PATCH}
+TEXT_FIELDS = {**FIELDS, "vocab_size": 64, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
 # Architectures that work, besides the two of tiny_models.
 OTHERS = (
     "BeitConfig",
@@ -78,7 +78,7 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
 def models() -> Models:
     """One whole model of every architecture, without a pooler; tests change copies only."""
     found = {name: tiny_vision_model(name) for name in VISION_ARCHITECTURES}
-    return found | {name: random_model(config_of(name, **SEEING)) for name in OTHERS}
+    return found | {name: random_model(config_of(name, **VISION_FIELDS)) for name in OTHERS}
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +172,8 @@ def test_a_language_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["CLIP", "Siglip"])
 def test_the_vision_tower_of_two_is_loaded(batch: ImageBatch, tmp_path: Path, family: str) -> None:
     towers = {
-        "text_config": config_of(f"{family}TextConfig", **READING).to_dict(),
-        "vision_config": config_of(f"{family}VisionConfig", **SEEING).to_dict(),
+        "text_config": config_of(f"{family}TextConfig", **TEXT_FIELDS).to_dict(),
+        "vision_config": config_of(f"{family}VisionConfig", **VISION_FIELDS).to_dict(),
     }
     both = random_model(config_of(f"{family}Config", **towers))
     both.save_pretrained(tmp_path / "both")
@@ -191,10 +191,10 @@ def test_the_vision_tower_of_two_is_loaded(batch: ImageBatch, tmp_path: Path, fa
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (("ViTMAEConfig", SEEING), "ViTMAEModel.*it gives different states for the same image"),
-        (("PixtralVisionConfig", SEEING), r"PixtralVisionModel.*its layers have the shapes \(1, 32, 32\)"),
-        (("VideoMAEConfig", SEEING), "VideoMAEModel.*fails on images of 32 × 32 pixels"),
-        (("Siglip2VisionConfig", SMALL), "Siglip2VisionModel.*fails on images"),
+        (("ViTMAEConfig", VISION_FIELDS), "ViTMAEModel.*it gives different states for the same image"),
+        (("PixtralVisionConfig", VISION_FIELDS), r"PixtralVisionModel.*its layers have the shapes \(1, 32, 32\)"),
+        (("VideoMAEConfig", VISION_FIELDS), "VideoMAEModel.*fails on images of 32 × 32 pixels"),
+        (("Siglip2VisionConfig", FIELDS), "Siglip2VisionModel.*fails on images"),
         (
             ("SwinConfig", {"depths": [1, 1], "num_heads": [2, 2], "embed_dim": 8, "image_size": 32, "window_size": 4}),
             "SwinModel.*its layers have the shapes",

@@ -47,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @example(n=5, p=5, q=5, seed=0, scale=1.0)  # p·q = n², where the linear kernel changes its algorithm
 @example(n=4, p=1, q=1, seed=0, scale=1.0)
 @settings(max_examples=40, deadline=None)
-def test_equals_naive_loops(kind: Kind, n: int, p: int, q: int, seed: int, scale: float) -> None:
+def test_hsic_and_nhsic_equal_naive_loops(kind: Kind, n: int, p: int, q: int, seed: int, scale: float) -> None:
     x, y = dependent(n, p, q, seed=seed)
     x = x * scale
     found = hsic(*tensors(x, y), **kind)
@@ -209,12 +209,7 @@ def test_the_unbiased_estimator_has_the_right_mean_under_dependence() -> None:
 @both_measures
 @pytest.mark.parametrize(("n", "p", "q"), [(6, 3, 2), (4, 5, 4)])
 def test_gradients_pass_gradcheck_at_a_fixed_bandwidth(
-    monkeypatch: pytest.MonkeyPatch,
-    measure: Measure,
-    kind: Kind,
-    n: int,
-    p: int,
-    q: int,
+    monkeypatch: pytest.MonkeyPatch, measure: Measure, kind: Kind, n: int, p: int, q: int
 ) -> None:
     """The bandwidth is fixed, because the detached median would change under finite differences."""
     monkeypatch.setattr(module, "_squared_bandwidth", lambda squared: squared.new_tensor(4.0))

@@ -305,9 +305,6 @@ def test_a_killed_training_resumes_with_bit_identical_results(
     assert "is of another run" in caplog.text
 
 
-# --- frozen
-
-
 @pytest.fixture(scope="module", params=list(ARCHITECTURES))
 def frozen(request: pytest.FixtureRequest, trainings: Trainings) -> Frozen:
     training = trainings[request.param]

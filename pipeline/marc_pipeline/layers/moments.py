@@ -113,15 +113,16 @@ class LayerMoments:
         device: torch.device | str = "cpu",
     ) -> None:
         limits = {
-            "width": width >= 1,
-            "order": order >= 0,
-            "temperature": temperature > 0,
-            "ridge": ridge > 0,
-            "permutations": permutations >= 1,
-            "seed": seed >= 0,
+            "width": (width, width >= 1, "at least 1"),
+            "order": (order, order >= 0, "at least 0"),
+            "temperature": (temperature, temperature > 0, "above 0"),
+            "ridge": (ridge, ridge > 0, "above 0"),
+            "permutations": (permutations, permutations >= 1, "at least 1"),
+            "seed": (seed, seed >= 0, "at least 0"),
         }
-        if wrong := [name for name, within in limits.items() if not within]:
-            raise ValueError(f"out of range: {', '.join(wrong)}")
+        wrong = [f"{name} must be {limit}, not {value}" for name, (value, ok, limit) in limits.items() if not ok]
+        if wrong:
+            raise ValueError("; ".join(wrong))
         self.width = width
         self.order, self.temperature, self.ridge = float(order), float(temperature), float(ridge)
         self.permutations, self.seed = permutations, seed
@@ -181,13 +182,8 @@ class LayerMoments:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all sums and settings as float64 and int64 tensors on the CPU. They share memory with CPU sums."""
-        return {
-            "moment": self._moment.cpu(),
-            "between": self._between.cpu(),
-            "within": self._within.cpu(),
-            "class_mean": self._class_mean.cpu(),
-            "sums": self._sums,
-            "weights": self._weights,
+        names = ("moment", "between", "within", "class_mean", "sums", "weights")
+        return {name: getattr(self, f"_{name}").cpu() for name in names} | {
             "counts": torch.tensor([self._texts, self._classes, self._views]),
             "settings": torch.tensor([self.order, self.temperature, self.ridge], dtype=torch.float64),
             "draw": torch.tensor([self.permutations, self.seed]),

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.layer_findings import METRICS, auc_text, fold_aucs, mean_auc, smoothed, std_auc
 from pipeline.report import plots
@@ -208,7 +208,13 @@ def _curves(panel: "Axes", report: LayerReport, value: Callable[[JudgedLayer], f
 def _mark_kept(panel: "Axes", model: JudgedModel, height: float | None) -> None:
     if model.keep is not None and height is not None and not math.isnan(height):
         depth = model.judged[model.keep].depth
-        ring = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "color": plots.BLACK, "linestyle": "none"}
+        ring: dict[str, Any] = {
+            "marker": "o",
+            "markersize": 12,
+            "markerfacecolor": "none",
+            "color": plots.BLACK,
+            "linestyle": "none",
+        }
         panel.plot([depth], [height], label="layer to keep", **ring)
         panel.axvline(depth, color=plots.GREY, linewidth=0.8, linestyle=":")
 

@@ -32,6 +32,15 @@ def netflix() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def published_scores() -> Path:
+    """A table of published benchmark scores by layer; tests that want it skip where it is not."""
+    path = SHARED / "data" / "mteb_layer_scores.csv"
+    if not path.is_file():
+        pytest.skip("the published scores shared/data/mteb_layer_scores.csv are not beside this checkout")
+    return path
+
+
 @pytest.fixture(scope="module")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a real S3 server's clients; a machine has one at a time, and modules may run side by side."""

@@ -32,6 +32,15 @@ def netflix() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def published_scores() -> Path:
+    """A table of published benchmark scores by layer; tests that want it skip where it is not."""
+    path = SHARED / "data" / "mteb_layer_scores.csv"
+    if not path.is_file():
+        pytest.skip("the published scores shared/data/mteb_layer_scores.csv are not beside this checkout")
+    return path
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """One torch thread for the module's tests: tiny models lose time by handing work between threads."""

@@ -203,7 +203,7 @@ def test_asked_again_it_is_read_and_spark_does_not_start(
     again = json.loads(done.stdout, parse_constant=no_constant)
     assert report_of(again) == report_of(said)
     assert len(list((tmp_path / "new" / "out").iterdir())) == len(said["files"])
-    assert f"report {said['report_id']} stands already" in done.stderr
+    assert f"report {said['report_id']} exists already" in done.stderr
 
 
 def test_other_settings_of_metrics_are_judged_anew_on_the_same_states_and_clicks(

@@ -21,16 +21,8 @@ HEADER = "family,size,layer,task,main_score\n"
 
 
 @pytest.fixture(scope="session")
-def published(repository: Path) -> Path:
-    path = repository.parent / "shared" / "data" / "mteb_layer_scores.csv"
-    if not path.is_file():
-        pytest.skip("the published scores shared/data/mteb_layer_scores.csv are not beside this checkout")
-    return path
-
-
-@pytest.fixture(scope="session")
-def report(published: Path) -> ScoreReport:
-    return judge_scores(read_scores([published]))
+def report(published_scores: Path) -> ScoreReport:
+    return judge_scores(read_scores([published_scores]))
 
 
 def scores(layers: dict[int, dict[str, float]], *, family: str = "m", size: str = "") -> list[LayerScore]:
@@ -82,8 +74,8 @@ def test_the_quoted_figures(
     assert (model.same_tasks == found) is complete
 
 
-def test_every_model_against_pandas(published: Path, report: ScoreReport) -> None:
-    frame = pd.read_csv(published, dtype={"size": str})
+def test_every_model_against_pandas(published_scores: Path, report: ScoreReport) -> None:
+    frame = pd.read_csv(published_scores, dtype={"size": str})
     assert [model.name for model in report.models] != sorted(model.name for model in report.models)
     groups = dict(iter(frame.groupby(["family", "size"])))
     assert {(model.family, model.size) for model in report.models} == set(groups)
@@ -122,8 +114,8 @@ def test_which_published_models_are_complete(report: ScoreReport) -> None:
     assert not complete & {"mamba 370m", "mamba 790m", "LLM2Vec-mntp-unsup-simcse 8B", "Pythia 1b", "bert base"}
 
 
-def test_a_table_as_parquet_says_the_same(published: Path, report: ScoreReport, tmp_path: Path) -> None:
-    frame = pd.read_csv(published, dtype={"size": str}, float_precision="round_trip")
+def test_a_table_as_parquet_says_the_same(published_scores: Path, report: ScoreReport, tmp_path: Path) -> None:
+    frame = pd.read_csv(published_scores, dtype={"size": str}, float_precision="round_trip")
     frame.sample(frac=1, random_state=1).to_parquet(tmp_path / "scores.parquet")
     assert judge_scores(read_scores([tmp_path / "scores.parquet"])) == report
 
@@ -267,28 +259,31 @@ def table_of(folder: Path, text: str | bytes) -> Path:
         ("family,size,layer,task,score\na,b,1,t,0.5\n", "the column main_score is missing"),
         ("family,size,layer,task,main_score,task\na,b,1,t,0.5,u\n", "there are two columns task"),
         (HEADER, "the table has no rows"),
-        (HEADER + "a,b,1,t,0.5\na,b,2,t,good\n", r"scores.csv, row 2: main_score 'good' is no number"),
-        (HEADER + "a,b,1,t,\n", r"row 1: main_score '' is no number"),
-        (HEADER + "a,b,1,t,nan\n", r"row 1: main_score 'nan' is no number"),
-        (HEADER + "a,b,1,t,-inf\n", r"row 1: main_score '-inf' is no number"),
-        (HEADER + "a,b,1,t,1e400\n", r"row 1: main_score '1e400' is no number"),
-        (HEADER + "a,b,1,t,1e308\n", r"row 1: main_score '1e308' is no number"),
-        (HEADER + "a,b,1,t,1_0\n", r"row 1: main_score '1_0' is no number"),
-        (HEADER + "a,b,1.5,t,0.5\n", r"row 1: layer '1.5' is no whole number"),
-        (HEADER + "a,b,-1,t,0.5\n", r"row 1: layer '-1' is no whole number"),
-        (HEADER + "a,b,9999999999999,t,0.5\n", r"row 1: layer '9999999999999' is no whole number from 0 to 99,999"),
-        (HEADER + "a,b,nan,t,0.5\n", r"row 1: layer 'nan' is no whole number"),
-        (HEADER + "a,b,final,t,0.5\n", r"row 1: layer 'final' is no whole number"),
+        (HEADER + "a,b,1,t,0.5\na,b,2,t,good\n", r"scores.csv, row 2: main_score 'good' is not a number"),
+        (HEADER + "a,b,1,t,\n", r"row 1: main_score '' is not a number"),
+        (HEADER + "a,b,1,t,nan\n", r"row 1: main_score 'nan' is not a number"),
+        (HEADER + "a,b,1,t,-inf\n", r"row 1: main_score '-inf' is not a number"),
+        (HEADER + "a,b,1,t,1e400\n", r"row 1: main_score '1e400' is not a number"),
+        (HEADER + "a,b,1,t,1e308\n", r"row 1: main_score '1e308' is not a number"),
+        (HEADER + "a,b,1,t,1_0\n", r"row 1: main_score '1_0' is not a number"),
+        (HEADER + "a,b,1.5,t,0.5\n", r"row 1: layer '1.5' is not a whole number"),
+        (HEADER + "a,b,-1,t,0.5\n", r"row 1: layer '-1' is not a whole number"),
+        (HEADER + "a,b,9999999999999,t,0.5\n", r"row 1: layer '9999999999999' is not a whole number from 0 to 99,999"),
+        (HEADER + "a,b,nan,t,0.5\n", r"row 1: layer 'nan' is not a whole number"),
+        (HEADER + "a,b,final,t,0.5\n", r"row 1: layer 'final' is not a whole number"),
         (HEADER + ",b,1,t,0.5\n", "row 1: family is empty"),
         (HEADER + "a,b,1, ,0.5\n", "row 1: task is empty"),
         (HEADER + "a,b,1,t,0.5\n\na,b,1,t\n", "row 2: 4 cells, the header has 5"),
         (HEADER + "a,b,1,t,0.5,6\n", "row 1: 6 cells, the header has 5"),
-        (HEADER + "a,b,1,t,0.5\na,b,1,u,0.5\na,b,1.0,t,0.6\n", r"row 3: a b, layer 1, t is there already: .*, row 1"),
-        (HEADER + 'a,b,1,"t\nu",1\na,b,1,"t\nu",1\n', "row 2: a b, layer 1, t u is there already"),
+        (
+            HEADER + "a,b,1,t,0.5\na,b,1,u,0.5\na,b,1.0,t,0.6\n",
+            r"row 3: a b, layer 1, t is given twice, .*, row 1",
+        ),
+        (HEADER + 'a,b,1,"t\nu",1\na,b,1,"t\nu",1\n', "row 2: a b, layer 1, t u is given twice"),
         (HEADER.encode() + b"a,b,1,t\xff,0.5\n", "not a CSV file in UTF-8"),
         (HEADER + 'a,b,1,"t,0.5\n', "not a CSV file in UTF-8"),
         (HEADER + "a,b,1,t" + "x" * 200_000 + ",0.5\n", "not a CSV file in UTF-8"),
-        (HEADER + "a,b,1,t," + "x" * 1000 + "\n", r"main_score 'x{39}… is no number"),
+        (HEADER + "a,b,1,t," + "x" * 1000 + "\n", r"main_score 'x{39}… is not a number"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, text: str | bytes, message: str) -> None:
@@ -312,20 +307,19 @@ def test_parquet_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> N
     path.write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match="not a Parquet file that can be read"):
         read_scores([path])
-    columns: dict[str, Any] = {"family": ["a"], "size": ["b"], "layer": [1], "task": ["t"], "main_score": [None]}
-    pq.write_table(pa.table(columns), path)
-    with pytest.raises(UserError, match="row 1: main_score None is no number"):
-        read_scores([path])
-    pq.write_table(pa.table(columns | {"main_score": [True]}), path)
-    with pytest.raises(UserError, match="row 1: main_score True is no number"):
-        read_scores([path])
-    pq.write_table(pa.table({name: values for name, values in columns.items() if name != "layer"}), path)
-    with pytest.raises(UserError, match="the column layer is missing"):
-        read_scores([path])
+    columns: dict[str, Any] = {"family": ["a"], "size": ["b"], "task": ["t"]}
+    for more, message in (
+        ({"layer": [1], "main_score": [None]}, "row 1: main_score None is not a number"),
+        ({"layer": [1], "main_score": [True]}, "row 1: main_score True is not a number"),
+        ({"main_score": [None]}, "the column layer is missing"),
+    ):
+        pq.write_table(pa.table(columns | more), path)
+        with pytest.raises(UserError, match=message):
+            read_scores([path])
 
 
 def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no such file or folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         read_scores([tmp_path / "nothing.csv"])
     (tmp_path / "scores.xlsx").touch()
     with pytest.raises(UserError, match=r"scores are read from \.csv, \.parquet and \.json files"):
@@ -336,7 +330,7 @@ def test_a_score_that_two_tables_tell_is_told_twice(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         table_of(tmp_path / name, HEADER + "a,b,1,t,0.5\n")
-    with pytest.raises(UserError, match=r"two/scores.csv, row 1: .* is there already: .*one/scores.csv, row 1"):
+    with pytest.raises(UserError, match=r"two/scores.csv, row 1: .* is given twice, first at .*one/scores.csv, row 1"):
         read_scores([tmp_path / "one" / "scores.csv", tmp_path / "two" / "scores.csv"])
 
 
@@ -423,25 +417,23 @@ def test_a_model_in_several_variants_is_several_families(tmp_path: Path) -> None
 
 
 def test_a_result_that_came_to_no_number_counts_as_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    result(tmp_path / "m" / "layer-0" / "A.json", 0.5)
-    result(tmp_path / "m" / "layer-0" / "B.json", 0.5)
-    result(tmp_path / "m" / "layer-1" / "A.json", 0.5)
-    result(tmp_path / "m" / "layer-1" / "B.json", float("nan"))
+    for name, score in (("0/A", 0.5), ("0/B", 0.5), ("1/A", 0.5), ("1/B", float("nan"))):
+        result(tmp_path / "m" / f"layer-{name}.json", score)
     (model,) = judge_scores(read_scores([tmp_path])).models
     assert (model.complete, model.partial_layers) == (False, [1])
-    assert "layer-1/B.json: its main score is no number" in caplog.text
+    assert "layer-1/B.json: its main score is not a number" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"task_name": "A", "scores": {"test"', "not a whole JSON file; remove it and run its task again"),
-        (b"\xff\xfe{", "not a whole JSON file"),
-        ("[" * 100_000, "not a whole JSON file"),
-        ('{"task_name": "A", "scores": {"test": [{}]}}', "a score without main_score"),
-        ('{"task_name": "A", "scores": {"test": [1]}}', "a score without main_score"),
-        ('{"task_name": "A", "scores": {"test": 1}}', "a score without main_score"),
-        ('{"task_name": "A", "scores": {}}', "there are no scores in it"),
+        ('{"task_name": "A", "scores": {"test"', "not a complete JSON file; delete it and run its task again"),
+        (b"\xff\xfe{", "not a complete JSON file"),
+        ("[" * 100_000, "not a complete JSON file"),
+        ('{"task_name": "A", "scores": {"test": [{}]}}', "a score has no main_score"),
+        ('{"task_name": "A", "scores": {"test": [1]}}', "a score has no main_score"),
+        ('{"task_name": "A", "scores": {"test": 1}}', "a score has no main_score"),
+        ('{"task_name": "A", "scores": {}}', "it has no scores"),
         ('{"mteb_dataset_name": "A", "test": {}}', r"mteb before 1\.11"),
     ],
 )
@@ -456,16 +448,16 @@ def test_a_broken_result_is_refused_in_one_line(tmp_path: Path, content: str | b
 
 def test_results_without_a_layer_are_refused(tmp_path: Path) -> None:
     result(tmp_path / "x__y" / "layers" / "A.json", 0.5)
-    with pytest.raises(UserError, match="no folder of its path tells the layer"):
+    with pytest.raises(UserError, match="no folder in its path names the layer"):
         read_scores([tmp_path])
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     (tmp_path / "layer-1").mkdir()
     (tmp_path / "layer-1" / "other.json").write_text("{}")
-    with pytest.raises(UserError, match="holds no results of mteb"):
+    with pytest.raises(UserError, match="has no results of mteb"):
         read_scores([tmp_path])
-    with pytest.raises(UserError, match="holds no scores of mteb"):
+    with pytest.raises(UserError, match="has no scores of mteb"):
         read_scores([tmp_path / "layer-1" / "other.json"])
 
 
@@ -475,5 +467,5 @@ def test_tables_and_results_together(tmp_path: Path) -> None:
     (model,) = judge_scores(read_scores([table, tmp_path / "runs"])).models
     assert model.complete
     result(tmp_path / "runs" / "pythia-14m" / "layer-0" / "A.json", 0.6)
-    with pytest.raises(UserError, match=r"pythia 14m, layer 0, A is there already: .*scores.csv, row 1"):
+    with pytest.raises(UserError, match=r"pythia 14m, layer 0, A is given twice, first at .*scores.csv, row 1"):
         read_scores([table, tmp_path / "runs"])

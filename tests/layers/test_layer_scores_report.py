@@ -23,12 +23,9 @@ from marc_schemas.scores import LayerScore, ScoreReport
 from report_cases import HOSTILE_SCORES, NAMES, scores_of
 
 
-@pytest.fixture(scope="session")
-def published(repository: Path) -> ScoreReport:
-    path = repository.parent / "shared" / "data" / "mteb_layer_scores.csv"
-    if not path.is_file():
-        pytest.skip("the published scores shared/data/mteb_layer_scores.csv are not beside this checkout")
-    return judge_scores(read_scores([path]))
+@pytest.fixture(scope="module")
+def published(published_scores: Path) -> ScoreReport:
+    return judge_scores(read_scores([published_scores]))
 
 
 def lines_of(figure: Figure) -> dict[tuple[str, str], list[tuple[float, float]]]:

@@ -596,7 +596,7 @@ def test_the_commands_refuse_what_they_cannot_use(
     monkeypatch.setattr(mteb_layers, "find_tasks", lambda names: [SimilarTitles()])
     arguments = ["--backbone", backbone, "--results", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     for more, message in (
-        (["--layer", "9"], "layer 9 is wanted"),
+        (["--layer", "9"], "there is no layer 9"),
         (["--pooling", "sum"], "train: pooling"),
         (["--backbone", str(tmp_path / "none")], "cannot load backbone"),
     ):

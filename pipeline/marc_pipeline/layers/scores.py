@@ -1,4 +1,4 @@
-"""Benchmark scores by layer: read from tables and from the result files of mteb, and judged model by model."""
+"""Benchmark scores by layer: read them from tables and result files of mteb, and compare the layers of each model."""
 
 import csv
 import json
@@ -29,51 +29,47 @@ from marc_schemas.scores import (
 
 COLUMNS = ("family", "size", "layer", "task", "main_score")
 TABLES = (".csv", ".parquet")
-# A layer that has fewer of the model's tasks does not count: its mean is of something else.
+# A layer with a smaller part of the model's tasks is not counted: its mean cannot be compared.
 COUNTS = Fraction(15, 16)
-# "layer-7", "layer_7", "layer7": a folder's name, or a part of it.
+# "layer-7", "layer_7", "layer7": the name of a folder, or a part of it.
 LAYER = re.compile(r"(?<![a-z0-9])layer[-_ ]?(\d{1,5})(?![0-9])", re.IGNORECASE)
-# "410m", "1.4b", "8B": how names of models tell their size.
+# "410m", "1.4b", "8B": the size in the name of a model.
 SIZE = re.compile(r"[-_. ](\d+(?:\.\d+)?[kmbt])(?![a-z0-9])", re.IGNORECASE)
-# What mteb writes beside its results.
+# mteb writes this file beside its results.
 MODEL_FILE = "model_meta.json"
-# Folders between a model's and its results that name neither.
+# Folders between that of a model and its results: they name neither.
 BETWEEN = {"results", "mteb", "scores"}
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A score, and where it stands."""
-
-    score: LayerScore
-    place: str
+Placed = tuple[LayerScore, str]
+"""A score and its place in the input."""
 
 
 # Read
 
 
 def read_scores(paths: Iterable[Path | str]) -> list[LayerScore]:
-    """Scores of tables and of folders of result files.
+    """Read scores from tables and from folders of result files.
 
-    A table is CSV or Parquet with the columns family, size, layer, task and main_score. A folder is one that mteb 2
-    writes its results to (``MODEL/REVISION/TASK.json``), or one laid out by hand; somewhere in a file's path a folder
-    ``layer-7`` tells the layer, alone or as part of a name.
+    A table is CSV or Parquet with the columns family, size, layer, task and main_score. A folder has results of mteb 2
+    (``MODEL/REVISION/TASK.json``), or result files in folders of your own. A folder such as ``layer-7`` in the path of
+    a file names the layer; it may be part of a longer name.
 
     Args:
         paths: tables, folders, single result files.
 
     Raises:
-        UserError: a path is not there or holds no scores, a column is missing, a value is no number, a score is
-            told twice.
+        UserError: a path does not exist or has no scores, a column is missing, a value is not a number, or a score
+            is given twice.
     """
-    found: list[_Found] = []
+    found: list[Placed] = []
     for path in map(Path, paths):
         if path.is_dir():
             found += _folder(path)
         elif not path.is_file():
-            raise UserError(f"{path}: there is no such file or folder")
+            raise UserError(f"{path}: no such file or folder")
         elif path.suffix.lower() in TABLES:
             found += _table(path)
         elif path.suffix.lower() == ".json":
@@ -81,17 +77,16 @@ def read_scores(paths: Iterable[Path | str]) -> list[LayerScore]:
         else:
             raise UserError(f"{path}: scores are read from .csv, .parquet and .json files, and from folders")
     seen: dict[tuple[str, str, int, str], str] = {}
-    for one in found:
-        score = one.score
+    for score, place in found:
         key = score.family, score.size, score.layer, score.task
         if key in seen:
             model = f"{score.family} {score.size}".strip()
-            raise UserError(f"{one.place}: {model}, layer {score.layer}, {score.task} is there already: {seen[key]}")
-        seen[key] = one.place
-    return [one.score for one in found]
+            raise UserError(f"{place}: {model}, layer {score.layer}, {score.task} is given twice, first at {seen[key]}")
+        seen[key] = place
+    return [score for score, _ in found]
 
 
-def _table(path: Path) -> Iterator[_Found]:
+def _table(path: Path) -> Iterator[Placed]:
     rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _parquet_rows(path)
     empty = True
     for number, row in rows:
@@ -102,16 +97,16 @@ def _table(path: Path) -> Iterator[_Found]:
             raise UserError(f"{place}: {'family' if not family else 'task'} is empty")
         layer, score = _whole(row["layer"]), _number(row["main_score"])
         if layer is None:
-            raise UserError(f"{place}: layer {_shown(row['layer'])} is no whole number from 0 to {MOST_LAYERS:,}")
+            raise UserError(f"{place}: layer {_shown(row['layer'])} is not a whole number from 0 to {MOST_LAYERS:,}")
         if score is None:
-            raise UserError(f"{place}: main_score {_shown(row['main_score'])} is no number")
-        yield _Found(LayerScore(family=family, size=size, layer=layer, task=task, score=score), place)
+            raise UserError(f"{place}: main_score {_shown(row['main_score'])} is not a number")
+        yield LayerScore(family=family, size=size, layer=layer, task=task, score=score), place
     if empty:
         raise UserError(f"{path}: the table has no rows")
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Rows with their numbers, the first one after the header being 1."""
+    """Rows with their numbers; the first row after the header is 1."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
@@ -155,11 +150,11 @@ def _text(value: object) -> str:
 
 
 def _number(value: object) -> float | None:
-    """A finite number of a size that scores have; None where there is none."""
+    """A number in the range of scores; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
-        # Python's own "1_000" is no number of a table.
+        # Python accepts "1_000"; in a table it is an error.
         number = float("" if isinstance(value, str) and "_" in value else value)
     except (ValueError, OverflowError):
         return None
@@ -181,7 +176,7 @@ class _Result:
     """One result file.
 
     Attributes:
-        variant: what the layer's folder says besides the layer: of which pooling the vectors are, for example.
+        variant: rest of the name of the layer's folder, for example the pooling.
     """
 
     path: Path
@@ -192,19 +187,19 @@ class _Result:
     score: float
 
 
-def _folder(folder: Path) -> Iterator[_Found]:
+def _folder(folder: Path) -> Iterator[Placed]:
     files = sorted(path for path in folder.rglob("*.json") if path.name != MODEL_FILE)
     found = list(_results(files, folder))
     if not found:
-        raise UserError(f"{folder}: holds no results of mteb (TASK.json with a main_score)")
+        raise UserError(f"{folder}: has no results of mteb (TASK.json with a main_score)")
     return iter(found)
 
 
-def _results(files: Sequence[Path], source: Path) -> Iterator[_Found]:
-    """Scores of result files; the variant is part of the family where a model comes in several."""
+def _results(files: Sequence[Path], source: Path) -> Iterator[Placed]:
+    """Scores of result files. If a model has several variants, the variant is added to the family."""
     results = [result for path in files if (result := _result(path)) is not None]
     if not results and source in files:
-        raise UserError(f"{source}: holds no scores of mteb")
+        raise UserError(f"{source}: has no scores of mteb")
     variants: dict[str, set[str]] = defaultdict(set)
     for result in results:
         variants[result.model].add(result.variant)
@@ -213,58 +208,58 @@ def _results(files: Sequence[Path], source: Path) -> Iterator[_Found]:
         if len(variants[result.model]) > 1:
             family = f"{family} ({result.variant or 'plain'})"
         score = LayerScore(family=family, size=size, layer=result.layer, task=result.task, score=result.score)
-        yield _Found(score, str(result.path))
+        yield score, str(result.path)
 
 
 def _result(path: Path) -> _Result | None:
-    """What a file says; None for a file that is no result, or one of a task that came to no number."""
+    """The result in a file; None if the file is not a result, or if its score is not a number."""
     content = _json(path)
     if not isinstance(content, dict):
         return None
     if "mteb_dataset_name" in content:
-        raise UserError(f"{path}: written by mteb before 1.11, whose format is not read")
+        raise UserError(f"{path}: written by mteb before 1.11; run its task again with a newer version")
     if not isinstance(content.get("task_name"), str) or not isinstance(content.get("scores"), dict):
         return None
     try:
         mains = [entry["main_score"] for entries in content["scores"].values() for entry in entries]
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: a score without main_score") from None
+        raise UserError(f"{path}: a score has no main_score") from None
     if not mains:
-        raise UserError(f"{path}: there are no scores in it")
+        raise UserError(f"{path}: it has no scores")
     model, variant, layer = _whose(path)
     numbers = [_number(main) for main in mains]
     if None in numbers:
-        log.warning("%s: its main score is no number; it counts as missing", path)
+        log.warning("%s: its main score is not a number; it is treated as missing", path)
         return None
-    # As mteb does: every split and subset weighs the same.
+    # As in mteb, all splits and subsets have the same weight.
     score = math.fsum(number for number in numbers if number is not None) / len(numbers)
     return _Result(path, model, variant, layer, _text(content["task_name"]), score)
 
 
 def _whose(path: Path) -> tuple[str, str, int]:
-    """Model, variant and layer of a result file, by its path and what mteb wrote beside it."""
+    """Model, variant and layer of a result file, from its path and from the file of mteb beside it."""
     folders = path.absolute().parent.parts[1:]
     places = [place for place, name in enumerate(folders) if LAYER.search(name)]
     if not places:
-        raise UserError(f"{path}: no folder of its path tells the layer, as layer-7 does")
+        raise UserError(f"{path}: no folder in its path names the layer, as layer-7 does")
     place = places[-1]
     match = LAYER.search(folders[place])
     assert match is not None  # noqa: S101 - searched above
     rest = LAYER.sub("", folders[place]).strip("-_ .")
     model = _model_file(path.parent / MODEL_FILE)
     if not model:
-        # mteb's ORGANISATION__MODEL, the nearest one; else the folder above the layer's.
+        # The nearest ORGANISATION__MODEL, as mteb names folders; else the folder above that of the layer.
         named = [name for name in reversed(folders) if "__" in name]
         above = [name for name in reversed(folders[:place]) if name.lower() not in BETWEEN]
         model = next(iter([*named, *above]), "")
     bare = LAYER.sub("", model.replace("__", "/").rsplit("/", 1)[-1]).strip("-_ .")
-    # A layer in the model's own name leaves no variant.
+    # If the layer is part of the name of the model, there is no variant.
     variant = "" if rest.endswith(bare) and bare else rest
     return bare or "model", variant, int(match.group(1))
 
 
 def _model_file(path: Path) -> str:
-    """The name that mteb wrote beside its results; empty where there is none."""
+    """The name of the model that mteb wrote beside its results; empty if there is none."""
     content = _json(path) if path.is_file() else None
     name = content.get("name") if isinstance(content, dict) else None
     return name if isinstance(name, str) else ""
@@ -274,13 +269,13 @@ def _json(path: Path) -> object:
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError):
-        raise UserError(f"{path}: not a whole JSON file; remove it and run its task again") from None
+        raise UserError(f"{path}: not a complete JSON file; delete it and run its task again") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 
 
 def _family_and_size(model: str) -> tuple[str, str]:
-    """``pythia-410m-deduped`` is pythia-deduped, 410m; a name without a size is a family of its own."""
+    """``pythia-410m-deduped`` gives pythia-deduped and 410m; a name without a size is the whole family."""
     match = SIZE.search(model)
     if match is None:
         return model, ""
@@ -291,7 +286,7 @@ def _family_and_size(model: str) -> tuple[str, str]:
 
 
 def judge_scores(scores: Iterable[LayerScore]) -> ScoreReport:
-    """The curve of every model, its best layer and that of every task; the order of the scores does not matter."""
+    """The curve of every model, its best layer, and the best layer of every task, for scores in any order."""
     models: dict[tuple[str, str], dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     tasks: set[str] = set()
     for score in scores:
@@ -302,7 +297,7 @@ def judge_scores(scores: Iterable[LayerScore]) -> ScoreReport:
 
 
 def _order(curve: ModelCurve) -> tuple[str, float, str, str]:
-    """By family, then from small to large."""
+    """Sort key: family, then size."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbt])", curve.size, re.IGNORECASE)
     number = float(match.group(1)) * 1000 ** "kmbt".index(match.group(2).lower()) if match else math.inf
     return curve.family.lower(), number, curve.family, curve.size
@@ -337,7 +332,7 @@ def _curve(family: str, size: str, layers: Mapping[int, Mapping[str, float]]) ->
 
 
 def _compare(means: Mapping[int, tuple[float, int]]) -> Comparison | None:
-    """By the mean of each layer and the number of tasks that it is over."""
+    """Compare the best with the final layer, from the mean of each layer and its number of tasks."""
     if len(means) < 2:
         return None
     last, best = max(means), max(sorted(means), key=lambda layer: means[layer][0])
@@ -356,7 +351,7 @@ def _compare(means: Mapping[int, tuple[float, int]]) -> Comparison | None:
 
 
 def _percent(gain: float, final: float) -> float | None:
-    """None also where a final mean next to nothing makes the share a number without meaning."""
+    """None if the final mean is not positive, or so small that the percentage overflows."""
     share = 100 * gain / final if final > 0 else math.inf
     return share if math.isfinite(share) else None
 
@@ -375,6 +370,6 @@ def _winner(task: str, layers: Mapping[int, Mapping[str, float]], final: float |
 
 
 def _mean(scores: Iterable[float]) -> float:
-    """Exactly rounded: the same in any order."""
+    """The exactly rounded mean: equal for every order of the scores."""
     numbers = list(scores)
     return math.fsum(numbers) / len(numbers)

@@ -226,7 +226,7 @@ def test_what_goes_in_names_the_report(judged: tuple[World, dict[str, Any]]) -> 
     settings = judged[0].settings
 
     def named(settings: Settings, **options: Any) -> str:
-        return module._report_id(module._candidates(settings, ds=DS, **options), DS)
+        return module._report_id(module._candidates(open_deployment(settings), ds=DS, **options), DS)
 
     assert named(settings) == judged[1]["report_id"]
     values: dict[str, Any] = {
@@ -452,7 +452,7 @@ def test_the_configuration_wins_over_what_is_adopted(
     found, decision = reviewed(open_deployment(settings))
     assert (found.settings.train.layers, found.settings.train.pooling) == kept
     assert decision == source
-    assert ("have no say" in caplog.text) == (train == ", pooling: mean")
+    assert ("are ignored" in caplog.text) == (train == ", pooling: mean")
     # An option of the command line is a configuration.
     assert reviewed(open_deployment(with_train(settings, {"layers": 4})))[0].settings.train.layers == 4
 

@@ -21,8 +21,8 @@ from pipeline.errors import UserError
 from pipeline.layer_findings import findings, kept, recommend
 from pipeline.storage import Storage, StoredObject, is_s3, join
 from pipeline.training_choices import adopted_uri, reviewed, with_train
-from pipeline.training_run import fold_scores, identify, run_id, states_stage, tested_layers
-from pipeline.training_set import TrainingIdentity, backbone_files, require_announced
+from pipeline.training_run import fold_scores, run_id, states_stage, tested_layers
+from pipeline.training_set import TrainingIdentity, backbone_files, identify_training, require_announced
 from pipeline.workspace import read_contract
 from schemas.identity import digest
 from schemas.layers import Adopted, JudgedLayer, JudgedModel, LayerReport
@@ -207,7 +207,7 @@ def _candidates(
             train = with_train(settings, {"backbone": backbone, "pooling": pooling}).train
             open_train = train.model_copy(update={"layers": None})
             own = deployment.with_settings(settings.model_copy(update={"train": open_train}))
-            identity = identify(own, ds=ds) if source and settings.interactions.uri is not None else None
+            identity = identify_training(own, ds=ds) if source and settings.interactions.uri is not None else None
             inputs = _inputs(own, identity, source, images)
             found.append(_Candidate(own, identity, source, images, _sweep_id(own.settings, inputs)))
     return found

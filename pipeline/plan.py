@@ -41,7 +41,7 @@ def make_plan(spark: "SparkSession", deployment: Deployment, identity: PlanIdent
     Args:
         spark: the session.
         deployment: settings and storage.
-        identity: from :func:`pipeline.plan_identity.identify`.
+        identity: from :func:`pipeline.plan_identity.identify_plan`.
         parallel: number of buckets that will be encoded at a time.
 
     Raises:

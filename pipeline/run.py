@@ -31,9 +31,9 @@ def run_all(deployment: Deployment, *, ds: str) -> Outcome:
         GateRefused: the audit refuses the snapshot, or the recall is below its target.
         Superseded: another run published the date since this one began.
     """
-    from pipeline.plan_identity import identify
+    from pipeline.plan_identity import identify_plan
 
-    identity = identify(deployment, ds=ds)
+    identity = identify_plan(deployment, ds=ds)
     return _run_stages(deployment, identity, published(deployment, identity))
 
 
@@ -59,10 +59,10 @@ def backfill(
         Superseded: another run published the same buckets since this one began.
     """
     from pipeline import release, release_log
-    from pipeline.plan_identity import identify, require_expected
+    from pipeline.plan_identity import identify_plan, require_expected
 
     found = release_log.read_log(deployment.storage, deployment.settings.table_uri)
-    identity = identify(deployment, ds=ds, chosen=buckets, recompute=recompute)
+    identity = identify_plan(deployment, ds=ds, chosen=buckets, recompute=recompute)
     if expected and expected != identity.plan_id and (made := release.made_by(found, ds, expected)):
         # An earlier attempt published the announced plan; its files are no longer those that were to be recomputed.
         return Outcome(release=made, fresh=False)

@@ -8,7 +8,8 @@ from pipeline.promotion import compare_stage, promote_stage
 from pipeline.resources import machine
 from pipeline.storage import join
 from pipeline.training_choices import reviewed, trains_pca
-from pipeline.training_run import identify, layer_stage, states_stage, train_stage, tuned_stage
+from pipeline.training_run import layer_stage, states_stage, train_stage, tuned_stage
+from pipeline.training_set import identify_training
 from schemas.evaluation import Evaluation
 from schemas.layers import Decision
 from schemas.promotion import Comparison
@@ -36,7 +37,7 @@ def train_bundle(deployment: Deployment, *, ds: str, promote: bool = True) -> "B
     settings = deployment.settings
     if trains_pca(settings):
         return _train_pca(deployment, ds=ds, promote=promote, decision=decision)
-    identity = identify(deployment, ds=ds)
+    identity = identify_training(deployment, ds=ds)
     with configured_session(settings, name=f"marc train {ds}") as spark:
         states_stage(spark, deployment, identity, dims=(settings.train.dim,))
         run = train_stage(spark, deployment, identity.training_id, decision=decision)
@@ -90,7 +91,7 @@ def evaluate(deployment: Deployment, *, ds: str, wanted: Sequence[str] = ()) -> 
     require_known(wanted)
     deployment, decision = reviewed(deployment)
     settings = deployment.settings
-    identity = identify(deployment, ds=ds)
+    identity = identify_training(deployment, ds=ds)
     with configured_session(settings, name=f"marc evaluate {ds}") as spark:
         training_set = states_stage(spark, deployment, identity, dims=(settings.train.dim, *settings.evaluate.dims))
         chosen = layer_stage(spark, deployment, identity.training_id)
@@ -109,7 +110,7 @@ def evaluate_and_promote(deployment: Deployment, version: str, *, ds: str) -> Co
     from pipeline.session import configured_session
 
     deployment, _ = reviewed(deployment)
-    identity = identify(deployment, ds=ds)
+    identity = identify_training(deployment, ds=ds)
     with configured_session(deployment.settings, name=f"marc promote {version}") as spark:
         states_stage(spark, deployment, identity)
         compare_stage(spark, deployment, identity.training_id, version)

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from pipeline import catalogue
 from pipeline.catalogue import CatalogueSource
 from pipeline.config import Settings, TrainSettings
+from pipeline.deployment import Deployment
 from pipeline.errors import CorruptFile, UserError
 from pipeline.integrity import check_file, describe_file
 from pipeline.interactions import Interactions, Split, find_interactions, named_items, read_interactions, split_by_time
@@ -90,12 +91,13 @@ class TrainingSet:
         return np.array(np.load(self.folder / STATES, mmap_mode="r")[layer])
 
 
-def identify_training(settings: Settings, *, ds: str, storage: Storage) -> TrainingIdentity:
-    """Find catalogue and interactions, and name the training set they make.
+def identify_training(deployment: Deployment, *, ds: str) -> TrainingIdentity:
+    """Find catalogue and interactions of a date, and name the training set that they make. Needs no Spark.
 
     Raises:
         UserError: there is no catalogue for the date, or no interactions.
     """
+    settings, storage = deployment.settings, deployment.storage
     source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
     rated = find_interactions(storage, settings.interactions)
     wanted, train = settings.catalogue, settings.train

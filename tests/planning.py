@@ -25,7 +25,7 @@ from pipeline.deployment import open_deployment
 from pipeline.model.bundle import Bundle, open_bundle, promote, save_bundle
 from pipeline.plan import make_plan
 from pipeline.plan_bucket import BucketContext
-from pipeline.plan_identity import identify
+from pipeline.plan_identity import identify_plan
 from pipeline.storage import Storage
 from pipeline.workspace import Workspace
 from schemas.bundle import BundleCard, CompressorCard
@@ -209,7 +209,7 @@ def plan_day(
 ) -> Planned:
     """Plan a day, or some buckets. Without a session only a plan that stands already can come back."""
     deployment = open_deployment(settings)
-    identity = identify(deployment, ds=ds, chosen=chosen, recompute=recompute)
+    identity = identify_plan(deployment, ds=ds, chosen=chosen, recompute=recompute)
     plan = make_plan(spark, deployment, identity)  # type: ignore[arg-type]
     return read_planned(settings, plan)
 

@@ -29,8 +29,7 @@ from pipeline.model.bundle import open_bundle
 from pipeline.model.entropy import dataset_entropy
 from pipeline.storage import Storage
 from pipeline.training_choices import adopted_uri, reviewed, with_train
-from pipeline.training_run import identify
-from pipeline.training_set import open_training_set
+from pipeline.training_set import identify_training, open_training_set
 from schemas.layers import Adopted, JudgedLayer, JudgedModel, LayerReport, Recommendation
 
 pytestmark = [pytest.mark.spark, pytest.mark.usefixtures("spark")]
@@ -174,7 +173,7 @@ def test_every_layer_has_the_auc_that_an_evaluation_gives_it(judged: tuple[World
 
 def test_metrics_are_those_of_the_states_that_trainings_learn_from(judged: tuple[World, dict[str, Any]]) -> None:
     world, said = judged
-    identity = identify(open_deployment(world.settings), ds=DS)
+    identity = identify_training(open_deployment(world.settings), ds=DS)
     training_set = open_training_set(STORAGE, world.settings.work_uri, identity.training_id)
     assert sorted(training_set.texts) == sorted(TEXTS)
     for layer in report_of(said).models[0].judged:
@@ -273,7 +272,7 @@ def test_as_a_stage_it_gives_the_same_report_for_the_training_that_was_announced
     judged: tuple[World, dict[str, Any]], twin: Callable[..., World]
 ) -> None:
     settings, report = twin().settings, report_of(judged[1])
-    announced = identify(open_deployment(settings), ds=DS).training_id
+    announced = identify_training(open_deployment(settings), ds=DS).training_id
     assert judge_layers(open_deployment(settings), ds=DS, expected=announced) == report
     with pytest.raises(UserError, match="changed while the training was under way"):
         judge_layers(open_deployment(settings), ds=DS, expected="0" * 32)

@@ -36,6 +36,7 @@ from pipeline.model.gate import problems
 from pipeline.resources import TaskResources
 from pipeline.session import spark_session
 from pipeline.storage import Storage, join
+from pipeline.storage.local import LocalObjects
 from pipeline.training_set import open_training_set
 from schemas.bundle import BundleCard
 from schemas.promotion import Comparison
@@ -417,7 +418,7 @@ def test_a_promotion_that_breaks_off_leaves_the_old_pointer(
     def full(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(Storage, "publish", full)
+    monkeypatch.setattr(LocalObjects, "publish", full)
     with pytest.raises(OSError, match="disk full"):
         promote(STORAGE, uri, two.version)
     monkeypatch.undo()

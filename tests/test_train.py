@@ -27,7 +27,7 @@ from pipeline.reader import open_release
 from pipeline.resources import TaskResources
 from pipeline.session import distribute
 from pipeline.storage import Storage
-from pipeline.training_set import training_uri
+from pipeline.training_set import identify_training, training_uri
 from schemas.promotion import Comparison
 from schemas.training import TrainingRun
 
@@ -62,7 +62,7 @@ class World:
 
     @property
     def training_id(self) -> str:
-        return training_run.identify(open_deployment(self.settings), ds=DS).training_id
+        return identify_training(open_deployment(self.settings), ds=DS).training_id
 
     def current(self) -> Bundle:
         return open_bundle(STORAGE, self.settings.bundle_uri)
@@ -241,7 +241,7 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_bundle(
     spark: Any, name: str, times: int,
 ) -> None:  # fmt: skip
     settings = world.shop.settings(train={"layers": 2, "checkpoint_every": 5})
-    identity = training_run.identify(open_deployment(settings), ds=DS)
+    identity = identify_training(open_deployment(settings), ds=DS)
     training_run.states_stage(spark, open_deployment(settings), identity)
     kill(name, times)
     with pytest.raises(Killed):

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline import training_run
 from pipeline.config import Settings, load_settings
-from pipeline.deployment import open_deployment
+from pipeline.deployment import Deployment, open_deployment
 from pipeline.errors import CorruptFile, UserError
 from pipeline.storage import Storage, join, s3
 from pipeline.training_set import (
@@ -130,7 +130,7 @@ class Backbone:
 
 
 def identify(settings: Settings, ds: str = DS) -> TrainingIdentity:
-    return identify_training(settings, ds=ds, storage=STORAGE)
+    return identify_training(Deployment(settings, STORAGE), ds=ds)
 
 
 def make(
@@ -457,9 +457,9 @@ def test_a_local_training_set_asks_no_object_store(shop: Shop, spark: Any, monke
 
 @pytest.mark.spark
 def test_what_changed_since_the_run_announced_its_training_set_ends_the_run(shop: Shop, spark: Any) -> None:
-    announced = training_run.identify(open_deployment(shop.settings()), ds=DS).training_id
+    announced = identify(shop.settings()).training_id
     shop.rated(ratings()[:-1])
-    now = training_run.identify(open_deployment(shop.settings()), ds=DS)
+    now = identify(shop.settings())
     with pytest.raises(UserError, match=f"changed while the training was under way: {announced} is now"):
         training_run.states_stage(spark, open_deployment(shop.settings()), now, expected=announced)
     assert STORAGE.stat(join(training_uri(shop.settings().work_uri, now.training_id), "training_set.json")) is None

@@ -20,7 +20,7 @@ from pipeline import run, train
 from pipeline.config import load_settings
 from pipeline.deployment import open_deployment
 from pipeline.example_data import write_catalogue
-from pipeline.plan_identity import identify
+from pipeline.plan_identity import identify_plan
 from pipeline.reader import open_release
 from schemas.receipt import Receipt
 
@@ -132,7 +132,7 @@ def test_the_jobs_give_the_same_release_on_a_cluster_as_in_one_process(master: s
 
     config = configured(tmp_path / "cluster", backbone, tmp_path / "catalogue")
     settings = load_settings(config)
-    plan_id = identify(open_deployment(settings), ds=DS).plan_id
+    plan_id = identify_plan(open_deployment(settings), ds=DS).plan_id
     for job in ("plan", "encode", "audit", "index", "release"):
         submit(job, "--config", str(config), "--ds", DS, "--plan-id", plan_id, master=master)
 

@@ -26,7 +26,7 @@ from pipeline import release_log, retention
 from pipeline.config import Settings, load_settings
 from pipeline.deployment import open_deployment
 from pipeline.example_data import write_catalogue
-from pipeline.plan_identity import identify
+from pipeline.plan_identity import identify_plan
 from pipeline.storage import Storage
 from schemas.identity import plan_key, row_id
 
@@ -271,7 +271,7 @@ class Lane:
             raise RuntimeError(f"{' '.join(command)} of the undisturbed site failed: {ended.said[-2000:]}")
 
     def plan_id(self, config: str, ds: str, buckets: Sequence[int] = ()) -> str:
-        return identify(open_deployment(load_settings(self.config(config))), ds=ds, chosen=buckets).plan_id
+        return identify_plan(open_deployment(load_settings(self.config(config))), ds=ds, chosen=buckets).plan_id
 
     def live(self, ds: str | None = None) -> str:
         """Release id of what readers see."""

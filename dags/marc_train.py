@@ -8,7 +8,7 @@ from airflow.sdk import dag, task
 from marc_pipeline.scheduler.operators import identified_arguments, spark_stage
 from marc_pipeline.scheduler.params import CONFIG, ds_param, requested
 from marc_pipeline.scheduler.retries import DEFAULT_ARGS
-from marc_pipeline.scheduler.tasks import identify_training, promote_training
+from marc_pipeline.scheduler.tasks import identify_training_run, promote_training
 
 STAGES = ("hidden_states", "evaluate_layers", "train_marc", "evaluate_marc")
 
@@ -30,7 +30,7 @@ def marc_train() -> None:
     @task
     def identify() -> dict[str, str]:
         """Name the training set of this date; missing interactions end the run here."""
-        return identify_training(**requested())
+        return identify_training_run(**requested())
 
     @task
     def promote(training: dict[str, str]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from marc_pipeline.config import Settings, load_settings
+from marc_pipeline.deployment import Deployment
 from marc_pipeline.evaluation.click_model import click_data, score_vectors
 from marc_pipeline.model.bundle import Bundle, open_bundle
 from marc_pipeline.model.encoder import load_encoder, use_threads
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
     settings, storage = load_settings(arguments.config), Storage()
-    identity = identify_training(settings, ds=arguments.ds, storage=storage)
+    identity = identify_training(Deployment(settings, storage), ds=arguments.ds)
     training_set = open_training_set(storage, settings.work_uri, identity.training_id)
     bundle = open_bundle(storage, settings.bundle_uri)
     resources = TaskResources(cpus=len(os.sched_getaffinity(0)))

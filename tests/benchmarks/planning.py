@@ -42,7 +42,7 @@ from marc_pipeline.config import CatalogueSettings, Settings
 from marc_pipeline.deployment import open_deployment
 from marc_pipeline.model.bundle import open_bundle, promote
 from marc_pipeline.nightly.plan import make_plan
-from marc_pipeline.nightly.plan_identity import identify
+from marc_pipeline.nightly.plan_identity import identify_plan
 from marc_pipeline.spark.session import spark_session
 from marc_pipeline.table.write import write_bucket_file
 from marc_pipeline.work_area import Workspace
@@ -163,7 +163,7 @@ def settings_of(folder: Path, buckets: int) -> Settings:
 def publish_base(folder: Path, buckets: int) -> None:
     """Release the day before what was planned last, with other texts for 1 % of the items."""
     settings = settings_of(folder, buckets)
-    plan = Workspace(STORAGE, settings.work_uri, identify(open_deployment(settings), ds=FIRST_NIGHT).plan_id)
+    plan = Workspace(STORAGE, settings.work_uri, identify_plan(open_deployment(settings), ds=FIRST_NIGHT).plan_id)
     bundle = open_bundle(STORAGE, settings.bundle_uri).version
     files = []
     for bucket in range(buckets):
@@ -266,7 +266,7 @@ def measure(work: str, folder: Path, buckets: int) -> Row:
             rows.repartition(buckets, "item_id").write.option("compression", "zstd").parquet(f"file://{target}")
             seconds = time.monotonic() - started
             return {"seconds": seconds, **written(target)}
-        identity = identify(open_deployment(settings), ds=FIRST_NIGHT)
+        identity = identify_plan(open_deployment(settings), ds=FIRST_NIGHT)
         plan = make_plan(spark, settings, identity, storage=STORAGE)
         seconds = time.monotonic() - started
     facts = {name: getattr(plan, name) for name in ("plan_id", "items", "new", "changed", "tokens", "tokens_exact")}

@@ -34,6 +34,7 @@ from marc_pipeline.model.bundle import (
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.spark.session import spark_session
 from marc_pipeline.storage import Storage, join
+from marc_pipeline.storage.local import LocalObjects
 from marc_pipeline.training.training_set import open_training_set
 from marc_schemas.bundle import BundleCard
 from marc_schemas.promotion import Comparison
@@ -439,7 +440,7 @@ def test_a_promotion_that_breaks_off_leaves_the_old_pointer(
     def full(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(Storage, "publish", full)
+    monkeypatch.setattr(LocalObjects, "publish", full)
     with pytest.raises(OSError, match="disk full"):
         promote(STORAGE, uri, two.version)
     monkeypatch.undo()

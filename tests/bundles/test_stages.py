@@ -25,7 +25,7 @@ from marc_pipeline.reader.release import open_release
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.spark.session import distribute
 from marc_pipeline.storage import Storage
-from marc_pipeline.training.training_set import training_uri
+from marc_pipeline.training.training_set import identify_training, training_uri
 from marc_schemas.promotion import Comparison
 from marc_schemas.release import Release
 from marc_schemas.training import TrainingRun
@@ -208,7 +208,7 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_bundle(
     spark: Any, name: str, times: int,
 ) -> None:  # fmt: skip
     settings = world.shop.settings(train={"layers": 2, "checkpoint_every": 5})
-    identity = training_run.identify(open_deployment(settings), ds=DS)
+    identity = identify_training(open_deployment(settings), ds=DS)
     training_run.states_stage(spark, open_deployment(settings), identity)
     kill(name, times)
     with pytest.raises(Killed):

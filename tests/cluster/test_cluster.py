@@ -21,7 +21,7 @@ from marc_pipeline.config import load_settings
 from marc_pipeline.deployment import open_deployment
 from marc_pipeline.example.shop import write_catalogue
 from marc_pipeline.nightly import run
-from marc_pipeline.nightly.plan_identity import identify
+from marc_pipeline.nightly.plan_identity import identify_plan
 from marc_pipeline.reader.release import open_release
 from marc_schemas.receipt import Receipt
 from tiny_models import save_tiny_backbone
@@ -148,7 +148,7 @@ def test_the_jobs_give_the_same_release_on_a_cluster_as_in_one_process(master: s
 
     config = configured(tmp_path / "cluster", backbone, tmp_path / "catalogue")
     settings = load_settings(config)
-    plan_id = identify(open_deployment(settings), ds=DS).plan_id
+    plan_id = identify_plan(open_deployment(settings), ds=DS).plan_id
     for job in ("plan", "encode", "audit", "index", "release"):
         submit(JOBS / f"{job}.py", "--config", str(config), "--ds", DS, "--plan-id", plan_id, master=master)
 

@@ -48,11 +48,11 @@ def perform(arguments: Sequence[str]) -> int:
 
 def prepare(config: str, ds: str, *buckets: str) -> None:
     """The stages before the index."""
-    from marc_pipeline.nightly.plan_identity import identify
+    from marc_pipeline.nightly.plan_identity import identify_plan
     from marc_pipeline.spark.session import spark_session
 
     deployment = open_deployment(load_settings(config))
-    identity = identify(deployment, ds=ds, chosen=[int(bucket) for bucket in buckets])
+    identity = identify_plan(deployment, ds=ds, chosen=[int(bucket) for bucket in buckets])
     with spark_session(deployment.settings.spark, name="prepare") as spark:
         stages.plan_stage(spark, deployment, identity)
         stages.encode_stage(spark, deployment, identity.plan_id)

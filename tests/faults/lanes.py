@@ -23,7 +23,7 @@ from faulty_proxy import PASSED, RESET, FaultyProxy
 from marc_pipeline.config import Settings, load_settings
 from marc_pipeline.deployment import open_deployment
 from marc_pipeline.example.shop import write_catalogue
-from marc_pipeline.nightly.plan_identity import identify
+from marc_pipeline.nightly.plan_identity import identify_plan
 from marc_pipeline.releases import log as release_log
 from marc_pipeline.releases import retention
 from marc_pipeline.storage import Storage
@@ -272,7 +272,7 @@ class Lane:
             raise RuntimeError(f"{' '.join(command)} of the undisturbed site failed: {ended.said[-2000:]}")
 
     def plan_id(self, config: str, ds: str, buckets: Sequence[int] = ()) -> str:
-        return identify(open_deployment(load_settings(self.config(config))), ds=ds, chosen=buckets).plan_id
+        return identify_plan(open_deployment(load_settings(self.config(config))), ds=ds, chosen=buckets).plan_id
 
     def live(self, ds: str | None = None) -> str:
         """Release id of what readers see."""

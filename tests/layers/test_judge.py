@@ -16,7 +16,6 @@ from PIL import Image
 from marc_command import Marc
 from marc_pipeline.bundles import choices as training_choices
 from marc_pipeline.bundles.choices import adopted_uri, reviewed, with_train
-from marc_pipeline.bundles.stages import identify
 from marc_pipeline.config import LayerSettings, Settings, load_settings
 from marc_pipeline.deployment import open_deployment
 from marc_pipeline.errors import UserError
@@ -28,7 +27,7 @@ from marc_pipeline.layers.findings import METRICS
 from marc_pipeline.layers.judge import adopt, judge_layers, publish_report, report_folder
 from marc_pipeline.model.bundle import open_bundle
 from marc_pipeline.storage import Storage
-from marc_pipeline.training.training_set import open_training_set
+from marc_pipeline.training.training_set import identify_training, open_training_set
 from marc_schemas.layers import Adopted, JudgedLayer, JudgedModel, LayerReport, Recommendation
 from rated_shop import CONFIG, DS, ITEMS, RATINGS, Shop, item, ratings, write_rows
 from tiny_models import LAYERS, WIDTH, save_tiny_backbone, save_tiny_vision_backbone
@@ -175,7 +174,7 @@ def test_every_layer_has_the_auc_that_an_evaluation_gives_it(judged: tuple[World
 
 def test_metrics_are_those_of_the_states_that_trainings_learn_from(judged: tuple[World, dict[str, Any]]) -> None:
     world, said = judged
-    identity = identify(open_deployment(world.settings), ds=DS)
+    identity = identify_training(open_deployment(world.settings), ds=DS)
     training_set = open_training_set(STORAGE, world.settings.work_uri, identity.training_id)
     assert sorted(training_set.texts) == sorted(TEXTS)
     for layer in report_of(said).models[0].judged:
@@ -227,7 +226,7 @@ def test_what_goes_in_names_the_report(judged: tuple[World, dict[str, Any]]) -> 
     settings = judged[0].settings
 
     def named(settings: Settings, **options: Any) -> str:
-        return module._report_id(module._candidates(settings, ds=DS, **options), DS)
+        return module._report_id(module._candidates(open_deployment(settings), ds=DS, **options), DS)
 
     assert named(settings) == judged[1]["report_id"]
     values: dict[str, Any] = {
@@ -274,7 +273,7 @@ def test_as_a_stage_it_gives_the_same_report_for_the_training_that_was_announced
     judged: tuple[World, dict[str, Any]], twin: Callable[..., World]
 ) -> None:
     settings, report = twin().settings, report_of(judged[1])
-    announced = identify(open_deployment(settings), ds=DS).training_id
+    announced = identify_training(open_deployment(settings), ds=DS).training_id
     assert judge_layers(open_deployment(settings), ds=DS, expected=announced) == report
     with pytest.raises(UserError, match="changed while the training was under way"):
         judge_layers(open_deployment(settings), ds=DS, expected="0" * 32)
@@ -453,7 +452,7 @@ def test_the_configuration_wins_over_what_is_adopted(
     found, decision = reviewed(open_deployment(settings))
     assert (found.settings.train.layers, found.settings.train.pooling) == kept
     assert decision == source
-    assert ("have no say" in caplog.text) == (train == ", pooling: mean")
+    assert ("are ignored" in caplog.text) == (train == ", pooling: mean")
     # An option of the command line is a configuration.
     assert reviewed(open_deployment(with_train(settings, {"layers": 4})))[0].settings.train.layers == 4
 

@@ -27,7 +27,7 @@ from marc_pipeline.model.tokens import TokenCount, count_tokens, load_tokenizer
 from marc_pipeline.nightly.encode import pending_tasks
 from marc_pipeline.nightly.plan import _start_seconds, base_release, make_plan
 from marc_pipeline.nightly.plan_bucket import PLANNED_ROWS, TOKEN_SAMPLE, _older_record, by_bucket, compare, plan_bucket
-from marc_pipeline.nightly.plan_identity import identify
+from marc_pipeline.nightly.plan_identity import identify_plan
 from marc_pipeline.releases import log as release_log
 from marc_pipeline.scheduler.tasks import identify_backfills
 from marc_pipeline.work_area import Workspace
@@ -483,7 +483,7 @@ def precise(wanted: Settings, bits: int) -> Settings:
 
 
 def plan_id(wanted: Settings, ds: str = DS) -> str:
-    return identify(open_deployment(wanted), ds=ds).plan_id
+    return identify_plan(open_deployment(wanted), ds=ds).plan_id
 
 
 def test_a_plan_id_changes_with_everything_that_changes_the_plan(tmp_path: Path) -> None:
@@ -730,7 +730,7 @@ def test_a_bucket_that_there_is_not_is_the_users_error(tmp_path: Path, bucket: i
     wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
     live = planning.publish(wanted, BEFORE)
     with pytest.raises(UserError, match=f"no bucket {bucket}: release {live.release_id} has buckets 0 to 3"):
-        identify(open_deployment(wanted), ds=DS, chosen=(0, bucket))
+        identify_plan(open_deployment(wanted), ds=DS, chosen=(0, bucket))
 
 
 def test_buckets_of_a_day_that_was_made_with_another_template_are_the_users_error(tmp_path: Path) -> None:
@@ -738,8 +738,8 @@ def test_buckets_of_a_day_that_was_made_with_another_template_are_the_users_erro
     live = planning.publish(settings_at(tmp_path, path), BEFORE)
     now = settings_at(tmp_path, path, template="{title}!")
     with pytest.raises(UserError, match=f"release {live.release_id} of {DS} was made with template .*: backfill the"):
-        identify(open_deployment(now), ds=DS, chosen=(0,))
-    assert identify(open_deployment(now), ds=DS).chosen is None
+        identify_plan(open_deployment(now), ds=DS, chosen=(0,))
+    assert identify_plan(open_deployment(now), ds=DS).chosen is None
 
 
 @pytest.mark.parametrize(("before", "now"), [(23, 10), (10, 23), (10, 11)])
@@ -750,9 +750,9 @@ def test_buckets_of_a_day_that_was_stored_with_another_precision_are_the_users_e
     live = planning.publish(precise(wanted, before), BEFORE)
     said = f"release {live.release_id} of {DS} stores {before} mantissa bits, .* says {now}: backfill the whole day"
     with pytest.raises(UserError, match=said):
-        identify(open_deployment(precise(wanted, now)), ds=DS, chosen=(0,))
-    assert identify(open_deployment(precise(wanted, now)), ds=DS).mantissa_bits == now
-    assert identify(open_deployment(precise(wanted, before)), ds=DS, chosen=(0,)).chosen == (0,)
+        identify_plan(open_deployment(precise(wanted, now)), ds=DS, chosen=(0,))
+    assert identify_plan(open_deployment(precise(wanted, now)), ds=DS).mantissa_bits == now
+    assert identify_plan(open_deployment(precise(wanted, before)), ds=DS, chosen=(0,)).chosen == (0,)
 
 
 @pytest.mark.parametrize(
@@ -774,9 +774,9 @@ def test_buckets_of_a_date_without_a_release_are_planned_as_the_whole_date(
 ) -> None:
     wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
     planning.publish(wanted, BEFORE, ds="2026-11-19")
-    plain = identify(open_deployment(wanted), ds=DS)
+    plain = identify_plan(open_deployment(wanted), ds=DS)
     for chosen in [(1,), (0, 99)]:
-        identity = identify(open_deployment(wanted), ds=DS, chosen=chosen)
+        identity = identify_plan(open_deployment(wanted), ds=DS, chosen=chosen)
         assert identity == plain
         assert identity.chosen is None
     day = plan_day(spark, wanted, chosen=(1,))
@@ -784,10 +784,10 @@ def test_buckets_of_a_date_without_a_release_are_planned_as_the_whole_date(
     assert day.plan.chosen is None
     # A date that was withdrawn has no release either.
     live = planning.publish(wanted, BEFORE)
-    assert identify(open_deployment(wanted), ds=DS, chosen=(1,)).chosen == (1,)
+    assert identify_plan(open_deployment(wanted), ds=DS, chosen=(1,)).chosen == (1,)
     gone = live.model_copy(update={"release_id": "gone", "turn": live.turn + 1, "withdrawn": True})
     assert release_log.append(STORAGE, wanted.table_uri, [gone])
-    assert identify(open_deployment(wanted), ds=DS, chosen=(1,)) == plain
+    assert identify_plan(open_deployment(wanted), ds=DS, chosen=(1,)) == plain
 
 
 def test_a_plan_id_changes_with_the_chosen_buckets_and_with_a_recomputation(tmp_path: Path) -> None:
@@ -795,22 +795,22 @@ def test_a_plan_id_changes_with_the_chosen_buckets_and_with_a_recomputation(tmp_
     planning.publish(wanted, BEFORE)
     every = [(), (0,), (1,), (0, 1), (0, 1, 2, 3)]
     found = [
-        identify(open_deployment(wanted), ds=DS, chosen=chosen, recompute=recompute).plan_id
+        identify_plan(open_deployment(wanted), ds=DS, chosen=chosen, recompute=recompute).plan_id
         for chosen in every
         for recompute in (False, True)
     ]
     assert len(set(found)) == 2 * len(every)
     # Buckets are a set.
-    assert identify(open_deployment(wanted), ds=DS, chosen=(1, 0, 1)).plan_id == found[2 * every.index((0, 1))]
+    assert identify_plan(open_deployment(wanted), ds=DS, chosen=(1, 0, 1)).plan_id == found[2 * every.index((0, 1))]
 
 
 @pytest.mark.parametrize("chosen", [(), (1,)])
 def test_what_was_computed_anew_can_be_so_once_more(tmp_path: Path, chosen: tuple[int, ...]) -> None:
     wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
     planning.publish(wanted, BEFORE)
-    found = [identify(open_deployment(wanted), ds=DS, chosen=chosen, recompute=True).plan_id for _ in range(2)]
+    found = [identify_plan(open_deployment(wanted), ds=DS, chosen=chosen, recompute=True).plan_id for _ in range(2)]
     planning.publish(wanted, {**BEFORE, **{f"more {n}": "text" for n in range(9)}})
-    found.append(identify(open_deployment(wanted), ds=DS, chosen=chosen, recompute=True).plan_id)
+    found.append(identify_plan(open_deployment(wanted), ds=DS, chosen=chosen, recompute=True).plan_id)
     assert found[0] == found[1] != found[2]
 
 
@@ -822,11 +822,11 @@ def test_backfills_of_dates_with_and_without_a_release_are_named_once_for_all_tr
     (whole,) = identify_backfills(**asked, recompute=False)
     assert whole["buckets"] == []
     planning.publish(wanted, BEFORE)
-    again = identify(open_deployment(wanted), ds=DS, chosen=whole["buckets"])
+    again = identify_plan(open_deployment(wanted), ds=DS, chosen=whole["buckets"])
     assert again.plan_id == whole["plan_id"]
     (some,) = identify_backfills(**asked, recompute=False)
     assert some["buckets"] == [1]
-    assert some["plan_id"] == identify(open_deployment(wanted), ds=DS, chosen=[1]).plan_id != whole["plan_id"]
+    assert some["plan_id"] == identify_plan(open_deployment(wanted), ds=DS, chosen=[1]).plan_id != whole["plan_id"]
 
 
 @pytest.mark.parametrize("chosen", [(), (2,)])
@@ -851,7 +851,7 @@ def test_buckets_of_a_release_that_was_replaced_meanwhile_are_not_planned(
     path = write_day(tmp_path, TODAY)
     wanted = settings_at(tmp_path, path)
     live = planning.publish(wanted, BEFORE)
-    identity = identify(open_deployment(wanted), ds=DS, chosen=(1,))
+    identity = identify_plan(open_deployment(wanted), ds=DS, chosen=(1,))
     # The same bundle and buckets: what is there now is what the plan changes.
     now = planning.publish(wanted, {**BEFORE, "one more": "text"})
     assert make_plan(spark, open_deployment(wanted), identity).live_release == now.release_id

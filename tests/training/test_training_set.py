@@ -12,7 +12,7 @@ import pytest
 from folder_as_s3 import BUCKET, FolderAsS3
 from marc_pipeline.bundles import stages as training_run
 from marc_pipeline.config import Settings
-from marc_pipeline.deployment import open_deployment
+from marc_pipeline.deployment import Deployment, open_deployment
 from marc_pipeline.errors import CorruptFile, UserError
 from marc_pipeline.storage import Storage, join, s3
 from marc_pipeline.training.training_set import (
@@ -45,7 +45,7 @@ class Backbone:
 
 
 def identify(settings: Settings, ds: str = DS) -> TrainingIdentity:
-    return identify_training(settings, ds=ds, storage=STORAGE)
+    return identify_training(Deployment(settings, STORAGE), ds=ds)
 
 
 def make(
@@ -387,9 +387,9 @@ def test_a_local_training_set_asks_no_object_store(shop: Shop, spark: Any, monke
 
 @pytest.mark.spark
 def test_what_changed_since_the_run_announced_its_training_set_ends_the_run(shop: Shop, spark: Any) -> None:
-    announced = training_run.identify(open_deployment(shop.settings()), ds=DS).training_id
+    announced = identify(shop.settings()).training_id
     shop.rated(ratings()[:-1])
-    now = training_run.identify(open_deployment(shop.settings()), ds=DS)
+    now = identify(shop.settings())
     with pytest.raises(UserError, match=f"changed while the training was under way: {announced} is now"):
         training_run.states_stage(spark, open_deployment(shop.settings()), now, expected=announced)
     assert STORAGE.stat(join(training_uri(shop.settings().work_uri, now.training_id), "training_set.json")) is None

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 
 from marc_pipeline.bundles.choices import reviewed, trains_pca
 from marc_pipeline.bundles.promotion import compare_stage, promote_stage
-from marc_pipeline.bundles.stages import identify, layer_stage, states_stage, train_stage, tuned_stage
+from marc_pipeline.bundles.stages import layer_stage, states_stage, train_stage, tuned_stage
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.resources import machine
 from marc_pipeline.storage import join
+from marc_pipeline.training.training_set import identify_training
 from marc_schemas.evaluation import Evaluation
 from marc_schemas.layers import Decision
 from marc_schemas.promotion import Comparison
@@ -36,7 +37,7 @@ def train_bundle(deployment: Deployment, *, ds: str, promote: bool = True) -> "B
     settings = deployment.settings
     if trains_pca(settings):
         return _train_pca(deployment, ds=ds, promote=promote, decision=decision)
-    identity = identify(deployment, ds=ds)
+    identity = identify_training(deployment, ds=ds)
     with configured_session(settings, name=f"marc train {ds}") as spark:
         states_stage(spark, deployment, identity, dims=(settings.train.dim,))
         run = train_stage(spark, deployment, identity.training_id, decision=decision)
@@ -90,7 +91,7 @@ def evaluate(deployment: Deployment, *, ds: str, wanted: Sequence[str] = ()) -> 
     require_known(wanted)
     deployment, decision = reviewed(deployment)
     settings = deployment.settings
-    identity = identify(deployment, ds=ds)
+    identity = identify_training(deployment, ds=ds)
     with configured_session(settings, name=f"marc evaluate {ds}") as spark:
         training_set = states_stage(spark, deployment, identity, dims=(settings.train.dim, *settings.evaluate.dims))
         chosen = layer_stage(spark, deployment, identity.training_id)
@@ -109,7 +110,7 @@ def evaluate_and_promote(deployment: Deployment, version: str, *, ds: str) -> Co
     from marc_pipeline.spark.session import configured_session
 
     deployment, _ = reviewed(deployment)
-    identity = identify(deployment, ds=ds)
+    identity = identify_training(deployment, ds=ds)
     with configured_session(deployment.settings, name=f"marc promote {version}") as spark:
         states_stage(spark, deployment, identity)
         compare_stage(spark, deployment, identity.training_id, version)

@@ -21,7 +21,6 @@ from marc_pipeline.training.training_set import (
     StatesFacts,
     TrainingIdentity,
     TrainingSet,
-    identify_training,
     make_training_set,
     open_training_set,
     read_card,
@@ -60,11 +59,6 @@ def run_uri(settings: Settings, training_id: str) -> str:
     return join(training_uri(settings.work_uri, training_id), "runs", run_id(settings, training_id))
 
 
-def identify(deployment: Deployment, *, ds: str) -> TrainingIdentity:
-    """The training set that a training of this date would use. Needs no Spark."""
-    return identify_training(deployment.settings, ds=ds, storage=deployment.storage)
-
-
 def states_stage(
     spark: "SparkSession",
     deployment: Deployment,
@@ -78,7 +72,7 @@ def states_stage(
     Args:
         spark: reads the catalogue.
         deployment: settings and storage.
-        identity: from :func:`identify`.
+        identity: from :func:`pipeline.training_set.identify_training`.
         dims: lengths of vectors that will be wanted.
         expected: training_id that an earlier task of the same run announced.
 

@@ -19,13 +19,13 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a run would do: items, tokens, time. Publishes nothing."""
-    from marc_pipeline.nightly.plan_identity import identify
+    from marc_pipeline.nightly.plan_identity import identify_plan
     from marc_pipeline.nightly.stages import plan_stage
     from marc_pipeline.spark.session import configured_session
 
     deployment = context.ensure_object(State).deployment
     settings = deployment.settings
-    identity = identify(deployment, ds=parse_ds(ds))
+    identity = identify_plan(deployment, ds=parse_ds(ds))
     with configured_session(settings, name=f"marc plan {ds}") as spark:
         made = plan_stage(spark, deployment, identity)
     unknown = sorted(set(bucket or []) - set(range(made.buckets)))

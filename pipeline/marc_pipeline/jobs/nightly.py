@@ -6,10 +6,10 @@ from marc_pipeline.nightly.stages import audit_stage, encode_stage, index_stage,
 
 def plan() -> None:
     """Run the plan stage."""
-    from marc_pipeline.nightly.plan_identity import identify
+    from marc_pipeline.nightly.plan_identity import identify_plan
 
     with spark_job(plan.__doc__, "plan") as (called, spark):
-        identity = identify(called.deployment, ds=called.ds)
+        identity = identify_plan(called.deployment, ds=called.ds)
         plan_stage(spark, called.deployment, identity, expected=called.plan_id)
 
 

@@ -8,11 +8,12 @@ from marc_schemas.layers import Decision
 
 def hidden_states() -> None:
     """Make the training set: items, interactions, and the hidden states of every layer."""
-    from marc_pipeline.bundles.stages import identify, states_stage
+    from marc_pipeline.bundles.stages import states_stage
+    from marc_pipeline.training.training_set import identify_training
 
     with spark_job(hidden_states.__doc__, "hidden states", of="training_id") as (called, spark):
         deployment, _ = _decided(called)
-        states_stage(spark, deployment, identify(deployment, ds=called.ds), expected=called.training_id)
+        states_stage(spark, deployment, identify_training(deployment, ds=called.ds), expected=called.training_id)
 
 
 def evaluate_layers() -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from marc_pipeline.bundles.choices import adopted_uri, reviewed, with_train
-from marc_pipeline.bundles.stages import fold_scores, identify, run_id, states_stage, tested_layers
+from marc_pipeline.bundles.stages import fold_scores, run_id, states_stage, tested_layers
 from marc_pipeline.catalogue import source as catalogue
 from marc_pipeline.catalogue.source import CatalogueSource
 from marc_pipeline.config import Settings, TrainSettings
@@ -22,7 +22,7 @@ from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import UserError
 from marc_pipeline.layers.findings import layer_findings, recommend, with_choice
 from marc_pipeline.storage import Storage, StoredObject, is_s3, join
-from marc_pipeline.training.training_set import TrainingIdentity, backbone_files, require_announced
+from marc_pipeline.training.training_set import TrainingIdentity, backbone_files, identify_training, require_announced
 from marc_pipeline.work_area import read_contract
 from marc_schemas.identity import digest
 from marc_schemas.layers import Adopted, JudgedLayer, JudgedModel, LayerReport
@@ -210,7 +210,7 @@ def _candidates(
             train = with_train(settings, {"backbone": backbone, "pooling": pooling}).train
             open_train = train.model_copy(update={"layers": None})
             own = deployment.with_settings(settings.model_copy(update={"train": open_train}))
-            identity = identify(own, ds=ds) if source and settings.interactions.uri is not None else None
+            identity = identify_training(own, ds=ds) if source and settings.interactions.uri is not None else None
             inputs = _inputs(own, identity, source, images)
             found.append(_Candidate(own, identity, source, images, _sweep_id(own.settings, inputs)))
     return found

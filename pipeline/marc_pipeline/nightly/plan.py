@@ -42,7 +42,7 @@ def make_plan(spark: "SparkSession", deployment: Deployment, identity: PlanIdent
     Args:
         spark: the session.
         deployment: settings and storage.
-        identity: from :func:`marc_pipeline.nightly.plan_identity.identify`.
+        identity: from :func:`marc_pipeline.nightly.plan_identity.identify_plan`.
         parallel: number of buckets that will be encoded at a time.
 
     Raises:

@@ -44,7 +44,9 @@ class PlanIdentity:
     recompute: bool = False
 
 
-def identify(deployment: Deployment, *, ds: str, chosen: Sequence[int] = (), recompute: bool = False) -> PlanIdentity:
+def identify_plan(
+    deployment: Deployment, *, ds: str, chosen: Sequence[int] = (), recompute: bool = False
+) -> PlanIdentity:
     """Find the catalogue and the bundle of a date, and name the plan that a run of this date makes. Needs no Spark.
 
     Args:

@@ -31,9 +31,9 @@ def run_all(deployment: Deployment, *, ds: str) -> Outcome:
         GateRefused: the audit refuses the snapshot, or the recall is below its target.
         Superseded: another run published the date since this one began.
     """
-    from marc_pipeline.nightly.plan_identity import identify
+    from marc_pipeline.nightly.plan_identity import identify_plan
 
-    identity = identify(deployment, ds=ds)
+    identity = identify_plan(deployment, ds=ds)
     return _run_stages(deployment, identity, already_published(deployment, identity))
 
 
@@ -58,12 +58,12 @@ def backfill(
         UserError, GateRefused: see :func:`run_all`.
         Superseded: another run published the same buckets since this one began.
     """
-    from marc_pipeline.nightly.plan_identity import identify, require_expected
+    from marc_pipeline.nightly.plan_identity import identify_plan, require_expected
     from marc_pipeline.releases import log as release_log
     from marc_pipeline.releases.standing import made_by
 
     found = release_log.read_log(deployment.storage, deployment.settings.table_uri)
-    identity = identify(deployment, ds=ds, chosen=buckets, recompute=recompute)
+    identity = identify_plan(deployment, ds=ds, chosen=buckets, recompute=recompute)
     if expected and expected != identity.plan_id and (made := made_by(found, ds, expected)):
         # An earlier attempt published the announced plan; its files are no longer those that were to be recomputed.
         return Outcome(release=made, fresh=False)

@@ -45,7 +45,7 @@ def plan_stage(
     Args:
         spark: the session.
         deployment: settings and storage.
-        identity: from :func:`marc_pipeline.nightly.plan_identity.identify`.
+        identity: from :func:`marc_pipeline.nightly.plan_identity.identify_plan`.
         expected: plan_id that an earlier task of the same run announced.
 
     Raises:

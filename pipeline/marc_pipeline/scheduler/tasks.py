@@ -25,11 +25,11 @@ def identify_night(*, ds: str, config: str) -> dict[str, str]:
         UserError: bad date or configuration, no catalogue, no bundle.
     """
     from marc_pipeline.config import parse_ds
-    from marc_pipeline.nightly.plan_identity import identify
+    from marc_pipeline.nightly.plan_identity import identify_plan
     from marc_pipeline.nightly.run import already_published
 
     deployment, path = _opened(config)
-    identity = identify(deployment, ds=parse_ds(ds))
+    identity = identify_plan(deployment, ds=parse_ds(ds))
     release = already_published(deployment, identity)
     return {
         "ds": ds,
@@ -56,7 +56,7 @@ def identify_backfills(
     """
     from marc_pipeline.config import parse_ds
     from marc_pipeline.errors import UserError
-    from marc_pipeline.nightly.plan_identity import identify
+    from marc_pipeline.nightly.plan_identity import identify_plan
 
     if not first:
         raise UserError("give the first date to backfill")
@@ -67,7 +67,7 @@ def identify_backfills(
     found, problems = [], []
     for day in ((start + timedelta(days=n)).isoformat() for n in range((end - start).days + 1)):
         try:
-            identity = identify(deployment, ds=day, chosen=buckets, recompute=recompute)
+            identity = identify_plan(deployment, ds=day, chosen=buckets, recompute=recompute)
         except UserError as error:
             problems.append(f"{day}: {error}")
             continue
@@ -79,7 +79,7 @@ def identify_backfills(
     return found
 
 
-def identify_training(*, ds: str, config: str) -> dict[str, str]:
+def identify_training_run(*, ds: str, config: str) -> dict[str, str]:
     """Name the training set of a date: ds, configuration, training_id, and what was decided about layers.
 
     Args:
@@ -90,13 +90,13 @@ def identify_training(*, ds: str, config: str) -> dict[str, str]:
         UserError: bad date or configuration, no catalogue, no interactions.
     """
     from marc_pipeline.bundles.choices import LayerDecision, reviewed
-    from marc_pipeline.bundles.stages import identify
     from marc_pipeline.config import parse_ds
+    from marc_pipeline.training.training_set import identify_training
 
     opened, path = _opened(config)
     deployment, decision = reviewed(opened)
     train = deployment.settings.train
-    training_id = identify(deployment, ds=parse_ds(ds)).training_id
+    training_id = identify_training(deployment, ds=parse_ds(ds)).training_id
     decided = LayerDecision(train.layers, train.pooling, decision)
     return {"ds": ds, "config": path, "training_id": training_id, "decided": str(decided)}
 

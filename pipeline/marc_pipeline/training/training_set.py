@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from marc_pipeline.catalogue import source as catalogue
 from marc_pipeline.catalogue.source import CatalogueSource
 from marc_pipeline.config import Settings, TrainSettings
+from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import CorruptFile, UserError
 from marc_pipeline.storage import Storage, StoredObject, join
 from marc_pipeline.storage.checksums import describe_file, verified_folder
@@ -97,12 +98,13 @@ class TrainingSet:
         return np.array(np.load(self.folder / STATES, mmap_mode="r")[layer])
 
 
-def identify_training(settings: Settings, *, ds: str, storage: Storage) -> TrainingIdentity:
-    """Find catalogue and interactions, and name the training set they make.
+def identify_training(deployment: Deployment, *, ds: str) -> TrainingIdentity:
+    """Find catalogue and interactions of a date, and name the training set that they make. Needs no Spark.
 
     Raises:
         UserError: there is no catalogue for the date, or no interactions.
     """
+    settings, storage = deployment.settings, deployment.storage
     source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
     rated = find_interactions(storage, settings.interactions)
     wanted, train = settings.catalogue, settings.train

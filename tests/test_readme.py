@@ -67,7 +67,7 @@ def test_the_python_example_runs(readme: Path, tmp_path: Path, repository: Path)
 def test_every_command_runs_in_a_fresh_clone(readme: Path, tmp_path: Path, repository: Path) -> None:
     """With a small model and catalogue; ``make nightly`` does the first two lines here."""
     clone = Checkout(tmp_path, repository, {**SMALL, "MARC_TRAIN__BACKBONE": save_tiny_backbone(tmp_path / "tiny")})
-    clone.console("marc example --ds 2026-11-20 --items 200\nmarc train --ds 2026-11-20\nmarc run --ds 2026-11-20")
+    clone.console("marc example --ds 2026-11-20 --items 400\nmarc train --ds 2026-11-20\nmarc run --ds 2026-11-20")
     nightly, shell, shop, engineer = blocks(readme, "console")
     assert clone.console(nightly) == ""
     said = clone.console(shell)

@@ -13,7 +13,14 @@ from tiny_models import save_tiny_backbone
 
 from marc_pipeline.config import load_settings
 
-SMALL = {"MARC_TRAIN__DIM": "8", "MARC_TRAIN__MAX_TOKENS": "48", "MARC_BUCKETS": "8", "MARC_TRAIN__COMPRESSOR": "pca"}
+SMALL = {
+    "MARC_TRAIN__DIM": "8",
+    "MARC_TRAIN__MAX_TOKENS": "48",
+    "MARC_TRAIN__COMPRESSOR": "pca",
+    "MARC_BUCKETS": "8",
+    # The example holds 12 unusable rows, whatever its size.
+    "MARC_AUDIT__MAX_QUARANTINED_FRACTION": "0.3",
+}
 
 
 @pytest.fixture(scope="module")

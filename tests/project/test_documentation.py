@@ -192,7 +192,7 @@ def small_model(tmp_path: Path) -> dict[str, str]:
 def test_the_quickstart_runs(tmp_path: Path, small_model: dict[str, str]) -> None:
     page = ROOT / "docs" / "quickstart.md"
     clone = Checkout(tmp_path, ROOT, small_model)
-    clone.line("marc example --ds 2026-11-20 --items 200")
+    clone.line("marc example --ds 2026-11-20 --items 400")
     said = [clone.console(block) for block in blocks(page, "console")]
     assert "Nearest to waterproof hiking boots" in said[2]
     assert "2026-11-21" in said[3]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from published import Site, items
 
-pytestmark = [pytest.mark.environment, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.environment, pytest.mark.timeout(600)]
 
 NO_INDEX = ("Could not find a version", "ConnectionError", "Failed to establish", "No matching distribution")
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -179,7 +180,7 @@ def _templates() -> st.SearchStrategy[str]:
     return st.tuples(pieces, literal).map(lambda t: "".join(a + b for a, b in t[0]) + t[1])
 
 
-@settings(max_examples=2, deadline=None)
+@examples(1, of=2)
 @given(drawn=st.lists(_templates(), min_size=6, max_size=6))
 def test_templates_render_as_python_renders_them(
     spark: "SparkSession", tmp_path_factory: pytest.TempPathFactory, drawn: list[str]

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from examples import examples
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.spark
 
 # A seed says nothing when it shrinks: the first one that fails is shown as it is.
-SPARK_EXAMPLES = settings(max_examples=3, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+SPARK_EXAMPLES = examples(1, of=3, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
 def write_day(root: Path, items: dict[str, str], name: str = "day") -> Path:

@@ -22,7 +22,7 @@ export HF_HUB_OFFLINE ?= 1
 # Two processes; the tests of one file share a process, and so do all that start the S3 server (tests/conftest.py).
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup
 # The model tests in which the CPU multiplies bfloat16 where it can.
-BFLOAT16_TESTS := $(addprefix tests/model/test_,encoder.py packed.py states.py sweep.py)
+BFLOAT16_TESTS := tests/model/test_encoder.py tests/model/test_packed.py tests/training/test_states.py tests/layers/test_sweep.py
 AIRFLOW := PATH="$(BIN):$$PATH" $(BIN)/airflow
 NIGHT_LOG = $(AIRFLOW_HOME)/logs/nightly-$(DS).log
 
@@ -69,10 +69,11 @@ test-avx2: setup ## Run the tests of bfloat16 as on a CPU with AVX2 alone
 test-faults: setup ## Kill, fill, cut and collide TRIALS times (default 200), and print one table
 	@$(BIN)/python tests/faults/campaign.py --trials $(TRIALS) --seed $(SEED)
 
-check: setup ## Lint, check the format and the types
+check: setup ## Lint, check the format, the types and the import layers
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo > /dev/null || $(BIN)/lint-imports
 
 docs: setup ## Build the documentation into docs/_build/html; every warning is an error
 	@$(BIN)/python -m sphinx -q -W -n --keep-going -b html docs docs/_build/html

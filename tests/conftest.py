@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from examples import SLOW_PROFILE
 from hypothesis import settings
+
+from example_counts import SLOW_PROFILE
 
 settings.register_profile(SLOW_PROFILE)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

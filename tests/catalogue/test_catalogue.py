@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import planning
+from example_counts import examples
 from marc_pipeline.catalogue import source as catalogue
 from marc_pipeline.catalogue import text_records as catalogue_text
 from marc_pipeline.catalogue.text_records import csv_records

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pytest
-from examples import examples
 from hypothesis import Phase, given
 from hypothesis import strategies as st
 
 import planning
+from example_counts import examples
 from marc_schemas.catalogue import Reason
 from planning import BLANK, Planned, plan_day, settings_at, write_bytes, write_parquet
 

@@ -12,9 +12,9 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
-from examples import slow
 from numpy.typing import NDArray
 
+from example_counts import slow
 from marc_pipeline.config import AuditSettings, IndexSettings
 from marc_pipeline.errors import CorruptFile, GateRefused, UserError
 from marc_pipeline.index import satisfies

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from examples import examples
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
+from example_counts import examples
 from marc_pipeline.config import EncodeSettings, TrainSettings
 from marc_pipeline.errors import CorruptFile, Unencodable, UserError
 from marc_pipeline.model.backbone import HiddenStates, PooledStates, load_backbone, load_tokenizer, locate

@@ -6,7 +6,6 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from examples import examples
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+from example_counts import examples
 from marc_pipeline.model import packed
 from marc_pipeline.model.backbone import HiddenStates, PooledLayers, PooledStates, truncate
 from marc_pipeline.model.batches import PackedTokens, PaddedTokens

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from examples import examples
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from example_counts import examples
 from marc_pipeline.errors import CorruptFile
 from marc_pipeline.model import encoder
 from marc_pipeline.model.bundle import Bundle, save_bundle

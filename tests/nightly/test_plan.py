@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from examples import examples
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import planning
+from example_counts import examples
 from marc_pipeline.cli.make import _print_plan, describe_plan
 from marc_pipeline.config import EncodeSettings, Settings
 from marc_pipeline.deployment import open_deployment

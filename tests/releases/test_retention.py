@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
-from examples import examples, slow
 from hypothesis import given
 from hypothesis import strategies as st
 
+from example_counts import examples, slow
 from marc_pipeline.config import AuditSettings, CatalogueSettings, IndexSettings, RetentionSettings, Settings
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import PipelineError, ReleaseGone, Superseded, UserError

@@ -22,11 +22,6 @@ import reference_pages
 import typer
 import yaml
 from pydantic import Field, create_model
-<<<<<<< HEAD:tests/project/test_documentation.py
-from typer.testing import CliRunner
-=======
-from tiny_models import save_tiny_backbone
->>>>>>> s7:tests/test_documentation.py
 
 import marc_pipeline
 from marc_pipeline.cli.app import app

@@ -36,7 +36,8 @@ GPUS = """
 import json, sys, time
 from pathlib import Path
 from marc_pipeline.config import SparkSettings
-from marc_pipeline.spark.session import run_buckets, spark_session
+from marc_pipeline.spark.session import spark_session
+from marc_pipeline.spark.tasks import run_buckets
 
 def address(task, resources):
     time.sleep(2)  # so that both workers take part

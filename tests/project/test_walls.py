@@ -31,8 +31,8 @@ HEAVY = {
     "PIL": ("marc_pipeline.model",),
     "mteb": ("marc_pipeline.model",),
     "faiss": ("marc_pipeline.index", "marc_pipeline.index.files", "marc_pipeline.index.search"),
-    "pyspark": ("marc_pipeline.spark.session",),
-    "py4j": ("marc_pipeline.spark.session",),
+    "pyspark": ("marc_pipeline.spark",),
+    "py4j": ("marc_pipeline.spark",),
     "airflow": ("marc_pipeline.scheduler", "dags"),
 }
 

@@ -150,7 +150,7 @@ class Workspace:
         """Record the receipt of the index stage."""
         self.storage.write(join(self.uri, "index.json"), _json(receipt))
 
-    def sign_of_life(self) -> None:
+    def mark_alive(self) -> None:
         """Mark the run as alive: a vacuum keeps the files of runs that wrote during the grace period."""
         self.storage.write(join(self.uri, "alive"), b"")
 
@@ -163,7 +163,7 @@ class Workspace:
     def timed(self, stage: str) -> Iterator[None]:
         """Record and log the duration of a stage, even if it fails, and mark the run as alive."""
         started = time.monotonic()
-        self.sign_of_life()
+        self.mark_alive()
         try:
             yield
         finally:

@@ -36,9 +36,9 @@ from marc_schemas.catalogue import ITEMS, QUARANTINE, Change, Reason
 from marc_schemas.feature_table import bucket_number
 from marc_schemas.identity import content_hash, row_id
 from marc_schemas.plan import BucketPlan, Plan
-from marc_schemas.receipt import Receipt
 from marc_schemas.release import Release
 from planning import BLANK, DS, STORAGE, CatalogueRow, naive_plan, plan_day, settings_at, write_csv, write_jsonl
+from published import receipt_for
 from release_cases import altered, unpublished
 
 if TYPE_CHECKING:
@@ -372,6 +372,18 @@ BEFORE = {f"item {n}": f"text {n}" for n in range(60)}
 TODAY = {f"item {n}": f"text {n}" + " changed" * (n % 7 == 0) for n in range(20, 80)}
 
 
+@pytest.fixture
+def wanted(tmp_path: Path) -> Settings:
+    """Settings with the catalogue of today."""
+    return settings_at(tmp_path, write_day(tmp_path, TODAY))
+
+
+@pytest.fixture
+def live(wanted: Settings) -> Release:
+    """A release of the planned date with the items of before."""
+    return planning.publish(wanted, BEFORE)
+
+
 @pytest.mark.parametrize(("base_buckets", "buckets"), [(4, 4), (6, 4), (1, 5), (3, 1)])
 def test_a_plan_compares_with_the_previous_release(
     spark: "SparkSession", tmp_path: Path, base_buckets: int, buckets: int
@@ -393,8 +405,9 @@ def test_a_plan_compares_with_the_previous_release(
     assert start > 0
 
 
-def test_items_are_new_without_a_release_and_changed_with_another_bundle(spark: "SparkSession", tmp_path: Path) -> None:
-    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
+def test_items_are_new_without_a_release_and_changed_with_another_bundle(
+    spark: "SparkSession", tmp_path: Path, wanted: Settings
+) -> None:
     first = plan_day(spark, wanted)
     assert set(first.changes.values()) == {"new"}
     assert (first.plan.base_release, first.plan.tokens_per_second, first.plan.seconds) == (None, None, None)
@@ -497,8 +510,9 @@ def test_a_plan_id_stays_when_files_are_touched_or_copied(tmp_path: Path) -> Non
     assert plan_id(settings_at(tmp_path / "moved", copied)) == before
 
 
-def test_an_existing_plan_is_returned_until_another_release_is_published(spark: "SparkSession", tmp_path: Path) -> None:
-    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
+def test_an_existing_plan_is_returned_until_another_release_is_published(
+    spark: "SparkSession", wanted: Settings
+) -> None:
     first = plan_day(spark, wanted)
     assert (first.plan.base_release, first.plan.unchanged) == (None, 0)
     # Planning again would fail without a session.
@@ -511,10 +525,10 @@ def test_an_existing_plan_is_returned_until_another_release_is_published(spark: 
     assert plan_day(None, wanted).plan == made
 
 
-def test_a_bucket_with_a_damaged_base_file_is_planned_as_new(spark: "SparkSession", tmp_path: Path) -> None:
-    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
-    release = planning.publish(wanted, BEFORE)
-    damaged = release.table.files[0]
+def test_a_bucket_with_a_damaged_base_file_is_planned_as_new(
+    spark: "SparkSession", wanted: Settings, live: Release
+) -> None:
+    damaged = live.table.files[0]
     path = Path(wanted.table_uri) / damaged.path
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     plan = plan_day(spark, wanted).plan
@@ -525,8 +539,7 @@ def test_a_bucket_with_a_damaged_base_file_is_planned_as_new(spark: "SparkSessio
     assert sum(other.unchanged for other in plan.work if other.bucket != bucket) > 0
 
 
-def test_a_plan_is_made_again_when_its_date_is_published_or_withdrawn(spark: "SparkSession", tmp_path: Path) -> None:
-    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
+def test_a_plan_is_made_again_when_its_date_is_published_or_withdrawn(spark: "SparkSession", wanted: Settings) -> None:
     old = planning.publish(wanted, BEFORE, ds="2026-11-19")
     found = [plan_day(spark, wanted).plan]
     live = planning.publish(wanted, TODAY)
@@ -548,20 +561,12 @@ def test_a_plan_is_made_again_when_its_date_is_published_or_withdrawn(spark: "Sp
 def write_receipts(wanted: Settings, plan: Plan, texts: dict[str, str]) -> None:
     """Write a receipt for every bucket of a plan."""
     workspace = Workspace(STORAGE, wanted.work_uri, plan.plan_id)
-    by_bucket = {work.bucket: work for work in plan.work}
     files = {bucket_number(f.path): f for f in planning.write_release(wanted, texts).table.files}
-    for number in by_bucket:
-        workspace.write_receipt(
-            Receipt(
-                plan_id=plan.plan_id, bucket=number, bundle=plan.bundle, file=files.get(number), encoded=1, reused=0,
-                tokens=1, padded_tokens=1, seconds=1, model_seconds=1, device="none", dtype="none",
-                finished_at=datetime.now(UTC),
-            )
-        )  # fmt: skip
+    for work in plan.work:
+        workspace.write_receipt(receipt_for(plan, work.bucket, files.get(work.bucket)))
 
 
-def test_receipts_stay_valid_when_the_plan_is_made_again(spark: "SparkSession", tmp_path: Path) -> None:
-    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
+def test_receipts_stay_valid_when_the_plan_is_made_again(spark: "SparkSession", wanted: Settings) -> None:
     first = plan_day(spark, wanted)
     workspace = Workspace(STORAGE, wanted.work_uri, first.plan.plan_id)
     write_receipts(wanted, first.plan, TODAY)
@@ -582,8 +587,7 @@ def test_receipts_stay_valid_when_the_plan_is_made_again(spark: "SparkSession", 
     assert (task.work.bucket, task.base) == (receipt.bucket, release.release_id)
 
 
-def test_throughput_comes_from_the_largest_run_with_the_same_bundle(spark: "SparkSession", tmp_path: Path) -> None:
-    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
+def test_throughput_comes_from_the_largest_run_with_the_same_bundle(spark: "SparkSession", wanted: Settings) -> None:
     for day, (tokens, speed, bundle) in enumerate(
         [(10, 5.0, None), (900, 70.0, None), (20, 6.0, None), (10**6, 9.0, "f" * 16)]
     ):
@@ -600,8 +604,7 @@ def in_buckets(items: dict[str, str], *numbers: int, buckets: int = 4) -> dict[s
     return {item_id: text for item_id, text in items.items() if row_id(item_id) % buckets in numbers}
 
 
-def test_a_plan_of_chosen_buckets_has_only_their_rows(spark: "SparkSession", tmp_path: Path) -> None:
-    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
+def test_a_plan_of_chosen_buckets_has_only_their_rows(spark: "SparkSession", wanted: Settings) -> None:
     planning.publish(wanted, TODAY, ds="2026-11-21")
     live = planning.publish(wanted, BEFORE)
     day = plan_day(spark, wanted, chosen=(3, 1, 3))
@@ -642,9 +645,9 @@ def test_a_plan_of_chosen_buckets_quarantines_only_their_rows(spark: "SparkSessi
     assert day.plan.rows_read == len(day.items) + len(day.quarantine)
 
 
-def test_plans_of_single_buckets_add_up_to_the_whole_day(spark: "SparkSession", tmp_path: Path) -> None:
-    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
-    planning.publish(wanted, BEFORE)
+def test_plans_of_single_buckets_add_up_to_the_whole_day(
+    spark: "SparkSession", wanted: Settings, live: Release
+) -> None:
     whole = plan_day(spark, wanted)
     parts = [plan_day(spark, wanted, chosen=(number,)) for number in range(4)]
     assert {item_id: item for part in parts for item_id, item in part.items.items()} == whole.items
@@ -679,32 +682,33 @@ def test_chosen_buckets_use_the_bundle_and_the_buckets_of_the_live_release(
         plan_day(None, now, chosen=(5,))
 
 
-@pytest.mark.parametrize("bucket", [-1, 4, 99])
-def test_an_unknown_bucket_is_a_user_error(tmp_path: Path, bucket: int) -> None:
-    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
-    live = planning.publish(wanted, BEFORE)
-    with pytest.raises(UserError, match=f"no bucket {bucket}: release {live.release_id} has buckets 0 to 3"):
-        identify(wanted, chosen=(0, bucket))
+WHOLE_DAY = "backfill the whole day"
 
 
-def test_chosen_buckets_need_the_template_of_the_live_release(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("before", "now", "changes", "chosen", "message"),
+    [
+        *((23, 23, {}, (0, n), f"no bucket {n}: release .* has buckets 0 to 3") for n in (-1, 4, 99)),
+        (23, 23, {"template": "{title}!"}, (0,), f"of {DS} was made with template .*: {WHOLE_DAY}"),
+        (23, 10, {}, (0,), f"of {DS} stores 23 mantissa bits, .* says 10: {WHOLE_DAY}"),
+        (10, 23, {}, (0,), f"of {DS} stores 10 mantissa bits, .* says 23: {WHOLE_DAY}"),
+        (10, 11, {}, (0,), f"of {DS} stores 10 mantissa bits, .* says 11: {WHOLE_DAY}"),
+    ],
+)
+def test_chosen_buckets_must_fit_the_live_release(
+    tmp_path: Path, before: int, now: int, changes: dict[str, str], chosen: tuple[int, ...], message: str
+) -> None:
     path = write_day(tmp_path, TODAY)
-    live = planning.publish(settings_at(tmp_path, path), BEFORE)
-    now = settings_at(tmp_path, path, template="{title}!")
-    with pytest.raises(UserError, match=f"release {live.release_id} of {DS} was made with template .*: backfill the"):
-        identify(now, chosen=(0,))
-    assert identify(now).chosen is None
-
-
-@pytest.mark.parametrize(("before", "now"), [(23, 10), (10, 23), (10, 11)])
-def test_chosen_buckets_need_the_precision_of_the_live_release(tmp_path: Path, before: int, now: int) -> None:
-    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
-    live = planning.publish(precise(wanted, before), BEFORE)
-    said = f"release {live.release_id} of {DS} stores {before} mantissa bits, .* says {now}: backfill the whole day"
-    with pytest.raises(UserError, match=said):
-        identify(precise(wanted, now), chosen=(0,))
-    assert identify(precise(wanted, now)).mantissa_bits == now
-    assert identify(precise(wanted, before), chosen=(0,)).chosen == (0,)
+    wanted = precise(settings_at(tmp_path, path), before)
+    live = planning.publish(wanted, BEFORE)
+    other = precise(settings_at(tmp_path, path, **changes), now)
+    with pytest.raises(UserError, match=message) as error:
+        identify(other, chosen=chosen)
+    assert live.release_id in str(error.value)
+    # Both the whole day and buckets with the settings of the release can be planned.
+    whole = identify(other)
+    assert (whole.chosen, whole.mantissa_bits) == (None, now)
+    assert identify(wanted, chosen=(0,)).chosen == (0,)
 
 
 @pytest.mark.parametrize(
@@ -721,8 +725,9 @@ def test_vectors_are_carried_over_only_if_they_are_precise_enough(
     assert (day.plan.unchanged > 0) is carried
 
 
-def test_chosen_buckets_of_a_date_without_a_release_plan_the_whole_date(spark: "SparkSession", tmp_path: Path) -> None:
-    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
+def test_chosen_buckets_of_a_date_without_a_release_plan_the_whole_date(
+    spark: "SparkSession", wanted: Settings
+) -> None:
     planning.publish(wanted, BEFORE, ds="2026-11-19")
     plain = identify(wanted)
     for chosen in [(1,), (0, 99)]:
@@ -739,9 +744,7 @@ def test_chosen_buckets_of_a_date_without_a_release_plan_the_whole_date(spark: "
     assert identify(wanted, chosen=(1,)) == plain
 
 
-def test_a_plan_id_changes_with_the_chosen_buckets_and_with_a_recomputation(tmp_path: Path) -> None:
-    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
-    planning.publish(wanted, BEFORE)
+def test_a_plan_id_changes_with_the_chosen_buckets_and_with_a_recomputation(wanted: Settings, live: Release) -> None:
     every = list(itertools.product([(), (0,), (1,), (0, 1), (0, 1, 2, 3)], [False, True]))
     found = {given: plan_id(wanted, chosen=given[0], recompute=given[1]) for given in every}
     assert len(set(found.values())) == len(every)
@@ -750,18 +753,15 @@ def test_a_plan_id_changes_with_the_chosen_buckets_and_with_a_recomputation(tmp_
 
 
 @pytest.mark.parametrize("chosen", [(), (1,)])
-def test_a_repeated_recomputation_is_a_new_plan(tmp_path: Path, chosen: tuple[int, ...]) -> None:
-    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
-    planning.publish(wanted, BEFORE)
+def test_a_repeated_recomputation_is_a_new_plan(wanted: Settings, live: Release, chosen: tuple[int, ...]) -> None:
     found = [plan_id(wanted, chosen=chosen, recompute=True) for _ in range(2)]
     planning.publish(wanted, {**BEFORE, **{f"more {n}": "text" for n in range(9)}})
     found.append(plan_id(wanted, chosen=chosen, recompute=True))
     assert found[0] == found[1] != found[2]
 
 
-def test_a_retried_backfill_keeps_its_plan_when_the_date_is_published(tmp_path: Path) -> None:
+def test_a_retried_backfill_keeps_its_plan_when_the_date_is_published(tmp_path: Path, wanted: Settings) -> None:
     config = tmp_path / "marc.yaml"
-    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
     config.write_text(yaml.safe_dump(wanted.model_dump(mode="json")))
     asked = {"first": DS, "last": DS, "buckets": [1], "config": str(config)}
     (whole,) = identify_backfills(**asked, recompute=False)
@@ -775,10 +775,8 @@ def test_a_retried_backfill_keeps_its_plan_when_the_date_is_published(tmp_path: 
 
 @pytest.mark.parametrize("chosen", [(), (2,)])
 def test_a_recomputation_marks_every_unchanged_text_as_changed(
-    spark: "SparkSession", tmp_path: Path, chosen: tuple[int, ...]
+    spark: "SparkSession", wanted: Settings, live: Release, chosen: tuple[int, ...]
 ) -> None:
-    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
-    planning.publish(wanted, BEFORE)
     plain, anew = (plan_day(spark, wanted, chosen=chosen, recompute=recompute) for recompute in (False, True))
     before, today = (in_buckets(items, *(chosen or range(4))) for items in (BEFORE, TODAY))
     assert plain.changes == naive_changes(before, today)[0]

@@ -145,10 +145,11 @@ def _plan_buckets(
 
     def plan_partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for number, table in by_bucket(batches, buckets):
-            yield plan_bucket(context, number, table).to_arrow()
+            summary = plan_bucket(context, number, table).model_dump_json()
+            yield pa.RecordBatch.from_pydict({"summary": [summary]})
 
-    found = ordered.mapInArrow(plan_partition, BucketSummary.SPARK_SCHEMA).collect()
-    done = [BucketSummary.from_row(row.asDict()) for row in found]
+    found = ordered.mapInArrow(plan_partition, "summary STRING").collect()
+    done = [BucketSummary.model_validate_json(row.summary) for row in found]
     if context.base is not None:
         # A bucket that is absent from the catalogue still has items to delete.
         seen = {summary.bucket for summary in done}

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +21,7 @@ from marc_pipeline.table.rows import empty_rows, read_rows
 from marc_pipeline.work_area import Workspace
 from marc_schemas.catalogue import ITEMS, QUARANTINE, Change, Reason
 from marc_schemas.feature_table import bucket_number
-from marc_schemas.files import PublishedFile
+from marc_schemas.files import Contract, PublishedFile
 from marc_schemas.plan import BucketPlan
 from marc_schemas.release import Release
 
@@ -76,29 +75,13 @@ class BucketContext:
         return not (self.recompute or too_coarse)
 
 
-@dataclass(frozen=True)
-class BucketSummary:
-    """Result of the planner of one bucket; ``work`` is None for rows without a bucket."""
-
-    SPARK_SCHEMA: ClassVar[str] = "bucket INT, work STRING, quarantined STRING, exact BOOLEAN"
+class BucketSummary(Contract):
+    """Result of the planner of one bucket; ``work`` is None for unusable rows, which have no bucket."""
 
     bucket: int
     work: BucketPlan | None
     quarantined: dict[str, int]
     exact: bool
-
-    def to_arrow(self) -> pa.RecordBatch:
-        """Return one row of :attr:`SPARK_SCHEMA`."""
-        work = self.work.model_dump_json() if self.work else None
-        row = {"bucket": self.bucket, "work": work, "quarantined": json.dumps(self.quarantined), "exact": self.exact}
-        types = [pa.int32(), pa.string(), pa.string(), pa.bool_()]
-        return pa.RecordBatch.from_pylist([row], pa.schema(list(zip(row, types, strict=True))))
-
-    @classmethod
-    def from_row(cls, row: dict[str, Any]) -> "BucketSummary":
-        """Return the summary in a row of :attr:`SPARK_SCHEMA`."""
-        work = BucketPlan.model_validate_json(row["work"]) if row["work"] else None
-        return cls(bucket=row["bucket"], work=work, quarantined=json.loads(row["quarantined"]), exact=row["exact"])
 
 
 def by_bucket(batches: Iterator[pa.RecordBatch], buckets: int) -> Iterator[tuple[int, pa.Table]]:

@@ -41,7 +41,7 @@ def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
         Superseded: another run published the same buckets since the plan was made, or a vacuum deleted the plan.
     """
     storage = workspace.storage
-    workspace.sign_of_life()
+    workspace.mark_alive()
     found = read_log(storage, table_uri)
     if made := _done(found, storage, plan, table_uri=table_uri):
         log.info("release: plan %s is already published as %s", plan.plan_id, made.release_id)
@@ -53,7 +53,7 @@ def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
     _require_files(storage, plan, receipts, index, table_uri=table_uri)
     version = commit_day(storage, table_uri, files, dim=plan.dim, ds=plan.ds)
     release = _describe(workspace, plan, receipts, audit, index, table_uri, version, files, live, found)
-    # A vacuum deletes the plan of a dead run first, then checks for signs of life, then deletes the files.
+    # A vacuum deletes the plan of a dead run first, then checks once more whether it is alive, then deletes its files.
     if workspace.read_plan() is None:
         raise Superseded(
             f"superseded: a vacuum deleted plan {plan.plan_id}, which looked like that of a dead run; run again"

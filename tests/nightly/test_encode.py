@@ -4,11 +4,12 @@ import json
 import random
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ from tokenizers import Tokenizer
 
 from marc_pipeline.errors import CorruptFile
 from marc_pipeline.model import encoder
-from marc_pipeline.model.bundle import Bundle, save_bundle
+from marc_pipeline.model.bundle import Bundle
 from marc_pipeline.model.encoder import load_encoder
 from marc_pipeline.model.tokens import token_ids
 from marc_pipeline.nightly.encode import EncodeTask, delete_stale_quarantine, encode_bucket, pending_tasks
@@ -32,7 +33,6 @@ from marc_pipeline.storage.checksums import check_file
 from marc_pipeline.table.precision import round_mantissas
 from marc_pipeline.table.write import write_bucket_file
 from marc_pipeline.work_area import Workspace
-from marc_schemas.bundle import BundleCard
 from marc_schemas.catalogue import ITEMS, QUARANTINE, Change
 from marc_schemas.feature_table import MANTISSA_BITS, file_schema
 from marc_schemas.files import PublishedFile
@@ -56,7 +56,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @dataclass
-class PlannedTable:
+class Table:
     """A feature table with the work area of one plan."""
 
     folder: Path
@@ -149,8 +149,8 @@ class PlannedTable:
 
 
 @pytest.fixture
-def table(tmp_path: Path, bundle: Bundle) -> PlannedTable:
-    return PlannedTable(tmp_path, bundle)
+def table(tmp_path: Path, bundle: Bundle) -> Table:
+    return Table(tmp_path, bundle)
 
 
 def vectors(rows: pa.Table) -> NDArray[np.float32]:
@@ -165,6 +165,10 @@ def flip_a_byte(path: Path) -> None:
     flip(path, path.stat().st_size // 2)
 
 
+def cut_a_byte(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
 def fail_on(monkeypatch: pytest.MonkeyPatch, *bad: str) -> None:
     """Make the tokenizer fail on some texts."""
 
@@ -176,7 +180,7 @@ def fail_on(monkeypatch: pytest.MonkeyPatch, *bad: str) -> None:
     monkeypatch.setattr(encoder, "token_ids", fails)
 
 
-def test_a_bucket_of_new_items_is_encoded_with_receipt_and_footer(table: PlannedTable) -> None:
+def test_a_bucket_of_new_items_is_encoded_with_receipt_and_footer(table: Table) -> None:
     started = datetime.now(UTC)
     items, texts = new(TEXTS[:12][::-1]), TEXTS[:12][::-1]
     receipt = table.run(table.work(items))
@@ -216,9 +220,7 @@ def test_a_bucket_of_new_items_is_encoded_with_receipt_and_footer(table: Planned
     }
 
 
-def test_the_file_is_complete_before_the_receipt_is_written(
-    table: PlannedTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_file_is_complete_before_the_receipt_is_written(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     write = Workspace.write_receipt
 
@@ -232,9 +234,7 @@ def test_the_file_is_complete_before_the_receipt_is_written(
     assert found == [None]
 
 
-def test_a_worker_that_fails_while_writing_leaves_no_receipt(
-    table: PlannedTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_fails_while_writing_leaves_no_receipt(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     work = table.work(new(TEXTS[:2]))
 
     def dies(*_: object, **__: object) -> None:
@@ -249,7 +249,7 @@ def test_a_worker_that_fails_while_writing_leaves_no_receipt(
     assert table.pending(work) == []
 
 
-def test_unchanged_vectors_are_carried_over_bit_for_bit_with_their_encoding_times(table: PlannedTable) -> None:
+def test_unchanged_vectors_are_carried_over_bit_for_bit_with_their_encoding_times(table: Table) -> None:
     texts = {f"old-{number}": TEXTS[number] for number in range(10)}
     base = table.base_file(texts)
     # Two items are deleted, two changed, and three new ones sort between the old ones.
@@ -273,9 +273,7 @@ def test_unchanged_vectors_are_carried_over_bit_for_bit_with_their_encoding_time
     assert cosines(vectors(rows)[is_fresh], table.direct(fresh)).min() >= 0.9999
 
 
-def test_a_bucket_without_changes_is_carried_over_without_loading_the_model(
-    table: PlannedTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bucket_without_changes_does_not_load_the_model(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {f"old-{number}": TEXTS[number] for number in range(10)}
     base = table.base_file(texts)
     monkeypatch.setattr(encoder, "load_encoder", None)
@@ -289,7 +287,7 @@ def test_a_bucket_without_changes_is_carried_over_without_loading_the_model(
 def test_computed_and_carried_vectors_are_stored_with_the_plans_precision(
     tmp_path: Path, bundle: Bundle, before: int
 ) -> None:
-    table = PlannedTable(tmp_path, bundle, mantissa_bits=10)
+    table = Table(tmp_path, bundle, mantissa_bits=10)
     texts = {f"old-{number}": TEXTS[number] for number in range(8)}
     base = table.base_file(texts, mantissa_bits=before)
     items: list[Item] = [(i, text, Change.UNCHANGED) for i, text in texts.items()]
@@ -306,7 +304,7 @@ def test_computed_and_carried_vectors_are_stored_with_the_plans_precision(
     assert pq.read_metadata(table.uri / receipt.file.path).metadata[b"marc.mantissa_bits"] == b"10"
 
 
-def test_vectors_are_carried_over_from_several_files_when_the_number_of_buckets_changed(table: PlannedTable) -> None:
+def test_vectors_are_carried_over_from_several_files_when_the_number_of_buckets_changed(table: Table) -> None:
     files = [
         table.base_file({f"{side}-{number}": TEXTS[number] for number in range(5)}, bucket=bucket, seed=bucket)
         for side, bucket in (("left", 3), ("right", 11))
@@ -322,7 +320,7 @@ def test_vectors_are_carried_over_from_several_files_when_the_number_of_buckets_
     assert rows["encoded_at"][:2].to_pylist() == [left["encoded_at"][1].as_py(), right["encoded_at"][4].as_py()]
 
 
-def test_identical_texts_share_a_vector_and_count_once(table: PlannedTable) -> None:
+def test_identical_texts_share_a_vector_and_count_once(table: Table) -> None:
     texts = [TEXTS[0], TEXTS[1], TEXTS[0], TEXTS[0], TEXTS[1], TEXTS[2]]
     receipt = table.run(table.work(new(texts)))
     found = vectors(table.read(receipt.file))
@@ -333,7 +331,7 @@ def test_identical_texts_share_a_vector_and_count_once(table: PlannedTable) -> N
     assert receipt.tokens == sum(len(tiny_tokenizer("bert").encode(text).ids) for text in TEXTS[:3])
 
 
-def test_a_new_item_with_the_text_of_an_unchanged_one_is_encoded(table: PlannedTable) -> None:
+def test_a_new_item_with_the_text_of_an_unchanged_one_is_encoded(table: Table) -> None:
     base = table.base_file({"old": TEXTS[0]})
     receipt = table.run(table.work([("old", TEXTS[0], Change.UNCHANGED), *new(TEXTS[:1])], previous=[base]))
     rows = table.read(receipt.file)
@@ -342,7 +340,7 @@ def test_a_new_item_with_the_text_of_an_unchanged_one_is_encoded(table: PlannedT
     assert vectors(rows)[1].tobytes() == vectors(table.read(base))[0].tobytes()
 
 
-def test_a_bucket_that_became_empty_has_a_receipt_and_no_file(table: PlannedTable) -> None:
+def test_a_bucket_that_became_empty_has_a_receipt_and_no_file(table: Table) -> None:
     work = table.work([], previous=[table.base_file({"gone": TEXTS[0]})])
     receipt = table.run(work)
     assert receipt.file is None
@@ -351,7 +349,7 @@ def test_a_bucket_that_became_empty_has_a_receipt_and_no_file(table: PlannedTabl
     assert table.pending(work) == []
 
 
-def test_a_retry_does_only_what_is_missing(table: PlannedTable) -> None:
+def test_a_retry_does_only_what_is_missing(table: Table) -> None:
     first, second = (table.work(new(TEXTS[n : n + 3], prefix=f"b{n}"), bucket=n) for n in (1, 2))
     assert [task.work for task in table.pending(first, second)] == [first, second]
     receipt = table.run(first)
@@ -361,26 +359,20 @@ def test_a_retry_does_only_what_is_missing(table: PlannedTable) -> None:
     assert table.workspace.read_receipts(table.plan(first, second))[1] == receipt
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_a_bucket_with_a_damaged_file_is_pending_again(table: PlannedTable, damage: str) -> None:
+@pytest.mark.parametrize("damage", [flip_a_byte, cut_a_byte, Path.unlink])
+def test_a_bucket_with_a_damaged_file_is_pending_again(table: Table, damage: Callable[[Path], None]) -> None:
     work, other = table.work(new(TEXTS[:4])), table.work(new(TEXTS[:4]), bucket=7)
     receipt = table.run(work)
     table.run(other)
     assert receipt.file is not None
-    path = table.uri / receipt.file.path
-    if damage == "flip":
-        flip_a_byte(path)
-    elif damage == "cut":
-        path.write_bytes(path.read_bytes()[:-1])
-    else:
-        path.unlink()
+    damage(table.uri / receipt.file.path)
     assert [task.work for task in table.pending(work, other)] == [work]
     again = table.run(work)
     assert table.pending(work, other) == []
     assert cosines(vectors(table.read(again.file)), table.direct(TEXTS[:4])).min() >= 0.9999
 
 
-def test_encoding_a_bucket_twice_keeps_the_first_valid_receipt_and_its_file(table: PlannedTable) -> None:
+def test_encoding_a_bucket_twice_keeps_the_first_valid_receipt_and_its_file(table: Table) -> None:
     work = table.work(new(TEXTS[:3]))
     (task,) = table.pending(work)
     first = encode_bucket(task, ONE_CORE)
@@ -395,7 +387,7 @@ def test_encoding_a_bucket_twice_keeps_the_first_valid_receipt_and_its_file(tabl
     assert table.read(second.file).drop_columns(["encoded_at"]).equals(rows)
 
 
-def test_a_receipt_of_another_plan_or_bundle_is_not_valid(table: PlannedTable) -> None:
+def test_a_receipt_of_another_plan_or_bundle_is_not_valid(table: Table) -> None:
     work = table.work(new(TEXTS[:2]))
     receipt = table.run(work)
     for change in ({"plan_id": "f" * 32}, {"bundle": "f" * 16}):
@@ -405,31 +397,31 @@ def test_a_receipt_of_another_plan_or_bundle_is_not_valid(table: PlannedTable) -
     assert table.pending(work) == []
 
 
-def wrong_base(table: PlannedTable, wrong: str) -> PublishedFile:
-    """Write a file of the base release without a usable vector of the item "old" with the first text."""
-    base = table.base_file(
-        {"someone else" if wrong == "item" else "old": "another text" if wrong == "text" else TEXTS[0]},
-        bundle="f" * 16 if wrong == "bundle" else None,
-    )
-    if wrong == "damaged":
-        flip_a_byte(table.uri / base.path)
-    if wrong == "missing":
-        (table.uri / base.path).unlink()
-    return base
+ABSENT = "does not contain the vectors"
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("base", "bundle", "damage", "message"),
     [
-        ("damaged", "part-base"), ("missing", "is missing"),
-        *((wrong, "does not contain the vectors") for wrong in ("text", "bundle", "item")),
+        ({"old": TEXTS[0]}, None, flip_a_byte, "part-base"),
+        ({"old": TEXTS[0]}, None, Path.unlink, "is missing"),
+        ({"old": "another text"}, None, Path.touch, ABSENT),
+        ({"old": TEXTS[0]}, "f" * 16, Path.touch, ABSENT),
+        ({"another item": TEXTS[0]}, None, Path.touch, ABSENT),
     ],
-)  # fmt: skip
+    ids=["damaged", "missing", "text", "bundle", "item"],
+)
 def test_a_bucket_is_encoded_whole_if_the_base_release_lacks_its_vectors(
-    table: PlannedTable, wrong: str, message: str, caplog: pytest.LogCaptureFixture
+    table: Table,
+    base: dict[str, str],
+    bundle: str | None,
+    damage: Callable[[Path], None],
+    message: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    previous = [wrong_base(table, wrong)]
-    work = table.work([("old", TEXTS[0], Change.UNCHANGED), *new(TEXTS[1:2])], previous=previous)
+    previous = table.base_file(base, bundle=bundle)
+    damage(table.uri / previous.path)
+    work = table.work([("old", TEXTS[0], Change.UNCHANGED), *new(TEXTS[1:2])], previous=[previous])
     receipt = table.run(work)
     assert (receipt.encoded, receipt.reused) == (2, 0)
     assert f"bucket {work.bucket} is encoded whole: " in caplog.text
@@ -442,9 +434,7 @@ def test_a_bucket_is_encoded_whole_if_the_base_release_lacks_its_vectors(
 
 
 @pytest.mark.parametrize("change", [Change.NEW, Change.UNCHANGED])
-def test_a_receipt_older_than_the_plan_is_valid_only_without_carried_vectors(
-    table: PlannedTable, change: Change
-) -> None:
+def test_a_receipt_older_than_the_plan_is_valid_only_without_carried_vectors(table: Table, change: Change) -> None:
     base = table.base_file({"old": TEXTS[0]})
     work = table.work([("old", TEXTS[0], change), *new(TEXTS[1:2])], previous=[base])
     receipt = table.run(work)
@@ -454,14 +444,9 @@ def test_a_receipt_older_than_the_plan_is_valid_only_without_carried_vectors(
     assert [task.work for task in table.pending(work)] == ([] if change == Change.NEW else [work])
 
 
-def test_a_damaged_bundle_is_an_error(table: PlannedTable, tmp_path: Path) -> None:
-    def write(folder: Path) -> BundleCard:
-        for name in table.bundle.card.files:
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes((Path(table.bundle.uri) / name).read_bytes())
-        return table.bundle.card
-
-    copied = PlannedTable(tmp_path / "copied", save_bundle(STORAGE, str(tmp_path / "bundles"), write))
+def test_a_damaged_bundle_is_an_error(table: Table, tmp_path: Path) -> None:
+    folder = shutil.copytree(table.bundle.uri, tmp_path / "bundle")
+    copied = Table(tmp_path / "copied", replace(table.bundle, uri=str(folder)))
     flip_a_byte(Path(copied.bundle.uri) / "compressor.safetensors")
     work = copied.work(new(TEXTS[:2]))
     with pytest.raises(CorruptFile, match=r"compressor\.safetensors"):
@@ -469,19 +454,13 @@ def test_a_damaged_bundle_is_an_error(table: PlannedTable, tmp_path: Path) -> No
     assert len(copied.pending(work)) == 1
 
 
-def test_the_gpu_that_the_scheduler_assigned_reaches_the_encoder(
-    table: PlannedTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    handed: list[TaskResources] = []
-
-    def load(*arguments: Any) -> encoder.Encoder:
-        handed.append(arguments[-1])
-        return load_encoder(*arguments)
-
+def test_the_encoder_gets_the_assigned_gpu(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = Mock(wraps=load_encoder)
     monkeypatch.setattr(encoder, "load_encoder", load)
     (task,) = table.pending(table.work(new(TEXTS[:2])))
-    encode_bucket(task, TaskResources(cpus=1, gpu="5"))
-    assert handed == [TaskResources(cpus=1, gpu="5")]
+    resources = TaskResources(cpus=1, gpu="5")
+    encode_bucket(task, resources)
+    assert [call.args[-1] for call in load.call_args_list] == [resources]
 
 
 @pytest.fixture(params=[(1, 8), (3, 5), (100, 7), (8192, 65_536)], ids=str)
@@ -500,7 +479,7 @@ def windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_bucket_does_not_depend_on_its_windows(bundle: Bundle, seed: int, count: int) -> None:
     draw = random.Random(seed)  # noqa: S311 - no secret
     with tempfile.TemporaryDirectory() as folder:
-        table = PlannedTable(Path(folder), bundle)
+        table = Table(Path(folder), bundle)
         # Few texts for many items, so that windows share texts.
         texts = {f"item-{number:03d}": draw.choice(TEXTS[:9]) for number in range(count)}
         old = {item: text for item, text in texts.items() if draw.random() < 0.5}
@@ -524,7 +503,7 @@ def test_a_bucket_does_not_depend_on_its_windows(bundle: Bundle, seed: int, coun
 
 @pytest.mark.usefixtures("windows")
 def test_a_text_that_cannot_be_encoded_is_quarantined(
-    table: PlannedTable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    table: Table, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fail_on(monkeypatch, "poison 🎬")
     items = new([*TEXTS[:5], "poison 🎬", *TEXTS[5:9], "poison 🎬", TEXTS[0]])
@@ -548,7 +527,7 @@ def test_a_text_that_cannot_be_encoded_is_quarantined(
     assert "2 texts cannot be encoded" in caplog.text
 
 
-def test_a_bucket_without_an_encodable_text_has_no_file(table: PlannedTable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_without_an_encodable_text_has_no_file(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_on(monkeypatch, *TEXTS[:3])
     receipt = table.run(table.work(new(TEXTS[:3])))
     assert receipt.file is None
@@ -558,7 +537,7 @@ def test_a_bucket_without_an_encodable_text_has_no_file(table: PlannedTable, mon
 
 
 @pytest.mark.usefixtures("windows")
-def test_damage_in_the_last_row_group_leaves_no_partial_file(table: PlannedTable) -> None:
+def test_damage_in_the_last_row_group_leaves_no_partial_file(table: Table) -> None:
     old = {f"item-{number:03d}": TEXTS[number] for number in range(40)}
     base = table.base_file(old)
     path = table.uri / base.path
@@ -573,7 +552,7 @@ def test_damage_in_the_last_row_group_leaves_no_partial_file(table: PlannedTable
     assert len(files) == 2, "the base's file and the bucket's"
 
 
-def test_a_running_bucket_records_its_progress(table: PlannedTable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_running_bucket_records_its_progress(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("marc_pipeline.nightly.encode.PROGRESS_SECONDS", 0)
     for name in ("WINDOW_TEXTS", "BATCH_ROWS"):
         monkeypatch.setattr(f"marc_pipeline.nightly.windows.{name}", 4)
@@ -591,7 +570,7 @@ def test_a_running_bucket_records_its_progress(table: PlannedTable, monkeypatch:
     assert table.workspace.read_progress() == {}
 
 
-def test_a_failure_to_record_progress_is_ignored(table: PlannedTable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_to_record_progress_is_ignored(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise OSError("the store is not reachable")
 
@@ -602,7 +581,7 @@ def test_a_failure_to_record_progress_is_ignored(table: PlannedTable, monkeypatc
 
 
 def test_the_quarantine_of_an_attempt_without_a_receipt_is_deleted(
-    table: PlannedTable, monkeypatch: pytest.MonkeyPatch
+    table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = table.work(new(TEXTS[:3]))
     (task,) = table.pending(work)

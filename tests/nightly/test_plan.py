@@ -1,43 +1,41 @@
-"""The plan stage: every row is planned or quarantined, changes against the base release, plan ids, token counts."""
+"""The plan stage in Spark: changes against the base release, chosen buckets, recomputation and estimates."""
 
-import itertools
 import json
-import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import yaml
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer
 
 import planning
 from marc_pipeline.cli.make import _print_plan, describe_plan
 from marc_pipeline.config import EncodeSettings, Settings
 from marc_pipeline.deployment import open_deployment
 from marc_pipeline.errors import Superseded, UserError
-from marc_pipeline.model.tokens import TokenCount, count_tokens, load_tokenizer
 from marc_pipeline.nightly.encode import pending_tasks
 from marc_pipeline.nightly.plan import _start_seconds, base_release, make_plan
-from marc_pipeline.nightly.plan_bucket import PLANNED_ROWS, TOKEN_SAMPLE, _older_record, by_bucket, compare, plan_bucket
-from marc_pipeline.nightly.plan_identity import PlanIdentity, identify_plan
+from marc_pipeline.nightly.plan_bucket import plan_bucket
 from marc_pipeline.releases import log as release_log
-from marc_pipeline.scheduler.tasks import identify_backfills
 from marc_pipeline.work_area import Workspace
-from marc_schemas.catalogue import ITEMS, QUARANTINE, Change, Reason
+from marc_schemas.catalogue import Change, Reason
 from marc_schemas.feature_table import bucket_number
-from marc_schemas.identity import content_hash, row_id
+from marc_schemas.identity import row_id
 from marc_schemas.plan import BucketPlan, Plan
 from marc_schemas.release import Release
-from planning import BLANK, DS, STORAGE, CatalogueRow, naive_plan, plan_day, settings_at, write_csv, write_jsonl
+from plan_cases import (
+    BEFORE,
+    TODAY,
+    identify,
+    in_buckets,
+    naive_changes,
+    naive_tokens,
+    planned_rows,
+    precise,
+    withdrawn,
+    write_day,
+)
+from planning import BLANK, DS, STORAGE, plan_day, settings_at, write_jsonl
 from published import receipt_for
 from release_cases import altered, unpublished
 
@@ -46,342 +44,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.spark
 
-# Seeds do not shrink, so the first failing one is reported.
-SPARK_EXAMPLES = settings(max_examples=3, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-
-
-def write_day(root: Path, items: dict[str, str], name: str = "day") -> Path:
-    return write_jsonl(root / name / "c.jsonl", [{"item_id": i, "title": t} for i, t in items.items()])
-
-
-# --- every row is accounted for
-
-HOSTILE = "abc ,;'\"\\\n\r\t\x00\x01\x0b\x1b\x7f{}[]:/%é漢😀\u0301\u200b\u2028\ufeff\x85"
-STAMPS = [None, None, "2026-11-01T00:00:00", "2026-11-01T00:00:01", "2026-11-20T00:00:00"]
-LONG = 1_000_000
-
-
-class Hostile:
-    """Makes rows with hostile texts and ids, and keeps them for the comparison."""
-
-    def __init__(self, seed: int, form: str) -> None:
-        self.random = planning.chance(seed)
-        self.form = form
-        self.rows: list[CatalogueRow] = []
-
-    def text(self) -> str | None:
-        choice = self.random.random()
-        if choice < 0.1:
-            return None
-        if choice < 0.2:
-            return self.random.choice(["", " ", "\t\n", "null", "NULL", "None", "\\N", "\u00a0"])
-        if choice < 0.24:
-            return "bad \ufffd"
-        return "".join(self.random.choices(HOSTILE, k=self.random.randrange(1, 30)))
-
-    def item_id(self, kind: str) -> str | None:
-        if kind != "text":
-            return None if self.random.random() < 0.02 else str(self.random.randrange(150))
-        return self.random.choice([self.text, lambda: f"item {self.random.randrange(300)}"])()
-
-    def make(self, source: str, count: int, kind: str) -> list[CatalogueRow]:
-        made = []
-        for _ in range(count):
-            columns = {"title": self.text(), "genres": self.text()}
-            made.append(CatalogueRow(self.item_id(kind), columns, self.random.choice(STAMPS), source))
-        item_id = "17" if kind != "text" else "long"
-        made.insert(1, CatalogueRow(item_id, {"title": "x" * LONG, "genres": None}, "2026-11-21T00:00:00", source))
-        self.rows += made
-        return made
-
-
-def _as_rows(made: Sequence[CatalogueRow]) -> list[dict[str, str | None]]:
-    return [{"item_id": r.item_id, **r.columns, "at": r.updated_at, "extra": "é"} for r in made]
-
-
-def _hostile_csv(folder: Path, hostile: Hostile, count: int) -> list[str]:
-    """Two files with different orders of columns; one has rows with too many or too few fields."""
-    write_csv(folder / "a.csv", _as_rows(hostile.make("a.csv", count, "text")), ["item_id", "title", "genres", "at"])
-    columns = ["extra", "at", "genres", "title", "item_id"]
-    path = write_csv(folder / "b.csv", _as_rows(hostile.make("b.csv", count, "number")), columns, bom=True)
-    broken = [",".join("x" * hostile.random.choice([1, 2, 4, 6, 9])) for _ in range(20)]
-    return _append_broken(path, broken, hostile)
-
-
-def _hostile_jsonl(folder: Path, hostile: Hostile, count: int) -> list[str]:
-    """Two files with numbers and strings as ids, absent columns and incomplete records."""
-    made = hostile.make("a.jsonl", count, "text")
-    rows = [{n: v for n, v in row.items() if v is not None or hostile.random.random() < 0.5} for row in _as_rows(made)]
-    write_jsonl(folder / "a.jsonl", rows, ensure_ascii=False)
-    numbered = _as_rows(hostile.make("b.jsonl", count, "number"))
-    path = write_jsonl(
-        folder / "b.jsonl", [{**row, "item_id": row["item_id"] and int(row["item_id"])} for row in numbered]
-    )
-    kinds = ['{"item_id": "x", "ti', "[1]", "nothing", '{"item_id": "raw\ttab"}', "]", "null", '{"item_id": {}, ']
-    return _append_broken(path, hostile.random.choices(kinds, k=20), hostile)
-
-
-def _append_broken(path: Path, broken: list[str], hostile: Hostile) -> list[str]:
-    with path.open("a", newline="") as file:
-        file.writelines(line + "\n" for line in broken)
-    hostile.rows += [CatalogueRow(None, {}, None, path.name, Reason.MALFORMED)] * len(broken)
-    return broken
-
-
-def _hostile_parquet(folder: Path, hostile: Hostile, count: int) -> list[str]:
-    """Four files with ids as string, int32 and int64, columns as string, binary and list, in different orders."""
-    for name, kind, id_type in [("a", "text", pa.string()), ("b", "number", pa.int64()), ("c", "number", pa.int32())]:
-        made = hostile.make(f"{name}.parquet", count, kind)
-        rows = _as_rows(made)
-        ids = [row["item_id"] for row in rows]
-        columns = {
-            "item_id": pa.array([i if kind == "text" or i is None else int(i) for i in ids], id_type),
-            "title": pa.array([row["title"] for row in rows], pa.string()),
-            "genres": pa.array([row["genres"] for row in rows], pa.string()),
-            "at": pa.array([row["at"] and datetime.fromisoformat(row["at"]) for row in rows], pa.timestamp("us")),
-        }
-        if name == "b":
-            columns["genres"] = columns["genres"].cast(pa.binary())
-            columns["title"] = pa.array([None if r["title"] is None else [r["title"]] for r in rows])
-        if name == "c":
-            columns = {"extra": pa.array(range(len(rows))), **dict(reversed(columns.items()))}
-        planning.write_parquet(folder / f"{name}.parquet", columns)
-    bad = [bytes(hostile.random.choices([0xFF, 0xC3, 0x80, 0x61, 0xED, 0xA0], k=9)) + b"\xff" for _ in range(20)]
-    columns = {"item_id": planning.undecoded_strings(bad[:10] + [b"fine"] * 10), "genres": pa.nulls(20, pa.string())}
-    columns |= {"title": pa.array([b"fine"] * 10 + bad[10:], pa.binary()), "at": pa.nulls(20, pa.timestamp("ms"))}
-    planning.write_parquet(folder / "d.parquet", columns)
-    hostile.rows += [CatalogueRow(None, {}, None, "d.parquet", Reason.UNDECODABLE)] * len(bad)
-    return []
-
-
-WRITERS: dict[str, Callable[[Path, Hostile, int], list[str]]] = {
-    "csv": _hostile_csv,
-    "jsonl": _hostile_jsonl,
-    "parquet": _hostile_parquet,
-}
-
-
-@pytest.mark.parametrize("form", WRITERS)
-@SPARK_EXAMPLES
-@given(seed=st.integers(0, 2**32 - 1))
-def test_every_row_is_planned_or_quarantined(
-    spark: "SparkSession", tmp_path_factory: pytest.TempPathFactory, form: str, seed: int
-) -> None:
-    root = tmp_path_factory.mktemp(form)
-    hostile = Hostile(seed, form)
-    broken = WRITERS[form](root / "day", hostile, 800)
-    day = plan_day(
-        spark, settings_at(root, root / "day", template=planning.TEMPLATE, updated_at_column="at", buckets=5)
-    )
-
-    items, reasons = naive_plan(hostile.rows, planning.TEMPLATE)
-    assert day.texts == items
-    assert day.reasons == reasons
-    # The plan's counts equal those of its files.
-    assert day.plan.quarantined == dict(day.reasons)
-    assert day.plan.rows_read == len(hostile.rows) == len(day.items) + len(day.quarantine)
-    assert day.plan.items == day.plan.new == len(day.items)
-    for item_id, item in day.items.items():
-        assert (item["row_id"], item["bucket"]) == (row_id(item_id), row_id(item_id) % 5)
-        assert item["content_hash"] == content_hash(item["text"])
-    written = Counter((r.source, json.dumps(_stripped(r))) for r in hostile.rows if r.reason is None)
-    for row in day.quarantine:
-        if row["reason"] == Reason.MALFORMED:
-            broken.remove(row["row"])
-        elif row["reason"] in {Reason.NULL_ID, Reason.EMPTY_TEXT} and form == "csv":
-            kept = {name: value for name, value in json.loads(row["row"]).items() if name != "extra"}
-            written.subtract([(row["source"], json.dumps(dict(sorted(kept.items()))))])
-    assert broken == []
-    assert min(written.values()) >= 0
-
-
-def _stripped(row: CatalogueRow) -> dict[str, str]:
-    """The row as CSV stores it, where null and empty are equal."""
-    found = {"item_id": row.item_id, **row.columns, "at": row.updated_at}
-    return {name: value for name, value in sorted(found.items()) if value}
-
-
-@SPARK_EXAMPLES
-@given(seed=st.integers(0, 2**32 - 1))
-def test_lone_surrogates_and_cut_bytes_lose_no_row(
-    spark: "SparkSession", tmp_path_factory: pytest.TempPathFactory, seed: int
-) -> None:
-    root, chance = tmp_path_factory.mktemp("surrogates"), planning.chance(seed)
-    pieces = [r"\ud800", r"\udfff", r"\ud83d\ude00", r"\u0000", "a", r"\"", r"\\", "\xff\xfe", "é", r"\n"]
-
-    def text() -> str:
-        return "".join(chance.choices(pieces, k=chance.randrange(4)))
-
-    lines = [f'{{"item_id": "{text()}", "title": "{text()}"}}' for _ in range(2000)]
-    data = "\n".join(['{"item_id": "first", "title": "first"}', *lines]).encode("latin-1")
-    planning.write_bytes(root / "day" / "c.jsonl", data)
-    day = plan_day(spark, settings_at(root, root / "day"))
-    assert day.plan.rows_read == len(lines) + 1 == len(day.items) + len(day.quarantine)
-    assert all(row["row"] for row in day.quarantine)
-
-
-def test_every_reason_is_counted_and_written_with_its_row(spark: "SparkSession", tmp_path: Path) -> None:
-    lines = [
-        '{"item_id": "a", "title": "old", "at": "2026-11-01"}',
-        '{"item_id": "a", "title": "latest", "at": "2026-11-03"}',
-        '{"item_id": "a", "title": "undated"}',
-        '{"item_id": "", "title": "no id", "at": "2026-11-02"}',
-        '{"item_id": "b", "title": " "}',
-        '{"item_id": "c", "title": "\ufffd"}',
-        '{"item_id": "d", "title": ',
-    ]
-    path = planning.write_bytes(tmp_path / "day" / "items.jsonl", "\n".join(lines).encode())
-    day = plan_day(spark, settings_at(tmp_path, path, updated_at_column="at"))
-    assert day.texts == {"a": "latest"}
-    rows = {(row["item_id"], row["reason"]): row["row"] for row in day.quarantine if row["reason"] != "older_duplicate"}
-    assert {key: row if key[1] == Reason.MALFORMED else json.loads(row) for key, row in rows.items()} == {
-        ("", Reason.NULL_ID): {"item_id": "", "title": "no id", "at": "2026-11-02"},
-        ("b", Reason.EMPTY_TEXT): {"item_id": "b", "title": " "},
-        ("c", Reason.UNDECODABLE): {"item_id": "c", "title": "\ufffd"},
-        (None, Reason.MALFORMED): lines[-1],
-    }
-    older = [json.loads(row["row"]) for row in day.quarantine if row["reason"] == Reason.OLDER_DUPLICATE]
-    assert sorted((row["item_id"], row["text"], row.get("updated_at", "")[:10]) for row in older) == [
-        ("a", "old", "2026-11-01"), ("a", "undated", "")
-    ]  # fmt: skip
-    assert {row["source"] for row in day.quarantine} == {path.name}
-    assert day.plan.quarantined == {
-        "empty_text": 1, "malformed": 1, "null_id": 1, "older_duplicate": 2, "undecodable": 1
-    }  # fmt: skip
-    work_uri = Path(str(tmp_path), "data", "work", "plans", day.plan.plan_id)
-    for folder, schema in [("items/nothing", ITEMS), ("quarantine", QUARANTINE)]:
-        files = sorted((work_uri / folder).glob("*.parquet"))
-        assert files
-        for file in files:
-            assert pq.read_schema(file).equals(schema)
-
-
-def test_a_catalogue_without_a_usable_row_has_an_empty_plan(spark: "SparkSession", tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "c.jsonl", [{"item_id": None, "title": "a"}, {"item_id": "x", "title": ""}])
-    plan = plan_day(spark, settings_at(tmp_path, path)).plan
-    assert (plan.rows_read, plan.items, plan.work, plan.tokens) == (2, 0, (), 0)
-
-
-@pytest.mark.parametrize("ending", ["csv", "parquet"])
-def test_a_catalogue_without_rows_is_the_users_error(spark: "SparkSession", tmp_path: Path, ending: str) -> None:
-    path, empty = tmp_path / f"c.{ending}", pa.array([], pa.string())
-    write_csv(path, [], ["item_id", "title"])
-    if ending == "parquet":
-        planning.write_parquet(path, {"item_id": empty, "title": empty})
-    with pytest.raises(UserError, match=f"^the catalogue at .*{path} is empty: it has no rows$"):
-        plan_day(spark, settings_at(tmp_path, path))
-
-
-def test_the_latest_row_is_kept_whatever_the_files_and_their_order(spark: "SparkSession", tmp_path: Path) -> None:
-    chance = planning.chance(7)
-    rows = [
-        {"item_id": f"{chance.randrange(40)}", "title": f"text {chance.randrange(9)}", "at": chance.choice(STAMPS)}
-        for _ in range(300)
-    ]
-    found = []
-    for number, files in enumerate([1, 1, 3, 7]):
-        chance.shuffle(rows)
-        for file in range(files):
-            # Every second round reverses the names, so that the order of files has no influence.
-            name = f"{file if number % 2 else files - file}.jsonl"
-            write_jsonl(tmp_path / str(number) / name, rows[file::files])
-        day = plan_day(spark, settings_at(tmp_path, tmp_path / str(number), updated_at_column="at"))
-        found.append((day.items, sorted(row["row"] for row in day.quarantine)))
-    assert all(result == found[0] for result in found[1:])
-    written = [CatalogueRow(r["item_id"], {"title": r["title"]}, r["at"], "") for r in rows]
-    items, reasons = naive_plan(written, "{title}")
-    assert {item_id: item["text"] for item_id, item in found[0][0].items()} == items
-    assert len(found[0][1]) == reasons[Reason.OLDER_DUPLICATE]
-
-
-# --- against the base release
-
-IDS = st.text("abcé😀", max_size=3)
-TEXTS = st.sampled_from(["a", "b", "", "é"])
-
-
-def naive_changes(
-    before: dict[str, str], today: dict[str, str], *, same_bundle: bool = True
-) -> tuple[dict[str, str], set[str]]:
-    """The change by item id, and the deleted ids."""
-    kept = {i for i, text in today.items() if same_bundle and before.get(i) == text}
-    changes = {i: Change.UNCHANGED if i in kept else Change.CHANGED if i in before else Change.NEW for i in today}
-    return {i: change.value for i, change in changes.items()}, before.keys() - today.keys()
-
-
-@given(before=st.dictionaries(IDS, TEXTS), today=st.dictionaries(IDS, TEXTS), bundles=st.data())
-def test_compare_equals_a_comparison_of_two_dicts(
-    before: dict[str, str], today: dict[str, str], bundles: st.DataObject
-) -> None:
-    made_by = {item_id: bundles.draw(st.sampled_from(["old", "now"])) for item_id in before}
-
-    def rows(items: dict[str, str]) -> pa.Table:
-        columns = {"item_id": list(items), "content_hash": list(map(content_hash, items.values()))}
-        return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
-
-    previous = rows(before).append_column("bundle", pa.array(made_by.values(), pa.string()))
-    usable = {i: text if made_by[i] == "now" else f"{text} of another bundle" for i, text in before.items()}
-    for bundle in ("now", None):
-        change, deleted = compare(rows(today), previous, bundle=bundle)
-        changes, gone = naive_changes(usable, today, same_bundle=bundle is not None)
-        assert dict(zip(today, change.to_pylist(), strict=True)) == changes
-        assert deleted == len(gone)
-
-
-def planned_rows(items: dict[str, str], *, ids: dict[str, int] | None = None) -> pa.Table:
-    """Usable rows as the planner of a bucket receives them."""
-    rows = [
-        {"item_id": i, "row_id": ids[i] if ids else row_id(i), "text": text, "content_hash": content_hash(text)}
-        for i, text in sorted(items.items())
-    ]
-    return pa.Table.from_pylist([{**row, "source": "c.jsonl"} for row in rows], schema=PLANNED_ROWS)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    before=st.dictionaries(IDS, TEXTS, max_size=25),
-    today=st.dictionaries(IDS, TEXTS, max_size=25),
-    counts=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    same_bundle=st.booleans(),
-)
-def test_previous_items_are_found_whatever_the_number_of_buckets(
-    tmp_path_factory: pytest.TempPathFactory,
-    before: dict[str, str],
-    today: dict[str, str],
-    counts: tuple[int, int],
-    same_bundle: bool,
-) -> None:
-    root = tmp_path_factory.mktemp("buckets")
-    wanted = settings_at(root, root, buckets=counts[1])
-    base = planning.publish(wanted, before, buckets=counts[0], bundle=None if same_bundle else "0" * 16)
-    context = planning.bucket_context(wanted, base)
-    changes, gone = naive_changes(before, today, same_bundle=same_bundle)
-    for bucket in range(counts[1]):
-        mine = {i: text for i, text in today.items() if row_id(i) % counts[1] == bucket}
-        summary = plan_bucket(context, bucket, planned_rows(mine))
-        assert summary.work is not None
-        expected = Counter(changes[i] for i in mine)
-        assert (summary.work.new, summary.work.changed, summary.work.unchanged) == tuple(expected[c] for c in Change)
-        assert summary.work.deleted == sum(row_id(i) % counts[1] == bucket for i in gone)
-        paths = [Path(wanted.table_uri, file.path) for file in summary.work.previous]
-        found = {i for path in paths for i in pq.ParquetFile(path).read(["item_id"])["item_id"].to_pylist()}
-        assert {i for i in before if row_id(i) % counts[1] == bucket} <= found
-
-
-BEFORE = {f"item {n}": f"text {n}" for n in range(60)}
-TODAY = {f"item {n}": f"text {n}" + " changed" * (n % 7 == 0) for n in range(20, 80)}
-
-
-@pytest.fixture
-def wanted(tmp_path: Path) -> Settings:
-    """Settings with the catalogue of today."""
-    return settings_at(tmp_path, write_day(tmp_path, TODAY))
-
-
-@pytest.fixture
-def live(wanted: Settings) -> Release:
-    """A release of the planned date with the items of before."""
-    return planning.publish(wanted, BEFORE)
+pytestmark = pytest.mark.spark
 
 
 @pytest.mark.parametrize(("base_buckets", "buckets"), [(4, 4), (6, 4), (1, 5), (3, 1)])
@@ -446,68 +109,6 @@ def test_the_base_is_the_latest_release_up_to_the_date_else_the_earliest_after_i
     assert base("2026-11-11") == base("2026-11-10") == base("2026-11-01") == releases[0]
     assert base_release([], ds=DS) is None
     assert base_release([*releases, again, withdrawn(again)], ds="2026-11-13") == releases[0]
-
-
-def withdrawn(live: Release, turns: int = 1) -> Release:
-    """The record that withdraws a release."""
-    return live.model_copy(update={"release_id": "gone", "turn": live.turn + turns, "withdrawn": True})
-
-
-# --- plan ids
-
-
-def precise(wanted: Settings, bits: int) -> Settings:
-    return wanted.model_copy(update={"mantissa_bits": bits})
-
-
-def identify(wanted: Settings, ds: str = DS, **given: Any) -> PlanIdentity:
-    return identify_plan(open_deployment(wanted), ds=ds, **given)
-
-
-def plan_id(wanted: Settings, ds: str = DS, **given: Any) -> str:
-    return identify(wanted, ds, **given).plan_id
-
-
-def test_a_plan_id_changes_with_everything_that_changes_the_plan(tmp_path: Path) -> None:
-    path = write_day(tmp_path, BEFORE)
-    both = planning.write_bytes(tmp_path / "c.txt", b'item_id,title\n{"item_id": "1", "title": "a"}\n')
-    at, other = partial(settings_at, tmp_path), partial(write_day, tmp_path)
-    # A bundle is promoted when its settings are made, so each variant is identified at once.
-    found = [
-        plan_id(at(path)),
-        plan_id(at(path), ds="2026-11-21"),
-        plan_id(at(other(TODAY, "other"))),
-        plan_id(at(other({**BEFORE, "item 3": "text 4"}, "byte"))),
-        plan_id(at(path, seed=1)),
-        plan_id(at(path, template="{title}.")),
-        plan_id(at(path, buckets=5)),
-        plan_id(precise(at(path), 22)),
-        plan_id(at(path, id_column="title")),
-        plan_id(at(path, updated_at_column="title")),
-        plan_id(at(both, format="csv")),
-        plan_id(at(both, format="jsonl")),
-    ]
-    assert len(set(found)) == len(found)
-    write_day(tmp_path, TODAY, "both")
-    folder = settings_at(tmp_path, tmp_path / "both")
-    before = plan_id(folder)
-    shutil.copy(path, tmp_path / "both" / "second.jsonl")
-    assert plan_id(folder) != before
-
-
-def test_a_plan_id_stays_when_files_are_touched_or_copied(tmp_path: Path) -> None:
-    path = write_day(tmp_path, BEFORE)
-    wanted = settings_at(tmp_path, path.parent)
-    before = plan_id(wanted)
-    os.utime(path, (0, 0))
-    assert plan_id(wanted) == before
-    copied = shutil.copytree(path.parent, tmp_path / "elsewhere")
-    assert plan_id(settings_at(tmp_path, copied)) == before
-    assert plan_id(settings_at(tmp_path, copied / "*.jsonl")) == before
-    (copied / "_SUCCESS").touch()
-    assert plan_id(settings_at(tmp_path, copied)) == before
-    # A bundle that is trained again has the same version, in any folder.
-    assert plan_id(settings_at(tmp_path / "moved", copied)) == before
 
 
 def test_an_existing_plan_is_returned_until_another_release_is_published(
@@ -597,13 +198,6 @@ def test_throughput_comes_from_the_largest_run_with_the_same_bundle(spark: "Spar
     assert plan_day(spark, wanted).plan.tokens_per_second == 70.0
 
 
-# --- some buckets of a day
-
-
-def in_buckets(items: dict[str, str], *numbers: int, buckets: int = 4) -> dict[str, str]:
-    return {item_id: text for item_id, text in items.items() if row_id(item_id) % buckets in numbers}
-
-
 def test_a_plan_of_chosen_buckets_has_only_their_rows(spark: "SparkSession", wanted: Settings) -> None:
     planning.publish(wanted, TODAY, ds="2026-11-21")
     live = planning.publish(wanted, BEFORE)
@@ -682,35 +276,6 @@ def test_chosen_buckets_use_the_bundle_and_the_buckets_of_the_live_release(
         plan_day(None, now, chosen=(5,))
 
 
-WHOLE_DAY = "backfill the whole day"
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "changes", "chosen", "message"),
-    [
-        *((23, 23, {}, (0, n), f"no bucket {n}: release .* has buckets 0 to 3") for n in (-1, 4, 99)),
-        (23, 23, {"template": "{title}!"}, (0,), f"of {DS} was made with template .*: {WHOLE_DAY}"),
-        (23, 10, {}, (0,), f"of {DS} stores 23 mantissa bits, .* says 10: {WHOLE_DAY}"),
-        (10, 23, {}, (0,), f"of {DS} stores 10 mantissa bits, .* says 23: {WHOLE_DAY}"),
-        (10, 11, {}, (0,), f"of {DS} stores 10 mantissa bits, .* says 11: {WHOLE_DAY}"),
-    ],
-)
-def test_chosen_buckets_must_fit_the_live_release(
-    tmp_path: Path, before: int, now: int, changes: dict[str, str], chosen: tuple[int, ...], message: str
-) -> None:
-    path = write_day(tmp_path, TODAY)
-    wanted = precise(settings_at(tmp_path, path), before)
-    live = planning.publish(wanted, BEFORE)
-    other = precise(settings_at(tmp_path, path, **changes), now)
-    with pytest.raises(UserError, match=message) as error:
-        identify(other, chosen=chosen)
-    assert live.release_id in str(error.value)
-    # Both the whole day and buckets with the settings of the release can be planned.
-    whole = identify(other)
-    assert (whole.chosen, whole.mantissa_bits) == (None, now)
-    assert identify(wanted, chosen=(0,)).chosen == (0,)
-
-
 @pytest.mark.parametrize(
     ("before", "now", "carried"), [(23, 10, True), (10, 10, True), (12, 10, True), (10, 12, False), (22, 23, False)]
 )
@@ -742,35 +307,6 @@ def test_chosen_buckets_of_a_date_without_a_release_plan_the_whole_date(
     assert identify(wanted, chosen=(1,)).chosen == (1,)
     assert release_log.append(STORAGE, wanted.table_uri, [withdrawn(live)])
     assert identify(wanted, chosen=(1,)) == plain
-
-
-def test_a_plan_id_changes_with_the_chosen_buckets_and_with_a_recomputation(wanted: Settings, live: Release) -> None:
-    every = list(itertools.product([(), (0,), (1,), (0, 1), (0, 1, 2, 3)], [False, True]))
-    found = {given: plan_id(wanted, chosen=given[0], recompute=given[1]) for given in every}
-    assert len(set(found.values())) == len(every)
-    # Buckets are a set.
-    assert plan_id(wanted, chosen=(1, 0, 1)) == found[(0, 1), False]
-
-
-@pytest.mark.parametrize("chosen", [(), (1,)])
-def test_a_repeated_recomputation_is_a_new_plan(wanted: Settings, live: Release, chosen: tuple[int, ...]) -> None:
-    found = [plan_id(wanted, chosen=chosen, recompute=True) for _ in range(2)]
-    planning.publish(wanted, {**BEFORE, **{f"more {n}": "text" for n in range(9)}})
-    found.append(plan_id(wanted, chosen=chosen, recompute=True))
-    assert found[0] == found[1] != found[2]
-
-
-def test_a_retried_backfill_keeps_its_plan_when_the_date_is_published(tmp_path: Path, wanted: Settings) -> None:
-    config = tmp_path / "marc.yaml"
-    config.write_text(yaml.safe_dump(wanted.model_dump(mode="json")))
-    asked = {"first": DS, "last": DS, "buckets": [1], "config": str(config)}
-    (whole,) = identify_backfills(**asked, recompute=False)
-    assert whole["buckets"] == []
-    planning.publish(wanted, BEFORE)
-    assert plan_id(wanted, chosen=whole["buckets"]) == whole["plan_id"]
-    (some,) = identify_backfills(**asked, recompute=False)
-    assert some["buckets"] == [1]
-    assert some["plan_id"] == plan_id(wanted, chosen=[1]) != whole["plan_id"]
 
 
 @pytest.mark.parametrize("chosen", [(), (2,)])
@@ -806,42 +342,6 @@ def test_chosen_buckets_of_a_replaced_release_are_superseded(spark: "SparkSessio
             make_plan(spark, open_deployment(wanted), identity)
 
 
-# --- splitting rows into buckets
-
-
-@given(
-    runs=st.lists(st.tuples(st.integers(-9, 9), st.integers(1, 7)), max_size=8, unique_by=lambda run: run[0]),
-    cuts=st.lists(st.integers(0, 60)),
-)
-def test_rows_are_split_by_bucket_at_any_batch_boundaries(runs: list[tuple[int, int]], cuts: list[int]) -> None:
-    numbers = [bucket for bucket, length in sorted(runs) for _ in range(length)]
-    # Usable rows of a bucket have different ids; unusable rows have the bucket as id.
-    ids = [n if n < 0 else n + 10 * place for place, n in enumerate(numbers)]
-    table = pa.table({"row_id": pa.array(ids, pa.int64()), "row": pa.array(range(len(numbers)))})
-    edges = sorted({0, len(numbers), *(cut for cut in cuts if cut < len(numbers))})
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for start, end in itertools.pairwise(edges):
-            # Spark may send empty batches.
-            yield pa.RecordBatch.from_pylist([], table.schema)
-            yield table.slice(start, end - start).combine_chunks().to_batches()[0]
-
-    found = [(bucket, rows["row"].to_pylist()) for bucket, rows in by_bucket(batches(), 10)]
-    grouped = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1])
-    assert found == [(bucket, [row for row, _ in pairs]) for bucket, pairs in grouped]
-
-
-# --- tokens
-
-
-def naive_tokens(texts: Sequence[str], max_tokens: int) -> int:
-    """Count the tokens of single texts, and truncate the counts."""
-    tokenizer = Tokenizer.from_str(planning.tokenizer_json().decode())
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return sum(min(max_tokens, len(tokenizer.encode(text).ids)) for text in texts)
-
-
 def test_exact_tokens_equal_those_of_the_tokenizer_and_equal_texts_count_once(
     spark: "SparkSession", tmp_path: Path
 ) -> None:
@@ -855,32 +355,6 @@ def test_exact_tokens_equal_those_of_the_tokenizer_and_equal_texts_count_once(
     assert plan.tokens_exact
     assert plan.tokens == naive_tokens(sorted(texts), planning.MAX_TOKENS)
     assert any(naive_tokens([text], 10**6) > planning.MAX_TOKENS for text in texts)
-
-
-@settings(max_examples=25, deadline=None)
-@given(texts=st.lists(st.text(max_size=40), max_size=12), max_tokens=st.integers(2, 20))
-def test_token_counts_equal_the_tokenizers_own(
-    tmp_path_factory: pytest.TempPathFactory, texts: list[str], max_tokens: int
-) -> None:
-    bundle = planning.bundle_at(str(tmp_path_factory.mktemp("bundle")), max_tokens=max_tokens)
-    tokenizer = load_tokenizer(STORAGE, bundle.uri, max_tokens)
-    assert count_tokens(tokenizer, texts, of=len(texts)) == TokenCount(naive_tokens(texts, max_tokens))
-
-
-def test_tokens_of_a_large_bucket_are_estimated(tmp_path: Path) -> None:
-    wanted = settings_at(tmp_path, tmp_path, buckets=4)
-    context = planning.bucket_context(wanted, None)
-    size = TOKEN_SAMPLE // 4
-    today = {f"item {n:05d}": " ".join(["word"] * (n % 20)) + f" {n}" for n in range(size * 3)}
-    summary = plan_bucket(context, 0, planned_rows(today))
-    assert summary.work is not None
-    assert not summary.exact
-    true = naive_tokens(list(today.values()), planning.MAX_TOKENS)
-    assert 0 < abs(summary.work.tokens - true) < 2 * summary.work.tokens_error < 0.05 * true
-    exact = plan_bucket(context, 0, planned_rows(dict(list(today.items())[:size])))
-    assert exact.work is not None
-    assert exact.exact
-    assert exact.work.tokens_error == 0
 
 
 def test_a_plan_reports_the_error_of_its_tokens_and_its_cost(
@@ -924,115 +398,6 @@ def test_a_plan_reports_the_error_of_its_tokens_and_its_cost(
     for work in older["work"]:
         del work["tokens_error"]
     assert Plan.model_validate(older) == whole
-
-
-# --- row ids that collide
-
-
-def test_a_row_id_collision_is_quarantined_and_never_merged(tmp_path: Path) -> None:
-    wanted = settings_at(tmp_path, tmp_path, buckets=1)
-    context = planning.bucket_context(wanted, planning.publish(wanted, {"a": "old", "b": "text of b"}))
-    today = {"a": "text of a", "b": "text of b", "c": "text of c", "d": "text of d"}
-    summary = plan_bucket(context, 0, planned_rows(today, ids={"a": 5, "b": 7, "c": 5, "d": 5}))
-    assert summary.quarantined == {Reason.ROW_ID_COLLISION: 2}
-    assert summary.work is not None
-    assert (summary.work.items, summary.work.changed, summary.work.unchanged, summary.work.new) == (2, 1, 1, 0)
-    assert context.base is not None
-    items = pq.read_table(context.workspace.items_uri(0, context.base.release_id)).to_pylist()
-    assert [(item["item_id"], item["row_id"], item["text"]) for item in items] == [
-        ("a", 5, "text of a"), ("b", 7, "text of b")
-    ]  # fmt: skip
-    rejected = pq.read_table(Path(context.workspace.quarantine_uri, "bucket-00000.parquet")).to_pylist()
-    assert [(json.loads(row["row"]), row["source"]) for row in rejected] == [
-        ({"item_id": i, "row_id": 5, "text": today[i]}, "c.jsonl") for i in "cd"
-    ]
-
-
-def test_an_older_duplicate_does_not_collide(tmp_path: Path) -> None:
-    context = planning.bucket_context(settings_at(tmp_path, tmp_path, buckets=1), None)
-    rows = planned_rows({"a": "text of a"}).to_pylist()
-    rows.insert(0, {**rows[0], "text": "older", "updated_at": -1})
-    rows[1]["updated_at"] = 0
-    summary = plan_bucket(context, 0, pa.Table.from_pylist(rows, schema=PLANNED_ROWS))
-    assert summary.quarantined == {Reason.OLDER_DUPLICATE: 1}
-    assert summary.work is not None
-    assert summary.work.items == 1
-    assert pq.read_table(context.workspace.items_uri(0, None))["text"].to_pylist() == ["text of a"]
-
-
-# --- duplicates in a bucket
-
-
-VERSIONS = st.tuples(
-    st.sampled_from(["a", "b", "é", "😀"]),
-    st.sampled_from([None, -1, 0, 5]),
-    TEXTS,
-    st.sampled_from(["x.csv", "y.csv"]),
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(versions=st.lists(VERSIONS, max_size=20))
-def test_the_kept_row_of_an_id_is_the_one_that_sql_would_choose(
-    tmp_path_factory: pytest.TempPathFactory, versions: list[tuple[str, int | None, str, str]]
-) -> None:
-    root = tmp_path_factory.mktemp("versions")
-    context = planning.bucket_context(settings_at(root, root, buckets=1), None)
-    rows = [
-        {"item_id": i, "row_id": row_id(i), "text": t, "content_hash": content_hash(t), "updated_at": at, "source": s}
-        for i, at, t, s in versions
-    ]
-    summary = plan_bucket(context, 0, pa.Table.from_pylist(rows, schema=PLANNED_ROWS))
-
-    # The order of marc_pipeline.catalogue.source.NEWEST_FIRST in plain Python.
-    by_source = sorted(versions, key=lambda v: v[3])
-    newest_first = sorted(by_source, key=lambda v: (v[1] is not None, v[1] or 0, content_hash(v[2])), reverse=True)
-    newest: dict[str, tuple[str, int | None, str, str]] = {}
-    older = Counter[tuple[str, str, str, str]]()
-    for version in newest_first:
-        best = newest.setdefault(version[0], version)
-        if best is not version:
-            older[version[0], version[2], version[3], str(version[1])] += 1
-    stamps = {None: "None", "1969-12-31T23:59:59.999Z": "-1"} | dict.fromkeys(["1970-01-01T00:00:00.000Z"], "0 or 5")
-    found = Counter[tuple[str, str, str, str]]()
-    if older:
-        for row in pq.read_table(Path(context.workspace.quarantine_uri, "bucket-00000.parquet")).to_pylist():
-            record = json.loads(row["row"])
-            found[record["item_id"], record["text"], row["source"], stamps[record.get("updated_at")]] += 1
-    coarse = Counter[tuple[str, str, str, str]]()
-    for (item_id, text, source, stamp), count in older.items():
-        coarse[item_id, text, source, "0 or 5" if stamp in {"0", "5"} else stamp] += count
-    items = pq.read_table(context.workspace.items_uri(0, None)).to_pylist() if newest else []
-    assert {item["item_id"]: item["text"] for item in items} == {i: version[2] for i, version in newest.items()}
-    assert [item["item_id"] for item in items] == sorted(newest)
-    # The file decides between rows that are equal otherwise.
-    assert found == coarse
-    assert summary.quarantined == ({Reason.OLDER_DUPLICATE: older.total()} if older else {})
-
-
-def test_the_record_of_an_older_duplicate_equals_that_of_spark(spark: "SparkSession", tmp_path: Path) -> None:
-    texts = ["".join(map(chr, range(1, 300))), '\x00 \\ \\u001b " / 😀 \u2028', "é" * 9]
-    moments = [None, 0, -1, -1001, 999, 1_700_000_000_123_456, 253_402_300_800_000_000, 10**18, -(10**17), -(10**18)]
-    rows = [(f"{text} {n}", text, at) for text in texts for n, at in enumerate(moments)]
-    frame = spark.createDataFrame(rows, "item_id STRING, text STRING, at BIGINT")
-    wanted = frame.selectExpr("to_json(struct(item_id, text, timestamp_micros(at) AS updated_at)) AS row").collect()
-    assert [_older_record(*row) for row in rows] == [row.row for row in wanted]
-
-
-@pytest.mark.parametrize("piece_bytes", [1, 200, 10**9])
-def test_a_bucket_does_not_depend_on_its_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
-) -> None:
-    monkeypatch.setattr("marc_pipeline.nightly.plan_bucket.PIECE_BYTES", piece_bytes)
-    context = planning.bucket_context(settings_at(tmp_path, tmp_path, buckets=1), None)
-    texts = {f"item {n:02d}": "word " * (n % 7) + str(n) for n in range(50)}
-    rows = planned_rows(texts)
-    summary = plan_bucket(context, 0, pa.concat_tables([rows, rows.slice(10, 20)]))
-    assert summary.quarantined == {Reason.OLDER_DUPLICATE: 20}
-    found = pq.read_table(context.workspace.items_uri(0, None))
-    assert dict(zip(found["item_id"].to_pylist(), found["text"].to_pylist(), strict=True)) == texts
-    rejected = pq.read_table(Path(context.workspace.quarantine_uri, "bucket-00000.parquet"))
-    assert rejected["item_id"].to_pylist() == sorted(texts)[10:30]
 
 
 @pytest.mark.parametrize(("parallel", "seconds"), [(1, 105.0), (2, 125.0), (4, 245.0)])

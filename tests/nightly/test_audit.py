@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marc_pipeline.config import AuditSettings
@@ -261,6 +261,7 @@ def assert_moments(found: Moments, vectors: Vectors) -> None:
     assert found.variance == pytest.approx(variance, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(cut=st.integers(0, 60), stays=st.integers(0, 60))
 def test_moments_of_disjoint_sets_add_and_subtract(cut: int, stays: int) -> None:
     def moments(vectors: Vectors) -> Moments:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
+@settings(deadline=None)
 @given(
     runs=st.lists(st.tuples(st.integers(-9, 9), st.integers(1, 7)), max_size=8, unique_by=lambda run: run[0]),
     cuts=st.lists(st.integers(0, 60)),
@@ -53,6 +54,7 @@ def test_rows_are_split_by_bucket_at_any_batch_boundaries(runs: list[tuple[int, 
     assert found == [(bucket, [row for row, _ in pairs]) for bucket, pairs in grouped]
 
 
+@settings(deadline=None)
 @given(before=st.dictionaries(IDS, TEXTS), today=st.dictionaries(IDS, TEXTS), bundles=st.data())
 def test_compare_equals_a_comparison_of_two_dicts(
     before: dict[str, str], today: dict[str, str], bundles: st.DataObject

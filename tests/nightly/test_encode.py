@@ -401,7 +401,7 @@ ABSENT = "does not contain the vectors"
 
 
 @pytest.mark.parametrize(
-    ("base", "bundle", "damage", "message"),
+    ("base", "made_by", "damage", "message"),
     [
         ({"old": TEXTS[0]}, None, flip_a_byte, "part-base"),
         ({"old": TEXTS[0]}, None, Path.unlink, "is missing"),
@@ -414,12 +414,12 @@ ABSENT = "does not contain the vectors"
 def test_a_bucket_is_encoded_whole_if_the_base_release_lacks_its_vectors(
     table: Table,
     base: dict[str, str],
-    bundle: str | None,
+    made_by: str | None,
     damage: Callable[[Path], None],
     message: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    previous = table.base_file(base, bundle=bundle)
+    previous = table.base_file(base, bundle=made_by)
     damage(table.uri / previous.path)
     work = table.work([("old", TEXTS[0], Change.UNCHANGED), *new(TEXTS[1:2])], previous=[previous])
     receipt = table.run(work)

@@ -92,6 +92,11 @@ class Plan(Contract):
     parallel: int = 1
 
     @property
+    def header(self) -> "Plan":
+        """The plan without catalogue files and buckets, small enough for every Spark task to carry."""
+        return self.model_copy(update={"catalogue": (), "work": ()})
+
+    @property
     def items(self) -> int:
         """Items that the planned buckets will hold."""
         return sum(b.items for b in self.work)

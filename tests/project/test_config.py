@@ -23,7 +23,7 @@ from marc_pipeline.config import (
 )
 from marc_pipeline.errors import CorruptFile, GateRefused, PipelineError, Superseded, UserError
 from marc_pipeline.jobs.arguments import job
-from marc_pipeline.scheduler.tasks import identify_night
+from marc_pipeline.scheduler.tasks import identify_nightly
 
 GOOD = 'catalogue: {uri: "in/{ds}.csv", template: "{title}. {genres}"}\n'
 
@@ -289,7 +289,7 @@ def spark_job(given: str) -> None:
 def scheduler(given: str) -> None:
     entry.configure_logging()
     with entry.reported_errors():
-        identify_night(ds="2026-11-20", config=given)
+        identify_nightly(ds="2026-11-20", config=given)
 
 
 @pytest.mark.usefixtures("_logging")

@@ -94,7 +94,8 @@ def judge_layers(
         UserError: catalogue, interactions, backbone or settings are not valid, or they changed since that task.
     """
     from marc_pipeline.layers.sweep import require_kind
-    from marc_pipeline.spark.session import configured_session, hands_out_gpus
+    from marc_pipeline.spark.session import configured_session
+    from marc_pipeline.spark.tasks import assigns_gpus
 
     settings, storage = deployment.settings, deployment.storage
     if bool(ds) == bool(images):
@@ -116,7 +117,7 @@ def judge_layers(
     with configured_session(settings, name=name, gpu_tasks=True) as spark:
         models, inputs = _sweep(spark, deployment, candidates, ds=ds)
         # Click models need no GPU. Where Spark assigns GPUs to tasks, they run in a second session that shares one GPU.
-        together = not hands_out_gpus(spark)
+        together = not assigns_gpus(spark)
         if together:
             models = _with_clicks(spark, candidates, models)
     if not together:
@@ -264,7 +265,7 @@ def _sweep(
 ) -> tuple[list[JudgedModel], int]:
     """The metrics of every layer of every candidate, in parallel parts; and the number of inputs."""
     from marc_pipeline.layers.sweep import INPUT, SAMPLE, run_part
-    from marc_pipeline.spark.session import run_buckets
+    from marc_pipeline.spark.tasks import run_buckets
 
     settings, storage = deployment.settings, deployment.storage
     first, wanted = candidates[0], settings.layers

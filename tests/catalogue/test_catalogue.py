@@ -843,7 +843,7 @@ def test_a_part_that_comes_while_the_catalogue_is_read_is_the_users_error(tmp_pa
     wanted = planning.catalogue_settings(f"{tmp_path}{uri}")
     source = catalogue.find_source(wanted, wanted.uri, ds=planning.DS, storage=planning.STORAGE)
     write_bytes(tmp_path / "b.csv", b"item_id,title\n2,b\n")
-    with pytest.raises(UserError, match=r"b\.csv came while the catalogue was read"):
+    with pytest.raises(UserError, match=r"b\.csv was added while the catalogue was read"):
         catalogue.require_unchanged(source, storage=planning.STORAGE)
 
 

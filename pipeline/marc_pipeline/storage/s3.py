@@ -86,7 +86,10 @@ class S3Objects:
             except client.exceptions.ClientError as error:
                 again = again or error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
                 if _status(error) == 412:
-                    return again and self._holds(uri, data)
+                    # An earlier try of this call may have created the object.
+                    with suppress(FileNotFoundError):
+                        return again and self.read(uri) == data
+                    return False
                 if _status(error) != 409:
                     raise
                 # Another client is writing or deleting the object, so the outcome is open.
@@ -260,12 +263,6 @@ class S3Objects:
 
     def _connection(self) -> tuple[str | None, float, float, int]:
         return self.region, self.connect_timeout_s, self.read_timeout_s, self.attempts
-
-    def _holds(self, uri: str, data: bytes) -> bool:
-        try:
-            return self.read(uri) == data
-        except FileNotFoundError:
-            return False
 
 
 def _require_whole_head(answer: Any) -> None:  # noqa: ANN401 - any of boto3's typed dictionaries

@@ -339,13 +339,9 @@ def test_undecodable_bytes_in_parquet_are_quarantined(
             assert json.loads(record)["item_id"] == number
         else:
             assert (reason, text) == (None if decoded else Reason.EMPTY_TEXT, decoded)
-
-
-def test_undecodable_ids_in_parquet_are_quarantined_without_an_id(spark: "SparkSession", tmp_path: Path) -> None:
-    columns = {"item_id": planning.undecoded_strings([b"a\xff", b"b"]), "title": ["x", "y"]}
-    rows = read(spark, write_parquet(tmp_path / "c.parquet", columns))
-    assert texts(rows) == {"b": "y"}
-    bad = next(row for row in rows if row["reason"])
+    ids = {"item_id": planning.undecoded_strings([b"a\xff", b"b"]), "title": ["x", "y"]}
+    bad, good = read(spark, write_parquet(tmp_path / "ids.parquet", ids))
+    assert (good["item_id"], good["text"], good["reason"]) == ("b", "y", None)
     assert (bad["item_id"], bad["reason"]) == (None, Reason.UNDECODABLE)
     assert json.loads(bad["row"]) == {"item_id": "a\ufffd", "title": "x"}
 

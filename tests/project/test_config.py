@@ -91,6 +91,19 @@ def test_file_uris_and_home_folders_are_local_paths(tmp_path: Path) -> None:
         ("catalogue: [\n", "is no valid YAML mapping"),
         ("catalogue:\n\turi: x\n", "is no valid YAML mapping"),
         (b"\xff\xfe", "is no valid YAML mapping"),
+        *(
+            (f'catalogue: {{uri: x, template: "{template}"}}\n', f"catalogue.template: {message}")
+            for template, message in [
+                ("plain text", "the template names no column"),
+                ("{{title}}", "the template names no column"),
+                ("{title", "expected '}' before end of string"),
+                ("title}", "Single '}' encountered"),
+                *(
+                    (field, f"{field!r}: write plain column names")
+                    for field in ("{}", "{title!r}", "{title:>10}", "{0}")
+                ),
+            ]
+        ),
     ],
 )
 def test_a_bad_configuration_is_refused_in_one_line_with_file_and_key(
@@ -113,24 +126,6 @@ def test_a_missing_file_is_the_users_error(config: Path) -> None:
     message = r"no configuration at .*marc.yaml; write one, pass --config or set MARC_CONFIG"
     with pytest.raises(UserError, match=message):
         load_settings(config)
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("plain text", "names no column"),
-        ("{{title}}", "names no column"),
-        ("{title", "expected '}' before end of string"),
-        ("title}", "Single '}' encountered"),
-        ("{}", "plain column names"),
-        ("{title!r}", "plain column names"),
-        ("{title:>10}", "plain column names"),
-        ("{0}", "plain column names"),
-    ],
-)
-def test_a_template_that_cannot_be_rendered_is_refused(config: Path, template: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        load(config, f'catalogue: {{uri: x, template: "{template}"}}\n')
 
 
 names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_ ]{0,10}", fullmatch=True)

@@ -143,17 +143,17 @@ def test_a_missing_or_resized_file_is_refused_unless_it_is_open_already(
 
 
 @pytest.mark.parametrize("kind", ROOTS)
-@pytest.mark.parametrize("held", [False, True], ids=["no view", "a view"])
+@pytest.mark.parametrize("has_view", [False, True], ids=["no view", "a view"])
 def test_close_releases_map_and_files_and_views_stay_valid(
-    own: Path, published: PublishedFile, kind: str, held: bool
+    own: Path, published: PublishedFile, kind: str, has_view: bool
 ) -> None:
     before = set(Path("/proc/self/fd").iterdir())
     file = mapped(own, published, kind)
-    view = file.view(0, SIZE) if held else b""
+    view = file.view(0, SIZE) if has_view else b""
     for _ in range(2):
         file.close()
-    assert view == (CONTENT if held else b"")
-    if not held:
+    assert view == (CONTENT if has_view else b"")
+    if not has_view:
         assert set(Path("/proc/self/fd").iterdir()) == before
         with pytest.raises(ValueError, match="closed"):
             file.view(0, 1)
@@ -179,14 +179,14 @@ def test_threads_may_read_the_same_file(folder: Path, published: PublishedFile) 
 def test_requests_contain_every_block_once_in_few_ranges(wanted: set[int]) -> None:
     blocks = np.array(sorted(wanted))
     asked = requests(blocks)
-    held = [block for one in asked for block in one]
-    assert len(held) == len(set(held))
-    assert wanted <= set(held)
+    seen = [block for one in asked for block in one]
+    assert len(seen) == len(set(seen))
+    assert wanted <= set(seen)
     assert all(0 < len(one) <= REQUEST_BLOCKS for one in asked)
     for before, after in pairwise(asked):
         assert len(before) == REQUEST_BLOCKS or after.start - before.stop >= GAP_BLOCKS
     # Only blocks in narrow gaps are read in addition.
-    assert all({*range(block - GAP_BLOCKS, block)} & wanted for block in set(held) - wanted)
+    assert all({*range(block - GAP_BLOCKS, block)} & wanted for block in set(seen) - wanted)
 
 
 def test_a_thousand_ranges_are_few_requests_without_repetition(
@@ -204,8 +204,8 @@ def test_a_thousand_ranges_are_few_requests_without_repetition(
     starts = np.random.default_rng(1).integers(0, SIZE - 256, 1000)
     file.require(starts, starts + 256)
     assert len(fetched) <= -(-BLOCKS // REQUEST_BLOCKS) + 1
-    held = [block for one in fetched for block in one]
-    assert len(held) == len(set(held)) <= BLOCKS + 1
+    seen = [block for one in fetched for block in one]
+    assert len(seen) == len(set(seen)) <= BLOCKS + 1
     count = len(fetched)
     file.require(starts, starts + 256)
     assert len(fetched) == count

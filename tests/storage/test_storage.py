@@ -66,19 +66,13 @@ def test_exactly_one_of_sixteen_concurrent_creators_wins(
     assert STORAGE.create(join(root, "same"), b"same") is False
 
 
-def test_create_keeps_an_existing_object(tmp_path: Path) -> None:
-    uri = str(tmp_path / "object")
-    STORAGE.write(uri, b"first")
-    assert STORAGE.create(uri, b"second") is False
-    assert STORAGE.read(uri) == b"first"
-    assert staged_names(tmp_path) == []
-
-
-def test_write_replaces_an_object(tmp_path: Path) -> None:
+def test_write_replaces_and_create_keeps_an_existing_object(tmp_path: Path) -> None:
     uri = str(tmp_path / "a" / "b" / "object")
-    STORAGE.write(uri, b"first, and longer")
-    STORAGE.write(uri, b"second")
-    assert STORAGE.read(uri) == b"second"
+    for content in (b"first, and longer", b"second"):
+        STORAGE.write(uri, content)
+        assert STORAGE.create(uri, b"third") is False
+        assert STORAGE.read(uri) == content
+    assert staged_names(tmp_path) == []
 
 
 def test_a_reader_never_sees_a_partial_write(tmp_path: Path) -> None:
@@ -103,20 +97,16 @@ def test_a_reader_never_sees_a_partial_write(tmp_path: Path) -> None:
     assert torn == 0
 
 
-def test_a_staged_file_is_removed_when_its_writer_fails(tmp_path: Path) -> None:
+def test_publishing_renames_a_staged_file_which_is_removed_when_its_writer_fails(tmp_path: Path) -> None:
     uri = str(tmp_path / "object")
     with pytest.raises(ZeroDivisionError), STORAGE.staged(uri) as path:  # noqa: PT012
         path.write_bytes(b"half")
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
     assert STORAGE.stat(uri) is None
-
-
-def test_publishing_renames_a_staged_file_beside_its_target(tmp_path: Path) -> None:
-    uri = str(tmp_path / "folder" / "object")
     with STORAGE.staged(uri) as path:
         path.write_bytes(b"whole")
-        assert path.parent == tmp_path / "folder"
+        assert path.parent == tmp_path
         inode = path.stat().st_ino
         assert STORAGE.list(str(tmp_path)) == []
         STORAGE.publish(path, uri)
@@ -159,24 +149,18 @@ def test_list_skips_staged_files_that_are_deleted_meanwhile(tmp_path: Path) -> N
         writer.result()
 
 
-def test_stat_returns_the_size_of_a_file_and_none_without_a_file(tmp_path: Path) -> None:
-    uri = str(tmp_path / "object")
-    assert STORAGE.stat(uri) is None
-    assert STORAGE.stat(str(tmp_path)) is None
-    with pytest.raises(FileNotFoundError):
-        STORAGE.read(uri)
-    STORAGE.write(uri, b"12345")
-    assert STORAGE.stat(uri) == StoredObject(uri=uri, bytes=5, modified=Path(uri).stat().st_mtime)
-
-
 @settings(deadline=None, database=None, max_examples=25)
 @given(data=st.binary(max_size=2000))
 def test_written_content_is_read_fetched_and_digested(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     folder = tmp_path_factory.mktemp("storage")
     uri = str(folder / "object")
+    assert STORAGE.stat(uri) is None
+    assert STORAGE.stat(str(folder)) is None
+    with pytest.raises(FileNotFoundError):
+        STORAGE.read(uri)
     assert STORAGE.create(uri, data)
-    stored = STORAGE.stat(uri)
-    assert stored is not None
+    stored = StoredObject(uri=uri, bytes=len(data), modified=Path(uri).stat().st_mtime)
+    assert STORAGE.stat(uri) == stored
     STORAGE.fetch(uri, folder / "copies" / "object")
     filesystem, path = STORAGE.filesystem(uri)
     with filesystem.open_input_file(path) as file:

@@ -154,8 +154,8 @@ def test_only_compressed_vectors_are_read_by_row_group(
 def test_a_file_that_differs_from_its_release_is_refused(tmp_path: Path) -> None:
     rows = bucket_rows(unit_vectors(["a", "b"]), bundle="b")
     file = present(tmp_path, rows, 10)
-    with pytest.raises(CorruptFile, match=r"holds 2 rows of .*, not what its release says"):
+    with pytest.raises(CorruptFile, match=r"has 2 rows with columns .*, not those of its release"):
         opened(tmp_path, file.model_copy(update={"rows": 3}), 8)
-    with pytest.raises(CorruptFile, match="not what its release says"):
+    with pytest.raises(CorruptFile, match="not those of its release"):
         opened(tmp_path, file, 4)
     assert file_schema(8).names == rows.column_names

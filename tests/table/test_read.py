@@ -125,10 +125,10 @@ def test_item_ids_of_row_ids_keep_their_shape_and_give_none_for_minus_one(reader
 
 @pytest.mark.parametrize("other", [-1, 0, row_id(IDS[0]) + BUCKETS, row_id(IDS[0]) + 1, 2**63 - 1])
 def test_unknown_row_ids_are_an_error_of_the_index(reader: TableReader, other: int) -> None:
-    with pytest.raises(CorruptFile, match="holds ids that its table lacks; run `marc verify`"):
+    with pytest.raises(CorruptFile, match="contains ids that its table lacks; run `marc verify`"):
         reader.vectors_of_rows(np.array([row_id(IDS[0]), other]))
     if other >= 0:
-        with pytest.raises(CorruptFile, match="holds ids that its table lacks"):
+        with pytest.raises(CorruptFile, match="contains ids that its table lacks"):
             reader.item_ids(np.array([other, row_id(IDS[0])]))
 
 

@@ -203,8 +203,8 @@ def _piece_lines(stream: IO[bytes], piece: Piece, line_end: str) -> Iterator[byt
 
 
 def _batch(rows: Sequence[Record], text: TextFormat, source: str) -> pa.RecordBatch:
-    nothing = (None,) * len(text.columns)
-    values = zip(*(nothing if found is None else found for found, _ in rows), strict=True)
+    empty = (None,) * len(text.columns)
+    values = zip(*(empty if found is None else found for found, _ in rows), strict=True)
     arrays = [pa.array(column, pa.binary()) for column in values]
     arrays.append(pa.array([found is None for found, _ in rows]))
     arrays.append(pa.array([record for _, record in rows], pa.binary()))

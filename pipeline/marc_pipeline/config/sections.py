@@ -197,7 +197,7 @@ class StorageSettings(Section):
     )
     region: str | None = Field(None, description="Region of the store; default: that of the AWS chain.")
     connect_timeout_s: float = Field(10.0, ge=0.1, le=3600, description="Seconds until a connection attempt fails.")
-    read_timeout_s: float = Field(60.0, ge=1, le=3600, description="Seconds that a transfer may stand still.")
+    read_timeout_s: float = Field(60.0, ge=1, le=3600, description="Longest pause of a transfer in seconds.")
     attempts: int = Field(8, ge=1, le=100, description="Tries per request, with growing random pauses between them.")
 
     @model_validator(mode="before")

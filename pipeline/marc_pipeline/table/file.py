@@ -40,7 +40,7 @@ class TableFile:
         self._metadata, schema = parquet.metadata, parquet.schema_arrow
         self.rows = self._metadata.num_rows
         if self.rows != rows or not schema.remove_metadata().equals(file_schema(dim)):
-            raise CorruptFile(f"{file.uri} holds {self.rows:,} rows of {schema.names}, not what its release says")
+            raise CorruptFile(f"{file.uri} has {self.rows:,} rows with columns {schema.names}, not those of its release")
         self._leaves = {self._metadata.schema.column(n).path: n for n in range(self._metadata.num_columns)}
         self._groups = [self._metadata.row_group(number) for number in range(self._metadata.num_row_groups)]
         # First row of each row group, then the number of rows.

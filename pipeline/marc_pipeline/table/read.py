@@ -34,7 +34,7 @@ class UnknownItems(UserError, KeyError):
     def __init__(self, ids: Sequence[str], release: str) -> None:
         self.ids = list(ids)
         shown = ", ".join(map(repr, self.ids[:10])) + (", …" if len(self.ids) > 10 else "")
-        self._message = f"release {release} holds no item {shown} ({len(self.ids)} missing)"
+        self._message = f"release {release} does not contain item {shown} ({len(self.ids)} missing)"
         super().__init__(self._message)
 
     def __str__(self) -> str:
@@ -276,7 +276,7 @@ class TableReader:
 
     def _lacking(self) -> CorruptFile:
         return CorruptFile(
-            f"the index of release {self._facts.release_id} holds ids that its table lacks; run `marc verify`"
+            f"the index of release {self._facts.release_id} contains ids that its table lacks; run `marc verify`"
         )
 
     def _verify_files(self) -> None:

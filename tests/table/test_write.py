@@ -201,12 +201,16 @@ def test_a_failed_write_leaves_no_file(site: Site) -> None:
     assert [path for path in Path(site.table_uri).rglob("*") if path.is_file()] == []
 
 
-def test_written_files_are_invisible_until_they_are_committed(site: Site) -> None:
-    commit(site.encoded(items(10), ds=OTHER_DS))
-    encoded = site.encoded(items(20), ds=DS)
-    assert snapshot(site) == expected(OTHER_DS, items(10))
-    commit(encoded)
-    assert snapshot(site) == expected(OTHER_DS, items(10)) | expected(DS, items(20))
+def test_a_commit_makes_files_visible_and_replaces_those_of_its_date_only(site: Site) -> None:
+    commit(site.encoded(items(30, seed=1), ds=OTHER_DS))
+    encoded = site.encoded(items(30))
+    assert snapshot(site) == expected(OTHER_DS, items(30, seed=1))
+    first = commit(encoded)
+    before = committed_files(DeltaTable(site.table_uri), ds=OTHER_DS)
+    commit(site.encoded(items(25, seed=2), plan_id="again"))
+    assert committed_files(DeltaTable(site.table_uri), ds=OTHER_DS) == before != set()
+    assert snapshot(site) == expected(OTHER_DS, items(30, seed=1)) | expected(DS, items(25, seed=2))
+    assert snapshot(site, first) == expected(OTHER_DS, items(30, seed=1)) | expected(DS, items(30))
 
 
 def test_a_delta_reader_reads_the_committed_version(site: Site) -> None:
@@ -231,16 +235,6 @@ def test_the_same_files_are_not_committed_again(site: Site) -> None:
     # After another commit, the newest version is returned.
     assert commit(encoded) == later == DeltaTable(site.table_uri).version()
     assert snapshot(site, later) == expected(DS, items(10)) | expected(OTHER_DS, items(10, seed=1))
-
-
-def test_a_commit_replaces_the_files_of_its_date_and_no_others(site: Site) -> None:
-    first = commit(site.encoded(items(30)))
-    commit(site.encoded(items(30, seed=1), ds=OTHER_DS))
-    before = committed_files(DeltaTable(site.table_uri), ds=OTHER_DS)
-    commit(site.encoded(items(25, seed=2), plan_id="again"))
-    assert committed_files(DeltaTable(site.table_uri), ds=OTHER_DS) == before != set()
-    assert snapshot(site) == expected(OTHER_DS, items(30, seed=1)) | expected(DS, items(25, seed=2))
-    assert snapshot(site, first) == expected(DS, items(30))
 
 
 def test_a_commit_adds_and_removes_exactly_the_difference(site: Site) -> None:

@@ -61,9 +61,9 @@ def verified_folder(storage: Storage, uri: str, sha256: Mapping[str, str], *, ke
     Args:
         storage: access to ``uri``.
         uri: the stored folder; its files never change.
-        sha256: the checksum of each file, by its name relative to ``uri``.
+        sha256: checksum of each file, by its name relative to ``uri``.
         key: path of the local copy within the temporary folder; it identifies the content.
-        remedy: what the user can do when a stored file is missing or damaged; the error ends with it.
+        remedy: end of the error message, for a stored file that is missing or damaged.
 
     Raises:
         CorruptFile: a stored file is missing or differs from its checksum.
@@ -159,11 +159,7 @@ def open_published(storage: Storage, root: str, published: PublishedFile) -> pa.
 
 
 class RandomAccess(io.RawIOBase):
-    """Seeking and reading for pyarrow. Subclasses implement :meth:`view`.
-
-    Args:
-        size: size of the file in bytes.
-    """
+    """Seeking and reading for pyarrow in a file of ``size`` bytes. Subclasses implement :meth:`view`."""
 
     def __init__(self, size: int) -> None:
         self._size, self._position = size, 0

@@ -30,10 +30,7 @@ class MappedFile:
     A local file is memory-mapped. Blocks of a file on S3 are fetched once, into an unnamed temporary file. Threads may
     share the object; two threads may verify the same block.
 
-    Args:
-        storage: access to the file.
-        root: uri that the path of the file is relative to.
-        published: path and checksums of the file.
+    ``root`` is the uri that the path of ``published`` is relative to.
 
     Raises:
         CorruptFile: the file is missing or has another size; on access: a block differs or the object was deleted.
@@ -78,9 +75,7 @@ class MappedFile:
     def require(self, starts: ArrayLike, ends: ArrayLike) -> None:
         """Verify the blocks of these ranges that are not verified yet.
 
-        Args:
-            starts: offset [n] of the first byte of each range.
-            ends: offset [n] after the last byte of each range, larger than its start.
+        ``starts`` [n] are the offsets of the first bytes, ``ends`` [n] those after the last bytes.
 
         Raises:
             CorruptFile: a block differs.
@@ -144,8 +139,7 @@ def _write_all(file: int, data: memoryview, start: int) -> None:
 def requests(blocks: NDArray[np.int64]) -> Sequence[range]:
     """Return ranges of blocks to request: neighbours in one request, narrow gaps included, long ranges split.
 
-    Args:
-        blocks: numbers of the blocks, ascending, at least one.
+    ``blocks`` are at least one number, in ascending order.
 
     >>> requests(np.array([1, 2, 5, 40]))
     [range(1, 6), range(40, 41)]

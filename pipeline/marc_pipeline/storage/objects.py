@@ -73,9 +73,7 @@ class Storage:
     def list(self, uri: str, *, hidden: bool = False) -> list[StoredObject]:
         """Return every file below a folder uri, sorted by uri; an empty list if the folder does not exist.
 
-        Args:
-            uri: the folder.
-            hidden: include files whose name, or a folder of it, begins with a dot or an underscore.
+        Files whose name, or a folder of it, begins with a dot or an underscore are included only with ``hidden``.
         """
         return sorted(self._objects(uri).list(uri, hidden=hidden), key=lambda stored: stored.uri)
 
@@ -96,12 +94,7 @@ class Storage:
             raise OSError(f"{len(failed):,} objects could not be deleted, the first one: {failed[0]}")
 
     def abort_uploads(self, uri: str, *, before: float) -> int:
-        """Abort multipart uploads of killed processes below a folder and return their number.
-
-        Args:
-            uri: the folder.
-            before: abort only uploads that began before this time, in seconds since 1970.
-        """
+        """Abort multipart uploads that began before a time (seconds since 1970), and return their number."""
         return self._objects(uri).abort_uploads(uri, before=before)
 
     def content_digest(self, stored: StoredObject) -> str:

@@ -26,9 +26,9 @@ def repeated(uri: str, action: Callable[[], R], *, on: tuple[type[Exception], ..
     """Return the result of an action; retry it after temporary errors.
 
     Args:
-        uri: uri that the errors and log lines name.
+        uri: uri for errors and log lines.
         action: an action that is safe to repeat.
-        on: types of the temporary errors.
+        on: types of temporary errors.
         attempts: most tries.
 
     Raises:

@@ -28,14 +28,9 @@ NAME = re.compile(rf"part-([0-9a-f]{{{PLAN_KEY_CHARS}}})-[0-9a-f]{{16}}\.parquet
 
 
 def commit_day(storage: Storage, table_uri: str, files: Sequence[PublishedFile], *, dim: int, ds: str) -> int:
-    """Replace the files of one date in a single transaction; other dates keep their files.
+    """Replace the files of the date ``ds`` in one transaction; other dates keep their files.
 
-    Args:
-        storage: access to ``table_uri``.
-        table_uri: root of the feature table.
-        files: all files of the date; committed files among them are not touched.
-        dim: length of the vectors.
-        ds: the date.
+    ``files`` are all files of the date with vectors of length ``dim``. Committed files among them are not touched.
 
     Returns:
         A table version with exactly these files for ``ds``.
@@ -76,10 +71,7 @@ def plan_of(path: str) -> str | None:
 def day_files(plan: Plan, receipts: Sequence[Receipt], live: Release | None) -> tuple[PublishedFile, ...]:
     """Return all files of a date, by bucket: those of the receipts and those of buckets that the plan leaves out.
 
-    Args:
-        plan: the plan of the whole date or of some buckets.
-        receipts: receipts of all buckets of the plan.
-        live: current release of the date; a plan of some buckets keeps its other files.
+    ``live`` is the current release of the date. A plan of some buckets keeps its other files.
     """
     files = [receipt.file for receipt in receipts if receipt.file is not None]
     if plan.chosen and live:

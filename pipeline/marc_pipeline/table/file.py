@@ -25,10 +25,7 @@ class TableFile:
     Files with uncompressed vectors (see :mod:`marc_pipeline.table.plain_pages`) are read by row. Files of an earlier
     version are read by row group.
 
-    Args:
-        file: bytes of the file.
-        rows: number of rows by its release.
-        dim: length d of the vectors.
+    ``rows`` is the number of rows by the release, ``dim`` the length d of the vectors.
 
     Raises:
         CorruptFile: the footer is damaged, or rows or columns differ from the release.
@@ -40,7 +37,8 @@ class TableFile:
         self._metadata, schema = parquet.metadata, parquet.schema_arrow
         self.rows = self._metadata.num_rows
         if self.rows != rows or not schema.remove_metadata().equals(file_schema(dim)):
-            raise CorruptFile(f"{file.uri} has {self.rows:,} rows with columns {schema.names}, not those of its release")
+            found = f"{self.rows:,} rows with columns {schema.names}"
+            raise CorruptFile(f"{file.uri} has {found}, not those of its release; run `marc verify`")
         self._leaves = {self._metadata.schema.column(n).path: n for n in range(self._metadata.num_columns)}
         self._groups = [self._metadata.row_group(number) for number in range(self._metadata.num_row_groups)]
         # First row of each row group, then the number of rows.

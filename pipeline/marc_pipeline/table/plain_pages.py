@@ -22,14 +22,7 @@ def values_start(metadata: pq.FileMetaData, group: int, column: int, *, row_byte
     """Return the file offset of a column's first value in a row group; None for any other layout.
 
     The layout is checked: one uncompressed page fills the chunk, its values are plain, none is missing, and their size
-    matches the number of rows.
-
-    Args:
-        metadata: footer of the file.
-        group: number of the row group.
-        column: number of the leaf column.
-        row_bytes: size of the values of one row, in bytes.
-        read: returns the bytes of the file between two offsets.
+    is ``row_bytes`` per row. ``column`` is the number of a leaf; ``read`` returns the bytes between two offsets.
     """
     chunk, leaf = metadata.row_group(group).column(column), metadata.schema.column(column)
     if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page:

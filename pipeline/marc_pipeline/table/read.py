@@ -42,13 +42,7 @@ class UnknownItems(UserError, KeyError):
 
 
 class TableReader:
-    """The feature table of one release.
-
-    Args:
-        facts: record of the release in the log.
-        uri: uri of the feature table for this reader.
-        storage: access to ``uri``.
-    """
+    """The feature table of one release, at the uri by which this reader reaches it."""
 
     def __init__(self, facts: Release, *, uri: str, storage: Storage) -> None:
         self._facts = facts

@@ -56,7 +56,7 @@ def write_bucket_file(
         dim: length of the vectors.
         ds: date of the partition.
         bucket: number of the partition.
-        plan_id: the plan that the rows belong to.
+        plan_id: the plan of the rows.
         footer: facts for the file's metadata (bundle, layer, dim, normalised, template).
         mantissa_bits: precision of the stored vectors; 23 does not round.
 

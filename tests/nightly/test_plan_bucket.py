@@ -183,7 +183,7 @@ def test_the_kept_row_of_an_id_is_the_one_that_sql_would_choose(
     ]
     summary = plan_bucket(context, 0, pa.Table.from_pylist(rows, schema=PLANNED_ROWS))
 
-    # The order of marc_pipeline.catalogue.source.NEWEST_FIRST in plain Python.
+    # The order of marc_pipeline.catalogue.rows.NEWEST_FIRST in plain Python.
     by_source = sorted(versions, key=lambda v: v[3])
     newest_first = sorted(by_source, key=lambda v: (v[1] is not None, v[1] or 0, content_hash(v[2])), reverse=True)
     newest: dict[str, tuple[str, int | None, str, str]] = {}

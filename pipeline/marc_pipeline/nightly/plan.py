@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from marc_pipeline.catalogue import source as catalogue
+from marc_pipeline.catalogue.rows import CONTENT_HASH, read_catalogue
+from marc_pipeline.catalogue.source import require_unchanged
 from marc_pipeline.config import Settings
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import Superseded, UserError
@@ -84,10 +85,10 @@ def make_plan(spark: "SparkSession", deployment: Deployment, identity: PlanIdent
         mantissa_bits=identity.mantissa_bits,
         recompute=identity.recompute,
     )
-    rows = catalogue.read_rows(spark, identity.source, settings.catalogue, storage=storage)
+    rows = read_catalogue(spark, identity.source, settings.catalogue, storage=storage)
     source_bytes = sum(file.bytes for file in identity.source.files)
     summaries = _plan_buckets(spark, rows, context, chosen=identity.chosen, source_bytes=source_bytes)
-    catalogue.require_unchanged(identity.source, storage=storage)
+    require_unchanged(identity.source, storage=storage)
     plan = _assemble(settings, identity, context, summaries, found, parallel=parallel)
     if plan.rows_read == 0 and not identity.chosen:
         raise UserError(f"the catalogue at {identity.source.uri} is empty: it has no rows")
@@ -138,7 +139,7 @@ def _plan_buckets(
         .sortWithinPartitions("bucket")
         # Hashes are computed after the shuffle, because they do not compress.
         .selectExpr(
-            *("item_id", "row_id", "text", f"coalesce(reason, {catalogue.CONTENT_HASH}) AS content_hash"),
+            *("item_id", "row_id", "text", f"coalesce(reason, {CONTENT_HASH}) AS content_hash"),
             *("updated_at", "source"),
         )
     )

@@ -4,8 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from marc_pipeline.catalogue import source as catalogue
-from marc_pipeline.catalogue.source import CatalogueSource
+from marc_pipeline.catalogue.source import CatalogueSource, find_source
 from marc_pipeline.config import Settings
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import UserError
@@ -69,7 +68,7 @@ def identify_plan(
     bundle = open_bundle(storage, live.bundle.uri if live else settings.bundle_uri)
     buckets = live.table.buckets if live else settings.buckets
     some = tuple(sorted(set(chosen))) if live else None
-    source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
+    source = find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
     files = sorted((file.uri.rsplit("/", 1)[1], file.digest) for file in source.files)
     wanted = settings.catalogue
     parts = [

@@ -13,7 +13,7 @@ from marc_pipeline.config import AuditSettings, IndexSettings
 from marc_pipeline.deployment import open_deployment
 from marc_pipeline.index.faiss_index import fill, new_index
 from marc_pipeline.index.search import IndexSearch
-from marc_pipeline.index.shards import files_of, shard_of
+from marc_pipeline.index.shards import shard_files, shard_of
 from marc_pipeline.nightly.stages import index_stage
 from marc_pipeline.reader.release import open_release
 from marc_pipeline.reader.verify import verify
@@ -101,7 +101,7 @@ def test_an_index_in_shards_answers_as_one_over_all_vectors(site: Site, factory:
     for shard in shards:
         if lists := faiss.try_extract_index_ivf(shard):
             lists.nprobe = several.index.nprobe
-    scores, found = IndexSearch(shards, items=2000, tombstones=0).nearest(queries, 10)
+    scores, found = IndexSearch(shards, items=2000, tombstones=0).exact_neighbours(queries, 10)
     names, same = release.search(queries, 10)
     by_row = {row_id(item): item for item in VECTORS}
     np.testing.assert_allclose(same, scores, rtol=1e-6)
@@ -130,7 +130,7 @@ def test_shards_up_to_a_size_are_merged_into_one_file_and_leave_nothing(site: Si
     for part in (one, *shards):
         faiss.extract_index_ivf(part).nprobe = 16
     np.testing.assert_array_equal(
-        one.search(queries, 12)[0], IndexSearch(shards, items=2000, tombstones=0).nearest(queries, 12)[0]
+        one.search(queries, 12)[0], IndexSearch(shards, items=2000, tombstones=0).exact_neighbours(queries, 12)[0]
     )
     assert one.ntotal == 2000
 
@@ -332,7 +332,7 @@ def test_an_index_that_is_filled_in_batches_is_the_one_that_faiss_fills_at_once(
 def test_files_of_a_shard_are_those_of_its_buckets(site: Site) -> None:
     encoded = site.encoded(VECTORS)
     files = day_files(encoded.plan, encoded.receipts, None)
-    parts = [files_of(files, number, buckets=BUCKETS, of=3) for number in range(3)]
+    parts = [shard_files(files, number, buckets=BUCKETS, of=3) for number in range(3)]
     assert [file for part in parts for file in part] == list(files)
     assert [[bucket_number(file.path) for file in part] for part in parts] == [[0, 1], [2], [3]]
 

@@ -269,7 +269,7 @@ BAD: dict[str, tuple[str, str, list[str], str]] = {
     "unknown item": ("", "", ["lookup", "--item", "nobody"], "'nobody'"),
     "no release of the date": ("", "", ["files", "--ds", "2020-01-01"], "no release of 2020-01-01"),
     "a moment before all": ("", "", ["files", "--at", "2020-01-01T00:00:00+00:00"], "was there at 2020-01-01T00:00:00"),
-    "no moment": ("", "", ["lookup", "--item", "a", "--at", "yesterday"], "'yesterday' is no moment"),
+    "no moment": ("", "", ["lookup", "--item", "a", "--at", "yesterday"], "'yesterday' is not a time"),
     "a moment without a time zone": ("", "", ["files", "--at", "2026-11-20T06:00"], "has no time zone"),
     "two queries": ("", "", ["lookup", "--item", "a", "--text", "b"], "exactly one"),
 }

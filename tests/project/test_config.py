@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marc_pipeline import entry
-from marc_pipeline.cli import main
+from marc_pipeline.cli.app import main
 from marc_pipeline.config import (
     CatalogueSettings,
     Settings,

@@ -122,7 +122,7 @@ def test_the_reader_loads_no_heavy_package() -> None:
 
 
 def test_the_command_line_opens_without_heavy_packages() -> None:
-    loaded = run_python("import sys, marc_pipeline.cli; print(*{m.split('.')[0] for m in sys.modules})").split()
+    loaded = run_python("import sys, marc_pipeline.cli.app; print(*{m.split('.')[0] for m in sys.modules})").split()
     assert not {"torch", "transformers", "pyspark", "airflow", "sklearn", "mteb", "matplotlib"} & set(loaded)
 
 

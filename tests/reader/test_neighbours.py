@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from marc_pipeline.errors import UserError
 from marc_pipeline.index import search as index_search
-from marc_pipeline.index.search import Choice, IndexSearch
+from marc_pipeline.index.search import RowFilter, IndexSearch
 from marc_pipeline.reader import neighbours
 from marc_pipeline.reader.release import OpenRelease, UnknownItems, open_release
 from marc_pipeline.storage.checksums import describe_file
@@ -365,9 +365,9 @@ def test_the_index_alone_steps_over_the_dead(factory: str, only: bool | None) ->
     dead = {f"dead-{copy}-{item}": 2 * vector for copy in range(2) for item, vector in WHOLE.items()}
     search = IndexSearch([with_dead(factory, dead)], items=300, tombstones=600)
     rows = np.sort([row_id(item) for item in IDS[::2]])
-    choice = None if only is None else Choice(rows, only=only, count=150)
-    parts = list(search.search(DRAWN[:30], 10, choice))
-    assert sorted(place for part in parts for place in part.places) == list(range(30))
+    row_filter = None if only is None else RowFilter(rows, only=only, count=150)
+    parts = list(search.search(DRAWN[:30], 10, row_filter))
+    assert sorted(place for part in parts for place in part.positions) == list(range(30))
     for part in parts:
         assert (part.rows[:, :10] >= 0).all()
         assert only is None or (np.isin(part.rows[:, :10], rows) == only).all()
@@ -389,8 +389,8 @@ def test_a_filter_keeps_what_the_index_was_tuned_to_and_widens_it(monkeypatch: p
     def asked(index: Any, count: int) -> list[int]:
         widths.clear()
         rows = np.sort([row_id(item) for item in IDS[:count]])
-        found = list(Seen([index], items=300, tombstones=0).search(DRAWN[:4], 5, Choice(rows, only=True, count=count)))
-        assert sum(len(one.places) for one in found) == 4
+        found = list(Seen([index], items=300, tombstones=0).search(DRAWN[:4], 5, RowFilter(rows, only=True, count=count)))
+        assert sum(len(one.positions) for one in found) == 4
         return sorted(set(widths))
 
     lists = build("IVF16,Flat", WHOLE)
@@ -413,7 +413,7 @@ def test_lists_are_probed_further_until_a_filter_has_its_neighbours() -> None:
     index.nprobe = 1
     rows = np.sort([row_id(item) for item in IDS[150:]])
     search = IndexSearch([index], items=300, tombstones=0)
-    (found,) = search.search(near[None], 20, Choice(rows, only=True, count=150))
+    (found,) = search.search(near[None], 20, RowFilter(rows, only=True, count=150))
     assert (found.rows[0, :20] >= 0).all()
 
 

@@ -13,6 +13,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+    from published import Site
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
@@ -21,6 +23,14 @@ SHARED = REPOSITORY.parent / "shared"
 def repository() -> Path:
     """Root of the repository."""
     return REPOSITORY
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> "Site":
+    """An empty feature table with its indexes and work area."""
+    from published import Site
+
+    return Site(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -45,27 +45,9 @@ def common(
     context.obj = State(config=config)
 
 
-for command in (
-    publishing.plan,
-    publishing.run,
-    publishing.backfill,
-    publishing.rollback,
-    publishing.vacuum,
-    training.train,
-    training.evaluate,
-    training.promote,
-    training.demote,
-    layers.layers,
-    layers.scores,
-    layers.mteb,
-    example_data.example,
-    releases.files,
-    lookup.lookup,
-    releases.verify,
-    releases.releases,
-    releases.summary,
-):
-    app.command()(command)
+for group in (publishing, training, layers, example_data, releases, lookup):
+    for command in group.COMMANDS:
+        app.command()(command)
 
 
 def main() -> None:

@@ -25,3 +25,6 @@ def example(
         print_json({"catalogue": str(catalogue), "interactions": str(interactions)})
     else:
         print_table("Example data", ["", ""], [["catalogue", str(catalogue)], ["interactions", str(interactions)]])
+
+
+COMMANDS = (example,)

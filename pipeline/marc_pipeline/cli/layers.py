@@ -145,3 +145,6 @@ def _print(title: str, table: "ReportTable") -> None:
     """Print a table of a report; print nothing if it has no rows."""
     if table.rows:
         print_table(title, list(table.header), [list(row) for row in table.rows], right=tuple(table.numbers))
+
+
+COMMANDS = (layers, scores, mteb)

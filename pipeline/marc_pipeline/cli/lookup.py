@@ -139,3 +139,6 @@ def _load(path: Path | None) -> NDArray[np.float32]:
     if not len(vectors):
         raise UserError(f"--vector {path} has no vectors")
     return vectors
+
+
+COMMANDS = (lookup,)

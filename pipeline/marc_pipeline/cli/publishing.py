@@ -159,3 +159,6 @@ def _tokens(made: Plan) -> str:
         return f"{made.tokens:,} (exact)"
     share = made.tokens_error / made.tokens if made.tokens else 0.0
     return f"{made.tokens:,} ± {100 * share:.1f} % (from a sample)"
+
+
+COMMANDS = (plan, run, backfill, rollback, vacuum)

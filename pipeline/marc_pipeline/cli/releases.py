@@ -196,3 +196,6 @@ def _moment(text: str) -> datetime:
         return datetime.fromisoformat(text)
     except ValueError:
         raise UserError(f"--at {text!r} is not a time; write it like 2026-11-20T06:00:00+00:00") from None
+
+
+COMMANDS = (files, verify, releases, summary)

@@ -138,3 +138,6 @@ def _print_bundle(bundle: "Bundle", *, as_json: bool) -> None:
         *([name.replace("_", " "), f"{value:.4f}"] for name, value in card.metrics.items()),
     ]
     print_table("Bundle", ["", ""], rows)
+
+
+COMMANDS = (train, evaluate, promote, demote)

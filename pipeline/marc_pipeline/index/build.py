@@ -8,7 +8,6 @@ from functools import reduce
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from marc_pipeline.errors import CorruptFile, UserError
 from marc_pipeline.index.choice import MEBIBYTE
@@ -17,6 +16,7 @@ from marc_pipeline.index.files import load_index, map_index
 from marc_pipeline.index.job import DraftIndex, IndexJob
 from marc_pipeline.index.recall import RecallQueries, merge_neighbours, neighbours_kept, random_keys
 from marc_pipeline.index.shards import QueryBatch, Shard, ShardTask, build_shard, fill_and_compare, store_index
+from marc_pipeline.index.vectors import Ids, Matrix
 from marc_pipeline.storage import join
 from marc_pipeline.storage.checksums import check_file
 from marc_pipeline.work_area import read_contract
@@ -25,9 +25,6 @@ from marc_schemas.files import PublishedFile
 from marc_schemas.identity import files_digest
 from marc_schemas.receipt import TrainedIndex
 from marc_schemas.release import IndexBuild
-
-Matrix = NDArray[np.float32]
-Ids = NDArray[np.int64]
 
 TRAINED = "trained"
 ATTEMPTS = 3

@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 
 from marc_pipeline.errors import UserError
 from marc_pipeline.index.search import inverted_lists
+from marc_pipeline.index.vectors import Ids, Matrix
 
 TRAIN_ITERATIONS = 4
 REMOVED = -1
 
-Matrix = NDArray[np.float32]
-Ids = NDArray[np.int64]
 # Batches of row ids [n] and vectors [n, d]; every call starts from the beginning.
 Batches = Callable[[], Iterable[tuple[Ids, Matrix]]]
 

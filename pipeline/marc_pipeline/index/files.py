@@ -1,7 +1,6 @@
 """Index files of a release: verify, memory-map or load them, and search all of them as one index."""
 
 import tempfile
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from marc_pipeline.errors import MissingFile, UserError
-from marc_pipeline.index.search import IndexSearch, RowFilter, SearchResult, set_search_width
+from marc_pipeline.index.search import IndexSearch, set_search_width
 from marc_pipeline.storage import Storage, is_s3, join
 from marc_pipeline.storage.checksums import require_blocks
 from marc_schemas.files import PublishedFile
 from marc_schemas.release import Release
-
-Matrix = NDArray[np.float32]
 
 
 class IndexReader:
@@ -27,22 +24,6 @@ class IndexReader:
         self._facts = facts
         self._storage = storage
 
-    def search(
-        self, queries: Matrix, k: int, row_filter: RowFilter | None = None, *, widest: bool = False
-    ) -> Iterator[SearchResult]:
-        """The top k of each query with ties; see :meth:`IndexSearch.search`.
-
-        Raises:
-            UserError: the installed FAISS is older than the one that wrote the index.
-            CorruptFile: a file is missing or differs from its checksum.
-        """
-        return self._search.search(queries, k, row_filter, widest=widest)
-
-    @property
-    def scans_exactly(self) -> bool:
-        """Whether the widest search is exact."""
-        return self._search.scans_exactly
-
     def row_ids(self) -> NDArray[np.int64]:
         """Row ids of all vectors except tombstones, in no particular order."""
         found = np.concatenate([_shard_ids(shard) for shard in self._shards])
@@ -50,7 +31,7 @@ class IndexReader:
 
     def close(self) -> None:
         """Release the FAISS index and its memory map."""
-        for name in ("_search", "_shards", "sorted_row_ids"):
+        for name in ("searcher", "_shards", "sorted_row_ids"):
             vars(self).pop(name, None)
 
     @cached_property
@@ -59,7 +40,13 @@ class IndexReader:
         return np.sort(self.row_ids())
 
     @cached_property
-    def _search(self) -> IndexSearch:
+    def searcher(self) -> IndexSearch:
+        """The search over all files.
+
+        Raises:
+            UserError: the installed FAISS is older than the one that wrote the index.
+            CorruptFile: a file is missing or differs from its checksum.
+        """
         facts = self._facts
         return IndexSearch(self._shards, items=facts.counts.items, tombstones=facts.index.build.tombstones)
 

@@ -5,15 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from marc_pipeline.config import IndexSettings
 from marc_pipeline.index.choice import IndexChoice
 from marc_pipeline.index.recall import RecallQueries, query_counts, sample_row_ids
 from marc_pipeline.index.search import IndexSearch
 from marc_pipeline.index.shards import shard_files
-from marc_pipeline.index.vectors import TableVectors
+from marc_pipeline.index.vectors import Ids, Matrix, TableVectors
 from marc_pipeline.resources import TaskResources, machine
 from marc_pipeline.storage import Storage
 from marc_schemas.files import PublishedFile
@@ -22,8 +19,6 @@ from marc_schemas.release import IndexBuild
 
 T = TypeVar("T")
 R = TypeVar("R")
-Matrix = NDArray[np.float32]
-Ids = NDArray[np.int64]
 
 
 class TaskRunner(Protocol):

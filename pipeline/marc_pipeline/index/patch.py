@@ -10,37 +10,18 @@ from collections.abc import Sequence
 from functools import reduce
 
 import numpy as np
-from numpy.typing import NDArray
 
+from marc_pipeline.index import recall, shards
 from marc_pipeline.index.choice import MEBIBYTE, WORKING_BYTES
 from marc_pipeline.index.files import map_index
 from marc_pipeline.index.job import DraftIndex, IndexJob
-from marc_pipeline.index.recall import (
-    ExactNeighbours,
-    RecallQueries,
-    certain,
-    from_bytes,
-    merge_neighbours,
-    neighbours_kept,
-    no_neighbours,
-    without_items,
-)
+from marc_pipeline.index.recall import ExactNeighbours, RecallQueries
 from marc_pipeline.index.search import set_search_width
-from marc_pipeline.index.shards import (
-    PatchedShard,
-    PatchTask,
-    QueryBatch,
-    Unpatchable,
-    compare_files,
-    patch_loaded,
-    patch_shard,
-    shard_files,
-)
+from marc_pipeline.index.shards import PatchedShard, PatchTask, QueryBatch, Unpatchable
+from marc_pipeline.index.vectors import Ids
 from marc_pipeline.resources import machine
 from marc_pipeline.storage import join
 from marc_schemas.release import IndexBuild, Release
-
-Ids = NDArray[np.int64]
 
 log = logging.getLogger(__name__)
 
@@ -62,26 +43,26 @@ def patch_index(job: IndexJob, base: Release | None) -> DraftIndex:
             number=number,
             of=of,
             source=job.shard(number, of),
-            before=shard_files(base.table.files, number, buckets=job.buckets, of=of),
+            before=shards.shard_files(base.table.files, number, buckets=job.buckets, of=of),
             file=file,
             root=base.index.uri,
-            queries=QueryBatch(old.ids[carried], old.vectors[carried], neighbours_kept(job.settings.k)),
+            queries=QueryBatch(old.ids[carried], old.vectors[carried], recall.neighbours_kept(job.settings.k)),
             allowance=int(job.settings.max_changed * base.index.build.items) - base.index.build.changed,
             index_uri=job.index_uri,
             plan_id=job.plan_id,
         )
         for number, file in enumerate(base.index.files)
     ]
-    shards = _patch_shards(job, tasks)
-    build = _build_facts(job, base, shards)
-    indexes = tuple(map_index(job.storage, job.index_uri, one.file) if one.file else one.index for one in shards)
+    patched = _patch_shards(job, tasks)
+    build = _build_facts(job, base, patched)
+    indexes = tuple(map_index(job.storage, job.index_uri, one.file) if one.file else one.index for one in patched)
     for index in indexes:
         set_search_width(index, base.index.width)
     alive = sum(index.ntotal for index in indexes) - build.tombstones
     if alive != job.items:
         raise Unpatchable(f"the patched index has {alive:,} vectors, the table has {job.items:,}")
-    queries = _updated_queries(job, old, ids, held, shards)
-    return DraftIndex(indexes, tuple(one.file for one in shards), build, queries)
+    queries = _updated_queries(job, old, ids, held, patched)
+    return DraftIndex(indexes, tuple(one.file for one in patched), build, queries)
 
 
 def _patchable(job: IndexJob, base: Release | None) -> Release:
@@ -110,30 +91,30 @@ def _patchable(job: IndexJob, base: Release | None) -> Release:
 def _patch_shards(job: IndexJob, tasks: Sequence[PatchTask]) -> list[PatchedShard]:
     """The shards in their order. A single shard is patched in this process and not stored yet."""
     if len(tasks) == 1:
-        return [patch_loaded(tasks[0])]
-    shards = []
-    for result in job.run(patch_shard, tasks, weight=lambda task: task.source.items):
+        return [shards.patch_loaded(tasks[0])]
+    patched = []
+    for result in job.run(shards.patch_shard, tasks, weight=lambda task: task.source.items):
         if isinstance(result, str):
             raise Unpatchable(result)
-        shards.append(result)
-    return sorted(shards, key=lambda shard: shard.number)
+        patched.append(result)
+    return sorted(patched, key=lambda shard: shard.number)
 
 
-def _build_facts(job: IndexJob, base: Release, shards: Sequence[PatchedShard]) -> IndexBuild:
-    removed, added = sum(len(shard.removed) for shard in shards), sum(shard.added for shard in shards)
+def _build_facts(job: IndexJob, base: Release, patched: Sequence[PatchedShard]) -> IndexBuild:
+    removed, added = sum(len(shard.removed) for shard in patched), sum(shard.added for shard in patched)
     build = base.index.build
     changed = build.changed + removed + added
     if changed > job.settings.max_changed * build.items:
         raise Unpatchable(f"{changed:,} of {build.items:,} vectors changed since the index was built")
     log.info("index: patched, %s vectors removed, %s added", f"{removed:,}", f"{added:,}")
-    tombstones = build.tombstones + sum(shard.marked for shard in shards)
+    tombstones = build.tombstones + sum(shard.marked for shard in patched)
     return build.model_copy(update={"changed": changed, "tombstones": tombstones})
 
 
 def _base_queries(job: IndexJob, base: Release) -> RecallQueries:
     """The recall queries of the base; none if they cannot be read or keep another number of neighbours."""
-    dim, depth = job.source.dim, neighbours_kept(job.settings.k)
-    none = RecallQueries(np.empty(0, np.int64), np.empty((0, dim), np.float32), 0, no_neighbours(0, depth))
+    dim, depth = job.source.dim, recall.neighbours_kept(job.settings.k)
+    none = RecallQueries(np.empty(0, np.int64), np.empty((0, dim), np.float32), 0, recall.no_neighbours(0, depth))
     try:
         data = job.storage.read(join(base.index.uri, base.index.queries_file.path))
     except FileNotFoundError:
@@ -141,31 +122,35 @@ def _base_queries(job: IndexJob, base: Release) -> RecallQueries:
     if hashlib.sha256(data).hexdigest() != base.index.queries_file.sha256:
         log.warning("index: recall queries of release %s are damaged; drawing new ones", base.release_id)
         return none
-    old = from_bytes(data)
+    old = recall.from_bytes(data)
     return old if old.near.ids.shape[1] == depth else none
 
 
 def _updated_queries(
-    job: IndexJob, old: RecallQueries, ids: Ids, held: int, shards: Sequence[PatchedShard]
+    job: IndexJob, old: RecallQueries, ids: Ids, held: int, patched: Sequence[PatchedShard]
 ) -> RecallQueries:
     """The queries of today with exact neighbours.
 
     Neighbours of carried queries are updated from the changes. Queries whose neighbours are uncertain, and new queries,
     are compared with all vectors.
     """
-    depth = neighbours_kept(job.settings.k)
-    removed = np.concatenate([shard.removed for shard in shards])
+    depth = recall.neighbours_kept(job.settings.k)
+    removed = np.concatenate([shard.removed for shard in patched])
     carried = np.flatnonzero(np.isin(old.ids, ids))
-    near = reduce(merge_neighbours, (shard.near for shard in shards), without_items(old.near.rows(carried), removed))
-    unchanged = certain(near, job.settings.k, job.items) & ~np.isin(old.ids[carried], removed)
+    near = reduce(
+        recall.merge_neighbours,
+        (shard.near for shard in patched),
+        recall.without_items(old.near.rows(carried), removed),
+    )
+    unchanged = recall.certain(near, job.settings.k, job.items) & ~np.isin(old.ids[carried], removed)
     stays = carried[unchanged]
     place = {row: number for number, row in enumerate(ids.tolist())}
     where = np.array([place[row] for row in old.ids[stays].tolist()], np.int64)
     fresh = np.setdiff1d(np.arange(len(ids)), where)
     vectors = np.empty((len(ids), job.source.dim), np.float32)
     vectors[where], vectors[fresh] = old.vectors[stays], job.source.take(ids[fresh])
-    exact = _compare(job, QueryBatch(ids[fresh], vectors[fresh], depth), len(shards))
-    updated = no_neighbours(len(ids), depth)
+    exact = _compare(job, QueryBatch(ids[fresh], vectors[fresh], depth), len(patched))
+    updated = recall.no_neighbours(len(ids), depth)
     for rows, some in ((where, near.rows(unchanged)), (fresh, exact)):
         updated.ids[rows], updated.scores[rows], updated.floor[rows] = some.ids, some.scores, some.floor
     return RecallQueries(ids, vectors, held, updated)
@@ -177,6 +162,6 @@ def _compare(job: IndexJob, queries: QueryBatch, of: int) -> ExactNeighbours:
         return queries.no_neighbours()
     tasks = [(job.shard(number, of), queries) for number in range(of)]
     if of == 1:
-        return compare_files(tasks[0], machine())
-    found = job.run(compare_files, tasks, weight=lambda task: task[0].items)
-    return reduce(merge_neighbours, found)
+        return shards.compare_files(tasks[0], machine())
+    found = job.run(shards.compare_files, tasks, weight=lambda task: task[0].items)
+    return reduce(recall.merge_neighbours, found)

@@ -9,7 +9,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from marc_pipeline.index.vectors import TableVectors
+from marc_pipeline.index.vectors import Ids, Matrix, TableVectors
 
 # Neighbours kept beyond k: they replace removed ones.
 SPARE = 32
@@ -25,8 +25,6 @@ CELLS = 8_000_000
 UNFIT, NOTHING = -2, -3
 MIXED = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
-Matrix = NDArray[np.float32]
-Ids = NDArray[np.int64]
 # From vectors [q, d] and a depth to scores and row ids [q, depth], best first; missing results are -1.
 Search = Callable[[Matrix, int], tuple[Matrix, Ids]]
 Take = Callable[[Ids], Matrix]
@@ -97,7 +95,7 @@ def sample_row_ids(source: TableVectors, wanted: int, seed: int) -> Ids:
     """Row ids of a random sample, in random order. Few of them change from one night to the next."""
     ids, keys = np.empty(0, np.int64), np.empty(0, np.uint64)
     for file in source.files:
-        more = source.row_ids(file)
+        more = source.open(file).row_ids()
         ids, keys = np.concatenate([ids, more]), np.concatenate([keys, random_keys(more, seed)])
         if len(ids) > wanted:
             best = np.argpartition(keys, wanted)[:wanted]

@@ -10,8 +10,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-Matrix = NDArray[np.float32]
-Ids = NDArray[np.int64]
+from marc_pipeline.index.vectors import Ids, Matrix
 
 # Scores held in memory at a time; ties can make results long.
 CELLS = 4_000_000

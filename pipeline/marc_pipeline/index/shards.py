@@ -12,22 +12,18 @@ from typing import Any
 
 import faiss
 import numpy as np
-from numpy.typing import NDArray
 
 from marc_pipeline.errors import CorruptFile, UserError
 from marc_pipeline.index.faiss_index import faiss_message, fill, mergeable, new_index, patch
 from marc_pipeline.index.files import load_index, map_index
 from marc_pipeline.index.recall import ExactNeighbours, exact_neighbours, merge_neighbours, no_neighbours
-from marc_pipeline.index.vectors import TableVectors, VectorChanges, changed_vectors
+from marc_pipeline.index.vectors import Ids, Matrix, TableVectors, VectorChanges, changed_vectors
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.storage import Storage, join
 from marc_pipeline.storage.checksums import check_file, describe_file
 from marc_schemas.feature_table import bucket_number
 from marc_schemas.files import PublishedFile
 from marc_schemas.identity import files_digest
-
-Matrix = NDArray[np.float32]
-Ids = NDArray[np.int64]
 
 PROGRESS_SECONDS = 10.0
 

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from marc_pipeline.index.job import DraftIndex, IndexJob
 from marc_pipeline.index.recall import Recall, estimate_recall, recall_per_query
 from marc_pipeline.index.search import hnsw_graph, inverted_lists, search_width, set_search_width, width_range
-
-Matrix = NDArray[np.float32]
+from marc_pipeline.index.vectors import Matrix
 
 # After doubling found an upper bound, the width is refined in steps of one eighth.
 FINE = 8

@@ -51,10 +51,6 @@ class TableVectors:
         for file in self.files:
             yield from self.open(file).batches(BATCH_ROWS)
 
-    def row_ids(self, file: PublishedFile) -> Ids:
-        """Row ids of one file, in file order."""
-        return self.open(file).row_ids()
-
     def take(self, wanted: Ids) -> Matrix:
         """Vectors [n, d] of row ids in the files, in the order of ``wanted``."""
         out = np.empty((len(wanted), self.dim), np.float32)

@@ -9,12 +9,10 @@ from numpy.typing import NDArray
 from marc_pipeline.errors import UserError
 from marc_pipeline.index.files import IndexReader
 from marc_pipeline.index.search import RowFilter, SearchResult, contains
+from marc_pipeline.index.vectors import Ids, Matrix
 from marc_pipeline.table.read import TableReader
 from marc_schemas.identity import row_id
 from marc_schemas.release import Release
-
-Matrix = NDArray[np.float32]
-Ids = NDArray[np.int64]
 
 # If a filter allows at most this many items, the search is exact: an index of unchanged vectors probes all its lists;
 # for other index types the table's vectors are read.
@@ -106,12 +104,12 @@ class NeighbourSearch:
     def _found(self, queries: Matrix, k: int, row_filter: RowFilter | None, rerank: int) -> Iterator[SearchResult]:
         """The top k of each query, or fewer if there are fewer items, and all results that tie with the k-th."""
         few = row_filter is not None and row_filter.count <= EXACT_WITHIN
-        if few and not self._index.scans_exactly:
+        if few and not self._index.searcher.scans_exactly:
             yield from self._exact(queries, np.arange(len(queries)), k, row_filter)
             return
         candidates = min(max(k, rerank), self._facts.counts.items)
         wanted = min(candidates, row_filter.count if row_filter else self._facts.counts.items)
-        for found in self._index.search(queries, candidates, row_filter, widest=few):
+        for found in self._index.searcher.search(queries, candidates, row_filter, widest=few):
             if rerank:
                 found = self._reranked(queries, found)  # noqa: PLW2901
             if row_filter is None and not self._facts.index.build.tombstones:

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from marc_pipeline.errors import MissingFile, ReleaseGone, UserError
 from marc_pipeline.index.files import IndexReader
+from marc_pipeline.index.vectors import Matrix
 from marc_pipeline.reader.neighbours import NeighbourSearch
 from marc_pipeline.releases import log as release_log
 from marc_pipeline.storage import Storage, is_s3
 from marc_pipeline.table.read import TableReader, UnknownItems
 from marc_schemas.release import Release
-
-Matrix = NDArray[np.float32]
 
 __all__ = ["OpenRelease", "UnknownItems", "open_release"]
 

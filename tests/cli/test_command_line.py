@@ -32,9 +32,6 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
-# --- help and version
-
-
 @pytest.mark.parametrize("name", COMMANDS, ids=lambda name: name or "marc")
 def test_help_shows_every_help_text_whole(tmp_path: Path, name: str) -> None:
     shown = marc(tmp_path, *name.split(), "--help").stdout
@@ -53,9 +50,6 @@ def test_some_help_text_contains_brackets() -> None:
 
 def test_the_version_is_the_package_version(tmp_path: Path) -> None:
     assert marc(tmp_path, "--version").stdout == f"marc-pipeline {version('marc-pipeline')}\n"
-
-
-# --- releases
 
 
 def various(made: Release) -> list[Release]:
@@ -106,9 +100,6 @@ def test_releases_can_be_limited_to_a_date(published: tuple[Path, Release]) -> N
     assert made.release_id in marc(root, "releases", "--ds", DS).stdout
     assert made.release_id not in marc(root, "releases", "--ds", "2026-11-21").stdout
     assert "the newest date" not in words(marc(root, "releases", "--help").stdout)
-
-
-# --- summary
 
 
 def test_the_summary_shows_one_look_up_with_texts_and_reads_no_whole_file(

@@ -132,9 +132,6 @@ def test_invalid_arguments_are_named(
     assert says.replace("{tmp}", str(tmp_path)) in str(result.exception)
 
 
-# --- texts
-
-
 @pytest.fixture(scope="module")
 def with_model(release: OpenRelease, tmp_path_factory: pytest.TempPathFactory) -> OpenRelease:
     """The release with a bundle that can encode texts."""

@@ -124,7 +124,7 @@ class Lifecycle:
         held: expected items by release.
         live: live release by date.
         pinned: an open reader of each release, and its answers when the release was new.
-        patched: number of patched indexes by factory; ``built``: of newly built ones.
+        patched: number of patched indexes by factory.
     """
 
     site: Site
@@ -136,7 +136,6 @@ class Lifecycle:
     live: dict[str, str] = field(default_factory=dict)
     pinned: dict[str, tuple[OpenRelease, list[Any]]] = field(default_factory=dict)
     patched: Counter[str] = field(default_factory=Counter)
-    built: Counter[str] = field(default_factory=Counter)
     steps: int = 0
 
     def start(self, edits: Sequence[Edit]) -> Release:
@@ -222,7 +221,7 @@ class Lifecycle:
             )
         )
         made = encoded.release()
-        (self.patched if made.index.build.changed else self.built)[factory] += 1
+        self.patched[factory] += made.index.build.changed > 0
         assert made.index.factory == factory
         self._pin(made, items)
         return made

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
+from exact_search import exact_recall, ids_and_rows
 from marc_pipeline.config import AuditSettings, IndexSettings
 from marc_pipeline.errors import CorruptFile, GateRefused, UserError
 from marc_pipeline.index.make import satisfies
@@ -38,35 +39,6 @@ def stored(receipt: IndexReceipt) -> Any:
     return faiss.read_index(str(Path(receipt.index.uri) / file.path))
 
 
-def matrix(vectors: Vectors) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    return np.array([row_id(item) for item in vectors]), np.stack(list(vectors.values()))
-
-
-def naive_recall(index: Any, vectors: Vectors, k: int) -> float:
-    """Recall@k of every item as a query, itself left out; float64, one query at a time."""
-    ids, rows = matrix(vectors)
-    hits = 0
-    for number, query in enumerate(rows):
-        scores = rows.astype(np.float64) @ query.astype(np.float64)
-        scores[number] = -np.inf
-        true = set(ids[np.argsort(-scores)[:k]].tolist())
-        _, (found,) = index.search(query[None], k + 1)
-        hits += len(true & set([i for i in found.tolist() if i != ids[number]][:k]))
-    return hits / (k * len(rows))
-
-
-def test_a_flat_index_is_exact_search(encoded: Encoded) -> None:
-    receipt = encoded.index(IndexSettings(factory="Flat", k=5))
-    built = receipt.index
-    assert (built.recall, built.nprobe, built.recall_queries, built.k) == (1.0, None, 400, 5)
-    ids, rows = matrix(VECTORS)
-    queries = np.random.default_rng(5).standard_normal((20, DIM)).astype(np.float32)
-    scores, found = stored(receipt).search(queries, 7)
-    expected = np.argsort(-(queries @ rows.T), axis=1)[:, :7]
-    np.testing.assert_array_equal(found, ids[expected])
-    np.testing.assert_allclose(scores, np.take_along_axis(queries @ rows.T, expected, axis=1), rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     "factory", ["Flat", "IVF4,Flat", "HNSW8", "PQ4x4", "SQ8", "PCA4,Flat", "OPQ4,IVF4,PQ4x4", "IVF8,SQ8", "IDMap2,Flat"]
 )
@@ -74,7 +46,10 @@ def test_the_reported_recall_is_what_a_naive_search_measures(encoded: Encoded, f
     receipt = encoded.index(IndexSettings(factory=factory, k=6, target_recall=LOOSE))
     index = stored(receipt)
     assert (receipt.index.factory, index.ntotal, receipt.index.files[0].rows) == (factory, 400, 400)
-    assert receipt.index.recall == pytest.approx(naive_recall(index, VECTORS, 6), abs=1e-9)
+    assert receipt.index.recall == pytest.approx(exact_recall(index, VECTORS, 6), abs=1e-9)
+    assert (receipt.index.recall_queries, receipt.index.k) == (400, 6)
+    assert (receipt.index.nprobe is None) == ("IVF" not in factory)
+    assert receipt.index.recall == 1 or factory != "Flat"
     assert check_file(encoded.site.storage, receipt.index.uri, receipt.index.files[0]) is None
     files = day_files(encoded.plan, encoded.receipts, None)
     assert (receipt.plan_id, receipt.files_digest) == (encoded.plan.plan_id, files_digest(files))
@@ -92,17 +67,16 @@ def test_the_search_is_no_wider_than_the_target_recall_requires(encoded: Encoded
     assert width is not None
     assert width == (built.index.nprobe or built.index.ef_search) > narrowest
     assert built.index.recall >= 0.9
-    assert built.index.recall == pytest.approx(naive_recall(index, VECTORS, 10), abs=1e-9)
+    assert built.index.recall == pytest.approx(exact_recall(index, VECTORS, 10), abs=1e-9)
     set_search_width(index, width // 2)
-    assert naive_recall(index, VECTORS, 10) < 0.9
+    assert exact_recall(index, VECTORS, 10) < 0.9
 
 
 def test_probing_every_list_is_exact(encoded: Encoded) -> None:
     receipt = encoded.index(IndexSettings(factory="IVF16,Flat", target_recall=1.0))
-    assert receipt.index.recall == 1.0
     index = stored(receipt)
     index.nprobe = 16
-    assert naive_recall(index, VECTORS, 10) == 1.0
+    assert receipt.index.recall == exact_recall(index, VECTORS, 10) == 1.0
 
 
 def test_recall_is_measured_on_as_many_items_as_asked_and_the_same_every_time(encoded: Encoded) -> None:
@@ -141,7 +115,7 @@ def test_k_may_exceed_the_number_of_items(site: Site, count: int) -> None:
     receipt = site.encoded(vectors).index(IndexSettings(k=10))
     assert (receipt.index.recall, receipt.index.k, receipt.index.recall_queries) == (1.0, 10, count)
     assert stored(receipt).ntotal == count
-    assert count == 1 or naive_recall(stored(receipt), vectors, min(10, count - 1)) == 1.0
+    assert count == 1 or exact_recall(stored(receipt), vectors, min(10, count - 1)) == 1.0
 
 
 def test_every_neighbour_that_ties_with_the_last_one_counts(tmp_path: Path) -> None:
@@ -173,8 +147,6 @@ def test_an_index_is_kept_only_while_it_satisfies_the_settings(encoded: Encoded)
     Path(built.index.uri, built.index.files[0].path).unlink()
     assert not satisfies(built, IndexSettings(), dim=DIM, storage=storage)
 
-
-# --- patching and rebuilding
 
 YESTERDAY = "2026-11-19"
 LISTS = IndexSettings(factory="IVF16,Flat", recall_queries=4000)
@@ -249,7 +221,7 @@ def test_few_changes_patch_the_previous_index(site: Site, base: Release) -> None
     assert contents(index) == by_row(today())
     assert receipt.index.build == base.index.build.model_copy(update={"changed": CHANGED})
     assert (receipt.index.build.items, receipt.index.files[0].rows) == (2000, 1990)
-    assert receipt.index.recall == pytest.approx(naive_recall(index, today(), 10), abs=1e-9)
+    assert receipt.index.recall == pytest.approx(exact_recall(index, today(), 10), abs=1e-9)
     assert receipt.index.recall >= 0.95
     assert receipt.index.recall_queries == 1990
     assert index.nprobe == receipt.index.nprobe
@@ -276,7 +248,7 @@ def assert_rebuilt(receipt: IndexReceipt, vectors: Vectors, *, ties: bool = Fals
     if receipt.index.factory in {"Flat", "IVF16,Flat"}:
         assert contents(index) == by_row(vectors)
     if not ties:
-        assert receipt.index.recall == pytest.approx(naive_recall(index, vectors, 10), abs=1e-9)
+        assert receipt.index.recall == pytest.approx(exact_recall(index, vectors, 10), abs=1e-9)
 
 
 @pytest.mark.parametrize(("share", "patched"), [(CHANGED / 2000, True), (CHANGED / 2000 - 1e-6, False)])
@@ -393,7 +365,7 @@ def test_a_patched_index_finds_every_vector_under_its_own_id(site: Site, factory
     day = {item: vector for item, vector in FIRST.items() if item not in last[:2]} | items(3, seed=8, prefix="new-")
     receipt = next_day(base, site, day, settings=wanted)
     assert (receipt.index.build.items, receipt.index.build.changed) == (2000, 5)
-    ids, rows = matrix(day)
+    ids, rows = ids_and_rows(day)
     # The same lists and codebooks, filled in one call.
     filled = of_release(base)
     filled.reset()

@@ -1,11 +1,13 @@
 """Recall measurement: exact neighbours, also after changes, recall per query, and the confidence interval."""
 
+import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from exact_search import exact_recall, ids_and_rows
 from marc_pipeline.config import IndexSettings
 from marc_pipeline.index.recall import (
     ExactNeighbours,
@@ -26,7 +28,6 @@ from marc_pipeline.index.recall import (
 )  # fmt: skip
 from marc_pipeline.index.vectors import TableVectors
 from marc_pipeline.table.commit import day_files
-from marc_schemas.identity import row_id
 from published import Site, items
 
 QUICK = settings(deadline=None, database=None, max_examples=60)
@@ -123,13 +124,12 @@ def test_a_sample_has_the_smallest_keys_of_all_files(site: Site) -> None:
     encoded = site.encoded(items(500))
     files = day_files(encoded.plan, encoded.receipts, None)
     source = TableVectors(encoded.site.storage, encoded.site.table_uri, files, DIM)
-    rows = np.array([row_id(item) for item in items(500)])
+    rows, vectors = ids_and_rows(items(500))
     for wanted in (1, 40, 499, 500, 700):
         expected = rows[np.argsort(random_keys(rows, 3))][:wanted]
         np.testing.assert_array_equal(sample_row_ids(source, wanted, 3), expected)
     taken = source.take(expected[:50])
-    by_row = {row_id(item): vector for item, vector in items(500).items()}
-    np.testing.assert_array_equal(taken, np.stack([by_row[row] for row in expected[:50].tolist()]))
+    np.testing.assert_array_equal(taken, vectors[[rows.tolist().index(row) for row in expected[:50]]])
 
 
 @pytest.mark.parametrize(("count", "asked", "expected"), [(10, 1000, (10, 10)), (1200, 1000, (1000, 1200)),
@@ -242,24 +242,9 @@ def test_the_interval_of_built_indexes_covers_the_true_recall_in_19_of_20_runs(
     for seed in range(20):
         wanted = IndexSettings(factory=factory, recall_queries=400, target_recall=0.9, seed=seed)
         receipt = encoded.index(wanted)
-        true = true_recall(encoded.site, receipt.index.files[0].path, vectors, wanted.k)
+        path = f"{receipt.index.uri}/{receipt.index.files[0].path}"
+        true = exact_recall(faiss.read_index(path), vectors, wanted.k)
         inside += receipt.index.figures.recall_low <= true <= receipt.index.figures.recall_high
         widths.append(receipt.index.figures.recall_high - receipt.index.figures.recall_low)
     assert inside >= 19
     assert max(widths) < 0.05
-
-
-def true_recall(site: Site, path: str, vectors: dict[str, Matrix], k: int) -> float:
-    """Recall of every item as a query, by numpy."""
-    import faiss
-
-    index = faiss.read_index(f"{site.index_uri}/{path}")
-    rows, ids = np.stack(list(vectors.values())), np.array([row_id(item) for item in vectors])
-    scores = rows @ rows.T
-    np.fill_diagonal(scores, -np.inf)
-    best = ids[np.argpartition(-scores, k, axis=1)[:, :k]]
-    _, found = index.search(rows, k + 1)
-    hits = 0
-    for own, near, listed in zip(ids.tolist(), best.tolist(), found.tolist(), strict=True):
-        hits += len(set(near) & set([i for i in listed if i != own][:k]))
-    return hits / (k * len(rows))

@@ -8,6 +8,7 @@ import faiss
 import numpy as np
 import pytest
 
+from exact_search import ids_and_rows
 from marc_pipeline.config import AuditSettings, IndexSettings
 from marc_pipeline.deployment import open_deployment
 from marc_pipeline.index.choice import predict
@@ -114,7 +115,7 @@ def test_a_sharded_index_answers_like_a_single_one(site: Site, factory: str) -> 
         # The same lists, filled with all vectors.
         whole = shards[0]
         whole.reset()
-        rows, ids = np.stack(list(VECTORS.values())), np.array([row_id(item) for item in VECTORS])
+        ids, rows = ids_and_rows(VECTORS)
         fill(whole, lambda: [(ids, rows)])
         np.testing.assert_allclose(whole.search(queries, 10)[0], scores, rtol=1e-6)
 
@@ -306,7 +307,7 @@ def test_a_rollback_restores_items_that_a_later_night_removed(site: Site) -> Non
 
 @pytest.mark.parametrize("factory", ["IVF16,Flat", "IVF16,SQ8", "OPQ4,IVF16,PQ4x4", "PCA4,IVF16,Flat", "Flat", "SQ8"])
 def test_filling_in_batches_equals_filling_at_once(factory: str) -> None:
-    ids, rows = np.array([row_id(item) for item in VECTORS]), np.stack(list(VECTORS.values()))
+    ids, rows = ids_and_rows(VECTORS)
     filled = new_index(factory, DIM)
     if not filled.is_trained:
         filled.train(rows)

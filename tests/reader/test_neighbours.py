@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from exact_search import Neighbour, exact_neighbours
 from hand_made_index import hand_made_index, publish_with_indexes
 from marc_pipeline.errors import CorruptFile, UserError
 from marc_pipeline.index import search as index_search
@@ -33,15 +34,6 @@ IDS = list(WHOLE)
 # Index types whose widest search is exact.
 EXACT = ["Flat", "IVF4,Flat", "IVF16,Flat"]
 ALL = [*EXACT, "IVF8,SQ8", "HNSW8", "SQ8", "PQ4x4", "PQ4x4fs", "OPQ4_8,PQ4x4", "PCA6,IVF4,Flat", "PCA6,HNSW8", "NSG8"]
-
-Neighbour = tuple[str | None, float]
-
-
-def naive(query: Vector, vectors: Vectors, k: int, allowed: Collection[str]) -> list[Neighbour]:
-    """The k best of the allowed items, best first, equal scores by id; None beyond."""
-    scored = [(item, float(query.astype(np.float64) @ vectors[item].astype(np.float64))) for item in sorted(allowed)]
-    best: list[Neighbour] = sorted(scored, key=lambda pair: -pair[1])[:k]  # type: ignore[assignment]
-    return best + [(None, -np.inf)] * (k - len(best))
 
 
 def rows_of(found: tuple[NDArray[np.object_], NDArray[np.float32]]) -> list[list[Neighbour]]:
@@ -103,7 +95,7 @@ def test_search_equals_naive_search_over_the_allowed_items(
     if index[0] != "Flat" and within is None and not without:
         within = IDS  # without a filter, the search keeps its tuned width
     found = published(*index).search(asked, k, within=within, without=without, rerank=rerank)
-    assert rows_of(found) == [naive(query, WHOLE, k, allowed_by(within, without)) for query in asked]
+    assert rows_of(found) == [exact_neighbours(query, WHOLE, k, allowed_by(within, without)) for query in asked]
     assert found[1].dtype == np.float32
 
 
@@ -144,9 +136,6 @@ def test_filtered_scores_equal_unfiltered_ones(published: Published, factory: st
     assert list(zip(names[0], scores[0], strict=True)) == expected
 
 
-# --- reranking
-
-
 @pytest.mark.parametrize("factory", ["PQ4x4", "SQ8", "IVF8,SQ8"])
 def test_reranking_returns_the_best_candidates_by_the_tables_vectors(published: Published, factory: str) -> None:
     release = published(factory, 1)
@@ -158,14 +147,11 @@ def test_reranking_returns_the_best_candidates_by_the_tables_vectors(published: 
         # Results that tie with the last candidate are candidates too, so results can be better than those listed.
         assert sorted(own, reverse=True) == own.tolist()
         assert sum(score > own[-1] for score in exact.values()) < 5
-    truth = [{name for name, _ in naive(query, WHOLE, 5, IDS)} for query in DRAWN[:30]]
+    truth = [{name for name, _ in exact_neighbours(query, WHOLE, 5, IDS)} for query in DRAWN[:30]]
     right, before = (
         sum(len(set(row[:5]) & best) for row, best in zip(found, truth, strict=True)) for found in (names, candidates)
     )
     assert right > before
-
-
-# --- similar items
 
 
 @QUICK
@@ -185,7 +171,7 @@ def test_similar_items_exclude_the_item_itself(
     without: Collection[str] | None,
 ) -> None:
     found = published(factory, 1).similar(ids, k, within=within, without=without)
-    expected = [naive(WHOLE[item], WHOLE, k, allowed_by(within, without) - {item}) for item in ids]
+    expected = [exact_neighbours(WHOLE[item], WHOLE, k, allowed_by(within, without) - {item}) for item in ids]
     assert rows_of(found) == expected
     assert found[0].shape == found[1].shape == (len(ids), k)
 
@@ -203,9 +189,6 @@ def test_similar_with_k_of_all_items_leaves_the_last_place_empty(published: Publ
     names, scores = published("Flat", 1).similar(["item-007"], len(IDS))
     assert sorted(names[0, :-1]) == [item for item in IDS if item != "item-007"]
     assert (names[0, -1], scores[0, -1]) == (None, -np.inf)
-
-
-# --- several files
 
 
 def parts_of(whole: Any, count: int) -> list[Any]:
@@ -235,9 +218,6 @@ def test_index_files_with_the_same_centroids_answer_like_one_file(
         publish_with_indexes(site, WHOLE, indexes)
         answers.append(rows_of(open_release(site.table_uri).search(DRAWN, 12, **filters)))
     assert answers[0] == answers[1]
-
-
-# --- tombstones
 
 
 def with_tombstones(factory: str, dead: Vectors) -> Any:
@@ -271,7 +251,7 @@ def test_tombstones_are_never_found_and_replace_no_result(
             assert set(found) <= allowed
             assert np.isfinite(own[: len(found)]).all()
         if factory == "Flat":
-            assert rows_of((names, scores)) == [naive(query, WHOLE, k, allowed) for query in DRAWN[:30]]
+            assert rows_of((names, scores)) == [exact_neighbours(query, WHOLE, k, allowed) for query in DRAWN[:30]]
 
 
 @pytest.mark.parametrize("factory", ["Flat", "HNSW8", "PQ4x4", "SQ8"])
@@ -287,9 +267,6 @@ def test_index_search_skips_tombstones(factory: str, only: bool | None) -> None:
     for part in parts:
         assert (part.rows[:, :10] >= 0).all()
         assert only is None or (np.isin(part.rows[:, :10], rows) == only).all()
-
-
-# --- search width
 
 
 @pytest.mark.usefixtures("filters_use_the_index")
@@ -335,9 +312,6 @@ def test_further_lists_are_probed_until_a_filter_has_k_results() -> None:
     assert (found.rows[0, :20] >= 0).all()
 
 
-# --- ties and batches
-
-
 def test_ties_are_searched_in_blocks_of_bounded_size(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_search, "CELLS", 50)
     monkeypatch.setattr(neighbours, "EXACT_CELLS", 500)
@@ -345,7 +319,7 @@ def test_ties_are_searched_in_blocks_of_bounded_size(published: Published, monke
     asked = np.concatenate([np.zeros((3, DIM), np.float32), DRAWN[:20]])
     for factory in ("Flat", "HNSW8", "PQ4x4"):
         found = published(factory, 2).search(asked, 7, within=IDS[::2])
-        assert rows_of(found) == [naive(query, WHOLE, 7, IDS[::2]) for query in asked]
+        assert rows_of(found) == [exact_neighbours(query, WHOLE, 7, IDS[::2]) for query in asked]
 
 
 @pytest.mark.parametrize("factory", ALL)
@@ -364,9 +338,6 @@ def test_a_query_has_the_same_answer_alone_and_in_a_batch(published: Published, 
 def test_a_zero_query_finds_the_first_ids(published: Published) -> None:
     release = published("Flat", 1)
     assert rows_of(release.search(np.zeros(DIM), 4)) == [[(item, 0.0) for item in IDS[:4]]]
-
-
-# --- empty and refused searches
 
 
 def test_no_queries_have_no_results(published: Published) -> None:

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
+from exact_search import exact_neighbours
 from marc_pipeline.config import IndexSettings
 from marc_pipeline.errors import CorruptFile, MissingFile, ReleaseGone, UserError
 from marc_pipeline.reader.release import OpenRelease, UnknownItems, open_release
@@ -72,9 +72,6 @@ def small(site: Site) -> OpenRelease:
 def test_repr_and_length_describe_the_release(large: OpenRelease) -> None:
     assert len(large) == 6000
     assert repr(large) == f"<release {large.facts.release_id} of {DS}: 6,000 items × 32>"
-
-
-# --- vectors
 
 
 @QUICK
@@ -144,28 +141,16 @@ def test_no_ids_give_no_rows(small: OpenRelease) -> None:
     assert small.vectors([]).shape == (0, DIM)
 
 
-# --- search
-
-
-def naive(queries: NDArray[np.float32], vectors: Vectors, k: int) -> tuple[list[list[str]], NDArray[np.float64]]:
-    """Exact neighbours, best first, equal scores in the order of their ids."""
-    names = sorted(vectors)
-    rows = np.stack([vectors[name] for name in names]).astype(np.float64)
-    scores = queries.astype(np.float64) @ rows.T
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return [[names[i] for i in row] for row in order], np.take_along_axis(scores, order, axis=1)
-
-
 @QUICK
 @given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 20))
 def test_search_equals_naive_search_if_all_scores_differ(large: OpenRelease, seed: int, k: int) -> None:
     queries = np.random.default_rng(seed).standard_normal((2, LARGE_DIM)).astype(np.float32)
     names, scores = large.search(queries, k)
-    expected, best = naive(queries, LARGE, k + 1)
-    np.testing.assert_allclose(scores, best[:, :k], rtol=1e-4, atol=1e-5)
-    for row in range(2):
-        if np.diff(-best[row]).min() > 1e-5:
-            assert names[row].tolist() == expected[row][:k]
+    for query, found, own in zip(queries, names, scores, strict=True):
+        expected, best = zip(*exact_neighbours(query, LARGE, k + 1), strict=True)
+        np.testing.assert_allclose(own, best[:k], rtol=1e-4, atol=1e-5)
+        if np.diff(np.negative(best)).min() > 1e-5:
+            assert tuple(found) == expected[:k]
 
 
 def test_one_vector_equals_a_batch_of_one_query(whole: OpenRelease) -> None:
@@ -188,9 +173,6 @@ def test_narrow_lists_leave_the_last_places_empty(site: Site) -> None:
     expected = [float(items(200)["item-3"] @ items(200)[name]) for name in found]
     np.testing.assert_allclose(scores[0, : len(found)], expected, rtol=1e-5)
     assert (np.diff(scores[0, : len(found)]) <= 0).all()
-
-
-# --- rows
 
 
 def by_id(table: pa.Table) -> pa.Table:
@@ -247,9 +229,6 @@ def test_hive_partitioning_finds_the_bucket_in_the_paths(whole: OpenRelease) -> 
         columns=["row_id", "bucket"]
     )
     assert rows["bucket"].to_pylist() == [number % BUCKETS for number in rows["row_id"].to_pylist()]
-
-
-# --- all rows
 
 
 def test_numpy_returns_every_row_in_file_order(large: OpenRelease) -> None:
@@ -322,9 +301,6 @@ def test_an_open_release_can_be_pickled(large: OpenRelease) -> None:
     there = pickle.loads(pickle.dumps(large))  # noqa: S301
     assert there.facts == large.facts
     np.testing.assert_array_equal(there.vectors(LARGE_IDS[:3]), large.vectors(LARGE_IDS[:3]))
-
-
-# --- damage
 
 
 @contextmanager
@@ -413,9 +389,6 @@ def test_a_damaged_or_missing_index_file_is_named_before_faiss_reads_it(
     for read in (lambda: small.search(items(40)["item-0"]), small.index_row_ids):
         with pytest.raises(CorruptFile, match=message):
             read()
-
-
-# --- pinning
 
 
 def test_a_new_release_does_not_change_an_open_one(site: Site) -> None:
@@ -583,9 +556,6 @@ def test_reading_needs_no_torch_no_spark_and_no_airflow(small: OpenRelease, repo
         [sys.executable, "-c", program, uri], cwd=repository, capture_output=True, text=True, check=True
     )
     assert ran.stdout == "item-3 40 []\n"
-
-
-# --- closing
 
 
 def test_every_way_to_read_is_tried_on_a_closed_release() -> None:

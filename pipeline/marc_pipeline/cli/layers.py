@@ -98,7 +98,7 @@ def mteb(
     out: Out = Path("scores"),
     as_json: Json = False,
 ) -> None:
-    """Run MTEB tasks on every layer of a backbone, and compare the scores. Each text is encoded once."""
+    """Run MTEB tasks on every layer of a backbone. Compares the scores by layer. Each text is encoded once."""
     from marc_pipeline.bundles.choices import with_train
     from marc_pipeline.layers.mteb import PAPER_TASKS, EveryLayer, find_tasks, run_tasks
     from marc_pipeline.resources import machine

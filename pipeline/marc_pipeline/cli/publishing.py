@@ -97,7 +97,7 @@ def vacuum(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted; delete nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Retire releases beyond the retention limits, and delete files that no release needs.
+    """Retire old releases, and delete files that no release needs.
 
     Files of retired releases are kept for the grace period, for open readers and running jobs.
     """

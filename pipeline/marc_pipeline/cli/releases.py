@@ -31,7 +31,7 @@ def files(context: typer.Context, ds: MaybeDs = None, at: At = None, as_json: Js
 
 
 def verify(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) -> None:
-    """Verify every byte of a release: files, checksums, rows, bundle and index. Exit code 1 if there are problems."""
+    """Verify every byte of a release. Covers files, checksums, rows, bundle and index. Exit code 1 if there are problems."""
     from marc_pipeline.reader.verify import verify as check
 
     deployment = context.ensure_object(State).deployment
@@ -79,7 +79,7 @@ def summary(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show the release of a date: counts, locations, timings, and one example look-up with texts."""
+    """Show the release of a date. Prints counts, locations, timings, and one example look-up with texts."""
     deployment = context.ensure_object(State).deployment
     with open_chosen(deployment, ds) as opened:
         release = opened.facts

@@ -106,7 +106,7 @@ def test_a_sharded_index_answers_like_a_single_one(site: Site, factory: str) -> 
     for shard in shards:
         if lists := faiss.try_extract_index_ivf(shard):
             lists.nprobe = several.index.nprobe
-    scores, found = IndexSearch(shards, items=2000, tombstones=0).exact_neighbours(queries, 10)
+    scores, found = IndexSearch(shards, items=2000, tombstones=0).nearest(queries, 10)
     names, same = release.search(queries, 10)
     by_row = {row_id(item): item for item in VECTORS}
     np.testing.assert_allclose(same, scores, rtol=1e-6)
@@ -135,7 +135,7 @@ def test_small_shards_are_merged_into_one_file_and_deleted(site: Site) -> None:
     for part in (one, *shards):
         faiss.extract_index_ivf(part).nprobe = 16
     np.testing.assert_array_equal(
-        one.search(queries, 12)[0], IndexSearch(shards, items=2000, tombstones=0).exact_neighbours(queries, 12)[0]
+        one.search(queries, 12)[0], IndexSearch(shards, items=2000, tombstones=0).nearest(queries, 12)[0]
     )
     assert one.ntotal == 2000
 

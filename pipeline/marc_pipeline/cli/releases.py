@@ -31,7 +31,7 @@ def files(context: typer.Context, ds: MaybeDs = None, at: At = None, as_json: Js
 
 
 def verify(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) -> None:
-    """Verify every byte of a release. Covers files, checksums, rows, bundle and index. The exit code is 1 on problems."""
+    """Verify every byte of a release. Covers files, checksums, rows, bundle and index. Exit code 1 means problems."""
     from marc_pipeline.reader.verify import verify as check
 
     deployment = context.ensure_object(State).deployment

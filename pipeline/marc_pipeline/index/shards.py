@@ -54,28 +54,42 @@ class QueryBatch:
 
 
 @dataclass(frozen=True)
-class ShardTask:
-    """The input of :func:`build_shard`, sent to Spark's Python workers.
+class IndexTask:
+    """One shard of an index, sent to Spark's Python workers.
 
     Attributes:
         number, of: number of this shard, and of all shards.
-        source: table files of its buckets.
-        factory: FAISS factory string.
-        trained: the trained, empty index in ``work_uri``; None if the index needs no training.
+        source: today's table files of its buckets.
         queries: the recall queries.
         index_uri: folder of all indexes.
         plan_id: the plan that the index belongs to.
-        work_uri: folder for the note about a finished shard.
     """
 
     number: int
     of: int
     source: TableVectors
-    factory: str
-    trained: PublishedFile | None
     queries: QueryBatch
     index_uri: str
     plan_id: str
+
+    def store(self, index: Any) -> PublishedFile:
+        """Publish the shard."""
+        name = f"shard-{self.number:04d}"
+        return store_index(index, self.source.storage, self.index_uri, folder=self.plan_id, name=name)
+
+
+@dataclass(frozen=True)
+class ShardTask(IndexTask):
+    """The input of :func:`build_shard`.
+
+    Attributes:
+        factory: FAISS factory string.
+        trained: the trained, empty index in ``work_uri``; None if the index needs no training.
+        work_uri: folder for the note about a finished shard.
+    """
+
+    factory: str
+    trained: PublishedFile | None
     work_uri: str
 
     def digest(self) -> str:
@@ -94,30 +108,20 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class PatchTask:
+class PatchTask(IndexTask):
     """The input of :func:`patch_shard`.
 
     Attributes:
-        number, of: number of this shard, and of all shards.
-        source: today's table files of its buckets.
         before: table files of its buckets in the base release.
         file: the shard's file in the base release.
         root: folder that the path of ``file`` is relative to.
-        queries: the recall queries.
         allowance: greatest number of changed vectors.
-        index_uri, plan_id: where the patched shard is stored.
     """
 
-    number: int
-    of: int
-    source: TableVectors
     before: tuple[PublishedFile, ...]
     file: PublishedFile
     root: str
-    queries: QueryBatch
     allowance: int
-    index_uri: str
-    plan_id: str
 
 
 @dataclass(frozen=True)
@@ -171,8 +175,7 @@ def build_shard(task: ShardTask, resources: TaskResources) -> Shard:
     trained = load_index(storage, task.work_uri, task.trained) if task.trained else None
     index = trained or new_index(task.factory, task.source.dim)
     near = fill_and_compare(index, task.source, task.queries, task.factory)
-    file = store_index(index, storage, task.index_uri, folder=task.plan_id, name=f"shard-{task.number:04d}")
-    shard = Shard(task.number, file, near)
+    shard = Shard(task.number, task.store(index), near)
     _write_note(task, shard)
     return shard
 
@@ -215,9 +218,7 @@ def patch_shard(task: PatchTask, resources: TaskResources) -> PatchedShard | str
         return str(error)
     if done.file is not None:
         return done
-    storage, name = task.source.storage, f"shard-{task.number:04d}"
-    file = store_index(done.index, storage, task.index_uri, folder=task.plan_id, name=name)
-    return replace(done, index=None, file=file)
+    return replace(done, index=None, file=task.store(done.index))
 
 
 def patch_loaded(task: PatchTask) -> PatchedShard:

@@ -88,14 +88,7 @@ def summary(
 
 
 def print_release(deployment: Deployment, release: Release, *, fresh: bool, as_json: bool) -> None:
-    """Print a release: counts, locations, timings, and one example look-up.
-
-    Args:
-        deployment: settings and storage.
-        release: the live release of a date.
-        fresh: whether the last run published it; otherwise the run had nothing to do.
-        as_json: print one JSON object instead.
-    """
+    """Print counts, locations, timings and one example look-up; ``fresh`` if the last run published the release."""
     if as_json:
         print_json({**release.facts(), "fresh": fresh})
         return

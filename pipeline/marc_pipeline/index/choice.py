@@ -60,11 +60,6 @@ def choose(items: int, dim: int, settings: IndexSettings) -> tuple[IndexChoice, 
     recall of float32 at half the size. If ``index.memory_mib`` is too small, the codes are one byte, or half a byte,
     per dimension. A target recall that only float32 reaches gets float32.
 
-    Args:
-        items: number of vectors.
-        dim: length d of the vectors.
-        settings: factory string or ``auto``, target recall, and memory limit.
-
     Raises:
         UserError: FAISS rejects the factory string, or no index of that recall fits into the memory.
     """
@@ -92,11 +87,7 @@ def choose(items: int, dim: int, settings: IndexSettings) -> tuple[IndexChoice, 
 def predict(factory: str, items: int, dim: int, *, cap: float = math.inf) -> IndexChoice:
     """Predict size, memory and training sample of an index.
 
-    Args:
-        factory: FAISS factory string.
-        items: number of vectors.
-        dim: length d of the vectors.
-        cap: memory limit for training, bytes. A smaller sample makes the lists slightly less even.
+    ``cap`` limits the memory for training, in bytes. A smaller sample makes the lists slightly less even.
 
     Raises:
         UserError: FAISS rejects the factory string.

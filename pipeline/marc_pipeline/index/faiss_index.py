@@ -50,11 +50,9 @@ def vectors_for_training(index: Any, *, at_least: int, per_list: int) -> int:
 
 
 def fill(index: Any, batches: Batches) -> None:
-    """Add all vectors. Inverted lists are allocated at their final size first, which halves the peak memory.
+    """Add all vectors to a trained, empty index. Inverted lists are allocated at their final size first.
 
-    Args:
-        index: trained and empty.
-        batches: yields the same vectors in the same order at every call.
+    This halves the peak memory. ``batches`` is called twice and yields the same vectors in the same order.
     """
     lists = inverted_lists(index)
     if not mergeable(index):

@@ -32,12 +32,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QueryBatch:
-    """Recall queries, which every task compares with the vectors that it reads.
+    """Recall queries: row ids [q], vectors [q, d], and the number of neighbours to keep per query.
 
-    Attributes:
-        ids: row ids [q].
-        vectors: query vectors [q, d].
-        depth: neighbours to keep per query.
+    Every task compares them with the vectors that it reads.
     """
 
     ids: Ids
@@ -55,15 +52,7 @@ class QueryBatch:
 
 @dataclass(frozen=True)
 class IndexTask:
-    """One shard of an index, sent to Spark's Python workers.
-
-    Attributes:
-        number, of: number of this shard, and of all shards.
-        source: today's table files of its buckets.
-        queries: the recall queries.
-        index_uri: folder of all indexes.
-        plan_id: the plan that the index belongs to.
-    """
+    """Shard ``number`` of ``of``, with today's table files of its buckets; sent to Spark's Python workers."""
 
     number: int
     of: int

@@ -23,14 +23,7 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TableVectors:
-    """Vectors in table files; every byte is verified when it is read.
-
-    Attributes:
-        storage: access to the table.
-        table_uri: root of the files.
-        files: the table files of an index or a shard.
-        dim: length d of the vectors.
-    """
+    """The vectors [n, dim] in the table files of an index or a shard; every byte is verified when it is read."""
 
     storage: Storage
     table_uri: str
@@ -89,10 +82,7 @@ def changed_vectors(
 ) -> Iterator[VectorChanges]:
     """Changes since an earlier release, bucket by bucket; buckets with the same file are skipped.
 
-    Args:
-        source: files of today.
-        before: files of the earlier release, of the same buckets.
-        threads: buckets to compare at a time.
+    ``before`` lists the earlier files of the same buckets. ``threads`` buckets are compared at a time.
     """
     common = {file.path for file in before} & {file.path for file in source.files}
     old = {bucket_number(file.path): file for file in before if file.path not in common}

@@ -372,13 +372,13 @@ def check_index(opened: OpenRelease, items: Items) -> None:
             assert fewer[1].tolist() == scores[:, :k].tolist()
 
 
-def run_steps(told: Lifecycle, first: Sequence[Edit], steps: Iterable[Sequence[Any]]) -> None:
+def run_steps(lifecycle: Lifecycle, first: Sequence[Edit], steps: Iterable[Sequence[Any]]) -> None:
     """Start, run every step, and check everything after each; a step is a method's name with its arguments."""
-    told.start(first)
-    told.check()
+    lifecycle.start(first)
+    lifecycle.check()
     for name, *arguments in steps:
-        getattr(told, name)(*arguments)
-        told.check()
+        getattr(lifecycle, name)(*arguments)
+        lifecycle.check()
 
 
 STEPS = st.one_of(
@@ -428,10 +428,10 @@ def test_after_any_sequence_index_and_table_agree(
         factory: str, wide: bool, coded: bool, shards: float, first: list[Edit], steps: list[Sequence[Any]]
     ) -> None:
         site = Site(tmp_path_factory.mktemp("lifecycle"))
-        told = Lifecycle(site, factory, coded=coded or factory == CODED, wide=wide, shard_mib=shards)
-        run_steps(told, first, steps)
-        told.check_all()
-        found.update(told.patched)
+        lifecycle = Lifecycle(site, factory, coded=coded or factory == CODED, wide=wide, shard_mib=shards)
+        run_steps(lifecycle, first, steps)
+        lifecycle.check_all()
+        found.update(lifecycle.patched)
 
     (any_sequence if seeded is None else seed(seeded)(any_sequence))()
     assert found.total() >= patched
@@ -473,11 +473,11 @@ def test_repeated_patches_keep_index_and_table_equal(
     site: Site, factory: str, shard_mib: float, steps: int, patched: int
 ) -> None:
     draw = random.Random(f"{factory} {steps}")  # noqa: S311 - no secret
-    told = Lifecycle(site, factory, coded=factory == CODED, wide=True, shard_mib=shard_mib)
-    run_steps(told, drawn_edits(draw), (drawn_step(draw) for _ in range(steps)))
+    lifecycle = Lifecycle(site, factory, coded=factory == CODED, wide=True, shard_mib=shard_mib)
+    run_steps(lifecycle, drawn_edits(draw), (drawn_step(draw) for _ in range(steps)))
     # Roll back to the first release, and then to the last one.
-    for which in (0, len(told.pinned) - 1):
-        told.back(which)
-        told.check()
-    told.check_all()
-    assert told.patched[factory] >= patched
+    for which in (0, len(lifecycle.pinned) - 1):
+        lifecycle.back(which)
+        lifecycle.check()
+    lifecycle.check_all()
+    assert lifecycle.patched[factory] >= patched

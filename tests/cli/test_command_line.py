@@ -35,10 +35,10 @@ def words(text: str) -> str:
 @pytest.mark.parametrize("name", COMMANDS, ids=lambda name: name or "marc")
 def test_help_shows_every_help_text_whole(tmp_path: Path, name: str) -> None:
     shown = marc(tmp_path, *name.split(), "--help").stdout
-    told = words(shown).replace("- ", "-")
+    printed = words(shown).replace("- ", "-")
     command = COMMANDS[name]
     for text in (command.help, *(option.help for option in command.params if getattr(option, "help", None))):
-        assert words(text).replace("- ", "-") in told
+        assert words(text).replace("- ", "-") in printed
     # The overview shows the whole first sentence of each command.
     assert not any(line.endswith("...") for line in shown.splitlines() if not line.startswith("Usage"))
 
@@ -83,13 +83,13 @@ def test_the_list_of_releases_fits_the_terminal_without_truncation(
     assert words(first) == " ".join(f"{one.release_id} {made.bundle.version}" for one in releases)
     states = (f"{DS} retired 2026-12-01 23:59", f"{DS} superseded", f"{DS} live", "2026-11-21 withdrawal")
     assert words(state) == " ".join(f"{one} {made.index.recall:.4f}" for one in states)
-    told = words(content)
+    printed = words(content)
     for part in (
         "123,456,789 items 12,345,678 new, 1,234,567 changed, 999,999 deleted",
         "123,456,000 reused, 7,654,321 quarantined",
         "0 items",
     ):
-        assert part in told
+        assert part in printed
     # In a wide terminal the state is on the line of the id, for `grep`.
     assert width < 80 or any("live" in line and releases[2].release_id in line for line in lines)
 
@@ -120,11 +120,11 @@ def test_the_summary_shows_one_look_up_with_texts_and_reads_no_whole_file(
     monkeypatch.setattr("marc_pipeline.table.read.require_blocks", whole_file)
     shown = marc(root, "summary", "--ds", DS)
     assert shown.exit_code == 0, shown.exception
-    told = words(re.sub("[│┃]", " ", shown.stdout))
-    (quoted,) = re.findall(r"marc lookup --item (.+) -k 3", told)
+    printed = words(re.sub("[│┃]", " ", shown.stdout))
+    (quoted,) = re.findall(r"marc lookup --item (.+) -k 3", printed)
     (item,) = shlex.split(quoted)
-    assert f"{item}: text of {item}:" in told
-    neighbours = re.findall(r"→ ([^(]+) \((-?[01]\.\d{3})\): text of ([^:]+):", told)
+    assert f"{item}: text of {item}:" in printed
+    neighbours = re.findall(r"→ ([^(]+) \((-?[01]\.\d{3})\): text of ([^:]+):", printed)
     assert len(neighbours) == 3
     assert all(name == of != item for name, _, of in neighbours)
     assert [score for _, score, _ in neighbours] == sorted((score for _, score, _ in neighbours), reverse=True)
@@ -134,9 +134,9 @@ def test_the_summary_shows_one_look_up_with_texts_and_reads_no_whole_file(
 def test_without_the_work_area_the_summary_shows_ids_only(site: Site, tmp_path: Path) -> None:
     site.publish(items(40))
     shutil.rmtree(tmp_path / "work")
-    told = marc(tmp_path, "summary", "--ds", DS).stdout
-    assert len(re.findall(r"→ item-\d+ \(0\.\d{3}\)", told)) == 3
-    assert "text of" not in told
+    printed = marc(tmp_path, "summary", "--ds", DS).stdout
+    assert len(re.findall(r"→ item-\d+ \(0\.\d{3}\)", printed)) == 3
+    assert "text of" not in printed
 
 
 def test_ids_in_brackets_are_printed_unchanged(published: tuple[Path, Release]) -> None:

@@ -120,8 +120,8 @@ BAD: dict[str, tuple[list[str], str]] = {
 def test_invalid_arguments_are_named(
     look_up: Callable[..., Result], tmp_path: Path, case: tuple[list[str], str]
 ) -> None:
-    arguments, says = case
-    (tmp_path / "empty").write_bytes(b"\n" if "array" not in says else b"")
+    arguments, message = case
+    (tmp_path / "empty").write_bytes(b"" if "--vector" in arguments else b"\n")
     (tmp_path / "latin").write_bytes(b"item-1\nm\xfcller\n")
     lines(tmp_path / "unknown", "nobody", "item-1", "no one")
     np.save(tmp_path / "texts.npy", np.array(["a", "b"]))
@@ -129,7 +129,7 @@ def test_invalid_arguments_are_named(
     np.save(tmp_path / "wide.npy", np.zeros((2, DIM + 1)))
     result = look_up(*(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
     assert isinstance(result.exception, UserError)
-    assert says.replace("{tmp}", str(tmp_path)) in str(result.exception)
+    assert message.replace("{tmp}", str(tmp_path)) in str(result.exception)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import planning
+from example_counts import examples
 from marc_pipeline.catalogue import source as catalogue
 from marc_pipeline.catalogue import text_records as catalogue_text
 from marc_pipeline.catalogue.text_records import csv_records
@@ -179,7 +180,7 @@ def _templates() -> st.SearchStrategy[str]:
     return st.tuples(pieces, literal).map(lambda t: "".join(a + b for a, b in t[0]) + t[1])
 
 
-@settings(max_examples=2, deadline=None)
+@examples(1, of=2)
 @given(drawn=st.lists(_templates(), min_size=6, max_size=6))
 def test_templates_render_as_python_renders_them(
     spark: "SparkSession", tmp_path_factory: pytest.TempPathFactory, drawn: list[str]

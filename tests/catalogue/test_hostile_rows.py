@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, given
 from hypothesis import strategies as st
 
 import planning
+from example_counts import examples
 from marc_schemas.catalogue import Reason
 from planning import BLANK, Planned, plan_day, settings_at, write_bytes, write_parquet
 
@@ -500,7 +501,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@examples(1, of=4, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(drawn=st.lists(st.tuples(VALUES, VALUES, st.booleans()), min_size=50, max_size=150))
 def test_any_json_value_is_a_text_or_quarantined(
     spark: "SparkSession", tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[Any, Any, bool]]

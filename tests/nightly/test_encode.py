@@ -15,11 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from example_counts import examples
 from marc_pipeline.errors import CorruptFile
 from marc_pipeline.model import encoder
 from marc_pipeline.model.bundle import Bundle, save_bundle
@@ -539,7 +540,7 @@ def windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("windows")
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(2, of=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**16), count=st.integers(1, 40))
 def test_a_bucket_is_the_same_however_it_is_cut_into_windows(bundle: Bundle, seed: int, count: int) -> None:
     draw = random.Random(seed)  # noqa: S311 - no secret

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import planning
+from example_counts import examples
 from marc_pipeline.cli.publishing import describe_plan, print_plan
 from marc_pipeline.config import EncodeSettings, Settings
 from marc_pipeline.deployment import open_deployment
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.spark
 
 # A seed says nothing when it shrinks: the first one that fails is shown as it is.
-SPARK_EXAMPLES = settings(max_examples=3, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+SPARK_EXAMPLES = examples(1, of=3, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
 def write_day(root: Path, items: dict[str, str], name: str = "day") -> Path:

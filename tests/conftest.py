@@ -22,6 +22,8 @@ os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:+UseSeri
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+    from published import Site
+
 # A machine runs one S3 server at a time: its tests take turns.
 S3_GROUP = "s3"
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -41,6 +43,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def repository() -> Path:
     """Root of the repository."""
     return REPOSITORY
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> "Site":
+    """An empty feature table with its indexes and work area."""
+    from published import Site
+
+    return Site(tmp_path)
 
 
 @pytest.fixture(scope="session")

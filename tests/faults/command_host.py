@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
-from marc_pipeline.cli import main as marc
+from marc_pipeline.cli.app import main as marc
 from marc_pipeline.config import load_settings
 from marc_pipeline.deployment import open_deployment
 from marc_pipeline.entry import configure_logging, reported_errors

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 HERE = Path(__file__).resolve().parent
 PROC = Path("/proc")
-MARC = "from marc_pipeline.cli import main; main()"
+MARC = "from marc_pipeline.cli.app import main; main()"
 
 
 class Overdue(Exception):

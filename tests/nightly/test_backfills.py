@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.spark, pytest.mark.timeout(900)]
 
 DS, ITEMS, BUCKETS = "2026-11-20", 600, 10
 CHOSEN = (0, 1, 2, 3, 4, 5, 6, 7, 3, 3)
-MARC = [sys.executable, "-c", "from marc_pipeline.cli import main; main()"]
+MARC = [sys.executable, "-c", "from marc_pipeline.cli.app import main; main()"]
 
 
 def marc(*arguments: str, config: Path) -> "subprocess.Popen[str]":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import planning
-from marc_pipeline.cli.make import _print_plan, describe_plan
+from marc_pipeline.cli.publishing import describe_plan, print_plan
 from marc_pipeline.config import EncodeSettings, Settings
 from marc_pipeline.deployment import open_deployment
 from marc_pipeline.errors import Superseded, UserError
@@ -379,17 +379,17 @@ def test_a_plan_reports_the_error_of_its_tokens_and_its_cost(
     assert abs(plan.tokens - true) < 1.5 * plan.tokens_error < 0.06 * true
     shown = describe_plan(plan, EncodeSettings())
     assert shown["tokens_error"] == plan.tokens_error
-    _print_plan(plan, EncodeSettings())
+    print_plan(plan, EncodeSettings())
     assert "cost" not in capsys.readouterr().out
     paid = EncodeSettings(price_per_device_hour=3.5, devices=4)
     hour = plan.model_copy(update={"tokens_per_second": plan.tokens / 3590, "start_seconds": 10.0})
     assert describe_plan(hour, paid)["cost"] == pytest.approx(14.0)
     assert describe_plan(plan, paid)["cost"] is None
-    _print_plan(hour, paid)
+    print_plan(hour, paid)
     shown_cost = capsys.readouterr().out
     assert "about 14.00" in shown_cost
     assert "about 3,600 s" in shown_cost
-    _print_plan(plan, EncodeSettings())
+    print_plan(plan, EncodeSettings())
     share = 100 * plan.tokens_error / plan.tokens
     assert f"{plan.tokens:,} ± {share:.1f} % (from a sample)" in capsys.readouterr().out
     assert Plan.model_validate_json(plan.model_dump_json()) == plan

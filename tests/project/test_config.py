@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marc_pipeline import entry
-from marc_pipeline.cli import main
+from marc_pipeline.cli.app import main
 from marc_pipeline.config import CatalogueSettings, Settings, TrainSettings, load_settings, parse_ds
 from marc_pipeline.config.sections import placeholders
 from marc_pipeline.errors import CorruptFile, GateRefused, PipelineError, Superseded, UserError

@@ -205,7 +205,7 @@ def test_a_release_beyond_those_of_its_day_is_read_through_the_grace_and_gone_af
     # What is mapped into memory is there as long as somebody holds it; nothing else is.
     np.testing.assert_array_equal(opened.vectors(["item-0"]), [VECTORS["item-0"]])
     for read in (opened.dataset, lambda: idle.vectors(["item-0"]), lambda: idle.search(VECTORS["item-0"])):
-        with pytest.raises(ReleaseGone, match=f"release {first.release_id} of {DS} is gone: retention gave it up"):
+        with pytest.raises(ReleaseGone, match=f"release {first.release_id} of {DS} is gone: retention deleted it"):
             read()
     with pytest.raises(UserError, match=f"no release {first.release_id}"):
         open_release(site.table_uri, release_id=first.release_id)

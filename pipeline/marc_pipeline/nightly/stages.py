@@ -24,7 +24,7 @@ from marc_schemas.release import Release
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-    from marc_pipeline.index.make import Run
+    from marc_pipeline.index.job import TaskRunner
     from marc_pipeline.nightly.plan_identity import PlanIdentity
 
 # One competing run publishes per round, so this many runs may publish buckets of one date at once.
@@ -154,7 +154,7 @@ def index_stage(deployment: Deployment, plan_id: str) -> IndexReceipt:
         GateRefused: the audit refused the snapshot, or the recall is below the target.
         Superseded: another run published the same buckets of the date since the plan was made.
     """
-    from marc_pipeline import index
+    from marc_pipeline.index.make import make_index, satisfies
     from marc_pipeline.nightly import audit
     from marc_pipeline.releases import log as release_log
     from marc_pipeline.releases.standing import require_unmoved
@@ -174,12 +174,12 @@ def index_stage(deployment: Deployment, plan_id: str) -> IndexReceipt:
     if (
         built
         and built.files_digest == files_digest(files)
-        and index.satisfies(built, settings.index, dim=plan.dim, storage=workspace.storage)
+        and satisfies(built, settings.index, dim=plan.dim, storage=workspace.storage)
     ):
         log.info("index: exists already")
         return built
     with workspace.timed("index"), _shard_runner(settings) as run:
-        built = index.make_index(
+        built = make_index(
             files,
             base=live or found.find(plan.base_release),
             storage=workspace.storage,
@@ -206,7 +206,7 @@ def index_stage(deployment: Deployment, plan_id: str) -> IndexReceipt:
 
 
 @contextmanager
-def _shard_runner(settings: Settings) -> "Iterator[Run]":
+def _shard_runner(settings: Settings) -> "Iterator[TaskRunner]":
     """A function that runs shards of an index as Spark tasks. Its first call starts the session."""
     with ExitStack() as stack:
         sessions: list[SparkSession] = []

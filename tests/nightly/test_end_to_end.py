@@ -268,7 +268,7 @@ BAD: dict[str, tuple[str, str, list[str], str]] = {
     "header only": ("{{ds}}.csv", "header.csv", ["run", "--ds", FIRST], "is empty"),
     "unknown item": ("", "", ["lookup", "--item", "nobody"], "'nobody'"),
     "no release of the date": ("", "", ["files", "--ds", "2020-01-01"], "no release of 2020-01-01"),
-    "a moment before all": ("", "", ["files", "--at", "2020-01-01T00:00:00+00:00"], "was there at 2020-01-01T00:00:00"),
+    "a moment before all": ("", "", ["files", "--at", "2020-01-01T00:00:00+00:00"], "existed at 2020-01-01T00:00:00"),
     "no moment": ("", "", ["lookup", "--item", "a", "--at", "yesterday"], "'yesterday' is no moment"),
     "a moment without a time zone": ("", "", ["files", "--at", "2026-11-20T06:00"], "has no time zone"),
     "two queries": ("", "", ["lookup", "--item", "a", "--text", "b"], "exactly one"),

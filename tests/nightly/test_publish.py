@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 from deltalake import DeltaTable
 
-from day_content import OTHERS, VECTORS, YESTERDAY, held, plain
+from day_content import DAY, OTHERS, VECTORS, YESTERDAY, held, plain, stir
 from interruptions import before, fail, lose_answers, together
 from marc_pipeline.config import IndexSettings
 from marc_pipeline.errors import CorruptFile, GateRefused, Superseded, UserError
 from marc_pipeline.nightly import publish as publishing
-from marc_pipeline.nightly import stages
 from marc_pipeline.nightly.publish import DayMoved, throughput
 from marc_pipeline.reader.release import open_release
 from marc_pipeline.releases import log as release_log
@@ -25,15 +24,7 @@ from marc_schemas.receipt import Receipt
 from marc_schemas.release import Counts
 from published import BUCKETS, DIM, DS, NOON, TEMPLATE, Encoded, Site, flip, items
 
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return Site(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "PUBLISH_PAUSE_SECONDS", 0.05)
+pytestmark = pytest.mark.usefixtures("no_waiting")
 
 
 @pytest.fixture
@@ -147,7 +138,7 @@ def test_publishing_again_returns_the_same_release_even_without_the_work_area(re
     assert delta_version(ready.site) == version
 
 
-def test_the_next_run_finishes_a_run_that_died_between_its_two_commits(
+def test_the_next_run_finishes_one_that_died_between_its_commits(
     ready: Encoded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(ConnectionError):  # noqa: PT012
@@ -160,23 +151,23 @@ def test_the_next_run_finishes_a_run_that_died_between_its_two_commits(
     assert ready.site.log == [made]
 
 
-def test_a_commit_to_the_log_whose_answer_was_lost_makes_one_release(
-    ready: Encoded, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_commit_whose_answer_was_lost_makes_one_release(ready: Encoded, monkeypatch: pytest.MonkeyPatch) -> None:
     lose_answers(monkeypatch)
     made = ready.release()
     assert ready.site.log == [made]
 
 
-def test_two_runs_that_commit_at_the_same_moment_make_one_release(
-    ready: Encoded, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("chosen", [None, (2,)], ids=["whole day", "one bucket"])
+def test_concurrent_runs_of_one_plan_make_one_release(
+    site: Site, monkeypatch: pytest.MonkeyPatch, chosen: tuple[int] | None
 ) -> None:
-    ready.site.publish(items(5), ds=YESTERDAY)
+    live = site.publish(DAY, ds=DS if chosen else YESTERDAY)
+    plan = site.prepared(stir(DAY, 2, seed=1), plan_id="some", chosen=chosen)
     together(monkeypatch, release_log, "write_deltalake")
     with ThreadPoolExecutor(2) as pool:
-        one, other = pool.map(lambda _: ready.release_on_top(), range(2))
+        one, other = pool.map(lambda _: plan.release_on_top(), range(2))
     assert one == other
-    assert [found for found in ready.site.log if found.ds == DS] == [one]
+    assert site.log == [live, one]
 
 
 @pytest.mark.parametrize("step", ["_require_verdicts", "_require_files", "_describe"])
@@ -187,9 +178,7 @@ def test_two_runs_of_one_plan_make_one_release_wherever_the_second_overtakes(
     assert [ready.release_on_top()] == rivals == ready.site.log
 
 
-def test_the_delta_table_ends_with_the_files_of_the_run_that_was_released(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_delta_table_ends_with_the_files_of_the_released_run(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     winner, loser = (site.prepared(items(30, seed=n), plan_id=f"plan {n}") for n in range(2))
     append, waiting, won = release_log.append, [], []
 

@@ -8,13 +8,10 @@ import pytest
 from deltalake import DeltaTable
 
 from day_content import DAY, assert_found, assert_holds, held, plain, stir
-from interruptions import together
 from marc_pipeline.config import AuditSettings, IndexSettings
 from marc_pipeline.errors import CorruptFile
-from marc_pipeline.nightly import stages
 from marc_pipeline.nightly.publish import DayMoved
 from marc_pipeline.reader.release import open_release
-from marc_pipeline.releases import log as release_log
 from marc_schemas.feature_table import bucket_number
 from marc_schemas.release import Counts
 from published import BUCKETS, Site, flip, in_buckets
@@ -22,14 +19,7 @@ from published import BUCKETS, Site, flip, in_buckets
 LAX = AuditSettings(max_deleted_fraction=1, max_drift=9)
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return Site(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "PUBLISH_PAUSE_SECONDS", 0.05)
+pytestmark = pytest.mark.usefixtures("no_waiting")
 
 
 def changes(counts: Counts) -> dict[str, int]:
@@ -135,18 +125,6 @@ def test_concurrent_runs_of_all_buckets_are_all_published(site: Site) -> None:
     assert sorted(one.turn for one in made) == [2, 3, 4, 5]
     day = {item: vector for one in stirred for item, vector in one.items()}
     assert_holds(site, max(made, key=lambda one: one.turn), day)
-
-
-def test_concurrent_runs_of_one_plan_of_some_buckets_make_one_release(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    site.publish(DAY)
-    encoded = site.prepared(stir(DAY, 2, seed=1), plan_id="some", chosen=(2,))
-    together(monkeypatch, release_log, "write_deltalake")
-    with ThreadPoolExecutor(2) as pool:
-        one, other = pool.map(lambda _: encoded.release_on_top(), range(2))
-    assert one == other
-    assert len(site.log) == 2
 
 
 def test_the_index_stage_refuses_a_damaged_file_of_another_bucket(site: Site) -> None:

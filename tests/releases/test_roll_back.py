@@ -21,11 +21,6 @@ from published import DS, NOON, Site, flip
 from release_cases import altered
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return Site(tmp_path)
-
-
 def facts_but(row: Release) -> dict[str, Any]:
     """The fields that a roll-back leaves unchanged."""
     own = {"release_id", "created_at", "turn", "supersedes", "restores", "withdrawn"}
@@ -164,9 +159,7 @@ def test_a_roll_back_to_an_unknown_withdrawn_or_retired_release_is_a_user_error(
     assert site.log == kept
 
 
-def test_the_next_roll_back_finishes_one_that_died_between_its_commits(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_next_roll_back_finishes_one_that_died(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     first = site.publish(VECTORS, ds=YESTERDAY, plan_id="first")
     site.publish(OTHERS, ds=YESTERDAY, plan_id="second")
     today = site.publish(THIRD)
@@ -189,9 +182,7 @@ def test_the_next_roll_back_finishes_one_that_died_between_its_commits(
     assert held(site) == {}
 
 
-def test_a_roll_back_supersedes_a_release_that_is_published_meanwhile(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_roll_back_supersedes_a_concurrent_release(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     old = site.publish(VECTORS, ds=YESTERDAY)
     site.publish(OTHERS, plan_id="first")
     rivals = before(monkeypatch, rolling_back, "append", lambda: site.publish(THIRD, plan_id="rival"))

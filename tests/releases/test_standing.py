@@ -11,7 +11,6 @@ from deltalake import DeltaTable
 from day_content import DAY, OTHERS, THIRD, VECTORS, YESTERDAY, assert_holds, held, plain, stir
 from marc_pipeline.config import AuditSettings
 from marc_pipeline.errors import CorruptFile, Superseded
-from marc_pipeline.nightly import stages
 from marc_pipeline.nightly.publish import DayMoved
 from marc_pipeline.releases import log as release_log
 from marc_pipeline.releases.log import newest
@@ -20,15 +19,7 @@ from marc_schemas.release import Release
 from published import BUCKETS, DS, Encoded, Site, flip, in_buckets, items
 from release_cases import altered
 
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return Site(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "PUBLISH_PAUSE_SECONDS", 0.05)
+pytestmark = pytest.mark.usefixtures("no_waiting")
 
 
 def published_by(site: Site, plan_id: str, *, ds: str = DS, **chosen: Any) -> Release | None:

@@ -52,7 +52,9 @@ def _require_kept(found: ReleaseLog, release_id: str) -> Release:
     if target is None or target.withdrawn:
         raise UserError(f"no release {release_id} at {found.table_uri}; see `marc releases`")
     if target.retired_at is not None:
-        raise UserError(f"release {release_id} was retired on {target.retired_at:%Y-%m-%d %H:%M}: its files go soon")
+        raise UserError(
+            f"release {release_id} was retired on {target.retired_at:%Y-%m-%d %H:%M}; choose another release"
+        )
     return target
 
 

@@ -1,25 +1,19 @@
-"""Where trials take place: a small site on a store, the states it can be put into, and what can be done there."""
+"""The site of the fault campaign: its states, its configurations, and its operations without a fault."""
 
 import csv
-import os
 import re
-import shutil
-import subprocess
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import yaml
 from checks import Findings, State, files_below, look_at, usable_ids
 from hosts import ColdAttempt, ForkAttempt, Host, WarmAttempt
-from tree_events import TreeEvents
+from operations import Operation, read_operations
 
-from faulty_proxy import PASSED, RESET, FaultyProxy
 from marc_pipeline.config import Settings, load_settings
 from marc_pipeline.deployment import open_deployment
 from marc_pipeline.example.shop import write_catalogue
@@ -27,56 +21,20 @@ from marc_pipeline.nightly.plan_identity import identify_plan
 from marc_pipeline.releases import log as release_log
 from marc_pipeline.releases import retention
 from marc_pipeline.storage import Storage
-from marc_schemas.identity import plan_key, row_id
-from s3_server import client_of
+from marc_schemas.identity import row_id
 from tiny_models import save_tiny_backbone
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
 
 BEFORE, FIRST, SECOND = "2026-11-19", "2026-11-20", "2026-11-21"
 ITEMS, BUCKETS = 300, 4
-ROOM = 1 << 30
 JAVA = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
-BUCKET = "marc-faults"
-# A short grace, in hours; and the plan whose files must look as if they had just been written.
+# Grace period of the configuration "careful", in hours.
 GRACE = 300 / 3600
-FRESH = {"retired": "next night"}
 COMMAND_S = 600.0
-COPIES_AT_ONCE = 8
-
-
-@dataclass(frozen=True)
-class Operation:
-    """Something to do with a site, by one party or by several at once.
-
-    Attributes:
-        name: as the report says it.
-        state: that the site is put into before.
-        parties: a command each.
-        orders: ways in which the parties may come one after the other, undisturbed; each gives a state to end in.
-        steps: it needs no Spark.
-        last: party that must go once more in the end: the one whose catalogue is in place.
-        superseded: whether the rest may give way to one another.
-        removes: files must be left as the undisturbed run leaves them.
-        holds: what a date must hold in the end, where that is not the catalogue of its own: a catalogue and the buckets
-            that it was taken for (none: all), or several of which one must be it.
-    """
-
-    name: str
-    state: str
-    parties: tuple[tuple[str, ...], ...]
-    orders: tuple[tuple[int, ...], ...] = ((0,),)
-    steps: bool = False
-    last: int | None = None
-    superseded: bool = False
-    removes: bool = False
-    holds: dict[str, tuple[tuple[str, tuple[int, ...]], ...]] = field(default_factory=dict)
 
 
 @dataclass
 class Undisturbed:
-    """What an operation does when nothing happens to it."""
+    """Results of an operation without a fault: allowed final states, states on the way, files, and its extent."""
 
     known: list[State]
     on_the_way: list[State]
@@ -86,29 +44,26 @@ class Undisturbed:
     growth: int
 
 
-class Lane:
-    """A site on one store. States are whole copies of it, and it is always at the same place.
+class TrialSite:
+    """A small site on a store, with named states: whole copies that :meth:`restore` brings back to the same uri.
 
     Args:
-        folder: for everything that is not the site.
+        folder: folder of states, logs and configurations.
+        site: uri of the site.
         env: environment of every process.
     """
-
-    store = ""
 
     def __init__(self, folder: Path, *, site: str, env: dict[str, str]) -> None:
         self.folder, self.site, self.env = folder, site, env
         self.storage = Storage()
-        self.states: set[str] = set()
         self.plans: dict[str, str] = {}
         self.hosts: dict[str, Host] = {}
         self.catalogues: dict[str, Path] = {}
         self._undisturbed: dict[str, Undisturbed] = {}
-        self.operations: dict[str, Operation] = {}
-        self.restored_at = 0.0
+        self.operations = read_operations()
         folder.mkdir(parents=True, exist_ok=True)
 
-    # --- what differs between stores
+    # --- methods of the stores
 
     def restore(self, state: str) -> None:
         raise NotImplementedError
@@ -117,15 +72,15 @@ class Lane:
         raise NotImplementedError
 
     def put(self, path: Path, name: str) -> None:
-        """A file into the site."""
+        """Copy a file into the site."""
         raise NotImplementedError
 
     def used(self) -> int:
-        """Bytes of the store that are taken, where that matters."""
+        """Return the used bytes of a store of limited size; otherwise 0."""
         raise NotImplementedError
 
     def watched(self, **strike: Any) -> Any:
-        """Counts what happens on the store, to commands that use its ``url``; at one moment it strikes."""
+        """Return a counter of the store's events for commands that use its ``url``; it strikes at one of them."""
         raise NotImplementedError
 
     # --- processes
@@ -138,7 +93,7 @@ class Lane:
             host.close()
 
     def host(self, name: str) -> Host:
-        """A child that stays: ``spark…`` (``cluster``: with executors of its own) or ``fork…``."""
+        """Return a permanent child process: ``spark…``, ``cluster`` (with own executors) or ``fork…``."""
         if name not in self.hosts:
             log = self.folder / f"{name}.log"
             if name.startswith("fork"):
@@ -155,7 +110,7 @@ class Lane:
         return self.hosts[name]
 
     def drop(self, host: Host) -> None:
-        """Give up a host that does not answer; the next one starts anew."""
+        """Close a host that does not answer; the next call of :meth:`host` starts a new one."""
         host.close()
         self.hosts = {name: kept for name, kept in self.hosts.items() if kept is not host}
 
@@ -169,7 +124,7 @@ class Lane:
         return ColdAttempt(self.arguments(command, endpoint), env=self.env, output=self.folder / "cold.out")
 
     def arguments(self, command: Sequence[str], endpoint: str = "") -> list[str]:
-        """Arguments of ``marc``; a command names its configuration first."""
+        """Return the arguments of ``marc`` for a command, whose first word names the configuration."""
         config = str(self.config(command[0], endpoint))
         rest = [self.plans[word.removeprefix("plan:")] if word.startswith("plan:") else word for word in command[1:]]
         return [rest[0], config, *rest[1:]] if rest[0].startswith("@") else ["-c", config, *rest]
@@ -177,7 +132,7 @@ class Lane:
     # --- configuration
 
     def config(self, name: str, endpoint: str = "") -> Path:
-        """A configuration file: ``site``; ``late`` reads other catalogues, ``vacuum`` keeps little."""
+        """Return a configuration file: ``site``, ``cluster``, ``late`` (other catalogues), ``vacuum``, ``careful``."""
         conf = {
             "spark.driver.extraJavaOptions": JAVA,
             "spark.executor.extraJavaOptions": JAVA,
@@ -205,7 +160,7 @@ class Lane:
             settings["storage"] = {"endpoint_url": endpoint}
         path = self.folder / f"{name}{'-' + re.sub(r'.*:', '', endpoint) if endpoint else ''}.yaml"
         text = yaml.safe_dump(settings)
-        # Not while a command may read it.
+        # A running command may be reading the file.
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
         return path
@@ -217,7 +172,7 @@ class Lane:
     # --- the site
 
     def build(self) -> None:
-        """The site after its first night, and the states that operations start from."""
+        """Build the states that operations start from."""
         save_tiny_backbone(self.folder / "backbone")
         generated = self.folder / "generated"
         for ds in (BEFORE, FIRST, SECOND):
@@ -248,13 +203,13 @@ class Lane:
             self.done("site", "@prepare", FIRST, bucket)
             self.plans[f"bucket {bucket}"] = self.plan_id("site", FIRST, [int(bucket)])
         self.save("buckets prepared")
-        # Two releases of the first day, one of the second, and what a run of the day before left when it died.
+        # Two releases of the first day, one of the second, and the files of a dead run of the day before.
         self.restore("two nights")
         self.put(self.catalogues["corrected"], f"catalogue/{FIRST}.csv")
         self.done("site", "@prepare", BEFORE)
         self.done("site", "backfill", "--ds", FIRST)
         self.save("crowded")
-        # The same before the second day, its older releases retired long ago.
+        # The same without the second day; the older releases were retired two hours ago.
         self.restore("corrected")
         self.done("site", "@prepare", BEFORE)
         self.done("site", "backfill", "--ds", FIRST)
@@ -263,28 +218,27 @@ class Lane:
         careful = open_deployment(load_settings(self.config("careful")))
         retention.vacuum(careful, now=datetime.now(UTC) - timedelta(hours=2))
         self.save("retired")
-        self.operations = {operation.name: operation for operation in OPERATIONS}
 
     def done(self, *command: str) -> None:
-        """A command that nothing disturbs."""
+        """Run a command without a fault."""
         ended = self.warm(command).wait(COMMAND_S)
         if ended.code != 0:
-            raise RuntimeError(f"{' '.join(command)} of the undisturbed site failed: {ended.said[-2000:]}")
+            raise RuntimeError(f"{' '.join(command)} failed without a fault: {ended.said[-2000:]}")
 
     def plan_id(self, config: str, ds: str, buckets: Sequence[int] = ()) -> str:
         return identify_plan(open_deployment(load_settings(self.config(config))), ds=ds, chosen=buckets).plan_id
 
     def live(self, ds: str | None = None) -> str:
-        """Release id of what readers see."""
+        """Return the id of the live release."""
         return release_log.find_release(self.storage, self.settings.table_uri, ds=ds).release_id
 
     def release_ids(self) -> list[str]:
-        """Every release that can be opened."""
+        """Return the ids of all releases that can be opened."""
         found = release_log.read_releases(self.storage, self.settings.table_uri)
         return [release.release_id for release in found if not release.withdrawn]
 
     def wanted(self, operation: Operation) -> dict[str, list[set[str]]]:
-        """Ids that the dates must hold in the end; where there are several sets, one of them."""
+        """Return the allowed sets of item ids in the end, by date."""
         found = {}
         for ds in (BEFORE, FIRST, SECOND):
             own = usable_ids(self.catalogues[ds])
@@ -303,10 +257,10 @@ class Lane:
             found.files = files_below(self.storage, [settings.table_uri, settings.index_uri, settings.work_uri])
         return found
 
-    # --- undisturbed
+    # --- operations without a fault
 
     def undisturbed(self, operation: Operation) -> Undisturbed:
-        """What the operation does when nothing happens to it; found out once."""
+        """Return the results of the operation without a fault; they are measured once."""
         if operation.name not in self._undisturbed:
             known, on_the_way, files, counted = [], [], frozenset(), (0, 0.0, 0)
             for number, order in enumerate(operation.orders):
@@ -328,7 +282,7 @@ class Lane:
         return self._undisturbed[operation.name]
 
     def measure(self, operation: Operation, party: int) -> tuple[int, float, int]:
-        """Do one party's part; events, seconds and bytes that it took."""
+        """Run one party's command; returns its events, seconds and bytes."""
         start = self.fork if operation.steps else self.warm
         began, before = time.monotonic(), self.used()
         with self.watched() as watched:
@@ -338,124 +292,8 @@ class Lane:
         return watched.count, time.monotonic() - began, self.used() - before
 
 
-class Local(Lane):
-    """A site in a folder; on a file system of its own, whose size can be changed, where that may be mounted."""
-
-    store = "local"
-
-    def __init__(self, folder: Path, *, env: dict[str, str]) -> None:
-        self.disk = folder / "disk"
-        super().__init__(folder, site=str(self.disk / "site"), env=env)
-        self.disk.mkdir(exist_ok=True)
-        mounted = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "faults", str(self.disk)], capture_output=True, check=False
-        )
-        self.resizable = mounted.returncode == 0
-
-    def __exit__(self, *problem: object) -> None:
-        super().__exit__(*problem)
-        if self.resizable:
-            subprocess.run(["umount", "--lazy", str(self.disk)], check=False)
-
-    def used(self) -> int:
-        found = os.statvfs(self.disk)
-        return (found.f_blocks - found.f_bfree) * found.f_frsize
-
-    def resize(self, size: int) -> None:
-        """Make the disk so large."""
-        subprocess.run(["mount", "-o", f"remount,size={size}", str(self.disk)], check=True)
-
-    def restore(self, state: str) -> None:
-        shutil.rmtree(self.site, ignore_errors=True)
-        shutil.copytree(self.folder / "states" / state, self.site)
-        fresh = self.plans.get(FRESH.get(state, ""), "-")
-        for path in Path(self.site).rglob("*"):
-            if path.is_file() and (fresh in str(path) or f"part-{plan_key(fresh)}" in path.name):
-                os.utime(path)
-
-    def save(self, state: str) -> None:
-        shutil.copytree(self.site, self.folder / "states" / state)
-
-    def put(self, path: Path, name: str) -> None:
-        target = Path(self.site) / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-
-    def watched(self, **strike: Any) -> TreeEvents:
-        return TreeEvents(Path(self.site), **strike)
-
-
-class Watched(FaultyProxy):
-    """A proxy that strikes at one request, and in half of the cases lets that request through."""
-
-    def __init__(
-        self, target: str, *, at: int | None = None, action: Callable[[], None] | None = None, **given: Any
-    ) -> None:
-        super().__init__(target, **{"rate": 0.0, "seed": 0, "stall_s": 1.0, **given})
-        self._at, self._action = at, action
-
-    @property
-    def count(self) -> int:
-        return self.counts.total()
-
-    def draw(self) -> str:
-        chosen = super().draw()
-        if self._action and self.count == self._at:
-            self._action()
-            return PASSED if self.count % 2 else RESET
-        return chosen
-
-
-class S3(Lane):
-    """A site on a real S3 server of this machine."""
-
-    store = "S3"
-
-    def __init__(self, folder: Path, *, env: dict[str, str], server: dict[str, str]) -> None:
-        self.client: S3Client = client_of(server)
-        self.endpoint = server["AWS_ENDPOINT_URL"]
-        with suppress(self.client.exceptions.BucketAlreadyOwnedByYou):
-            self.client.create_bucket(Bucket=BUCKET)
-        super().__init__(folder, site=f"s3://{BUCKET}/{folder.name}/site", env={**env, **server})
-        self.prefix = f"{folder.name}/site/"
-
-    def used(self) -> int:
-        return 0
-
-    def _listed(self, prefix: str) -> dict[str, str]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
-        return {item["Key"].removeprefix(prefix): item["ETag"] for page in pages for item in page.get("Contents", [])}
-
-    def _become(self, target: str, source: str, *, anew: bool = False) -> None:
-        wanted, there = self._listed(source), self._listed(target)
-        stale = [name for name in there if name not in wanted]
-        missing = [name for name, etag in wanted.items() if anew or there.get(name) != etag]
-        with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
-            deleted = pool.map(lambda name: self.client.delete_object(Bucket=BUCKET, Key=target + name), stale)
-            copied = pool.map(
-                lambda name: self.client.copy_object(
-                    Bucket=BUCKET, Key=target + name, CopySource={"Bucket": BUCKET, "Key": source + name}
-                ),
-                missing,
-            )
-            list(deleted)
-            list(copied)
-
-    def restore(self, state: str) -> None:
-        self._become(self.prefix, f"{self.folder.name}/states/{state}/", anew=state in FRESH)
-
-    def save(self, state: str) -> None:
-        self._become(f"{self.folder.name}/states/{state}/", self.prefix)
-
-    def put(self, path: Path, name: str) -> None:
-        self.client.put_object(Bucket=BUCKET, Key=self.prefix + name, Body=path.read_bytes())
-
-    def watched(self, **strike: Any) -> Watched:
-        return Watched(self.endpoint, **strike)
-
-
 def altered(source: Path, path: Path, seed: str) -> Path:
-    """A generated catalogue with more titles changed, items gone and items added: every bucket has work."""
+    """Write a generated catalogue with more changed, removed and added items, so that every bucket changes."""
     with source.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         header, *rows = list(csv.reader(file))
     changed = []
@@ -469,85 +307,3 @@ def altered(source: Path, path: Path, seed: str) -> Path:
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *changed])
     return path
-
-
-def _corrected(*buckets: int) -> dict[str, tuple[tuple[str, tuple[int, ...]], ...]]:
-    return {FIRST: (("corrected", buckets),)}
-
-
-NIGHT = ("site", "run", "--ds", SECOND)
-LATE = ("late", "run", "--ds", SECOND)
-OPERATIONS = [
-    Operation("night", "base", (NIGHT,)),
-    Operation(
-        "backfill of a bucket",
-        "corrected",
-        (("site", "backfill", "--ds", FIRST, "--bucket", "2"),),
-        holds=_corrected(2),
-    ),
-    Operation("backfill of a day", "base", (("site", "backfill", "--ds", BEFORE),)),
-    Operation("release of a night", "prepared", (("site", "@release", "plan:night"),), steps=True),
-    Operation(
-        "release of a backfill",
-        "buckets prepared",
-        (("site", "@release", "plan:bucket 2"),),
-        steps=True,
-        holds=_corrected(2),
-    ),
-    Operation("roll-back", "two nights", (("site", "rollback", "plan:first release"),), steps=True),
-    Operation(
-        "vacuum", "crowded", (("vacuum", "vacuum"),), steps=True, removes=True, holds={FIRST: (("corrected", ()),)}
-    ),
-    Operation("one plan twice", "base", (NIGHT, NIGHT), orders=((0,),)),
-    Operation(
-        "two catalogues of a day",
-        "base",
-        (NIGHT, LATE),
-        orders=((1,), (0, 1)),
-        last=1,
-        superseded=True,
-        holds={SECOND: (("late", ()),)},
-    ),
-    Operation(
-        "backfills of two buckets",
-        "corrected",
-        tuple(("site", "backfill", "--ds", FIRST, "--bucket", bucket) for bucket in ("1", "3")),
-        orders=((0, 1), (1, 0)),
-        holds=_corrected(1, 3),
-    ),
-    Operation(
-        "night and backfill",
-        "corrected",
-        (NIGHT, ("site", "backfill", "--ds", FIRST, "--bucket", "0")),
-        orders=((0, 1), (1, 0)),
-        holds=_corrected(0),
-    ),
-    Operation(
-        "one plan released twice", "prepared", (("site", "@release", "plan:night"),) * 2, orders=((0,),), steps=True
-    ),
-    Operation(
-        "two plans of a day released",
-        "both prepared",
-        (("site", "@release", "plan:night"), ("late", "@release", "plan:late")),
-        orders=((0,), (1,)),
-        steps=True,
-        superseded=True,
-        holds={SECOND: ((SECOND, ()), ("late", ()))},
-    ),
-    Operation(
-        "three buckets released",
-        "buckets prepared",
-        tuple(("site", "@release", f"plan:bucket {bucket}") for bucket in ("1", "2", "3")),
-        orders=((0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 2, 1), (1, 2, 0), (2, 0, 1)),
-        steps=True,
-        holds=_corrected(1, 2, 3),
-    ),
-    Operation(
-        "vacuum and release",
-        "retired",
-        (("careful", "vacuum"), ("site", "@release", "plan:next night")),
-        orders=((0, 1), (1, 0)),
-        steps=True,
-        holds={FIRST: (("corrected", ()),)},
-    ),
-]

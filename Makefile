@@ -59,7 +59,7 @@ test: setup ## Run the tests, two files at a time
 test-slow: setup ## Run the tests that the default suite leaves out
 	@$(BIN)/python -m pytest -m slow
 
-test-faults: setup ## Kill, fill, cut and collide TRIALS times (default 200), and print one table
+test-faults: setup ## Run TRIALS trials of the fault campaign (default 200), and print a table
 	@$(BIN)/python tests/faults/campaign.py --trials $(TRIALS) --seed $(SEED)
 
 check: setup ## Lint, check the format and the types

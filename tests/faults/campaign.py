@@ -26,8 +26,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
+PACKAGES = [str(REPOSITORY / name) for name in ("pipeline", "schemas")]
 if __name__ == "__main__":
-    sys.path[:0] = [str(REPOSITORY), str(HERE.parent)]
+    sys.path[:0] = [*PACKAGES, str(HERE.parent / "fixtures")]
 
 import pyspark
 import pytest
@@ -142,7 +143,7 @@ def environment(folder: Path) -> dict[str, str]:
         **kept,
         "HF_HUB_OFFLINE": "1",
         "OMP_WAIT_POLICY": "passive",
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": os.pathsep.join(PACKAGES),
         "PYSPARK_PYTHON": sys.executable,
         "SPARK_HOME": str(Path(pyspark.__file__).parent),
         "SPARK_LOCAL_DIRS": str(folder / "tmp"),

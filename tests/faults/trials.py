@@ -117,9 +117,8 @@ def table(done: Sequence[Trial]) -> str:
     """Return the results by kind as a Markdown table."""
 
     def cells(found: Sequence[Trial]) -> list[str]:
-        return [
-            f"{number:,}" for number in (len(found), *(round(sum(getattr(t, n) for t in found)) for n in SUMS.values()))
-        ]
+        sums = [round(sum(getattr(trial, name) for trial in found)) for name in SUMS.values()]
+        return [f"{number:,}" for number in (len(found), *sums)]
 
     rows = [["fault", "store", "trials", *SUMS]]
     for kind in KINDS:

@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-    from vacuumed import VacuumedSite
+    from published import Site
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
@@ -26,21 +26,11 @@ def repository() -> Path:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> "VacuumedSite":
-    """A site without a release."""
-    from vacuumed import VacuumedSite
+def site(tmp_path: Path) -> "Site":
+    """An empty feature table with its indexes and work area."""
+    from published import Site
 
-    return VacuumedSite(tmp_path / "site")
-
-
-@pytest.fixture
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pause between attempts at the release stage, and no wait until files are on the disk."""
-    from marc_pipeline.nightly import stages
-    from marc_pipeline.storage import local
-
-    monkeypatch.setattr(stages, "PUBLISH_PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr(local, "_flush", lambda _: None)
+    return Site(tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +60,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pause between attempts at the release stage, and no wait until files are on the disk."""
+    from marc_pipeline.nightly import stages
+    from marc_pipeline.storage import local
+
+    monkeypatch.setattr(stages, "PUBLISH_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(local, "_flush", lambda _: None)
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ from marc_pipeline.storage.local import LocalObjects
 from marc_pipeline.training.training_set import open_training_set
 from marc_schemas.bundle import BundleCard
 from marc_schemas.promotion import Comparison
-from published import DIM, Site, flip, tiny_bundle
+from published import DIM, Site, tiny_bundle
 from rated_shop import DS, ITEMS, ratings
 from tiny_models import save_tiny_backbone
 from training_world import World, make_world
@@ -209,6 +209,12 @@ def test_a_bundle_that_was_not_compared_is_not_promoted(gate: Gate) -> None:
     with pytest.raises(UserError, match=f"bundle {candidate} was not evaluated on training set {gate.training_id}"):
         gate.promote(candidate)
     assert gate.pointer == before
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def not_finite(weights: Weights) -> None:

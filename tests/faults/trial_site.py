@@ -26,7 +26,6 @@ from tiny_models import save_tiny_backbone
 
 BEFORE, FIRST, SECOND = "2026-11-19", "2026-11-20", "2026-11-21"
 ITEMS, BUCKETS = 300, 4
-JAVA = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 # Grace period of the configuration "careful", in hours.
 GRACE = 300 / 3600
 COMMAND_S = 600.0
@@ -133,25 +132,13 @@ class TrialSite:
 
     def config(self, name: str, endpoint: str = "") -> Path:
         """Return a configuration file: ``site``, ``cluster``, ``late`` (other catalogues), ``vacuum``, ``careful``."""
-        conf = {
-            "spark.driver.extraJavaOptions": JAVA,
-            "spark.executor.extraJavaOptions": JAVA,
-            "spark.driver.bindAddress": "127.0.0.1",
-            "spark.driver.host": "127.0.0.1",
-            "spark.sql.shuffle.partitions": "4",
-        }
-        settings: dict[str, Any] = {
-            "root": self.site,
-            "catalogue": {
-                "uri": f"{self.site}/{'late' if name == 'late' else 'catalogue'}/{{ds}}.csv",
-                "updated_at_column": "updated_at",
-                "template": "{title}. {brand}. {category}. {description}",
-            },
-            "buckets": BUCKETS,
-            "train": {"backbone": str(self.folder / "backbone"), "dim": 8, "max_tokens": 32, "compressor": "pca"},
-            "encode": {"device": "cpu", "dtype": "float32", "threads": 1},
-            "spark": {"master": "local-cluster[2,1,1024]" if name == "cluster" else "local[2,4]", "conf": conf},
-        }
+        template = Path(__file__).with_name("settings.yaml").read_text()
+        text = template.replace("SITE", self.site).replace("BACKBONE", str(self.folder / "backbone"))
+        settings: dict[str, Any] = yaml.safe_load(text)
+        if name == "late":
+            settings["catalogue"]["uri"] = f"{self.site}/late/{{ds}}.csv"
+        if name == "cluster":
+            settings["spark"]["master"] = "local-cluster[2,1,1024]"
         if name == "vacuum":
             settings["retention"] = {"days": 1, "releases_per_day": 1, "grace_hours": 0}
         if name == "careful":

@@ -3,18 +3,33 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from bundle_cases import bundle_card, save_files
 from folder_as_s3 import BUCKET, FolderAsS3
 from marc_pipeline.errors import CorruptFile, UserError
-from marc_pipeline.model.bundle import Bundle, check_bundle, local_bundle, open_bundle, promote
+from marc_pipeline.model.bundle import Bundle, check_bundle, local_bundle, open_bundle, promote, save_bundle
 from marc_pipeline.storage import Storage
-from published import flip
+from marc_schemas.bundle import BundleCard, CompressorCard
 
 STORAGE = Storage()
+CARD = BundleCard(
+    backbone="tiny",
+    layers_kept=2,
+    backbone_layers=4,
+    pooling="mean",
+    max_tokens=16,
+    width=32,
+    dim=8,
+    normalised=True,
+    template="{title}",
+    compressor=CompressorCard(kind="pca", arguments={"width": 32, "dim": 8}),
+    training={"texts": 3},
+    metrics={"explained_variance": 0.5},
+    files={},
+)
 FILES = {
     "backbone/config.json": b"{}",
     "backbone/model.safetensors": bytes(range(256)) * 4,
@@ -22,8 +37,26 @@ FILES = {
 }
 
 
-def saved(folder: Path, files: dict[str, bytes] | None = None, **card: object) -> Bundle:
-    return save_files(folder, FILES if files is None else files, **card)
+def writer(files: dict[str, bytes] | None = None, card: BundleCard = CARD) -> Callable[[Path], BundleCard]:
+    """What :func:`save_bundle` calls to fill a folder."""
+
+    def write(folder: Path) -> BundleCard:
+        for name, data in (FILES if files is None else files).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+        return card
+
+    return write
+
+
+def saved(folder: Path, files: dict[str, bytes] | None = None, card: BundleCard = CARD) -> Bundle:
+    return save_bundle(STORAGE, str(folder), writer(files, card))
+
+
+def flip(path: Path, *, byte: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1
+    path.write_bytes(data)
 
 
 def test_the_version_is_the_hash_of_a_card_that_names_every_file(tmp_path: Path) -> None:
@@ -61,7 +94,7 @@ def test_another_byte_in_any_file_is_another_version(tmp_path: Path, name: str, 
     "change", [{"pooling": "last"}, {"max_tokens": 17}, {"normalised": False}, {"template": "{title}."}]
 )
 def test_another_way_to_use_the_same_weights_is_another_version(tmp_path: Path, change: dict[str, object]) -> None:
-    assert saved(tmp_path, **change).version != saved(tmp_path).version
+    assert saved(tmp_path, card=CARD.model_copy(update=change)).version != saved(tmp_path).version
 
 
 def test_a_file_under_another_name_is_another_version(tmp_path: Path) -> None:
@@ -141,7 +174,7 @@ def test_a_pointer_that_cannot_be_read_is_the_users_mistake(tmp_path: Path, cont
     ],
 )
 def test_a_card_of_an_unknown_format_is_the_users_mistake(tmp_path: Path, change: dict[str, object]) -> None:
-    card = json.loads(bundle_card().model_dump_json()) | change
+    card = json.loads(CARD.model_dump_json()) | change
     (tmp_path / "bundle.json").write_text(json.dumps(card))
     with pytest.raises(UserError, match=r"bundle\.json is no bundle card of this format"):
         open_bundle(STORAGE, str(tmp_path))
@@ -158,7 +191,7 @@ def test_a_card_that_is_no_card_is_the_users_mistake(tmp_path: Path, content: st
 def test_check_bundle_names_the_flipped_file_and_local_bundle_refuses_it(tmp_path: Path, name: str) -> None:
     bundle = saved(tmp_path)
     assert check_bundle(STORAGE, bundle) == []
-    flip(Path(bundle.uri) / name, -1)
+    flip(Path(bundle.uri) / name)
     (problem,) = check_bundle(STORAGE, bundle)
     assert f"{bundle.uri}/{name} does not match its SHA-256" in problem
     with pytest.raises(CorruptFile, match=name):
@@ -167,7 +200,7 @@ def test_check_bundle_names_the_flipped_file_and_local_bundle_refuses_it(tmp_pat
 
 def test_every_damaged_file_is_named_and_missing_ones_too(tmp_path: Path) -> None:
     bundle = saved(tmp_path)
-    flip(Path(bundle.uri) / "compressor.safetensors", -1)
+    flip(Path(bundle.uri) / "compressor.safetensors")
     (Path(bundle.uri) / "backbone" / "config.json").unlink()
     problems = check_bundle(STORAGE, bundle)
     assert len(problems) == 2
@@ -199,7 +232,7 @@ def test_an_alteration_that_keeps_size_and_time_is_found(tmp_path: Path) -> None
     bundle = saved(tmp_path)
     path = Path(bundle.uri) / "backbone" / "model.safetensors"
     before = path.stat()
-    flip(path, 100)
+    flip(path, byte=100)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert len(check_bundle(STORAGE, bundle)) == 1
 

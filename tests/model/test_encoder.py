@@ -18,11 +18,10 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
-from bundle_cases import copy_bundle
 from marc_pipeline.config import EncodeSettings, TrainSettings
 from marc_pipeline.errors import CorruptFile, Unencodable, UserError
 from marc_pipeline.model.backbone import HiddenStates, PooledStates, load_backbone, load_tokenizer, locate
-from marc_pipeline.model.bundle import Bundle
+from marc_pipeline.model.bundle import Bundle, save_bundle
 from marc_pipeline.model.encoder import (
     Encoder,
     OutOfMemory,
@@ -36,7 +35,7 @@ from marc_pipeline.model.onednn import PrepackedLinear
 from marc_pipeline.model.tokens import token_ids
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.storage import Storage
-from marc_schemas.bundle import Pooling
+from marc_schemas.bundle import BundleCard, Pooling
 from tiny_models import (
     CPU_FLOAT32,
     MAX_TOKENS,
@@ -458,11 +457,23 @@ def loaded(bundle: Bundle, encode: EncodeSettings = CPU_FLOAT32) -> Encoder:
     return load_encoder(Storage(), bundle.uri, bundle.version, encode, ONE_CORE)
 
 
+def altered(bundle: Bundle, folder: Path, **change: object) -> Bundle:
+    """A sound bundle with the same weights and another card."""
+
+    def write(target: Path) -> BundleCard:
+        for name in bundle.card.files:
+            (target / name).parent.mkdir(exist_ok=True)
+            (target / name).write_bytes((Path(bundle.uri) / name).read_bytes())
+        return bundle.card.model_copy(update=change)
+
+    return save_bundle(Storage(), str(folder), write)
+
+
 def test_vectors_of_a_normalised_bundle_have_unit_length(bundle: Bundle, tmp_path: Path) -> None:
     unit = loaded(bundle).encode(TEXTS).vectors
     assert unit.shape == (len(TEXTS), bundle.card.dim)
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-5)
-    plain = loaded(copy_bundle(bundle, tmp_path, normalised=False)).encode(TEXTS).vectors
+    plain = loaded(altered(bundle, tmp_path, normalised=False)).encode(TEXTS).vectors
     np.testing.assert_allclose(unit, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-5)
     # Whitened training texts: mean 0, variance 1 in every component.
     np.testing.assert_allclose(plain.mean(axis=0), 0, atol=1e-3)
@@ -471,9 +482,9 @@ def test_vectors_of_a_normalised_bundle_have_unit_length(bundle: Bundle, tmp_pat
 
 def test_the_card_alone_decides_pooling_and_truncation(bundle: Bundle, tmp_path: Path) -> None:
     mean = loaded(bundle).encode(TEXTS[:4]).vectors
-    by_cls = loaded(copy_bundle(bundle, tmp_path, pooling="cls")).encode(TEXTS[:4]).vectors
+    by_cls = loaded(altered(bundle, tmp_path, pooling="cls")).encode(TEXTS[:4]).vectors
     assert cosines(mean, by_cls).max() < 0.99
-    short = loaded(copy_bundle(bundle, tmp_path, max_tokens=5)).encode([LONG])
+    short = loaded(altered(bundle, tmp_path, max_tokens=5)).encode([LONG])
     assert short.tokens == 5
 
 
@@ -482,7 +493,7 @@ def test_an_encoder_is_loaded_once_per_process(bundle: Bundle) -> None:
 
 
 def test_a_damaged_bundle_is_not_loaded(bundle: Bundle, tmp_path: Path) -> None:
-    damaged = copy_bundle(bundle, tmp_path)
+    damaged = altered(bundle, tmp_path)
     weights = Path(damaged.uri) / "backbone" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -492,7 +503,7 @@ def test_a_damaged_bundle_is_not_loaded(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_a_bundle_of_an_unknown_compressor_is_not_loaded(bundle: Bundle, tmp_path: Path) -> None:
-    unknown = copy_bundle(bundle, tmp_path, compressor=bundle.card.compressor.model_copy(update={"kind": "hologram"}))
+    unknown = altered(bundle, tmp_path, compressor=bundle.card.compressor.model_copy(update={"kind": "hologram"}))
     with pytest.raises(UserError, match="'hologram' is not known here"):
         loaded(unknown)
 

@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from bundle_cases import copy_bundle
 from marc_pipeline.errors import CorruptFile
 from marc_pipeline.model import encoder
-from marc_pipeline.model.bundle import Bundle
+from marc_pipeline.model.bundle import Bundle, save_bundle
 from marc_pipeline.model.encoder import load_encoder
 from marc_pipeline.model.tokens import token_ids
 from marc_pipeline.nightly.encode import EncodeTask, encode_bucket, pending_tasks, tidy_quarantine
@@ -33,13 +32,13 @@ from marc_pipeline.storage.checksums import check_file
 from marc_pipeline.table.precision import round_mantissas
 from marc_pipeline.table.write import write_bucket_file
 from marc_pipeline.work_area import Workspace
+from marc_schemas.bundle import BundleCard
 from marc_schemas.catalogue import ITEMS, QUARANTINE, Change
 from marc_schemas.feature_table import MANTISSA_BITS, file_schema
 from marc_schemas.files import PublishedFile
 from marc_schemas.identity import content_hash, row_id
 from marc_schemas.plan import BucketPlan, Plan
 from marc_schemas.receipt import Receipt
-from published import flip
 from tiny_models import CPU_FLOAT32, ONE_CORE, TEXTS, cosines, tiny_tokenizer, train_tiny_bundle
 
 STORAGE = Storage()
@@ -189,6 +188,12 @@ def vectors(rows: pa.Table) -> NDArray[np.float32]:
 
 def new(texts: Sequence[str], *, prefix: str = "item") -> list[Item]:
     return [(f"{prefix}-{number:03d}", text, Change.NEW) for number, text in enumerate(texts)]
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def test_a_bucket_of_new_items_holds_the_encoders_vectors_in_the_order_of_the_items(night: Night) -> None:
@@ -395,7 +400,7 @@ def test_a_bucket_whose_file_was_damaged_is_pending_again(night: Night, damage: 
     assert receipt.file is not None
     path = night.table / receipt.file.path
     if damage == "flip":
-        flip(path)
+        flip_a_byte(path)
     elif damage == "cut":
         path.write_bytes(path.read_bytes()[:-1])
     else:
@@ -435,7 +440,7 @@ def wrong_base(night: Night, wrong: str) -> PublishedFile:
         bundle="f" * 16 if wrong == "bundle" else None,
     )
     if wrong == "damaged":
-        flip(night.table / base.path)
+        flip_a_byte(night.table / base.path)
     if wrong == "missing":
         (night.table / base.path).unlink()
     return base
@@ -488,15 +493,21 @@ def test_of_two_workers_of_one_bucket_the_first_ones_receipt_stands(night: Night
     first = encode_bucket(task, ONE_CORE)
     assert encode_bucket(task, ONE_CORE) == first == night.workspace.read_receipts(night.plan(work))[work.bucket]
     assert first.file is not None
-    flip(night.table / first.file.path)
+    flip_a_byte(night.table / first.file.path)
     second = encode_bucket(task, ONE_CORE)
     assert second != first
     assert night.workspace.read_receipts(night.plan(work))[work.bucket] == second
 
 
 def test_a_damaged_bundle_encodes_nothing(night: Night, tmp_path: Path) -> None:
-    copied = Night(tmp_path / "copied", copy_bundle(night.bundle, tmp_path / "bundles"))
-    flip(Path(copied.bundle.uri) / "compressor.safetensors")
+    def write(folder: Path) -> BundleCard:
+        for name in night.bundle.card.files:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes((Path(night.bundle.uri) / name).read_bytes())
+        return night.bundle.card
+
+    copied = Night(tmp_path / "copied", save_bundle(STORAGE, str(tmp_path / "bundles"), write))
+    flip_a_byte(Path(copied.bundle.uri) / "compressor.safetensors")
     work = copied.work(new(TEXTS[:2]))
     with pytest.raises(CorruptFile, match=r"compressor\.safetensors"):
         copied.run(work)

@@ -138,9 +138,7 @@ def test_publishing_again_returns_the_same_release_even_without_the_work_area(re
     assert delta_version(ready.site) == version
 
 
-def test_the_next_run_finishes_one_that_died_between_commits(
-    ready: Encoded, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_next_run_finishes_one_that_died_between_commits(ready: Encoded, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(ConnectionError):  # noqa: PT012
         fail(patch, publishing, "append")
         ready.release()

@@ -21,6 +21,11 @@ from vacuumed import AT_ONCE, GRACE, LEAST, VacuumedSite, after, write_at
 pytestmark = pytest.mark.usefixtures("no_waiting")
 
 
+@pytest.fixture
+def site(tmp_path: Path) -> VacuumedSite:
+    return VacuumedSite(tmp_path / "site")
+
+
 def half_encoded(site: VacuumedSite) -> Encoded:
     encoded = site.encoded(VECTORS, plan_id="dead")
     for bucket in (1, 3):

@@ -38,6 +38,11 @@ EVENTS = st.lists(
 )
 
 
+@pytest.fixture
+def site(tmp_path: Path) -> VacuumedSite:
+    return VacuumedSite(tmp_path / "site")
+
+
 @dataclass
 class History:
     """A site and its expected content, event by event, on its own clock.

@@ -19,6 +19,11 @@ pytestmark = pytest.mark.usefixtures("no_waiting")
 LONG_AGO = "2026-11-01"
 
 
+@pytest.fixture
+def site(tmp_path: Path) -> VacuumedSite:
+    return VacuumedSite(tmp_path / "site")
+
+
 # --- releases are retired first, and forgotten after the grace period
 
 

@@ -29,32 +29,20 @@ from vacuumed import GRACE, VacuumedSite, after, ids, one_changed, vectors_of, w
 pytestmark = pytest.mark.usefixtures("no_waiting")
 
 
-@dataclass(frozen=True)
-class State:
-    """The log's records, all files, and the files in the Delta table's newest version."""
-
-    rows: tuple[Release, ...]
-    files: dict[str, str]
-    committed: set[str]
+@pytest.fixture
+def site(tmp_path: Path) -> VacuumedSite:
+    return VacuumedSite(tmp_path / "site")
 
 
 @dataclass(frozen=True)
 class Busy:
-    """A site where a vacuum retires, forgets, cleans the Delta table and deletes; :meth:`restore` brings it back.
-
-    Attributes:
-        site: the site.
-        copy: folder of the copy.
-        now: time of the vacuum.
-        done: result of a vacuum without faults.
-        end: state after that vacuum.
-    """
+    """A site with work for every step of a vacuum at the time ``now``, a copy of it, and that vacuum's results."""
 
     site: VacuumedSite
     copy: Path
     now: datetime
     done: Removal
-    end: State
+    end: tuple[object, ...]
 
     def restore(self) -> None:
         shutil.rmtree(self.site.root)
@@ -67,8 +55,8 @@ class Busy:
         assert state_of(self.site) == self.end
 
 
-def state_of(site: VacuumedSite) -> State:
-    return State(tuple(site.log), site.files(), site.committed())
+def state_of(site: VacuumedSite) -> tuple[object, ...]:
+    return site.log, site.files(), site.committed()
 
 
 def everything(site: VacuumedSite) -> dict[str, tuple[int, str]]:

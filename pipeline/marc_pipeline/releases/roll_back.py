@@ -18,11 +18,6 @@ def roll_back(storage: Storage, table_uri: str, release_id: str) -> list[Release
     One commit publishes the release anew for its date, unless readers of that date see it already, and withdraws all
     later dates. Rolling back to a withdrawn release publishes its date again.
 
-    Args:
-        storage: access to ``table_uri``.
-        table_uri: the feature table.
-        release_id: the release to restore.
-
     Returns:
         The new records of the log, withdrawn dates marked; empty when nothing had to change.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from hosts import Attempt, Ended, Overdue
 from operations import Operation
-from processes import end_session, executors, python_workers
+from process_table import end_session, executors, python_workers
 from stores import ROOM, LocalSite
 from trial_site import TrialSite, Undisturbed
 from trials import Trial

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from processes import end_session
+from process_table import end_session
 
 HERE = Path(__file__).resolve().parent
 MARC = "from marc_pipeline.cli import main; main()"

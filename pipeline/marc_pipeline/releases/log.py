@@ -96,10 +96,7 @@ def new_release_id(now: datetime) -> str:
 
 def live_releases(releases: Iterable[Release]) -> dict[str, Release]:
     """Return the release that readers of each date see, in order of date: its last turn, unless that withdrew it."""
-    last: dict[str, Release] = {}
-    for release in releases:
-        if release.ds not in last or release.turn > last[release.ds].turn:
-            last[release.ds] = release
+    last = {release.ds: release for release in sorted(releases, key=lambda release: release.turn)}
     return {ds: last[ds] for ds in sorted(last) if not last[ds].withdrawn}
 
 
@@ -153,10 +150,8 @@ def _seen_at(found: ReleaseLog, at: datetime, *, ds: str | None) -> Release:
         raise UserError(f"the time {at} has no time zone; use datetime(..., tzinfo=UTC)")
     seen = newest((release for release in found.releases if release.created_at <= at), ds=ds)
     # The first later record of a date names, as `supersedes`, the release that readers saw until then.
-    following: dict[str, Release] = {}
-    for release in found.releases:
-        if release.created_at > at and (release.ds not in following or release.turn < following[release.ds].turn):
-            following[release.ds] = release
+    newest_first = sorted(found.releases, key=lambda release: -release.turn)
+    following = {release.ds: release for release in newest_first if release.created_at > at}
     for day, release in following.items():
         concerned = day == ds if ds is not None else seen is None or day >= seen.ds
         if concerned and release.supersedes is not None and found.find(release.supersedes) is None:

@@ -60,12 +60,13 @@ def _records(found: ReleaseLog, target: Release) -> list[Release]:
     rows = []
     if now is None or (now.table.files, now.index.files) != (target.table.files, target.index.files):
         restores = target.restores or target.release_id
-        rows.append(_next(found, target, now, withdrawn=False, restores=restores))
-    return rows + [_next(found, live[ds], live[ds], withdrawn=True, restores=None) for ds in live if ds > target.ds]
+        rows.append(_next(found, target, now, restores=restores))
+    return rows + [_next(found, live[ds], live[ds], restores=None) for ds in live if ds > target.ds]
 
 
-def _next(found: ReleaseLog, facts: Release, live: Release | None, *, withdrawn: bool, restores: str | None) -> Release:
-    now = datetime.now(UTC)
+def _next(found: ReleaseLog, facts: Release, live: Release | None, *, restores: str | None) -> Release:
+    """Return the next record of a date: one that restores a release, or a withdrawal."""
+    now, withdrawn = datetime.now(UTC), restores is None
     update: dict[str, object] = {
         "release_id": new_release_id(now),
         "created_at": now,

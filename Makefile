@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup java nightly test test-slow test-faults check docs format ui clean
+.PHONY: help setup java nightly test test-slow test-avx2 test-faults check docs format ui clean
 
 DS ?= $(shell date -u +%F)
 TRIALS ?= 200
@@ -19,11 +19,15 @@ export AIRFLOW__CORE__LOAD_EXAMPLES ?= False
 export AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION ?= False
 export AIRFLOW_CONN_SPARK_DEFAULT ?= {"conn_type": "spark", "host": "local[*,4]"}
 export HF_HUB_OFFLINE ?= 1
+# Two processes; the tests of one file share a process, and so do all that start the S3 server (tests/conftest.py).
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup
+# The model tests in which the CPU multiplies bfloat16 where it can.
+BFLOAT16_TESTS := tests/model/test_encoder.py tests/model/test_packed.py tests/training/test_states.py tests/layers/test_sweep.py
 AIRFLOW := PATH="$(BIN):$$PATH" $(BIN)/airflow
 NIGHT_LOG = $(AIRFLOW_HOME)/logs/nightly-$(DS).log
 
 help: ## Show this help
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  DS=YYYY-MM-DD chooses the date (default: today, $(DS)); MARC_CONFIG=FILE another configuration."
 
 setup: java $(VENV)/.installed ## Create .venv and install everything into it (once)
@@ -54,18 +58,22 @@ nightly: setup ## Run the DAG marc_nightly for DS, on the example catalogue unle
 	$(BIN)/marc summary --ds $(DS) --since $$started
 
 test: setup ## Run the tests, two files at a time
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(PYTEST)
 
-test-slow: setup ## Run the tests that the default suite leaves out
-	@$(BIN)/python -m pytest -m slow
+test-slow: setup ## Run the tests that the default suite leaves out, and property tests with all their examples
+	@$(PYTEST) -m slow --hypothesis-profile=slow
+
+test-avx2: setup ## Run the tests of bfloat16 as on a CPU with AVX2 alone
+	@ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) $(BFLOAT16_TESTS)
 
 test-faults: setup ## Run TRIALS trials of the fault campaign (default 200), and print a table
 	@$(BIN)/python tests/faults/campaign.py --trials $(TRIALS) --seed $(SEED)
 
-check: setup ## Lint, check the format and the types
+check: setup ## Lint, check the format, the types and the import layers
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo > /dev/null || $(BIN)/lint-imports
 
 docs: setup ## Build the documentation into docs/_build/html; every warning is an error
 	@$(BIN)/python -m sphinx -q -W -n --keep-going -b html docs docs/_build/html

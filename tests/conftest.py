@@ -6,17 +6,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
+from example_counts import SLOW_PROFILE
+
+settings.register_profile(SLOW_PROFILE)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Parallel test processes share the cores. With more threads than cores, torch and faiss mostly wait for one another.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_THREAD_LIMIT", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+# Spark's JVMs live for seconds or minutes: the optimising compiler and the parallel collector cost more than they save.
+os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
     from published import Site
 
+# A machine runs one S3 server at a time: its tests take turns.
+S3_GROUP = "s3"
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group the tests for ``--dist loadgroup``: one process per file, and one for all that start the S3 server."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            needs_server = "s3_server" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group(S3_GROUP if needs_server else str(item.path)))
 
 
 @pytest.fixture(scope="session")
@@ -103,5 +123,7 @@ def spark() -> "Iterator[SparkSession]":
     from marc_pipeline.config import SparkSettings
     from marc_pipeline.spark.session import spark_session
 
-    with spark_session(SparkSettings(master="local[2]"), name="tests") as session:
+    # Tests have a few hundred rows: 200 partitions per shuffle would only cost time.
+    wanted = SparkSettings(master="local[2]", conf={"spark.sql.shuffle.partitions": "2"})
+    with spark_session(wanted, name="tests") as session:
         yield session

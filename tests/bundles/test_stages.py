@@ -23,7 +23,7 @@ from marc_pipeline.model.encoder import load_encoder
 from marc_pipeline.nightly import run
 from marc_pipeline.reader.release import open_release
 from marc_pipeline.resources import TaskResources
-from marc_pipeline.spark.session import distribute
+from marc_pipeline.spark.tasks import distribute
 from marc_pipeline.storage import Storage
 from marc_pipeline.training.training_set import identify_training, training_uri
 from marc_schemas.promotion import Comparison

@@ -105,7 +105,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "an empty file": (["--items", "{tmp}/empty"], "holds no item ids; write one a line"),
     "an empty filter": (["--item", "item-1", "--within", "{tmp}/empty"], "--within {tmp}/empty holds no item ids"),
     "another encoding": (["--items", "{tmp}/latin"], "is not UTF-8: byte 0xfc in line 2"),
-    "unknown items": (["--items", "{tmp}/unknown"], "holds no item 'nobody', 'no one' (2 missing)"),
+    "unknown items": (["--items", "{tmp}/unknown"], "does not contain item 'nobody', 'no one' (2 missing)"),
     "no array": (["--vector", "{tmp}/latin"], "--vector {tmp}/latin"),
     "an empty array file": (["--vector", "{tmp}/empty"], "--vector {tmp}/empty"),
     "texts for vectors": (["--vector", "{tmp}/texts.npy"], "--vector {tmp}/texts.npy"),

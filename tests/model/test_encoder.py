@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
+from example_counts import examples
 from marc_pipeline.config import EncodeSettings, TrainSettings
 from marc_pipeline.errors import CorruptFile, Unencodable, UserError
 from marc_pipeline.model.backbone import HiddenStates, PooledStates, load_backbone, load_tokenizer, locate
@@ -120,7 +121,7 @@ texts_of_any_kind = st.lists(
 )
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(3, of=12, suppress_health_check=[HealthCheck.too_slow])
 @given(texts=texts_of_any_kind, token_budget=st.sampled_from([1, 60, 200, 5000]))
 @example(texts=ODD_TEXTS + TEXTS[:3], token_budget=5000)
 def test_a_vector_depends_on_its_text_alone_whatever_it_is_padded_with(
@@ -143,7 +144,7 @@ def test_texts_without_any_token_get_a_finite_vector_that_does_not_touch_the_oth
     assert cosines(together[[1, 3]], encoder.encode(TEXTS[:2]).vectors).min() >= 0.9999
 
 
-@settings(max_examples=15, deadline=None)
+@examples(4, of=15)
 @given(order=st.permutations(range(20)), token_budget=st.sampled_from([1, 100, 700]))
 def test_rows_come_in_the_order_of_the_texts(bert: PreTrainedModel, order: list[int], token_budget: int) -> None:
     encoder = tiny_encoder("bert", bert, token_budget=token_budget)
@@ -240,7 +241,7 @@ def test_a_device_without_room_for_a_single_text_fails_the_task_and_quarantines_
 
 
 @pytest.mark.parametrize("architecture", ["bert", "mamba"])
-@settings(max_examples=12, deadline=None)
+@examples(4, of=12)
 @given(poisoned=st.sets(st.integers(0, 11), max_size=5), token_budget=st.sampled_from([1, 100, 5000]))
 def test_a_text_that_fails_alone_is_told_of_and_its_neighbours_are_encoded(
     architecture: str, poisoned: set[int], token_budget: int
@@ -628,7 +629,7 @@ def test_no_weights_are_packed_for_a_cpu_that_does_not_multiply_bfloat16(
 
 def test_in_bfloat16_too_a_vector_hardly_depends_on_the_texts_around_it() -> None:
     encoder = minilm(EncodeSettings(device="cpu", dtype="bfloat16"))
-    texts = [*TITLES, *(f"{title}. And once more: {title}" for title in TEXTS), *TITLES * 40]
+    texts = [*TITLES, *(f"{title}. And once more: {title}" for title in TEXTS), *TITLES * 4]
     together = encoder.encode(texts).vectors
     alone = np.concatenate([encoder.encode([text]).vectors for text in texts[: len(TITLES) + len(TEXTS)]])
     assert cosines(together[: len(alone)], alone).min() >= 0.9999

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
@@ -23,6 +23,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+from example_counts import examples
 from marc_pipeline.model import packed
 from marc_pipeline.model.backbone import HiddenStates, PooledLayers, PooledStates, truncate
 from marc_pipeline.model.batches import PackedTokens, PaddedTokens
@@ -72,7 +73,7 @@ some_lengths = st.lists(st.integers(1, MAX_TOKENS), min_size=1, max_size=7)
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 @pytest.mark.parametrize("architecture", ["bert", "llama", "qwen3"])
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(3, of=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=some_lengths, seed=st.integers(0, 99))
 def test_packed_texts_have_the_vectors_that_each_has_alone(
     architecture: str, pooling: Pooling, lengths: list[int], seed: int
@@ -131,7 +132,7 @@ def test_outside_of_a_packed_batch_the_attention_is_transformers_own() -> None:
 @pytest.mark.parametrize("heads", [4, 2])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("dtype", "native"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
-@settings(max_examples=15, deadline=None)
+@examples(5, of=15)
 @given(lengths=st.lists(st.sampled_from([1, 2, 5, 30, 170]), min_size=1, max_size=6))
 def test_attention_by_length_is_softmax_by_hand(
     heads: int, causal: bool, dtype: torch.dtype, native: bool, lengths: list[int]

@@ -10,7 +10,7 @@ import pytest
 
 from published import Site, items
 
-pytestmark = [pytest.mark.environment, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.environment, pytest.mark.timeout(600)]
 
 NO_INDEX = ("Could not find a version", "ConnectionError", "Failed to establish", "No matching distribution")
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from day_content import TOMORROW, YESTERDAY, plain
+from example_counts import examples, slow
 from marc_pipeline.config import RetentionSettings
 from marc_pipeline.errors import ReleaseGone, UserError
 from marc_pipeline.reader.release import OpenRelease, open_release
@@ -165,7 +166,7 @@ class History:
             assert self.site.committed() <= self.site.files().keys()
 
 
-@settings(deadline=None, database=None, max_examples=4)
+@examples(1, of=4, database=None)
 @given(grace=st.sampled_from([0, 6, 24]), events=EVENTS)
 def test_after_any_sequence_of_events_readers_see_the_last_release_of_each_date(
     tmp_path_factory: pytest.TempPathFactory, grace: int, events: list[tuple[Any, ...]]
@@ -176,7 +177,7 @@ def test_after_any_sequence_of_events_readers_see_the_last_release_of_each_date(
         history.check()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *slow(1, 2)])
 def test_a_past_release_is_found_by_time_until_retention_forgets_it(site: VacuumedSite, seed: int) -> None:
     """After that, the answer is the same release or an error, never another release."""
     days, draw = ["2026-11-18", "2026-11-19", "2026-11-20"], np.random.default_rng(seed)

@@ -50,14 +50,15 @@ def train_bundle(deployment: Deployment, *, ds: str, promote: bool = True) -> "B
 
 def _train_pca(deployment: Deployment, *, ds: str, promote: bool, decision: Decision) -> "Bundle":
     from marc_pipeline.bundles.making import train_pca
-    from marc_pipeline.catalogue import source as catalogue
+    from marc_pipeline.catalogue.rows import sample_texts
+    from marc_pipeline.catalogue.source import find_source
     from marc_pipeline.model import bundle
     from marc_pipeline.spark.session import configured_session
 
     settings, storage = deployment.settings, deployment.storage
-    source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
+    source = find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
     with configured_session(settings, name=f"marc train {ds}") as spark:
-        texts = catalogue.sample_texts(spark, source, settings.catalogue, storage=storage, limit=settings.train.sample)
+        texts = sample_texts(spark, source, settings.catalogue, storage=storage, limit=settings.train.sample)
     made = train_pca(
         texts,
         template=settings.catalogue.template,

@@ -180,7 +180,7 @@ def train_stage(
     require_shape(settings.train, (settings.train.dim,), layers=card.layers, width=card.width)
     layers = layer_stage(spark, deployment, training_id)
     if settings.train.processes > 1:
-        from marc_pipeline.spark.session import distribute
+        from marc_pipeline.spark.tasks import distribute
 
         bundle, history = distribute(
             spark, train_member, deployment, training_id, layers, decision, processes=settings.train.processes

@@ -19,7 +19,7 @@ from marc_pipeline.evaluation.systems import System, make_vectors, sweep_systems
 from marc_pipeline.model.bundle import open_bundle
 from marc_pipeline.model.encoder import load_encoder, use_threads
 from marc_pipeline.resources import TaskResources
-from marc_pipeline.spark.session import run_buckets
+from marc_pipeline.spark.tasks import run_buckets
 from marc_pipeline.storage import Storage, join
 from marc_pipeline.training.interactions import Interactions, split_by_user
 from marc_pipeline.training.learning import learning_data

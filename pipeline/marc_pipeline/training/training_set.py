@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from marc_pipeline.catalogue import source as catalogue
-from marc_pipeline.catalogue.source import CatalogueSource
+from marc_pipeline.catalogue.rows import read_items
+from marc_pipeline.catalogue.source import CatalogueSource, find_source
 from marc_pipeline.config import Settings, TrainSettings
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import CorruptFile, UserError
@@ -105,7 +105,7 @@ def identify_training(deployment: Deployment, *, ds: str) -> TrainingIdentity:
         UserError: there is no catalogue for the date, or no interactions.
     """
     settings, storage = deployment.settings, deployment.storage
-    source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
+    source = find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
     rated = find_interactions(storage, settings.interactions)
     wanted, train = settings.catalogue, settings.train
     parts = [
@@ -158,7 +158,7 @@ def make_training_set(
         log.info("training set %s: stands already", identity.training_id)
         return open_training_set(storage, settings.work_uri, identity.training_id)
     wanted = named_items(storage, settings.interactions)
-    items = catalogue.read_items(
+    items = read_items(
         spark, identity.source, settings.catalogue, storage=storage, wanted=wanted, sample=settings.train.sample
     )
     if not items:

@@ -240,7 +240,7 @@ RUN = f"run --ds {FIRST}"
         ("{ds}.csv", "header.csv", RUN, "is empty"),
         ("", "", "lookup --item nobody", "'nobody'"),
         ("", "", "files --ds 2020-01-01", "no release of 2020-01-01"),
-        ("", "", "files --at 2020-01-01T00:00:00+00:00", "was there at 2020-01-01T00:00:00"),
+        ("", "", "files --at 2020-01-01T00:00:00+00:00", "existed at 2020-01-01T00:00:00"),
         ("", "", "lookup --item a --at yesterday", "'yesterday' is not a time"),
         ("", "", "files --at 2026-11-20T06:00", "has no time zone"),
         ("", "", "lookup --item a --text b", "exactly one"),

@@ -4,7 +4,7 @@ from marc_schemas.evaluation import SystemScore
 from marc_schemas.files import Contract
 
 
-class Comparison(Contract):
+class BundleComparison(Contract):
     """A candidate bundle beside the current one, on the same split with the same seeds.
 
     Attributes:

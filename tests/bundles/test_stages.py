@@ -26,7 +26,7 @@ from marc_pipeline.resources import TaskResources
 from marc_pipeline.spark.session import distribute
 from marc_pipeline.storage import Storage
 from marc_pipeline.training.training_set import identify_training, training_uri
-from marc_schemas.promotion import Comparison
+from marc_schemas.promotion import BundleComparison
 from marc_schemas.release import Release
 from marc_schemas.training import TrainingRun
 from rated_shop import DS, ITEMS, RATINGS, USERS, item, ratings
@@ -97,7 +97,7 @@ def test_the_run_leaves_what_it_did_to_be_read(trained: tuple[World, dict[str, A
     assert max(row["validation_auc"] for row in done.history) > 0.6, "there is something to learn, and it is learned"
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     compared = Path(training_uri(world.settings.work_uri, world.training_id), "comparisons", f"{done.bundle}.json")
-    comparison = Comparison.model_validate_json(compared.read_bytes())
+    comparison = BundleComparison.model_validate_json(compared.read_bytes())
     assert (comparison.candidate, comparison.current, comparison.problems) == (done.bundle, None, [])
     assert len(comparison.scores) == world.settings.evaluate.seeds
 
@@ -112,7 +112,7 @@ def test_a_second_training_trains_nothing_and_ends_in_the_same_bundle(
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == said
     assert f"bundle {said['bundle']} exists already" in done.stderr
-    assert "stands already" in done.stderr.split("bundle")[0], "the training set does, too"
+    assert f"training set: {world.training_id} exists already" in done.stderr
     assert world.current().version == said["bundle"]
 
 
@@ -218,7 +218,7 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_bundle(
         training_run.trained_bundle(open_deployment(settings), identity.training_id)
     with caplog.at_level(logging.INFO, logger="marc_pipeline"):
         done = training_run.train_stage(spark, open_deployment(settings), identity.training_id)
-    assert "goes on from the checkpoint of step 20" in caplog.text or name != "checkpoint.pt"
+    assert "resumes from the checkpoint of step 20" in caplog.text or name != "checkpoint.pt"
     assert done.bundle == uninterrupted == training_run.trained_bundle(open_deployment(settings), identity.training_id)
     steps = [row["step"] for row in done.history]
     assert steps == sorted(set(steps)), "no validation is told twice"
@@ -248,15 +248,15 @@ def test_the_night_after_a_promotion_encodes_everything_with_the_new_bundle(worl
     world.shop.catalogue(changed, ds=NEXT)
     first = train.train_bundle(open_deployment(settings), ds=DS)
     before = run.run_all(open_deployment(settings), ds=DS).release
-    assert (before.bundle, before.encoded, before.reused) == (first.version, ITEMS, 0)
+    assert facts_of(before) == (first.version, ITEMS, ITEMS, 0)
     quiet = run.run_all(open_deployment(settings), ds=NEXT).release
-    assert (quiet.bundle, quiet.items, quiet.encoded, quiet.reused) == (first.version, ITEMS + 1, 3, ITEMS - 2)
+    assert facts_of(quiet) == (first.version, ITEMS + 1, 3, ITEMS - 2)
 
     other = training_choices.with_train(settings, {"layers": 3, "max_steps": 3})
     second = train.train_bundle(open_deployment(other), ds=DS, promote=False)
     promote(STORAGE, settings.bundle_uri, second.version)
     after = run.run_all(open_deployment(settings), ds=NEXT).release
-    assert (after.bundle, after.items, after.encoded, after.reused) == (second.version, ITEMS + 1, ITEMS + 1, 0)
+    assert facts_of(after) == (second.version, ITEMS + 1, ITEMS + 1, 0)
     tables = {ds: open_release(settings.table_uri, ds=ds).dataset().to_table() for ds in (DS, NEXT)}
     assert set(tables[DS]["bundle"].to_pylist()) == {first.version}
     assert set(tables[NEXT]["bundle"].to_pylist()) == {second.version}

@@ -13,7 +13,8 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from marc_pipeline.evaluation import click_model as ctr
 from marc_pipeline.evaluation.click_model import ClickData, ClickScore, CtrSettings, click_data, score_vectors
-from marc_pipeline.training.interactions import Interactions, Split, split_by_time
+from marc_pipeline.training.interactions import Interactions
+from marc_pipeline.training.time_split import Split, split_by_time
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -238,7 +239,7 @@ def test_a_history_is_the_mean_of_its_vectors_and_zeros_without_one(
 def test_vectors_with_nan_or_infinity_are_refused(data: ClickData, directions: NDArray[np.float32], bad: float) -> None:
     broken = directions.copy()
     broken[[8, 5], 2] = bad
-    with pytest.raises(ValueError, match=r"2 of 200 vectors hold NaN or infinity; the first is row 5"):
+    with pytest.raises(ValueError, match=r"2 of 200 vectors contain NaN or infinity; the first is row 5"):
         score(broken, data)
 
 

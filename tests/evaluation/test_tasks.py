@@ -11,7 +11,7 @@ from clicks import clicks as made_up_clicks
 from marc_pipeline.evaluation import tasks as evaluation
 from marc_pipeline.evaluation.layer_choice import choose_layer
 from marc_pipeline.evaluation.tasks import FOLDS
-from marc_pipeline.training.interactions import histories, split_by_time
+from marc_pipeline.training.time_split import histories, split_by_time
 
 
 @pytest.mark.parametrize(

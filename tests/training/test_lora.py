@@ -294,7 +294,7 @@ def test_a_killed_training_resumes_with_bit_identical_results(
         training.trained(**wanted, checkpoint=Checkpoint(KilledAfter(), uri, "run"))
     with caplog.at_level(logging.INFO, logger="marc_pipeline"):
         resumed = training.trained(**wanted, checkpoint=Checkpoint(STORAGE, uri, "run"))
-    assert "goes on from the checkpoint of step 2" in caplog.text
+    assert "resumes from the checkpoint of step 2" in caplog.text
     assert resumed.progress.history == whole.progress.history
     states, others = resumed.objective.state_dict(), whole.objective.state_dict()
     assert states.keys() == others.keys()

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from clicks import HISTORY, WIDTH, learnable, train_settings
 from hsic_reference import Kind, all_kinds
-from marc_pipeline.evaluation.systems import new_compressor
+from marc_pipeline.evaluation.factory import new_compressor
 from marc_pipeline.model.compressor import Bottleneck
 from marc_pipeline.training.hsic import nhsic
 from marc_pipeline.training.marc import Constraints, Marc

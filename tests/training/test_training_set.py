@@ -140,7 +140,7 @@ def test_a_training_set_that_nobody_made_is_the_users_mistake(shop: Shop) -> Non
 def test_no_interactions_and_no_catalogue_show_before_spark_starts(shop: Shop) -> None:
     with pytest.raises(UserError, match=r"interactions\.uri is not set; name Parquet or CSV files"):
         identify(shop.settings(interactions={"uri": None}))
-    with pytest.raises(UserError, match=r"interactions\.uri: nothing at .*nowhere\.csv"):
+    with pytest.raises(UserError, match=r"interactions\.uri: there is no file at .*nowhere\.csv"):
         identify(shop.settings(interactions={"uri": str(shop.root / "nowhere.csv")}))
     with pytest.raises(UserError, match="no catalogue for 2030-01-01"):
         identify(shop.settings(), "2030-01-01")
@@ -252,7 +252,7 @@ def test_ratings_of_unknown_items_are_left_out_with_one_warning(
     (warning,) = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert "250 (7.69%) of the 3,250 rows" in warning
     assert "items that the catalogue lacks, for example 'gone-" in warning
-    assert warning.endswith("left out")
+    assert warning.endswith("skipped")
     assert (len(found.interactions), found.card.interactions) == (RATINGS, RATINGS)
     assert not [name for name in found.item_ids if name.startswith("gone")]
 
@@ -273,7 +273,7 @@ def test_too_many_unknown_items_stop_before_the_long_pass(shop: Shop, spark: Any
 @pytest.mark.spark
 def test_a_catalogue_without_a_usable_row_is_the_users_mistake(shop: Shop, spark: Any) -> None:
     shop.catalogue([{"item_id": "", "title": "No id", "genres": "Dramas"}])
-    with pytest.raises(UserError, match="has no usable row; `marc plan` says why"):
+    with pytest.raises(UserError, match="has no usable row; `marc plan` reports the reasons"):
         make(spark, shop.settings())
 
 
@@ -288,7 +288,7 @@ def test_the_pass_over_the_texts_is_done_once(shop: Shop, spark: Any, caplog: py
     with caplog.at_level(logging.INFO, logger="marc_pipeline"):
         again = make(spark, shop.settings(train={"learning_rate": 0.5}), backbone)
     assert len(backbone.calls) == 1
-    assert "stands already" in caplog.text
+    assert "exists already" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in again.folder.iterdir()} == written
     assert (again.card, again.item_ids, again.texts) == (first.card, first.item_ids, first.texts)
     for name in ("users", "items", "labels", "times"):
@@ -390,6 +390,6 @@ def test_what_changed_since_the_run_announced_its_training_set_ends_the_run(shop
     announced = identify(shop.settings()).training_id
     shop.rated(ratings()[:-1])
     now = identify(shop.settings())
-    with pytest.raises(UserError, match=f"changed while the training was under way: {announced} is now"):
+    with pytest.raises(UserError, match=f"changed during the training: {announced} is now"):
         training_run.states_stage(spark, open_deployment(shop.settings()), now, expected=announced)
     assert STORAGE.stat(join(training_uri(shop.settings().work_uri, now.training_id), "training_set.json")) is None

@@ -1,4 +1,4 @@
-"""The yardstick: every system's vectors judged by the same click model; tasks for Spark, and what follows from them."""
+"""Evaluation tasks for Spark: each makes a system's vectors and evaluates them with the click model."""
 
 import io
 import time
@@ -13,16 +13,18 @@ from numpy.typing import NDArray
 from marc_pipeline.config import EncodeSettings, Settings, TrainSettings
 from marc_pipeline.errors import UserError
 from marc_pipeline.evaluation.click_model import ClickData, click_data, score_vectors
+from marc_pipeline.evaluation.factory import make_vectors
 from marc_pipeline.evaluation.findings import findings
 from marc_pipeline.evaluation.statistics import summarise
-from marc_pipeline.evaluation.systems import System, make_vectors, sweep_systems, systems, tuned_systems
+from marc_pipeline.evaluation.systems import System, layer_systems, systems, tuned_systems
 from marc_pipeline.model.bundle import open_bundle
 from marc_pipeline.model.encoder import load_encoder, use_threads
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.spark.session import run_buckets
 from marc_pipeline.storage import Storage, join
-from marc_pipeline.training.interactions import Interactions, split_by_user
+from marc_pipeline.training.interactions import Interactions
 from marc_pipeline.training.learning import learning_data
+from marc_pipeline.training.time_split import split_by_user
 from marc_pipeline.training.training_set import TrainingSet, open_training_set
 from marc_schemas.evaluation import Evaluation, SystemScore
 from marc_schemas.layers import Decision
@@ -32,22 +34,22 @@ if TYPE_CHECKING:
 
 COMPARISON = "marc"
 FOLDS = 5
-"""Groups of users that layers are judged on."""
+"""Number of groups of users for the choice of a layer."""
 TRAINED = {"autoencoder", "mrl", "contrastive"}
+FIGURES = ("auc", "cold_auc", "warm_auc", "log_loss", "validation_auc", "epoch")
 
 
 @dataclass(frozen=True)
 class EvaluateTask:
-    """One system at one dimension; travels to Spark's Python workers.
+    """The evaluation of one system at one dimension. It is pickled for Spark's Python workers.
 
     Attributes:
-        training_id: the training set, in the work area.
-        system: what to judge; layer: the block that it reads, None where it reads none.
-        bundle_uri, bundle: of a system that is a bundle.
+        training_id: id of the training set in the work area.
+        system: the system; layer: the layer that it reads, or None.
+        seeds: seeds of the click model and of the training.
+        fold: evaluate within the training part, on this group of its users; None to evaluate on the test part.
+        bundle_uri, bundle: uri and version, if the system is a bundle.
         tuned_uri: states of the tuned backbone's final layer [items, D], for the systems that read them.
-        seeds: of the click model and of the training.
-        fold: judge within the training part, on this group of its users, for choices that must not see what lies
-            behind it; None: on everything.
     """
 
     storage: Storage
@@ -67,25 +69,25 @@ class EvaluateTask:
 
     @property
     def trained(self) -> bool:
-        """Whether the system's vectors come from a training, which differs from seed to seed."""
+        """Return whether the vectors are trained, and therefore differ between seeds."""
         return self.system.name.startswith("marc") or self.system.name in TRAINED
 
     @property
     def cost(self) -> int:
-        """Rough cost in click models trained: a system that is itself trained counts five times."""
+        """Return the approximate cost in trainings of a click model; training the system costs four more."""
         return len(self.seeds) * (5 if self.trained else 1)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What a task found: one score per seed, and the predictions [test rows] behind it."""
+    """The result of a task: one score per seed, and predictions [test rows] by system, dimension and seed."""
 
     scores: list[SystemScore]
     predictions: dict[tuple[str, int, int], NDArray[np.float32]]
 
 
 def evaluate_task(task: EvaluateTask, resources: TaskResources) -> Scored:
-    """Make a system's vectors from the training part, and judge them with every seed."""
+    """Make a system's vectors from the training part, and evaluate them with every seed."""
     use_threads(resources.cpus)
     training_set = _training_set(task.storage, task.work_uri, task.training_id)
     data, rows = _data(training_set, task.history, fold=task.fold)
@@ -106,12 +108,7 @@ def evaluate_task(task: EvaluateTask, resources: TaskResources) -> Scored:
                 layer=task.layer,
                 dim=dim,
                 seed=seed,
-                auc=found.auc,
-                cold_auc=found.cold_auc,
-                warm_auc=found.warm_auc,
-                log_loss=found.log_loss,
-                validation_auc=found.validation_auc,
-                epoch=found.epoch,
+                **{name: getattr(found, name) for name in FIGURES},
                 train_seconds=spent,
                 score_seconds=found.seconds,
             )
@@ -120,17 +117,17 @@ def evaluate_task(task: EvaluateTask, resources: TaskResources) -> Scored:
 
 
 def run_tasks(spark: "SparkSession", tasks: Sequence[EvaluateTask], *, label: str) -> list[Scored]:
-    """All tasks side by side on Spark, costly ones first; in no particular order."""
+    """Run all tasks in parallel on Spark, costly ones first, and return the results in any order."""
     return run_buckets(
         spark, evaluate_task, tasks, label=label, weight=lambda task: task.cost, unit="fits", each="tasks"
     )
 
 
-def sweep_tasks(settings: Settings, training_set: TrainingSet, *, storage: Storage) -> list[EvaluateTask]:
-    """Every layer, judged within the training part: the choice of layer sees nothing behind the boundary.
+def layer_tasks(settings: Settings, training_set: TrainingSet, *, storage: Storage) -> list[EvaluateTask]:
+    """Return tasks that evaluate every layer within the training part, by cross-validation over users.
 
-    By cross-validation over users. Most users of the test part are new as well; and a stretch of time holds few users,
-    of whom the AUC says more than of the layer.
+    Most users of the test part are new, too. A period of time would contain few users, so that the AUC would depend on
+    them more than on the layer.
 
     Raises:
         UserError: there are too few users to hold some out.
@@ -147,13 +144,13 @@ def sweep_tasks(settings: Settings, training_set: TrainingSet, *, storage: Stora
             seeds=(fold,),
             fold=fold,
         )
-        for system in sweep_systems(training_set.card.layers)
+        for system in layer_systems(training_set.card.layers)
         for fold in range(FOLDS)
     ]
 
 
 def layer_scores(found: Iterable[Scored]) -> dict[int, list[float]]:
-    """AUC of every layer of a sweep, one per fold in the order of the folds; the first layer first."""
+    """Return the AUC of every layer, sorted by layer, with one value per fold, sorted by fold."""
     by_layer: dict[int, dict[int, float]] = {}
     for score in (score for scored in found for score in scored.scores):
         by_layer.setdefault(score.layer or 0, {})[score.seed] = score.auc
@@ -169,22 +166,20 @@ def evaluation_tasks(
     tuned_uri: str = "",
     wanted: Sequence[str] = (),
 ) -> list[EvaluateTask]:
-    """All systems at all dimensions; those that are trained, seed by seed.
+    """Return tasks for all systems at all dimensions, with one task per seed for systems that are trained.
 
-    Args:
-        settings: dimensions, seeds, training.
-        training_set: what to judge on.
-        storage: access to the work area.
-        chosen: the layer that the training part chose.
-        tuned_uri: states of the tuned backbone's final layer; empty where none was tuned.
-        wanted: names of systems; empty for all.
+    ``chosen`` is the layer that the training part chose. Without ``wanted`` names, all systems are evaluated; tuned
+    systems only with ``tuned_uri``, the states of the tuned backbone's final layer.
+
+    Raises:
+        UserError: the backbone has no system of a name.
     """
     layers = training_set.card.layers
     everything = systems(layers) + (tuned_systems() if tuned_uri else [])
     unknown = set(wanted) - {system.name for system in everything}
     if unknown:
         names = ", ".join(system.name for system in everything)
-        raise UserError(f"there is no system {sorted(unknown)[0]!r}; there are {names}")
+        raise UserError(f"there is no system {sorted(unknown)[0]!r}; choose from {names}")
     tasks = []
     for system in everything:
         if wanted and system.name not in wanted:
@@ -201,7 +196,7 @@ def evaluation_tasks(
 
 
 def bundle_task(settings: Settings, training_set: TrainingSet, *, storage: Storage, version: str) -> EvaluateTask:
-    """A bundle of the bundle folder, whose vectors come from the ordinary encoder."""
+    """Return the task of a bundle, whose vectors come from the encoder of the nightly run."""
     system = System(f"bundle:{version}", "bundle", None)
     bundle = open_bundle(storage, join(settings.bundle_uri, version))
     task = _task(
@@ -211,7 +206,7 @@ def bundle_task(settings: Settings, training_set: TrainingSet, *, storage: Stora
     return replace(task, bundle_uri=bundle.uri, bundle=version)
 
 
-def judge(
+def evaluation_result(
     settings: Settings,
     training_set: TrainingSet,
     found: Sequence[Scored],
@@ -219,14 +214,9 @@ def judge(
     chosen: int,
     decision: Decision = "clicks",
 ) -> Evaluation:
-    """Means, intervals and findings of an evaluation.
+    """Return means, intervals and findings from the results of all tasks.
 
-    Args:
-        settings: the configuration.
-        training_set: what was judged on.
-        found: results of all tasks.
-        chosen: the layer that systems read.
-        decision: what chose it.
+    ``chosen`` is the layer that systems read, and ``decision`` is what chose it.
     """
     data, _ = _data(training_set, settings.interactions.history, fold=None)
     scores = sorted((s for one in found for s in one.scores), key=lambda s: (s.dim, s.system, s.seed))
@@ -298,7 +288,7 @@ def _training_set(storage: Storage, work_uri: str, training_id: str) -> Training
 
 
 def _data(training_set: TrainingSet, history: int, *, fold: int | None) -> tuple[ClickData, Interactions]:
-    """What the click model sees; and all that a fit may see, nothing of what is validated and tested on."""
+    """Return the data of the click model, and the interactions of its training part, for fits and trainings."""
     interactions, split, order = training_set.interactions, training_set.split, None
     if fold is None:
         learned = interactions.take(split.train)

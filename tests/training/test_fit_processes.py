@@ -111,12 +111,10 @@ GROUP: dict[str, dict[str, Any]] = {
 MEMBER = """
 import json, sys
 from contextlib import suppress
+from pathlib import Path
 import torch
-from clicks import learnable, train_settings
+import fit_probe
 from marc_pipeline.training.distributed import place, process_group
-from marc_pipeline.training.fit import Checkpoint, fit
-from marc_pipeline.evaluation.factory import new_objective
-from marc_pipeline.storage import Storage
 
 torch.set_num_threads(1)
 folder, GROUP, found = Path(sys.argv[1]), json.loads(sys.argv[2]), {}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -389,10 +390,7 @@ def test_a_failed_promotion_keeps_the_old_pointer(
     uri, (one, two, _) = bundles
     promote(STORAGE, uri, one.version)
 
-    def full(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(LocalObjects, "publish", full)
+    monkeypatch.setattr(LocalObjects, "publish", Mock(side_effect=OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         promote(STORAGE, uri, two.version)
     monkeypatch.undo()

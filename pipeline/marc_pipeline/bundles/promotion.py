@@ -36,7 +36,7 @@ def compare_stage(spark: "SparkSession", deployment: Deployment, training_id: st
     if damage:
         log.warning("promote: the current bundle is damaged and not evaluated: %s", "; ".join(damage))
     versions = [] if problems else [candidate, *([rival] if rival and not damage else [])]
-    tasks = [bundle_task(settings, training_set, storage=storage, version=version) for version in versions]
+    tasks = [bundle_task(deployment, training_set, version=version) for version in versions]
     scores = [score for found in run_tasks(spark, tasks, label="promote") for score in found.scores]
     means = {version: fmean(s.auc for s in scores if s.system == f"bundle:{version}") for version in versions}
     auc, current_auc = means.get(candidate, math.nan), means.get(current) if current else None

@@ -90,9 +90,7 @@ def evaluate(deployment: Deployment, *, ds: str, wanted: Sequence[str] = ()) -> 
         names = {system.name for system in tuned_systems()}
         tuned = settings.evaluate.tuned_steps > 0 and (not wanted or not names.isdisjoint(wanted))
         tuned_uri = tuned_stage(deployment, identity.training_id) if tuned else ""
-        tasks = evaluation.evaluation_tasks(
-            settings, training_set, storage=deployment.storage, chosen=chosen, tuned_uri=tuned_uri, wanted=wanted
-        )
+        tasks = evaluation.evaluation_tasks(deployment, training_set, chosen=chosen, tuned_uri=tuned_uri, wanted=wanted)
         found = evaluation.run_tasks(spark, tasks, label="evaluate")
         return evaluation.evaluation_result(settings, training_set, found, chosen=chosen, decision=decision)
 

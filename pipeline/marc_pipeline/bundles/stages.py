@@ -94,7 +94,7 @@ def fold_scores(spark: "SparkSession", deployment: Deployment, training_id: str)
     from marc_pipeline.evaluation import tasks as evaluation
 
     def tasks(training_set: TrainingSet) -> "list[EvaluateTask]":
-        return evaluation.layer_tasks(deployment.settings, training_set, storage=deployment.storage)
+        return evaluation.layer_tasks(deployment, training_set)
 
     return _layer_scores(spark, deployment, training_id, LAYERS, tasks)
 
@@ -105,11 +105,12 @@ def tested_layers(spark: "SparkSession", deployment: Deployment, training_id: st
 
     settings = deployment.settings
     dims, seeds = (settings.train.dim,), settings.evaluate.seeds
-    asked = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"dims": dims})})
+    update = {"evaluate": settings.evaluate.model_copy(update={"dims": dims})}
+    one_dim = deployment.with_settings(settings.model_copy(update=update))
 
     def tasks(training_set: TrainingSet) -> "list[EvaluateTask]":
         wanted = [f"pca-layer-{layer}" for layer in range(training_set.card.layers + 1)]
-        return evaluation.evaluation_tasks(asked, training_set, storage=deployment.storage, chosen=0, wanted=wanted)
+        return evaluation.evaluation_tasks(one_dim, training_set, chosen=0, wanted=wanted)
 
     return _layer_scores(spark, deployment, training_id, f"layers_tested_{seeds}.json", tasks)
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from marc_pipeline.config import EncodeSettings, Settings, TrainSettings
+from marc_pipeline.config import Settings
+from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import UserError
 from marc_pipeline.evaluation.click_model import ClickData, click_data, score_vectors
 from marc_pipeline.evaluation.factory import make_vectors
@@ -48,22 +49,17 @@ class EvaluateTask:
         system: the system; layer: the layer that it reads, or None.
         seeds: seeds of the click model and of the training.
         fold: evaluate within the training part, on this group of its users; None to evaluate on the test part.
-        bundle_uri, bundle: uri and version, if the system is a bundle.
+        bundle: version, if the system is a bundle.
         tuned_uri: states of the tuned backbone's final layer [items, D], for the systems that read them.
     """
 
-    storage: Storage
-    work_uri: str
+    deployment: Deployment
     training_id: str
     system: System
     layer: int | None
     dim: int
     seeds: tuple[int, ...]
-    train: TrainSettings
-    encode: EncodeSettings
-    history: int
     fold: int | None = None
-    bundle_uri: str = ""
     bundle: str = ""
     tuned_uri: str = ""
 
@@ -89,8 +85,9 @@ class Scored:
 def evaluate_task(task: EvaluateTask, resources: TaskResources) -> Scored:
     """Make a system's vectors from the training part, and evaluate them with every seed."""
     use_threads(resources.cpus)
-    training_set = _training_set(task.storage, task.work_uri, task.training_id)
-    data, rows = _data(training_set, task.history, fold=task.fold)
+    storage, settings = task.deployment.storage, task.deployment.settings
+    training_set = _training_set(storage, settings.work_uri, task.training_id)
+    data, rows = _data(training_set, settings.interactions.history, fold=task.fold)
     scores, predictions = [], {}
     vectors, spent = None, 0.0
     for seed in task.seeds:
@@ -123,7 +120,7 @@ def run_tasks(spark: "SparkSession", tasks: Sequence[EvaluateTask], *, label: st
     )
 
 
-def layer_tasks(settings: Settings, training_set: TrainingSet, *, storage: Storage) -> list[EvaluateTask]:
+def layer_tasks(deployment: Deployment, training_set: TrainingSet) -> list[EvaluateTask]:
     """Return tasks that evaluate every layer within the training part, by cross-validation over users.
 
     Most users of the test part are new, too. A period of time would contain few users, so that the AUC would depend on
@@ -133,18 +130,10 @@ def layer_tasks(settings: Settings, training_set: TrainingSet, *, storage: Stora
         UserError: there are too few users to hold some out.
     """
     split_by_user(training_set.interactions.take(training_set.split.train), folds=FOLDS, fold=0)
+    training_id, dim = training_set.card.training_id, deployment.settings.train.dim
     return [
-        _task(
-            settings,
-            training_set,
-            storage,
-            system,
-            layer=system.layer,
-            dim=settings.train.dim,
-            seeds=(fold,),
-            fold=fold,
-        )
-        for system in layer_systems(training_set.card.layers)
+        EvaluateTask(deployment, training_id, system, layer, dim, seeds=(fold,), fold=fold)
+        for layer, system in enumerate(layer_systems(training_set.card.layers), start=1)
         for fold in range(FOLDS)
     ]
 
@@ -158,13 +147,7 @@ def layer_scores(found: Iterable[Scored]) -> dict[int, list[float]]:
 
 
 def evaluation_tasks(
-    settings: Settings,
-    training_set: TrainingSet,
-    *,
-    storage: Storage,
-    chosen: int,
-    tuned_uri: str = "",
-    wanted: Sequence[str] = (),
+    deployment: Deployment, training_set: TrainingSet, *, chosen: int, tuned_uri: str = "", wanted: Sequence[str] = ()
 ) -> list[EvaluateTask]:
     """Return tasks for all systems at all dimensions, with one task per seed for systems that are trained.
 
@@ -174,7 +157,8 @@ def evaluation_tasks(
     Raises:
         UserError: the backbone has no system of a name.
     """
-    layers = training_set.card.layers
+    card, wants = training_set.card, deployment.settings.evaluate
+    layers, seeds = card.layers, tuple(range(wants.seeds))
     everything = systems(layers) + (tuned_systems() if tuned_uri else [])
     unknown = set(wanted) - {system.name for system in everything}
     if unknown:
@@ -184,26 +168,27 @@ def evaluation_tasks(
     for system in everything:
         if wanted and system.name not in wanted:
             continue
-        layer = {"chosen": chosen, "final": layers, "tuned": layers}.get(str(system.layer), system.layer)
-        dims = {"ids": (0,), "final-full": (training_set.card.width,)}.get(system.name, settings.evaluate.dims)
-        for dim in dims:
-            task = _task(
-                settings, training_set, storage, system, layer=layer, dim=dim, seeds=range(settings.evaluate.seeds)
-            )
-            task = replace(task, tuned_uri=tuned_uri)
+        named = {"chosen": chosen, "final": layers, "tuned": layers}
+        layer = named[system.layer] if isinstance(system.layer, str) else system.layer
+        for dim in {"ids": (0,), "final-full": (card.width,)}.get(system.name, wants.dims):
+            task = EvaluateTask(deployment, card.training_id, system, layer, dim, seeds, tuned_uri=tuned_uri)
             tasks += [replace(task, seeds=(seed,)) for seed in task.seeds] if task.trained else [task]
     return tasks
 
 
-def bundle_task(settings: Settings, training_set: TrainingSet, *, storage: Storage, version: str) -> EvaluateTask:
+def bundle_task(deployment: Deployment, training_set: TrainingSet, *, version: str) -> EvaluateTask:
     """Return the task of a bundle, whose vectors come from the encoder of the nightly run."""
-    system = System(f"bundle:{version}", "bundle", None)
-    bundle = open_bundle(storage, join(settings.bundle_uri, version))
-    task = _task(
-        settings, training_set, storage, system, layer=bundle.card.layers_kept, dim=bundle.card.dim,
-        seeds=range(settings.evaluate.seeds),
-    )  # fmt: skip
-    return replace(task, bundle_uri=bundle.uri, bundle=version)
+    settings, system = deployment.settings, System(f"bundle:{version}", "bundle", None)
+    card = open_bundle(deployment.storage, join(settings.bundle_uri, version)).card
+    return EvaluateTask(
+        deployment,
+        training_set.card.training_id,
+        system,
+        card.layers_kept,
+        card.dim,
+        seeds=tuple(range(settings.evaluate.seeds)),
+        bundle=version,
+    )
 
 
 def evaluation_result(
@@ -240,45 +225,21 @@ def evaluation_result(
     )
 
 
-def _task(
-    settings: Settings,
-    training_set: TrainingSet,
-    storage: Storage,
-    system: System,
-    *,
-    layer: int | str | None,
-    dim: int,
-    seeds: Iterable[int],
-    fold: int | None = None,
-) -> EvaluateTask:
-    return EvaluateTask(
-        storage=storage,
-        work_uri=settings.work_uri,
-        training_id=training_set.card.training_id,
-        system=system,
-        layer=None if layer is None else int(layer),
-        dim=dim,
-        seeds=tuple(seeds),
-        train=settings.train,
-        encode=settings.encode,
-        history=settings.interactions.history,
-        fold=fold,
-    )
-
-
 def _vectors(
     task: EvaluateTask, training_set: TrainingSet, rows: Interactions, seed: int, resources: TaskResources
 ) -> NDArray[np.float32] | None:
+    storage, settings = task.deployment.storage, task.deployment.settings
     if task.bundle:
-        encoder = load_encoder(task.storage, task.bundle_uri, task.bundle, task.encode, resources)
+        uri = join(settings.bundle_uri, task.bundle)
+        encoder = load_encoder(storage, uri, task.bundle, settings.encode, resources)
         return encoder.encode(training_set.texts).vectors
     if task.system.layer == "tuned":
-        states = np.load(io.BytesIO(task.storage.read(task.tuned_uri)))
+        states = np.load(io.BytesIO(storage.read(task.tuned_uri)))
     else:
         states = training_set.states(task.layer or 0)
-    items = len(training_set.texts)
-    learned = learning_data(rows, history=task.history, holdout=task.train.holdout, items=items)
-    vectors = make_vectors(task.system, states=states, data=learned, dim=task.dim, seed=seed, train=task.train)
+    items, train = len(training_set.texts), settings.train
+    learned = learning_data(rows, history=settings.interactions.history, holdout=train.holdout, items=items)
+    vectors = make_vectors(task.system, states=states, data=learned, dim=task.dim, seed=seed, train=train)
     return None if vectors is None else vectors[:items]
 
 

@@ -80,7 +80,7 @@ def go(process: Process) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_three_times_ends_with_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
+def test_a_run_that_was_killed_three_times_has_the_bits_of_an_uninterrupted_one(tmp_path: Path) -> None:
     chance, path, out = random.Random(0), tmp_path / "checkpoint", tmp_path / "out"  # noqa: S311
     with ExitStack() as stack:
         # Imports take the most time, so that all processes import at once and then wait for a line.

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -93,10 +94,7 @@ def fold_scores(spark: "SparkSession", deployment: Deployment, training_id: str)
     """Return the AUC of every layer within the training part, one per group of users; computed once."""
     from marc_pipeline.evaluation import tasks as evaluation
 
-    def tasks(training_set: TrainingSet) -> "list[EvaluateTask]":
-        return evaluation.layer_tasks(deployment, training_set)
-
-    return _layer_scores(spark, deployment, training_id, LAYERS, tasks)
+    return _layer_scores(spark, deployment, training_id, LAYERS, partial(evaluation.layer_tasks, deployment))
 
 
 def tested_layers(spark: "SparkSession", deployment: Deployment, training_id: str) -> dict[int, list[float]]:

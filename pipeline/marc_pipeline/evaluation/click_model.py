@@ -102,14 +102,10 @@ def click_data(
     history: int,
     order: NDArray[np.int64] | None = None,
 ) -> ClickData:
-    """Add histories to interactions, and mark cold items.
+    """Add histories of at most ``history`` clicks to interactions, and mark cold items.
 
-    Args:
-        interactions: all interactions.
-        split: split of these interactions.
-        n_items: number of items in the catalogue, rated or not.
-        history: maximum number of earlier clicks per row.
-        order: row numbers of the interactions in the order of ``split``; None for the order of time.
+    ``n_items`` is the number of items in the catalogue. ``order`` are row numbers in the order of ``split``; None if
+    the split has the order of time.
     """
     rows = np.arange(len(interactions)) if order is None else order
     items = interactions.items[rows]

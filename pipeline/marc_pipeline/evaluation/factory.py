@@ -25,13 +25,7 @@ def make_vectors(
 ) -> NDArray[np.float32] | None:
     """Return vectors [items, d] of a system, or None for the system without vectors.
 
-    Args:
-        system: name and layer.
-        states: pooled hidden states [items, D] of its layer.
-        data: interactions of the training part.
-        dim: d.
-        seed: seed of random vectors, or of the training.
-        train: settings of the training.
+    They are made from the pooled states [items, D] of its layer, and from the interactions of the training part.
     """
     if system.name == "ids":
         return None

@@ -71,13 +71,9 @@ class WeightedAUC:
 def summarise(
     scores: Sequence[SystemScore], predictions: Predictions, data: ClickData, *, comparison: str
 ) -> list[Summary]:
-    """Return means over seeds, and differences to the comparison system, in the order of the systems.
+    """Return means over seeds, and differences to the comparison system, in the order of the scores.
 
-    Args:
-        scores: one per system, dimension and seed.
-        predictions: may be incomplete; a system without predictions has no interval over test users.
-        data: interactions of the evaluation.
-        comparison: name of the system that the others are compared with.
+    Predictions may be incomplete; a system without predictions has no interval over test users.
 
     Raises:
         ValueError: there are two scores for one system, dimension and seed.

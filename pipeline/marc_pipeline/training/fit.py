@@ -76,13 +76,13 @@ def fit(
     for a run that was killed and resumed. Several processes (torch.distributed) share each batch and average gradients.
 
     Args:
-        objective: a module; parameters that need no gradient do not change.
+        objective: a module; parameters without a gradient do not change.
         training: interactions for the loss.
-        validation: later interactions for early stopping; None to train to the end and keep the last weights.
+        validation: later interactions for early stopping; None to keep the last weights.
         settings: optimiser, batch, epochs, patience.
         seed: seed of batches and dropout.
-        label: start of the log lines; empty to log nothing.
-        checkpoint: None for short runs.
+        label: start of the log lines; without it there are none.
+        checkpoint: file of the state; None for short runs.
 
     Raises:
         UserError: the loss or the validation score is not finite, or there are too few interactions.

@@ -12,7 +12,7 @@ from numpy.lib.format import open_memmap
 from torch import nn
 
 from marc_pipeline.config import EncodeSettings, TrainSettings
-from marc_pipeline.model.backbone import PooledLayers, blocks, load_backbone, load_tokenizer
+from marc_pipeline.model.backbone import PooledLayers, PooledStates, blocks, load_backbone, load_tokenizer
 from marc_pipeline.model.encoder import Encoder, choose_device, choose_dtype
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.training.training_set import StatesFacts, require_shape
@@ -69,7 +69,7 @@ def write_states(
 
 
 def state_encoder(
-    pooled: nn.Module, tokenizer: "Tokenizer", *, encode: EncodeSettings, resources: TaskResources
+    pooled: PooledStates | PooledLayers, tokenizer: "Tokenizer", *, encode: EncodeSettings, resources: TaskResources
 ) -> Encoder:
     """Return an encoder without a compressor, whose vectors are the pooled states."""
     if threads := encode.threads or resources.cpus:

@@ -4,7 +4,7 @@ from marc_schemas.evaluation import SystemScore
 from marc_schemas.files import Contract
 
 
-class Comparison(Contract):
+class BundleComparison(Contract):
     """Scores of a candidate bundle and of the current bundle, on the same split with the same seeds.
 
     Attributes:

@@ -11,7 +11,7 @@ from marc_pipeline.config import load_settings
 from marc_pipeline.model.bundle import current_version, open_bundle
 from marc_pipeline.storage import Storage
 from marc_schemas.layers import LayerReport
-from marc_schemas.promotion import Comparison
+from marc_schemas.promotion import BundleComparison
 from marc_schemas.training import TrainingRun
 from rated_shop import DS
 from tiny_models import save_tiny_backbone
@@ -58,7 +58,7 @@ def test_a_run_trains_evaluates_and_promotes_a_bundle(airflow: Airflow, config: 
     trained = TrainingRun.model_validate_json(run.read_bytes())
     assert trained.bundle == bundle.version
     assert bundle.card.training["training_id"] == trained.training_id == folder.name
-    comparison = Comparison.model_validate_json((folder / "comparisons" / f"{bundle.version}.json").read_bytes())
+    comparison = BundleComparison.model_validate_json((folder / "comparisons" / f"{bundle.version}.json").read_bytes())
     assert (comparison.candidate, comparison.current, comparison.problems) == (bundle.version, None, [])
     (judged,) = (Path(settings.work_uri) / "layers" / "reports").iterdir()
     report = LayerReport.model_validate_json((judged / "layers.json").read_bytes())

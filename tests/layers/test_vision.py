@@ -20,7 +20,7 @@ from marc_pipeline.errors import Unencodable, UserError
 from marc_pipeline.layers.images import ImageBatch, ImageEncoder, is_vision, load_processor, load_vision
 from marc_pipeline.model.backbone import HiddenStates, PooledLayers, PooledStates, blocks, load_backbone, truncate
 from marc_pipeline.model.batches import TokenBatch
-from marc_pipeline.model.encoder import OutOfMemory
+from marc_pipeline.model.device import OutOfMemory
 from marc_schemas.bundle import Pooling
 from tiny_models import (
     IMAGE_SIDE,

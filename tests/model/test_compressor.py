@@ -10,8 +10,14 @@ from safetensors import safe_open
 from torch.nn import functional
 
 from marc_pipeline.errors import UserError
-from marc_pipeline.model.compressor import WEIGHTS, WhitenedPCA, fit_pca, load_compressor, save_compressor
-from marc_pipeline.model.encoder import Normalised
+from marc_pipeline.model.compressor import (
+    WEIGHTS,
+    Normalised,
+    WhitenedPCA,
+    fit_pca,
+    load_compressor,
+    save_compressor,
+)
 from marc_schemas.bundle import CompressorCard
 
 
@@ -125,5 +131,5 @@ def test_a_saved_compressor_loads_with_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_an_unknown_kind_of_compressor_is_the_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'hologram' is not known here \(known: pca, bottleneck\); upgrade"):
+    with pytest.raises(UserError, match=r"'hologram' is not supported \(supported: pca, bottleneck\); upgrade"):
         load_compressor(tmp_path, CompressorCard(kind="hologram"))

@@ -136,24 +136,6 @@ def prompt_entropy(tokens: Tensor, order: float = 1.0) -> Tensor:
     return entropy(spectrum(tokens), order)
 
 
-def dataset_entropy(z: Tensor, order: float = 1.0) -> Tensor:
-    """Return the entropy S_α of a data set with one vector per text.
-
-    Args:
-        z: [n, D].
-        order: α ≥ 0.
-
-    Returns:
-        A float64 scalar.
-
-    Raises:
-        ValueError: wrong shape, or a negative order.
-    """
-    if z.ndim != 2:
-        raise ValueError(f"z must be [n, D], not {[*z.shape]}")
-    return entropy(spectrum(z), order)
-
-
 def normalise(entropy: Tensor, rows: Tensor | int, width: Tensor | int, how: Normalisation) -> Tensor:
     """Divide an entropy by its largest possible value.
 

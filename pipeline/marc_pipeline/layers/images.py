@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from marc_pipeline.errors import Unencodable, UserError
 from marc_pipeline.model.backbone import blocks, load_backbone, locate
 from marc_pipeline.model.batches import TokenBatch
-from marc_pipeline.model.encoder import OutOfMemory, is_out_of_memory
+from marc_pipeline.model.device import OutOfMemory, is_out_of_memory
 from marc_schemas.bundle import Pooling
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from marc_pipeline.layers.entropy import effective_rank, entropy, normalise, spectrum_of, unit_rows
-from marc_pipeline.layers.invariance import dime, infonce, information_bound, lidar_of
+from marc_pipeline.layers.invariance import dime, infonce, information_bound, lidar
 
 MEANS = (
     "prompt_entropy",
@@ -266,7 +266,7 @@ class LayerMoments:
         # Lengths are sqrt(D). NaN ≤ x is false, so NaN continues.
         if between.trace().item() <= SPREAD_ROUNDING**2 * self.width:
             return 0.0
-        return lidar_of(between, self._within / self._views, self.ridge).item()
+        return lidar(between, self._within / self._views, self.ridge).item()
 
     def _settings(self) -> dict[str, float]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}

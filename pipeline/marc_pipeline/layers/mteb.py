@@ -1,6 +1,6 @@
 """Every layer of a backbone as an encoder for the tasks of mteb; each text goes through the model once.
 
-The package mteb is imported at the first use of a task: this module can be imported without it.
+The module imports the optional package mteb at the first use of a task.
 """
 
 import importlib
@@ -25,7 +25,8 @@ from marc_pipeline.config import EncodeSettings, TrainSettings
 from marc_pipeline.errors import PipelineError, Unencodable, UserError
 from marc_pipeline.layers.state_cache import StateCache
 from marc_pipeline.model.backbone import PACKAGE, PooledLayers, blocks, load_backbone
-from marc_pipeline.model.encoder import Encoder, choose_device, choose_dtype
+from marc_pipeline.model.device import choose_device, choose_dtype
+from marc_pipeline.model.encoder import Encoder
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.training.states import TEXTS_AT_ONCE, cutting_tokenizer
 
@@ -222,7 +223,7 @@ def _fingerprint(backbone: "PreTrainedModel", tokenizer: "Tokenizer") -> str:
 
 @dataclass(frozen=True)
 class TaskRun:
-    """The result of a task at a layer.
+    """Result of a task at a layer.
 
     Attributes:
         layer: None if the task was skipped at every layer.
@@ -237,7 +238,7 @@ class TaskRun:
 
 
 def find_tasks(names: Sequence[str]) -> "list[AbsTask]":
-    """Tasks by name; tasks of MTEB's English benchmark with its languages and splits.
+    """Return tasks by name; tasks of MTEB's English benchmark with its languages and splits.
 
     Raises:
         UserError: mteb has no such task, or it is not installed.
@@ -330,23 +331,23 @@ def _is_unfinished(cache: Any, task: "AbsTask", meta: "ModelMeta") -> bool:  # n
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress the advice to take a newer task: published results exist for the older one."""
+    """Suppress mteb's advice to use a newer task, because published results exist for the older one."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"The task '.*' is superseded by", category=UserWarning)
         yield
 
 
 def _first_line(error: BaseException) -> str:
-    said = str(error).strip()
-    first = said.splitlines()[0] if said else type(error).__name__
+    message = str(error).strip()
+    first = message.splitlines()[0] if message else type(error).__name__
     return first if isinstance(error, PipelineError) else f"{type(error).__name__}: {first}"
 
 
 def _mteb() -> Any:  # noqa: ANN401 - mteb is optional, also for the type checker
-    """The package mteb.
+    """Import the package mteb.
 
     Raises:
-        UserError: it is not installed.
+        UserError: mteb is not installed.
     """
     try:
         return importlib.import_module("mteb")

@@ -25,7 +25,7 @@ from marc_pipeline.layers.measured import TOKEN_FIGURES
 from marc_pipeline.layers.moments import LayerMoments
 from marc_pipeline.layers.runners import ImageRunner, TextRunner
 from marc_pipeline.model.backbone import load_tokenizer
-from marc_pipeline.model.encoder import choose_device, choose_dtype, use_threads
+from marc_pipeline.model.device import choose_device, choose_dtype, use_threads
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.storage import Storage, join
 

@@ -12,7 +12,8 @@ from numpy.lib.format import open_memmap
 
 from marc_pipeline.config import EncodeSettings, TrainSettings
 from marc_pipeline.model.backbone import PooledLayers, blocks, load_backbone, load_tokenizer
-from marc_pipeline.model.encoder import Encoder, choose_device, choose_dtype
+from marc_pipeline.model.device import choose_device, choose_dtype
+from marc_pipeline.model.encoder import Encoder
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.training.training_set import StatesFacts, require_shape
 

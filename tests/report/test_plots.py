@@ -4,14 +4,12 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from matplotlib.figure import Figure
 
-from marc_pipeline import report
 from marc_pipeline.report.page import markdown_text, render
 from marc_pipeline.report.plots import legend, panel_figure, svg
 from marc_pipeline.report.sections import ReportPage, ReportPlot, ReportSection, ReportTable
@@ -148,18 +146,3 @@ def test_a_long_legend_takes_several_lines() -> None:
         axes.plot([1, 2], label=f"line {number}")
     legend(drawn, columns=4)
     assert drawn.legends[0]._ncols == 4
-
-
-def test_the_templates_are_among_the_files_of_the_package() -> None:
-    folder = Path(report.__file__).parents[1]
-    project = tomllib.loads((folder.parent / "pyproject.toml").read_text())
-    patterns = project["tool"]["setuptools"]["package-data"]["pipeline"]
-    found = {path.name for pattern in patterns for path in folder.glob(pattern)}
-    assert (
-        found
-        >= {path.name for path in (folder / "report" / "templates").iterdir()}
-        == {
-            "page.html.jinja",
-            "page.md.jinja",
-        }
-    )

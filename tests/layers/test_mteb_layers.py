@@ -45,6 +45,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:lbfgs failed to converge"),
 ]
 RNG = np.random.default_rng(0)
+Open = Callable[..., EveryLayer]
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def settings(backbone: str, **more: Any) -> TrainSettings:
 
 
 @pytest.fixture
-def open_layers(backbone: str, tmp_path: Path) -> Iterator[Callable[..., EveryLayer]]:
+def open_layers(backbone: str, tmp_path: Path) -> Iterator[Open]:
     opened: list[EveryLayer] = []
 
     def open_one(**more: Any) -> EveryLayer:
@@ -157,9 +158,7 @@ Unreachable = task_class(AbsTaskSTS, "Unreachable", "STS", "cosine_spearman", pa
 # Vectors
 
 
-def test_vectors_equal_the_states_of_trainings(
-    backbone: str, open_layers: Callable[..., EveryLayer], tmp_path: Path
-) -> None:
+def test_vectors_equal_the_states_of_trainings(backbone: str, open_layers: Open, tmp_path: Path) -> None:
     path = tmp_path / "states.npy"
     for pooling in ("mean", "last"):
         train = settings(backbone, pooling=pooling)
@@ -172,7 +171,7 @@ def test_vectors_equal_the_states_of_trainings(
             np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
-def test_a_text_is_computed_once_for_all_layers_and_processes(open_layers: Callable[..., EveryLayer]) -> None:
+def test_a_text_is_computed_once_for_all_layers_and_processes(open_layers: Open) -> None:
     every = open_layers()
     passes = count_passes(every)
     first = every.layer(1).encode(batches(TEXTS[:30]))
@@ -199,7 +198,7 @@ def count_passes(every: EveryLayer) -> list[int]:
     return passes
 
 
-def test_rows_have_the_order_of_the_texts_with_repetitions(open_layers: Callable[..., EveryLayer]) -> None:
+def test_rows_have_the_order_of_the_texts_with_repetitions(open_layers: Open) -> None:
     encoder = open_layers().layer(2)
     texts = [TEXTS[3], TEXTS[1], TEXTS[3], "", TEXTS[2]]
     found = encoder.encode(batches(texts, size=2))
@@ -210,9 +209,7 @@ def test_rows_have_the_order_of_the_texts_with_repetitions(open_layers: Callable
     assert encoder.encode([]).shape == (0, WIDTH)
 
 
-def test_models_poolings_and_limits_have_separate_caches(
-    backbone: str, open_layers: Callable[..., EveryLayer], tmp_path: Path
-) -> None:
+def test_models_poolings_and_limits_have_separate_caches(backbone: str, open_layers: Open, tmp_path: Path) -> None:
     other = save_tiny_backbone(tmp_path / "elsewhere" / "tiny-bert-14m", seed=1)
     for number, more in enumerate([{}, {"pooling": "cls"}, {"backbone": other}]):
         every = open_layers(**more)
@@ -246,9 +243,7 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], object], int]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_cache_is_used_up_to_the_damage(
-    open_layers: Callable[..., EveryLayer], tmp_path: Path, name: str
-) -> None:
+def test_a_damaged_cache_is_used_up_to_the_damage(open_layers: Open, tmp_path: Path, name: str) -> None:
     every = open_layers()
     wanted = [every.layer(layer).encode(batches(TEXTS[:20])) for layer in range(LAYERS + 1)]
     every.close()
@@ -314,7 +309,7 @@ def test_a_process_killed_while_it_writes_leaves_a_valid_cache(tmp_path: Path) -
     assert (cache.read(2, ["a"]) == 1).all()
 
 
-def test_one_process_at_a_time(open_layers: Callable[..., EveryLayer]) -> None:
+def test_one_process_at_a_time(open_layers: Open) -> None:
     first = open_layers()
     with pytest.raises(UserError, match="is in use by another process"):
         open_layers()
@@ -325,7 +320,7 @@ def test_one_process_at_a_time(open_layers: Callable[..., EveryLayer]) -> None:
 # mteb's protocol
 
 
-def test_a_layer_implements_the_encoder_protocol_of_mteb(backbone: str, open_layers: Callable[..., EveryLayer]) -> None:
+def test_a_layer_implements_the_encoder_protocol_of_mteb(backbone: str, open_layers: Open) -> None:
     every = open_layers()
     metas = [every.layer(layer).mteb_model_meta for layer in range(LAYERS + 1)]
     assert isinstance(every.layer(0), EncoderProtocol)
@@ -337,7 +332,7 @@ def test_a_layer_implements_the_encoder_protocol_of_mteb(backbone: str, open_lay
     assert type(metas[0]).model_validate(metas[0].model_dump()) == metas[0]
 
 
-def test_missing_layers_and_inputs_without_texts_are_refused(open_layers: Callable[..., EveryLayer]) -> None:
+def test_missing_layers_and_inputs_without_texts_are_refused(open_layers: Open) -> None:
     every = open_layers()
     for layer in (-1, LAYERS + 1):
         message = rf"no layer {layer}: the backbone has layers 0 \(embeddings\) to {LAYERS}"
@@ -347,7 +342,7 @@ def test_missing_layers_and_inputs_without_texts_are_refused(open_layers: Callab
         every.layer(1).encode([{"image": [1]}])
 
 
-def test_similarities_are_cosines(open_layers: Callable[..., EveryLayer]) -> None:
+def test_similarities_are_cosines(open_layers: Open) -> None:
     encoder = open_layers().layer(1)
     left, right = (RNG.normal(size=(4, 6)).astype(np.float32) for _ in range(2))
     left[2] = 0
@@ -375,7 +370,7 @@ def test_a_backbone_has_a_name_for_mteb(backbone: str, name: str) -> None:
 # mteb's evaluator
 
 
-def test_results_of_two_layers_are_read_back(open_layers: Callable[..., EveryLayer], tmp_path: Path) -> None:
+def test_results_of_two_layers_are_read_back(open_layers: Open, tmp_path: Path) -> None:
     every = open_layers()
     passes = count_passes(every)
     LOADED.clear()
@@ -403,7 +398,7 @@ def test_results_of_two_layers_are_read_back(open_layers: Callable[..., EveryLay
         assert kept.get_score() == pytest.approx(score)
 
 
-def test_every_type_of_task_in_the_paper_runs(open_layers: Callable[..., EveryLayer], tmp_path: Path) -> None:
+def test_every_type_of_task_in_the_paper_runs(open_layers: Open, tmp_path: Path) -> None:
     tasks = [SimilarTitles(), Genres(), Clusters(), Duplicates(), Ranked()]
     assert {task.metadata.type for task in find_tasks(PAPER_TASKS)} == {task.metadata.type for task in tasks}
     runs = list(run_tasks(open_layers(), tasks, [0, 2], tmp_path / "runs"))
@@ -412,9 +407,7 @@ def test_every_type_of_task_in_the_paper_runs(open_layers: Callable[..., EveryLa
     assert [mean.tasks for mean in model.layers] == [5, 5]
 
 
-def test_the_score_follows_from_the_vectors(
-    backbone: str, open_layers: Callable[..., EveryLayer], tmp_path: Path
-) -> None:
+def test_the_score_follows_from_the_vectors(backbone: str, open_layers: Open, tmp_path: Path) -> None:
     from scipy.stats import spearmanr
 
     task = SimilarTitles()
@@ -429,7 +422,7 @@ def test_the_score_follows_from_the_vectors(
 
 
 def test_existing_results_are_not_computed_again(
-    open_layers: Callable[..., EveryLayer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    open_layers: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     every = open_layers()
     LOADED.clear()
@@ -449,7 +442,7 @@ def test_existing_results_are_not_computed_again(
     assert (len(more), set(asked)) == (3, {3})
 
 
-def test_an_incomplete_result_is_computed_again(open_layers: Callable[..., EveryLayer], tmp_path: Path) -> None:
+def test_an_incomplete_result_is_computed_again(open_layers: Open, tmp_path: Path) -> None:
     every = open_layers()
     (first,) = run_tasks(every, [SimilarTitles()], [1], tmp_path / "runs")
     (path,) = (tmp_path / "runs").rglob("SimilarTitles.json")
@@ -461,7 +454,7 @@ def test_an_incomplete_result_is_computed_again(open_layers: Callable[..., Every
 
 
 def test_a_failing_task_is_skipped_with_its_reason(
-    open_layers: Callable[..., EveryLayer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    open_layers: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     every = open_layers()
@@ -477,9 +470,7 @@ def test_a_failing_task_is_skipped_with_its_reason(
         list(run_tasks(every, [Broken()], [1], tmp_path / "more"))
 
 
-def test_a_text_that_cannot_be_encoded_skips_its_task_only(
-    open_layers: Callable[..., EveryLayer], tmp_path: Path
-) -> None:
+def test_a_text_that_cannot_be_encoded_skips_its_task_only(open_layers: Open, tmp_path: Path) -> None:
     every = open_layers()
     encode = every._encoder.encode
 

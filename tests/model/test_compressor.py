@@ -64,10 +64,10 @@ def test_training_data_is_whitened_to_zero_mean_unit_variance_and_no_correlation
     np.testing.assert_allclose(np.cov(found, rowvar=False), np.eye(dim), atol=3e-3)
 
 
-def test_components_come_in_the_order_of_their_variance() -> None:
+def test_components_are_sorted_by_variance() -> None:
     hidden = hidden_states(300, 16)
     module, _ = fit_pca(hidden, dim=16)
-    # Each direction is divided by its standard deviation: the longer, the less variance it had.
+    # Each direction is divided by its standard deviation.
     lengths = np.linalg.norm(module.directions.numpy(), axis=1)
     assert np.all(np.diff(lengths) > 0)
     np.testing.assert_allclose(
@@ -82,26 +82,22 @@ def test_the_same_data_gives_the_same_bits() -> None:
     assert torch.equal(first.mean, second.mean)
 
 
-def test_more_dimensions_than_the_backbone_has_are_the_users_mistake() -> None:
-    with pytest.raises(UserError, match=r"train\.dim is 17, .* 16 numbers; choose at most 16"):
-        fit_pca(hidden_states(100, 16), dim=17)
-
-
-@pytest.mark.parametrize("rows", [1, 7, 8])
-def test_too_few_texts_are_the_users_mistake(rows: int) -> None:
-    with pytest.raises(UserError, match=f"more than 8 distinct texts, the catalogue has {rows}"):
-        fit_pca(hidden_states(rows, 16), dim=8)
-
-
-@pytest.mark.parametrize("rank", [3, 7, 0])
-def test_texts_that_span_fewer_directions_than_asked_are_the_users_mistake(rank: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "dim", "rank", "message"),
+    [
+        (100, 17, 16, r"train\.dim is 17, .* 16 numbers; choose at most 16"),
+        *((rows, 8, 16, f"more than 8 distinct texts, the catalogue has {rows}") for rows in (1, 7, 8)),
+        *((50, 8, rank, "span fewer than 8 directions") for rank in (0, 3, 7)),
+    ],
+)
+def test_too_few_texts_or_directions_are_user_errors(rows: int, dim: int, rank: int, message: str) -> None:
     rng = np.random.default_rng(0)
-    hidden = (rng.normal(size=(50, rank)) @ rng.normal(size=(rank, 16)) + 1).astype(np.float32)
-    with pytest.raises(UserError, match="span fewer than 8 directions"):
-        fit_pca(hidden, dim=8)
+    hidden = (rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, 16)) + 1).astype(np.float32)
+    with pytest.raises(UserError, match=message):
+        fit_pca(hidden, dim=dim)
 
 
-def test_texts_that_span_just_as_many_directions_as_asked_are_enough() -> None:
+def test_as_many_directions_as_dimensions_are_enough() -> None:
     rng = np.random.default_rng(0)
     hidden = (rng.normal(size=(50, 8)) @ rng.normal(size=(8, 16)) + 1).astype(np.float32)
     found = project(fit_pca(hidden, dim=8)[0], hidden)
@@ -130,6 +126,6 @@ def test_a_saved_compressor_loads_with_the_same_bits(tmp_path: Path) -> None:
     assert np.array_equal(project(loaded, hidden), by_hand.double().numpy())
 
 
-def test_an_unknown_kind_of_compressor_is_the_users_mistake(tmp_path: Path) -> None:
+def test_an_unknown_kind_of_compressor_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'hologram' is not supported \(supported: pca, bottleneck\); upgrade"):
         load_compressor(tmp_path, CompressorCard(kind="hologram"))

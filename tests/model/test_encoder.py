@@ -53,6 +53,8 @@ ODD_TEXTS = [
 SETUPS: list[tuple[str, Pooling]] = [("bert", "mean"), ("bert", "cls"), ("llama", "last"), ("qwen3", "mean")]
 SETUPS += [("mamba", "last"), ("mamba", "mean")]
 Fail = Callable[[torch.Tensor], None]
+Vectors = NDArray[np.float32]
+Ids = list[NDArray[np.int32]]
 ON_GPU = TaskResources(gpu="0")
 
 
@@ -117,12 +119,12 @@ def streamed(encoder: Encoder, texts: list[str]) -> Encoded:
     return encoded
 
 
-def is_one_of(hidden: torch.Tensor, vectors: NDArray[np.float32]) -> torch.Tensor:
+def is_one_of(hidden: torch.Tensor, vectors: Vectors) -> torch.Tensor:
     """Which rows of a batch [b, D] are among these vectors [n, D]."""
     return torch.isclose(hidden[:, None], torch.from_numpy(vectors), atol=1e-4).all(dim=2).any(dim=1)
 
 
-def alone(architecture: str, model: PreTrainedModel, pooling: Pooling, text: str) -> NDArray[np.float32]:
+def alone(architecture: str, model: PreTrainedModel, pooling: Pooling, text: str) -> Vectors:
     """The vector of one text by the model itself: without batch, padding or mask, and pooled by numpy."""
     ids = tiny_tokenizer(architecture).encode(text).ids
     if len(ids) > MAX_TOKENS:
@@ -130,7 +132,7 @@ def alone(architecture: str, model: PreTrainedModel, pooling: Pooling, text: str
         ids = [*ids[: MAX_TOKENS - 1], ids[-1]] if architecture == "bert" else ids[:MAX_TOKENS]
     with torch.inference_mode():
         states = model(input_ids=torch.tensor([ids])).last_hidden_state[0].numpy()
-    vector: NDArray[np.float32] = {"mean": states.mean(axis=0), "last": states[-1], "cls": states[0]}[pooling]
+    vector: Vectors = {"mean": states.mean(axis=0), "last": states[-1], "cls": states[0]}[pooling]
     return vector
 
 
@@ -347,12 +349,12 @@ class PanicException(BaseException):
 def test_a_text_that_the_tokenizer_fails_on_is_reported_unless_it_fails_on_any_text(
     bert: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def panics(tokenizer: Tokenizer, texts: list[str]) -> list[NDArray[np.int32]]:
+    def panics(tokenizer: Tokenizer, texts: list[str]) -> Ids:
         if "poison" in texts:
             raise PanicException("index out of bounds")
         return token_ids(tokenizer, texts)
 
-    def broken(*_: object) -> list[NDArray[np.int32]]:
+    def broken(*_: object) -> Ids:
         raise ValueError("no vocabulary")
 
     encoder = encoder_of("bert", bert)
@@ -503,12 +505,12 @@ def minilm(encode: EncodeSettings, resources: TaskResources = TaskResources(cpus
 
 
 @pytest.fixture(scope="module")
-def minilm_float32() -> NDArray[np.float32]:
-    vectors: NDArray[np.float32] = minilm(CPU_FLOAT32).encode(TITLES).vectors
+def minilm_float32() -> Vectors:
+    vectors: Vectors = minilm(CPU_FLOAT32).encode(TITLES).vectors
     return vectors
 
 
-def test_the_default_backbone_gives_the_vectors_of_sentence_transformers(minilm_float32: NDArray[np.float32]) -> None:
+def test_the_default_backbone_gives_the_vectors_of_sentence_transformers(minilm_float32: Vectors) -> None:
     reference = pytest.importorskip("sentence_transformers", reason="the second implementation of all-MiniLM-L6-v2")
     model = reference.SentenceTransformer(locate(TrainSettings().backbone), device="cpu")
     expected = model.encode(TITLES, batch_size=4, convert_to_numpy=True, show_progress_bar=False)
@@ -516,7 +518,7 @@ def test_the_default_backbone_gives_the_vectors_of_sentence_transformers(minilm_
     assert cosines(minilm_float32, expected).min() >= 0.9999
 
 
-def test_bfloat16_on_the_cpu_agrees_with_float32(minilm_float32: NDArray[np.float32]) -> None:
+def test_bfloat16_on_the_cpu_agrees_with_float32(minilm_float32: Vectors) -> None:
     if choose_dtype(EncodeSettings(device="cpu"), torch.device("cpu")) != torch.bfloat16:
         pytest.skip("this CPU does not multiply bfloat16 natively")
     encoder = minilm(EncodeSettings(device="cpu"))
@@ -528,7 +530,7 @@ def test_bfloat16_on_the_cpu_agrees_with_float32(minilm_float32: NDArray[np.floa
 
 
 def test_no_weights_are_packed_for_a_cpu_that_does_not_multiply_bfloat16(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, minilm_float32: NDArray[np.float32]
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, minilm_float32: Vectors
 ) -> None:
     """As on a CPU with AVX2 alone: the encoder gives the same vectors and logs that float32 is faster."""
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
@@ -558,7 +560,7 @@ def gpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
-def test_bfloat16_on_a_gpu_agrees_with_float32_on_the_cpu(minilm_float32: NDArray[np.float32]) -> None:
+def test_bfloat16_on_a_gpu_agrees_with_float32_on_the_cpu(minilm_float32: Vectors) -> None:
     encoder = minilm(EncodeSettings(device="auto"), ON_GPU)
     assert (encoder.device, encoder.dtype) == (torch.device("cuda:0"), torch.bfloat16)
     assert cosines(encoder.encode(TITLES).vectors, minilm_float32).min() >= 0.999

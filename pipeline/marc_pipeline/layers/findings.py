@@ -59,11 +59,7 @@ InfoNCE and LiDAR prefer the final layer there, which is one of the worst. On ot
 
 
 def choices(judged: Sequence[JudgedLayer]) -> list[MetricChoice]:
-    """Return the layer that every metric chooses, embeddings excluded, and its loss of test AUC.
-
-    Args:
-        judged: all layers, the embeddings first.
-    """
+    """Return the layer that every metric chooses, embeddings excluded, and its loss of test AUC."""
     found = []
     aucs = {layer.layer: fmean(layer.test_auc) for layer in judged if layer.test_auc}
     best = max((auc for layer, auc in aucs.items() if layer), default=None)
@@ -71,10 +67,8 @@ def choices(judged: Sequence[JudgedLayer]) -> list[MetricChoice]:
         values = {layer.layer: layer.metrics.get(metric.name, math.nan) for layer in judged}
         layer = best_layer(metric, values)
         lost = None if best is None or layer is None else best - aucs[layer]
-        correlation = _spearman(values, aucs)
-        found.append(
-            MetricChoice(metric=metric.name, better=metric.better, layer=layer, correlation=correlation, lost_auc=lost)
-        )
+        facts = {"correlation": _spearman(values, aucs), "lost_auc": lost}
+        found.append(MetricChoice(metric=metric.name, better=metric.better, layer=layer, **facts))
     return found
 
 
@@ -86,11 +80,7 @@ def best_layer(metric: Metric, values: Mapping[int, float]) -> int | None:
 
 
 def choose_by_metrics(judged: Sequence[JudgedLayer]) -> int | None:
-    """Return the layer with the best mean rank over ``WITHOUT_CLICKS``, the lowest of equal layers; None if undefined.
-
-    Args:
-        judged: all layers, the embeddings first.
-    """
+    """Return the layer with the best mean rank over ``WITHOUT_CLICKS``; the lowest of equal ones; None if undefined."""
     layers = [layer for layer in judged if layer.layer]
     ranks = []
     for metric in _defined(judged):
@@ -108,11 +98,7 @@ def with_choice(model: JudgedModel) -> JudgedModel:
 
 
 def recommend(models: Sequence[JudgedModel]) -> list[Recommendation]:
-    """Return layer and pooling for each backbone: the pooling with the best AUC, or the first one without clicks.
-
-    Args:
-        models: from :func:`with_choice`; models of one backbone differ in their pooling.
-    """
+    """Return layer and pooling for each backbone: the pooling with the best AUC, or the first one without clicks."""
     found = []
     for backbone in dict.fromkeys(model.backbone for model in models):
         candidates = [model for model in models if model.backbone == backbone and model.keep is not None]

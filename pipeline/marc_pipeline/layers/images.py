@@ -126,7 +126,6 @@ class ImageEncoder:
         module: maps an :class:`ImageBatch` to one row per image [b, ...], for example
             :class:`~marc_pipeline.model.backbone.PooledLayers` [b, L + 1, D]. It is moved and cast in place.
         processor: the backbone's image processor.
-        device: device of the module.
         dtype: type of the module's weights; pooling is in float32.
         batch: images per pass, halved when the device runs out of memory.
     """

@@ -34,12 +34,9 @@ from marc_pipeline.layers.entropy import effective_rank, entropy, spectrum_of, u
 
 
 def infonce(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
-    """Return the InfoNCE loss of finding each text's other view among the views of all n texts.
+    """Return the InfoNCE loss of finding each text's other view among the views of all n ≥ 2 texts.
 
-    Args:
-        a: one view of each text [n, D], n ≥ 2.
-        b: another view of each text [n, D].
-        temperature: τ > 0, which divides the cosines.
+    ``a`` and ``b`` [n, D] are two views of each text; the temperature τ > 0 divides the cosines.
 
     Returns:
         A float64 scalar ≥ 0; log n if all texts have the same representation.
@@ -93,22 +90,11 @@ def lidar(between: Tensor, within: Tensor, ridge: float = 1e-4) -> Tensor:
     return effective_rank(spectrum_of(torch.linalg.solve_triangular(factor, half.mT, upper=False)))
 
 
-def dime(
-    a: Tensor,
-    b: Tensor,
-    *,
-    order: float = 1.0,
-    permutations: int = 5,
-    seed: int | Sequence[int] = 0,
-) -> Tensor:
+def dime(a: Tensor, b: Tensor, *, order: float = 1.0, permutations: int = 5, seed: int | Sequence[int] = 0) -> Tensor:
     """Return DiME: how much pairing two views of a text lowers their joint entropy, compared with random pairs.
 
-    Args:
-        a: one view of each text [n, p], n ≥ 2.
-        b: another view of each text [n, q].
-        order: α ≥ 0 of the entropies.
-        permutations: number of random pairings that are averaged.
-        seed: one or several numbers ≥ 0 for drawing them; no global generator is used.
+    ``a`` [n, p] and ``b`` [n, q] are two views of each of n ≥ 2 texts. The entropies of ``permutations`` random pairs are
+    averaged. One or several numbers ≥ 0 are the seed of the permutations; no global generator is used.
 
     Returns:
         A float64 scalar, about 0 for independent views.

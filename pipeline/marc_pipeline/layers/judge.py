@@ -85,7 +85,7 @@ def judge_layers(
     Args:
         deployment: settings and storage.
         ds: date of the catalogue.
-        images: folder of images that every machine of the cluster can read; instead of ``ds``.
+        images: folder of images that every machine of the cluster can read, instead of ``ds``.
         backbones: backbones to compare; default: the configured one.
         poolings: poolings of each backbone; default: the configured or the adopted one.
         expected: training_id that an earlier task of the same run announced.

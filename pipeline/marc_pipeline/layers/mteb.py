@@ -69,8 +69,6 @@ class EveryLayer:
 
     Attributes:
         layers: number of blocks of the backbone; layer 0 is the input of the first block.
-        width: numbers per vector.
-        max_tokens: longer texts are truncated.
         name: name of the model for mteb, ORGANISATION/MODEL.
         variant: the other inputs of the vectors: pooling, limit, dtype, and a fingerprint of weights and tokenizer.
         computed: number of texts that went through the model so far.
@@ -166,11 +164,7 @@ class LayerEncoder:
         return ModelMeta.create_empty(facts)
 
     def encode(self, inputs: Iterable[Any], **_: object) -> NDArray[np.float32]:
-        """Vectors float32 [n, width] of batches of texts, in their order.
-
-        Args:
-            inputs: the DataLoader of mteb; every batch has its texts under ``text``.
-            _: task, split and prompt; vectors do not depend on them.
+        """Return vectors float32 [n, width] of mteb's batches of texts; they do not depend on task, split and prompt.
 
         Raises:
             UserError: the inputs of the task are not texts.
@@ -263,7 +257,7 @@ def run_tasks(every: EveryLayer, tasks: "Sequence[AbsTask]", layers: Sequence[in
     Args:
         every: the backbone.
         tasks: from :func:`find_tasks`, or other tasks of mteb.
-        layers: numbers of layers of the backbone.
+        layers: numbers of layers.
         results: folder for the result files of mteb: ``results/MODEL/layer-…/TASK.json`` below it.
 
     Yields:

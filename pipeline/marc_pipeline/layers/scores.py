@@ -57,9 +57,6 @@ def read_scores(paths: Iterable[Path | str]) -> list[LayerScore]:
     (``MODEL/REVISION/TASK.json``), or result files in other folders. A folder such as ``layer-7`` in the path of a
     file gives the layer; it may be part of a longer name.
 
-    Args:
-        paths: tables, folders, single result files.
-
     Raises:
         UserError: a path does not exist or has no scores, a column is missing, a value is not a number, or a score
             is given twice.
@@ -173,11 +170,7 @@ def _shown(value: object) -> str:
 
 @dataclass(frozen=True)
 class _Result:
-    """One result file.
-
-    Attributes:
-        variant: rest of the name of the layer's folder, for example the pooling.
-    """
+    """One result file; ``variant`` is the rest of the name of the layer's folder, for example the pooling."""
 
     path: Path
     model: str
@@ -359,14 +352,8 @@ def _percent(gain: float, final: float) -> float | None:
 def _winner(task: str, layers: Mapping[int, Mapping[str, float]], final: float | None) -> TaskWinner:
     scores = {layer: layers[layer][task] for layer in sorted(layers) if task in layers[layer]}
     best = max(scores, key=lambda layer: scores[layer])
-    return TaskWinner(
-        task=task,
-        layer=best,
-        score=scores[best],
-        layers=len(scores),
-        final=final,
-        gain=None if final is None else scores[best] - final,
-    )
+    gain = None if final is None else scores[best] - final
+    return TaskWinner(task=task, layer=best, score=scores[best], layers=len(scores), final=final, gain=gain)
 
 
 def _mean(scores: Iterable[float]) -> float:

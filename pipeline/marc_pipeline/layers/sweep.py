@@ -40,11 +40,7 @@ class SweepPart:
 
     Attributes:
         uri: folder of the sweep and its sample.
-        number: number of this part.
         blocks: number, first row and end row (exclusive) of each block.
-        train: backbone, pooling, max_tokens.
-        encode: device, dtype and token budget, as in the nightly run.
-        layers: views, order, temperature, seed.
         images: whether the sample contains paths of images instead of texts.
     """
 
@@ -73,7 +69,6 @@ class SweepFacts:
     """Facts of a sweep, or of one part of it, beside the moments.
 
     Attributes:
-        layers, width, max_tokens, dtype, device: how the model ran.
         weights_bytes: size of the model truncated after 0, 1, … L blocks.
         inputs: number of inputs, including those left out.
         left_out: inputs that the model could not process.
@@ -153,7 +148,7 @@ def merge_parts(parts: Sequence[SweepPart]) -> tuple[SweepFacts, list[dict[str, 
     facts = _summed(found, parts[0])
     metrics = []
     while moments:
-        metrics.append({key: float(value) for key, value in asdict(moments.pop(0).figures()).items()})
+        metrics.append(moments.pop(0).figures())
     return facts, metrics
 
 

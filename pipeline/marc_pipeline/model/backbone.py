@@ -156,10 +156,6 @@ class PooledLayers(nn.Module):
     """Pooled states of every layer in one pass, equal to :class:`HiddenStates` of the model truncated there.
 
     Entry 0 is the input of the first block; entry L is the output of the whole model.
-
-    Args:
-        model: a whole backbone.
-        pooling: how token states become one vector.
     """
 
     def __init__(self, model: "PreTrainedModel", pooling: Pooling) -> None:

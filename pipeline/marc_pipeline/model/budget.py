@@ -22,10 +22,8 @@ log = logging.getLogger(__name__)
 def budget_of(device: torch.device, model: str, seconds_of: Callable[[int], float]) -> int:
     """Return the tokens per batch for a model on a device: fixed for a CPU, measured for a GPU.
 
-    Args:
-        device: CPU or GPU.
-        model: the properties of the model that determine its speed, as a part of the cache's key.
-        seconds_of: as for :func:`find_budget`.
+    ``model``, a part of the cache's key, has the properties of the model that determine its speed. ``seconds_of`` is as
+    for :func:`find_budget`.
     """
     if device.type != "cuda":
         return CPU_TOKENS

@@ -19,12 +19,7 @@ ROUNDING = 8 * float(np.finfo(np.float32).eps)
 
 
 class WhitenedPCA(nn.Module):
-    """z = (h − μ) Wᵀ, with W the leading principal directions, each divided by its standard deviation.
-
-    Args:
-        width: D, length of h.
-        dim: d, length of z.
-    """
+    """z = (h − μ) Wᵀ [d], with W the leading principal directions, each divided by its standard deviation; h is [D]."""
 
     def __init__(self, *, width: int, dim: int) -> None:
         super().__init__()
@@ -43,10 +38,8 @@ class Bottleneck(nn.Module):
     """z = W h + b + V gelu(U norm(h)): a linear path, and a residual branch that is 0 at first.
 
     Args:
-        width: D, length of h.
-        dim: d, length of z.
-        hidden: width of the residual branch.
-        dropout: in the residual branch, while training.
+        width, dim: D and d, lengths of h and z.
+        hidden, dropout: width and dropout of the residual branch.
     """
 
     def __init__(self, *, width: int, dim: int, hidden: int, dropout: float = 0.0) -> None:

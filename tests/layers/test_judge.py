@@ -38,6 +38,7 @@ pytestmark = [pytest.mark.spark, pytest.mark.usefixtures("spark", "one_thread")]
 STORAGE = Storage()
 SMALL = "layers: {{sample: 200, views: 2, block: 80}}\n"
 QUICK = ("--max-steps", "2", "--no-promote")
+Backbones = dict[str, str]
 TEXTS = ["{title}. {genres}".format(**item(number)) for number in range(ITEMS)]
 
 
@@ -77,33 +78,33 @@ def make_world(root: Path, backbone: str, *, clicks: bool = True, train: str = "
     return World(root, Marc(root, text))
 
 
-def report_of(said: dict[str, Any]) -> LayerReport:
-    facts = {name: value for name, value in said.items() if name not in ("adopted", "files")}
+def report_of(answer: dict[str, Any]) -> LayerReport:
+    facts = {name: value for name, value in answer.items() if name not in ("adopted", "files")}
     return LayerReport.model_validate_json(json.dumps(facts))
 
 
 @pytest.fixture(scope="module")
-def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> Backbones:
     folder = tmp_path_factory.mktemp("backbones")
     found = {name: save_tiny_backbone(folder / name, name) for name in ("bert", "mamba")}
     return {**found, "vit": save_tiny_vision_backbone(folder / "vit")}
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory: pytest.TempPathFactory, backbones: dict[str, str], spark: Any) -> Judged:
+def judged(tmp_path_factory: pytest.TempPathFactory, backbones: Backbones, spark: Any) -> Judged:
     """A shop with interactions whose layers the command line has evaluated, and its JSON output."""
     world = make_world(tmp_path_factory.mktemp("judged"), backbones["bert"])
     return world, world.layers("--ds", DS)
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, backbones: dict[str, str]) -> World:
+def plain(tmp_path_factory: pytest.TempPathFactory, backbones: Backbones) -> World:
     """A shop without interactions."""
     return make_world(tmp_path_factory.mktemp("plain"), backbones["bert"], clicks=False)
 
 
 @pytest.fixture
-def twin(judged: Judged, backbones: dict[str, str], tmp_path: Path) -> MakeWorld:
+def twin(judged: Judged, backbones: Backbones, tmp_path: Path) -> MakeWorld:
     """Makes a copy of the evaluated shop and its work area, with other settings of trainings."""
 
     def make(**changes: Any) -> World:
@@ -118,16 +119,16 @@ def twin(judged: Judged, backbones: dict[str, str], tmp_path: Path) -> MakeWorld
 
 
 def test_an_evaluation_prints_one_json_object_and_writes_its_files(judged: Judged) -> None:
-    world, said = judged
+    world, answer = judged
     names = {"layers.json", "layers.html", "layers.md", "auc_by_depth.png", "metrics_by_depth.png", "cost_by_depth.png"}
-    assert {Path(name).name for name in said["files"]} == names
-    assert sorted(said["files"]) == sorted(str(path) for path in (world.root / "out").iterdir())
-    report = report_of(said)
+    assert {Path(name).name for name in answer["files"]} == names
+    assert sorted(answer["files"]) == sorted(str(path) for path in (world.root / "out").iterdir())
+    report = report_of(answer)
     assert LayerReport.model_validate_json((world.root / "out" / "layers.json").read_bytes()) == report
     left = Path(report_folder(world.settings, report.report_id))
     assert LayerReport.model_validate_json((left / "layers.json").read_bytes()) == report
     assert (report.ds, report.kind, report.dim, report.sample, report.views) == (DS, "texts", 8, ITEMS, 2)
-    assert not said["adopted"]
+    assert not answer["adopted"]
     assert not Path(world.settings.bundle_uri).exists()
     (model,) = report.models
     facts = (model.layers, model.width, model.pooling, model.max_tokens, model.inputs)
@@ -139,11 +140,9 @@ def test_an_evaluation_prints_one_json_object_and_writes_its_files(judged: Judge
     assert 0 < seconds[0] < seconds[-1] == max(seconds)
 
 
-def test_every_layer_has_the_auc_of_an_evaluation_and_the_training_part_chooses(
-    judged: Judged,
-) -> None:
-    world, said = judged
-    report = report_of(said)
+def test_every_layer_has_the_auc_of_an_evaluation_and_the_training_part_chooses(judged: Judged) -> None:
+    world, answer = judged
+    report = report_of(answer)
     (model,) = report.models
     systems = ("--system", "pca-layer-0", "--system", "pca-layer-3")
     found = world.marc.json("evaluate", "--ds", DS, "--layers", "2", "--out", str(world.root / "evaluation"), *systems)
@@ -159,11 +158,11 @@ def test_every_layer_has_the_auc_of_an_evaluation_and_the_training_part_chooses(
 
 
 def test_metrics_equal_those_of_the_states_of_trainings(judged: Judged) -> None:
-    world, said = judged
+    world, answer = judged
     identity = identify_training(open_deployment(world.settings), ds=DS)
     training_set = open_training_set(STORAGE, world.settings.work_uri, identity.training_id)
     assert sorted(training_set.texts) == sorted(TEXTS)
-    for layer in report_of(said).models[0].judged:
+    for layer in report_of(answer).models[0].judged:
         states = torch.from_numpy(training_set.states(layer.layer))
         assert layer.metrics["dataset_entropy"] == pytest.approx(dataset_entropy(states).item(), abs=1e-4)
 
@@ -171,25 +170,25 @@ def test_metrics_equal_those_of_the_states_of_trainings(judged: Judged) -> None:
 def test_a_second_call_reads_the_report_without_spark(
     judged: Judged, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    world, said = judged
+    world, answer = judged
     for name in ("marc_pipeline.spark.session.spark_session", "marc_pipeline.layers.sweep.run_part"):
         monkeypatch.setattr(name, None)
     done = world.marc.call("layers", "--ds", DS, "--json", "--out", str(tmp_path / "new" / "out"))
     assert done.returncode == 0, done.stderr
     again = json.loads(done.stdout, parse_constant=pytest.fail)
-    assert report_of(again) == report_of(said)
-    assert len(list((tmp_path / "new" / "out").iterdir())) == len(said["files"])
-    assert f"report {said['report_id']} exists already" in done.stderr
+    assert report_of(again) == report_of(answer)
+    assert len(list((tmp_path / "new" / "out").iterdir())) == len(answer["files"])
+    assert f"report {answer['report_id']} exists already" in done.stderr
 
 
 def test_other_settings_of_metrics_give_another_report_from_the_same_states_and_clicks(
     judged: Judged, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    world, said = judged
+    world, answer = judged
     for name in ("marc_pipeline.training.states.write_states", "marc_pipeline.evaluation.tasks.run_tasks"):
         monkeypatch.setattr(name, None)
     other = report_of(world.layers("--ds", DS, "--sample", "50", "--out", str(tmp_path)))
-    first = report_of(said)
+    first = report_of(answer)
     assert other.report_id != first.report_id
     assert (other.sample, other.models[0].inputs) == (50, 50)
     for one, two in zip(other.models[0].judged, first.models[0].judged, strict=True):
@@ -201,10 +200,10 @@ def test_other_settings_of_metrics_give_another_report_from_the_same_states_and_
 def test_every_input_changes_the_id_of_the_report(judged: Judged) -> None:
     settings = judged[0].settings
 
-    def named(settings: Settings, **options: Any) -> str:
+    def id_of(settings: Settings, **options: Any) -> str:
         return module._report_id(module._candidates(open_deployment(settings), ds=DS, **options), DS)
 
-    assert named(settings) == judged[1]["report_id"]
+    assert id_of(settings) == judged[1]["report_id"]
     values: dict[str, Any] = {
         "sample": 50, "views": 3, "probability": 0.1, "block": 40, "order": 2.0, "temperature": 0.5, "seed": 1,
     }  # fmt: skip
@@ -215,18 +214,13 @@ def test_every_input_changes_the_id_of_the_report(judged: Judged) -> None:
     ]
     others += [with_train(settings, {name: value}) for name, value in {"dim": 4, "max_tokens": 20, "seed": 3}.items()]
     others.append(settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"seeds": 3})}))
-    found = [
-        named(settings),
-        *map(named, others),
-        named(settings, poolings=["cls"]),
-        named(settings, poolings=["mean", "cls"]),
-    ]
+    found = [id_of(settings, poolings=poolings) for poolings in ([], ["cls"], ["mean", "cls"])] + [*map(id_of, others)]
     assert len(set(found)) == len(found)
     # The layers that trainings keep at present do not influence the report.
-    assert named(with_train(settings, {"layers": 2})) == named(settings)
+    assert id_of(with_train(settings, {"layers": 2})) == id_of(settings)
 
 
-def test_later_clicks_do_not_influence_the_choice(judged: Judged, backbones: dict[str, str], tmp_path: Path) -> None:
+def test_later_clicks_do_not_influence_the_choice(judged: Judged, backbones: Backbones, tmp_path: Path) -> None:
     world = make_world(tmp_path, backbones["bert"])
     cut, rows = RATINGS * 4 // 5, ratings()
     later = [{**row, "rating": "2" if row["rating"] == "5" else "5"} for row in rows[cut:]]
@@ -252,31 +246,28 @@ def test_the_stage_gives_the_same_report_for_the_announced_training(judged: Judg
     folder = Path(publish_report(open_deployment(settings), report))
     assert folder == Path(report_folder(settings, report.report_id))
     assert {path.name for path in folder.iterdir()} == {Path(name).name for name in judged[1]["files"]}
-    assert judge_layers(open_deployment(settings), ds=DS, expected=announced) == report, (
-        "the pages in its folder do not matter"
-    )
+    again = judge_layers(open_deployment(settings), ds=DS, expected=announced)
+    assert again == report, "the pages in its folder do not matter"
 
 
 # Without clicks
 
 
-def both(backbones: dict[str, str]) -> list[str]:
+def both(backbones: Backbones) -> list[str]:
     """Options for two backbones and two poolings."""
     names = ["--backbone", backbones["bert"], "--backbone", backbones["mamba"]]
     return [*names, "--pooling", "mean", "--pooling", "cls"]
 
 
 @pytest.fixture(scope="module")
-def compared(plain: World, backbones: dict[str, str], spark: Any) -> LayerReport:
+def compared(plain: World, backbones: Backbones, spark: Any) -> LayerReport:
     """Two backbones with two poolings each, in one call."""
-    said = plain.layers("--ds", DS, "--sample", "40", *both(backbones))
-    assert not any("auc" in Path(name).name for name in said["files"])
-    return report_of(said)
+    answer = plain.layers("--ds", DS, "--sample", "40", *both(backbones))
+    assert not any("auc" in Path(name).name for name in answer["files"])
+    return report_of(answer)
 
 
-def test_several_backbones_and_poolings_are_evaluated_in_one_call(
-    compared: LayerReport, backbones: dict[str, str]
-) -> None:
+def test_several_backbones_and_poolings_are_evaluated_in_one_call(compared: LayerReport, backbones: Backbones) -> None:
     found = [(model.backbone, model.pooling) for model in compared.models]
     assert found == [(backbones[name], pooling) for name in ("bert", "mamba") for pooling in ("mean", "cls")]
     assert (compared.dim, compared.sample) == (0, 40)
@@ -293,7 +284,7 @@ def test_several_backbones_and_poolings_are_evaluated_in_one_call(
 
 
 def test_a_missing_report_is_made_again_from_the_merged_metrics(
-    compared: LayerReport, plain: World, backbones: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    compared: LayerReport, plain: World, backbones: Backbones, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path(report_folder(plain.settings, compared.report_id), "layers.json").unlink()
     small = plain.settings.model_copy(update={"layers": plain.settings.layers.model_copy(update={"sample": 40})})
@@ -304,7 +295,7 @@ def test_a_missing_report_is_made_again_from_the_merged_metrics(
 
 
 def test_only_a_recommendation_for_the_configured_backbone_can_be_adopted(
-    compared: LayerReport, plain: World, backbones: dict[str, str], tmp_path: Path
+    compared: LayerReport, plain: World, backbones: Backbones, tmp_path: Path
 ) -> None:
     other = ("--backbone", backbones["mamba"], "--out", str(tmp_path))
     line = plain.mistake("layers", "--ds", DS, "--sample", "40", *other, "--adopt")
@@ -313,7 +304,7 @@ def test_only_a_recommendation_for_the_configured_backbone_can_be_adopted(
 
 
 def test_without_json_the_command_prints_tables(
-    compared: LayerReport, plain: World, backbones: dict[str, str], tmp_path: Path
+    compared: LayerReport, plain: World, backbones: Backbones, tmp_path: Path
 ) -> None:
     done = plain.marc.call("layers", "--ds", DS, "--sample", "40", *both(backbones), "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -343,12 +334,12 @@ def adopted_by_hand(settings: Settings, **changes: Any) -> Adopted:
 
 def test_trainings_keep_the_adopted_layers(judged: Judged, twin: MakeWorld) -> None:
     world = twin()
-    said = world.layers("--ds", DS, "--adopt")
-    assert said["adopted"]
+    answer = world.layers("--ds", DS, "--adopt")
+    assert answer["adopted"]
     record = training_choices.adopted(open_deployment(world.settings))
     assert record is not None
     assert record.recommendation == report_of(judged[1]).recommendations[0]
-    assert record.report_id == said["report_id"]
+    assert record.report_id == answer["report_id"]
     trained = world.marc.json("train", "--ds", DS, *QUICK)
     assert (trained["layers_kept"], trained["pooling"]) == (record.recommendation.layers, record.recommendation.pooling)
     assert trained["training"]["layers_from"] == "adopted"
@@ -395,7 +386,7 @@ def test_a_pca_without_clicks_keeps_all_layers_until_another_number_is_adopted(p
     ],
 )
 def test_the_configuration_takes_precedence_over_the_adopted_layers(
-    backbones: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    backbones: Backbones, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     train: str, advice: dict[str, Any] | None, kept: tuple[int | None, str], source: str,
 ) -> None:  # fmt: skip
     settings = make_world(tmp_path, backbones["bert"], train=train).settings
@@ -426,18 +417,18 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_vision_model_is_judged_on_a_folder_of_images(
-    judged: Judged, backbones: dict[str, str], pictures: Path, tmp_path: Path
+    judged: Judged, backbones: Backbones, pictures: Path, tmp_path: Path
 ) -> None:
     world = judged[0]
     arguments = ["--images", str(pictures), "--backbone", backbones["vit"], "--out", str(tmp_path)]
-    said = world.marc.json("layers", *arguments)
-    report = report_of(said)
+    answer = world.marc.json("layers", *arguments)
+    report = report_of(answer)
     (model,) = report.models
     assert (report.kind, report.ds, report.dim, report.sample) == ("images", "", 0, 10)
     assert (model.inputs, model.left_out, model.layers, model.max_tokens) == (10, 1, LAYERS, 0)
     assert model.left_out_because.startswith(f"{pictures}/broken.jpg: ")
     assert all(layer.metrics["texts"] == 9 for layer in model.judged)
-    assert not any("auc" in Path(name).name for name in said["files"]), "images have no clicks"
+    assert not any("auc" in Path(name).name for name in answer["files"]), "images have no clicks"
     assert report_of(world.marc.json("layers", *arguments)) == report
     (pictures / "broken.jpg").unlink()
     fewer = report_of(world.marc.json("layers", *arguments))
@@ -448,7 +439,7 @@ def test_a_vision_model_is_judged_on_a_folder_of_images(
 
 
 def test_user_errors_are_found_before_spark_starts(
-    plain: World, backbones: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: World, backbones: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("marc_pipeline.spark.session.spark_session", None)
     (tmp_path / "one.png").write_bytes(b"one file")
@@ -481,7 +472,7 @@ def test_backbones_that_cannot_read_the_inputs_are_user_errors(
     assert "cannot load the image processor of" in plain.mistake("layers", "--images", str(pictures), *out)
 
 
-def test_a_catalogue_of_one_text_is_too_small(backbones: dict[str, str], tmp_path: Path) -> None:
+def test_a_catalogue_of_one_text_is_too_small(backbones: Backbones, tmp_path: Path) -> None:
     world = make_world(tmp_path, backbones["bert"], clicks=False)
     write_rows(tmp_path / "catalogue" / f"{DS}.csv", [item(0), {**item(0), "item_id": "another"}])
     line = world.mistake("layers", "--ds", DS, "--out", str(tmp_path / "out"))

@@ -1,7 +1,6 @@
 """Every layer through mteb's evaluator: the pipeline's vectors, each text computed once, one result per layer."""
 
 import json
-import logging
 import multiprocessing
 import os
 import re
@@ -17,6 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from command_line import marc
 from marc_pipeline.config import TrainSettings
 from marc_pipeline.errors import Unencodable, UserError
 from marc_pipeline.layers import mteb as mteb_layers
@@ -487,31 +487,21 @@ def test_a_text_that_cannot_be_encoded_skips_its_task_only(open_layers: Open, tm
 # The commands
 
 
-def marc(folder: Path, *arguments: str) -> Any:
-    from typer.testing import CliRunner
-
-    from marc_pipeline.cli.app import app
-
-    (folder / "marc.yaml").write_text(
-        f"root: {folder}\ncatalogue: {{uri: none, id_column: id, template: '{{t}}'}}\n"
-        "encode: {device: cpu, dtype: float32}\n"
-    )
-    handlers, level = logging.root.handlers[:], logging.root.level
-    try:
-        return CliRunner().invoke(app, ["-c", str(folder / "marc.yaml"), *arguments])
-    finally:
-        # The command logs to a stream that is closed now.
-        logging.root.handlers[:] = handlers
-        logging.root.setLevel(level)
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder with a configuration for the command line."""
+    catalogue = "catalogue: {uri: none, id_column: id, template: '{t}'}"
+    (tmp_path / "marc.yaml").write_text(f"root: {tmp_path}\n{catalogue}\nencode: {{device: cpu, dtype: float32}}\n")
+    return tmp_path
 
 
 def test_the_command_runs_tasks_and_writes_the_report(
-    backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: str, site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mteb_layers, "find_tasks", lambda names: [SimilarTitles(), Broken(), Genres()])
-    runs, out = tmp_path / "runs", tmp_path / "out"
+    runs, out = site / "runs", site / "out"
     arguments = ["--backbone", backbone, "--pooling", "last", "--results", str(runs), "--out", str(out)]
-    done = marc(tmp_path, "mteb", *arguments, "--layer", "2", "--layer", "3", "--layer", "2", "--json")
+    done = marc(site, "mteb", *arguments, "--layer", "2", "--layer", "3", "--layer", "2", "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     (model,) = found["models"]
@@ -521,30 +511,30 @@ def test_the_command_runs_tasks_and_writes_the_report(
     assert all(Path(path).is_file() for path in found["files"])
     assert len(found["files"]) == 5
     # All layers, as a table.
-    done = marc(tmp_path, "mteb", *arguments)
+    done = marc(site, "mteb", *arguments)
     assert done.exit_code == 0, done.output
     assert re.search(rf"tiny-bert 14m\s+│\s+{LAYERS + 1} \(0–{LAYERS}\)", done.stdout)
-    again = marc(tmp_path, "scores", str(runs), "--out", str(tmp_path / "again"))
+    again = marc(site, "scores", str(runs), "--out", str(site / "again"))
     assert again.exit_code == 0, again.output
-    assert (tmp_path / "again" / "scores.json").read_bytes() == (out / "scores.json").read_bytes()
+    assert (site / "again" / "scores.json").read_bytes() == (out / "scores.json").read_bytes()
 
 
 def test_invalid_arguments_of_the_commands_are_refused(
-    backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: str, site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mteb_layers, "find_tasks", lambda names: [SimilarTitles()])
-    arguments = ["--backbone", backbone, "--results", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    arguments = ["--backbone", backbone, "--results", str(site / "runs"), "--out", str(site / "out")]
     for more, message in (
         (["--layer", "9"], "there is no layer 9"),
         (["--pooling", "sum"], "train: pooling"),
-        (["--backbone", str(tmp_path / "none")], "cannot load backbone"),
+        (["--backbone", str(site / "none")], "cannot load backbone"),
     ):
-        done = marc(tmp_path, "mteb", *arguments, *more)
+        done = marc(site, "mteb", *arguments, *more)
         assert isinstance(done.exception, UserError), more
         assert message in str(done.exception)
-    done = marc(tmp_path, "scores", str(tmp_path / "none.csv"))
+    done = marc(site, "scores", str(site / "none.csv"))
     assert "no such file" in str(done.exception)
-    assert not (tmp_path / "out").exists()
+    assert not (site / "out").exists()
 
 
 # Tasks by name

@@ -93,8 +93,8 @@ def lidar(between: Tensor, within: Tensor, ridge: float = 1e-4) -> Tensor:
 def dime(a: Tensor, b: Tensor, *, order: float = 1.0, permutations: int = 5, seed: int | Sequence[int] = 0) -> Tensor:
     """Return DiME: how much pairing two views of a text lowers their joint entropy, compared with random pairs.
 
-    ``a`` [n, p] and ``b`` [n, q] are two views of each of n ≥ 2 texts. The entropies of ``permutations`` random pairs are
-    averaged. One or several numbers ≥ 0 are the seed of the permutations; no global generator is used.
+    ``a`` [n, p] and ``b`` [n, q] are two views of each of n ≥ 2 texts. The result averages ``permutations`` random
+    pairings. One or several numbers ≥ 0 are their seed; no global generator is used.
 
     Returns:
         A float64 scalar, about 0 for independent views.

@@ -273,14 +273,14 @@ def test_without_clicks_the_first_pooling_is_recommended() -> None:
 # Sentences
 
 
-def said(judged: list[JudgedLayer], **changes: Any) -> list[str]:
+def sentences_of(judged: list[JudgedLayer], **changes: Any) -> list[str]:
     return layer_findings([chosen_model(judged, **changes)])
 
 
 def test_a_confirmed_advantage() -> None:
     """The sentence is on the layer chosen without the test part, not on the best layer by test AUC."""
     test = [[0.7, 0.7, 0.7], [0.7, 0.7, 0.71], [0.700, 0.702, 0.698], [0.65, 0.65, 0.65], [0.600, 0.601, 0.596]]
-    sentences = said(layers_of(test=test, folds=[[0.6], [0.7], [0.65], [0.6]]))
+    sentences = sentences_of(layers_of(test=test, folds=[[0.6], [0.7], [0.65], [0.6]]))
     differences = np.array(test[2]) - np.array(test[4])
     assert stats.ttest_rel(test[2], test[4]).pvalue < 0.001
     reach = stats.t.ppf(0.975, 2) * stats.sem(differences)
@@ -305,7 +305,7 @@ def test_an_advantage_that_is_not_confirmed_or_is_refuted(
     kept_layer: list[float], verdict: str, difference: str
 ) -> None:
     test = [[0.5, 0.5], kept_layer, [0.6, 0.6], [0.6, 0.6], [0.65, 0.60]]
-    sentence = said(layers_of(test=test, folds=[[0.9], [0.8], [0.7], [0.6]]))[0]
+    sentence = sentences_of(layers_of(test=test, folds=[[0.9], [0.8], [0.7], [0.6]]))[0]
     assert sentence.startswith(
         f"The mid-layer advantage {verdict}: layer 1, chosen without the test part, has test AUC"
     )
@@ -313,7 +313,9 @@ def test_an_advantage_that_is_not_confirmed_or_is_refuted(
 
 
 def test_one_seed_gives_no_interval_and_no_deviation() -> None:
-    sentences = said(layers_of(GOOD, test=[[0.5], [0.6], [0.7], [0.65], [0.5]], folds=[[0.9], [0.8], [0.7], [0.6]]))
+    sentences = sentences_of(
+        layers_of(GOOD, test=[[0.5], [0.6], [0.7], [0.65], [0.5]], folds=[[0.9], [0.8], [0.7], [0.6]])
+    )
     assert sentences[0] == (
         "The mid-layer advantage is not confirmed (there is no interval to judge by): layer 1, chosen without "
         "the test part, has test AUC 0.6000, the final layer 0.5000, +0.1000 (one seed)."
@@ -323,7 +325,7 @@ def test_one_seed_gives_no_interval_and_no_deviation() -> None:
 
 
 def test_a_kept_final_layer_has_no_advantage() -> None:
-    sentence = said(layers_of(test=[[0.9], [0.6], [0.6], [0.71], [0.7]], folds=[[0.6], [0.7], [0.8], [0.9]]))[0]
+    sentence = sentences_of(layers_of(test=[[0.9], [0.6], [0.6], [0.71], [0.7]], folds=[[0.6], [0.7], [0.8], [0.9]]))[0]
     assert sentence == ("The final layer is the layer to keep, with test AUC 0.7000; layer 3 has the best test AUC.")
 
 
@@ -352,19 +354,19 @@ def test_the_metric_with_the_best_choice_and_the_one_with_the_strongest_correlat
         "lidar": [0.0, 0, 1, 2, 3],  # has the strongest correlation, a negative one, and chooses the worst layer
         "curvature": [1.0, 1, 1, 1, 1],  # has no correlation, so that it is left out
     }
-    found = said(layers_of(figures, test=[[0.71], [0.70], [0.69], [0.68], [0.60]]))[-1]
+    found = sentences_of(layers_of(figures, test=[[0.71], [0.70], [0.69], [0.68], [0.60]]))[-1]
     best, strongest = found.split(". L")
     assert best == (
         "Of the metrics, which do not see clicks, DiME chooses best: layer 2, at a loss of 0.0100 of test AUC"
     )
     assert strongest == "iDAR has the strongest correlation with the test AUC: Spearman −0.97 over the layers."
-    assert not any("Of the metrics" in sentence for sentence in said(layers_of(figures)))
+    assert not any("Of the metrics" in sentence for sentence in sentences_of(layers_of(figures)))
 
 
 def test_failed_inputs_are_reported_and_several_models_are_named() -> None:
     odd = {"left_out": 3, "left_out_because": "ValueError: no token"}
     expected = "3 of 1,234 inputs failed and are left out; the first error: ValueError: no token."
-    assert said(layers_of(GOOD), **odd)[-1] == expected
+    assert sentences_of(layers_of(GOOD), **odd)[-1] == expected
     models = [
         chosen_model(layers_of(GOOD), pooling="cls", **odd),
         chosen_model(layers_of(GOOD), backbone="b"),

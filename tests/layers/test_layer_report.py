@@ -1,4 +1,4 @@
-"""The report of layers: its tables, the description of the measurement, and what the plots show."""
+"""The report of layers: tables, the description of the measurement, and plots."""
 
 import math
 import re

@@ -298,7 +298,7 @@ def test_a_vector_that_is_not_finite_gives_nan(bad: float) -> None:
 # Stored and merged
 
 
-def test_moments_from_tensors_are_an_independent_copy() -> None:
+def test_stored_and_merged_moments_are_independent() -> None:
     first, second = cut(layer(TEXTS), [10, 13])
     moments = accumulated([first], **OTHERS)
     before = moments.figures()
@@ -307,11 +307,7 @@ def test_moments_from_tensors_are_an_independent_copy() -> None:
     second.to(copy)
     assert moments.figures() == before
     assert_same(copy.figures(), accumulated([first, second], **OTHERS).figures())
-
-
-def test_merging_does_not_change_the_merged_moments() -> None:
-    first, second = cut(layer(TEXTS), [10, 13])
-    moments, other = accumulated([first]), accumulated([second])
+    other = accumulated([second], **OTHERS)
     before = other.figures()
     moments.merge(other)
     first.to(moments)

@@ -165,10 +165,10 @@ def test_vectors_equal_the_states_of_trainings(backbone: str, open_layers: Open,
         facts = write_states(TEXTS, path, train=train, encode=CPU_FLOAT32, resources=ONE_CORE)
         every = open_layers(pooling=pooling)
         assert (every.layers, every.width, every.max_tokens) == (facts.layers, facts.width, facts.max_tokens)
-        for layer, wanted in enumerate(np.load(path)):
+        for layer, expected in enumerate(np.load(path)):
             found = every.layer(layer).encode(batches(TEXTS))
             assert found.dtype == np.float32
-            np.testing.assert_allclose(found, wanted, atol=1e-5)
+            np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_text_is_computed_once_for_all_layers_and_processes(open_layers: Open) -> None:
@@ -245,13 +245,13 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], object], int]] = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_cache_is_used_up_to_the_damage(open_layers: Open, tmp_path: Path, name: str) -> None:
     every = open_layers()
-    wanted = [every.layer(layer).encode(batches(TEXTS[:20])) for layer in range(LAYERS + 1)]
+    expected = [every.layer(layer).encode(batches(TEXTS[:20])) for layer in range(LAYERS + 1)]
     every.close()
     (folder,) = (tmp_path / "states").iterdir()
     damage, left = DAMAGES[name]
     damage(folder / "index", folder / "layer-002.f32")
     again = open_layers()
-    for layer, states in enumerate(wanted):
+    for layer, states in enumerate(expected):
         np.testing.assert_allclose(again.layer(layer).encode(batches(TEXTS[:20])), states, atol=1e-5)
     assert again.computed == 20 - left
     again.close()
@@ -348,9 +348,9 @@ def test_similarities_are_cosines(open_layers: Open) -> None:
     left[2] = 0
     pairs = left @ right.T
     norms = np.linalg.norm(left, axis=1)[:, None] * np.linalg.norm(right, axis=1)
-    wanted = np.divide(pairs, norms, where=norms > 0, out=np.zeros_like(pairs))
-    np.testing.assert_allclose(encoder.similarity(left, torch.from_numpy(right)), wanted, atol=1e-6)
-    np.testing.assert_allclose(encoder.similarity_pairwise(left, right), wanted.diagonal(), atol=1e-6)
+    expected = np.divide(pairs, norms, where=norms > 0, out=np.zeros_like(pairs))
+    np.testing.assert_allclose(encoder.similarity(left, torch.from_numpy(right)), expected, atol=1e-6)
+    np.testing.assert_allclose(encoder.similarity_pairwise(left, right), expected.diagonal(), atol=1e-6)
     assert encoder.similarity(left[0], right).shape == (1, 4)
 
 

@@ -208,7 +208,10 @@ def test_positions_bounds_and_runs_of_a_batch() -> None:
 @pytest.mark.skipif(not can_prepack(), reason="this CPU does not multiply bfloat16")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_prepacked_weights_give_the_same_states_except_for_rounding(architecture: str) -> None:
-    model = tiny_model(architecture, vocabulary=VOCABULARY).to(torch.bfloat16)
+    model = tiny_model(architecture, vocabulary=VOCABULARY)
+    prepack(model)
+    assert not [module for module in model.modules() if isinstance(module, PrepackedLinear)], "float32 is unchanged"
+    model = model.to(torch.bfloat16)
     other = copy.deepcopy(model)
     undo = prepack(other)
     replaced = [module for module in other.modules() if isinstance(module, PrepackedLinear)]
@@ -226,13 +229,6 @@ def test_prepacked_weights_give_the_same_states_except_for_rounding(architecture
     undo()
     assert not [module for module in other.modules() if isinstance(module, PrepackedLinear)]
     np.testing.assert_array_equal(alone(altered, texts), alone(pooled, texts))
-
-
-@pytest.mark.skipif(not can_prepack(), reason="this CPU does not multiply bfloat16")
-def test_float32_weights_are_unchanged() -> None:
-    model = tiny_model("bert", vocabulary=VOCABULARY)
-    prepack(model)
-    assert not [module for module in model.modules() if isinstance(module, PrepackedLinear)]
 
 
 @pytest.mark.gpu

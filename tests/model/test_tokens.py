@@ -41,11 +41,6 @@ def test_ids_equal_those_of_transformers_with_truncation_and_special_tokens(
     assert tokenizer.encode(LONG).ids[-1] == tokenizer.token_to_id("[SEP]")
 
 
-def test_a_batch_is_not_padded(tokenizer: Tokenizer) -> None:
-    short, long = tokenizer.encode_batch(["river", LONG])
-    assert len(short.ids) == 3 < len(long.ids)
-
-
 def test_padding_and_truncation_of_the_bundle_are_ignored(tmp_path: Path) -> None:
     saved = tiny_tokenizer("bert")
     saved.enable_padding(length=20)

@@ -134,15 +134,11 @@ def test_an_empty_page_is_valid(sections: list[ReportSection]) -> None:
     assert render(ReportPage("Empty", sections), "md").startswith("# Empty\n")
 
 
-def test_without_labels_there_is_no_legend() -> None:
+def test_a_legend_has_several_lines_or_does_not_exist_without_labels() -> None:
     drawn, (axes,) = panel_figure(height=2)
     axes.plot([1, 2])
     legend(drawn)
     assert not drawn.legends
-
-
-def test_a_long_legend_takes_several_lines() -> None:
-    drawn, (axes,) = panel_figure(height=2)
     for number in range(9):
         axes.plot([1, 2], label=f"line {number}")
     legend(drawn, columns=4)

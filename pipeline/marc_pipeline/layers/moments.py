@@ -40,7 +40,7 @@ MEANS = (
     "dime",
 )
 PER_TEXT = 5
-"""The first so many means are over texts; the others are over blocks, weighted by their texts."""
+"""The first five means are over texts; the others are over blocks, weighted by their texts."""
 SPREAD_ROUNDING = 1e-13
 """Class means count as equal if their root mean square distance is below this share of their length."""
 

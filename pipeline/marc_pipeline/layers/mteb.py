@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # The tasks of Skean et al., "Layer by Layer: Uncovering Hidden Representations in Language Models", ICML 2025 (arXiv
-# 2502.02013): those of MTEB's English benchmark, without retrieval and without whole paragraphs.
+# 2502.02013): the tasks of MTEB's English benchmark, without retrieval and without whole paragraphs.
 PAPER_TASKS = (
     "AmazonCounterfactualClassification", "AmazonReviewsClassification", "ArxivClusteringS2S", "AskUbuntuDupQuestions",
     "BIOSSES", "Banking77Classification", "BiorxivClusteringS2S", "EmotionClassification", "MTOPDomainClassification",
@@ -204,8 +204,8 @@ def _mteb_name(backbone: str) -> str:
 def _fingerprint(backbone: "PreTrainedModel", tokenizer: "Tokenizer") -> str:
     """Hash of all inputs of the states: architecture, weights, tokenizer and its limit."""
     config = {key: value for key, value in backbone.config.to_dict().items() if key not in NOT_THE_MODEL}
-    said = [type(backbone).__name__, json.dumps(config, sort_keys=True, default=str), str(tokenizer.to_str())]
-    found = xxhash.xxh3_128("\n".join(said).encode())
+    parts = [type(backbone).__name__, json.dumps(config, sort_keys=True, default=str), str(tokenizer.to_str())]
+    found = xxhash.xxh3_128("\n".join(parts).encode())
     for name, weights in sorted(backbone.state_dict().items()):
         found.update(f"{name} {weights.dtype} {tuple(weights.shape)}\n".encode())
         found.update(weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -245,10 +245,10 @@ def _whose(path: Path) -> tuple[str, str, int]:
         named = [name for name in reversed(folders) if "__" in name]
         above = [name for name in reversed(folders[:place]) if name.lower() not in BETWEEN]
         model = next(iter([*named, *above]), "")
-    bare = LAYER.sub("", model.replace("__", "/").rsplit("/", 1)[-1]).strip("-_ .")
+    short = LAYER.sub("", model.replace("__", "/").rsplit("/", 1)[-1]).strip("-_ .")
     # If the layer is part of the name of the model, there is no variant.
-    variant = "" if rest.endswith(bare) and bare else rest
-    return bare or "model", variant, int(match.group(1))
+    variant = "" if rest.endswith(short) and short else rest
+    return short or "model", variant, int(match.group(1))
 
 
 def _model_file(path: Path) -> str:

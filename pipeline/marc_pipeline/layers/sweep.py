@@ -70,7 +70,7 @@ class SweepFacts:
 
     Attributes:
         weights_bytes: size of the model truncated after 0, 1, … L blocks.
-        inputs: number of inputs, including those left out.
+        inputs: number of inputs, including left-out ones.
         left_out: inputs that the model could not process.
         left_out_because: reason for the first of them.
         seconds: time of all inputs in the embeddings, and in each block.

@@ -367,10 +367,7 @@ def test_failed_inputs_are_reported_and_several_models_are_named() -> None:
     odd = {"left_out": 3, "left_out_because": "ValueError: no token"}
     expected = "3 of 1,234 inputs failed and are left out; the first error: ValueError: no token."
     assert sentences_of(layers_of(GOOD), **odd)[-1] == expected
-    models = [
-        chosen_model(layers_of(GOOD), pooling="cls", **odd),
-        chosen_model(layers_of(GOOD), backbone="b"),
-    ]
+    models = [chosen_model(layers_of(GOOD), pooling="cls", **odd), chosen_model(layers_of(GOOD), backbone="b")]
     found = layer_findings(models)
     assert found[:2] == [f"a/model, cls pooling: {sentence}" for sentence in layer_findings(models[:1])]
     assert found[2:] == [f"b, mean pooling: {sentence}" for sentence in layer_findings(models[1:])]

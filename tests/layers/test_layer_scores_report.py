@@ -194,10 +194,7 @@ def test_cells_of_the_tables_of_models(published: ScoreReport) -> None:
 
 @pytest.mark.parametrize(
     ("without", "beginning"),
-    [
-        ([], "m: layer 2 has"),
-        ([(0, "early")], "m, incomplete (5 layers, 3 tasks, 1 layer without all tasks, 1 of 15"),
-    ],
+    [([], "m: layer 2 has"), ([(0, "early")], "m, incomplete (5 layers, 3 tasks, 1 layer without all tasks, 1 of 15")],
 )
 def test_the_finding_of_a_single_model(without: list[tuple[int, str]], beginning: str) -> None:
     sentences = score_findings(scores_of(("m", ""), without=without))

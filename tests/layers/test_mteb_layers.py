@@ -40,10 +40,7 @@ from mteb.models import EncoderProtocol  # noqa: E402
 from mteb.results import TaskResult  # noqa: E402
 
 # mteb's classifier trains on few rows here.
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:lbfgs failed to converge"),
-]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:lbfgs failed to converge")]
 RNG = np.random.default_rng(0)
 Open = Callable[..., EveryLayer]
 

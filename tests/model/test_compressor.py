@@ -10,14 +10,7 @@ from safetensors import safe_open
 from torch.nn import functional
 
 from marc_pipeline.errors import UserError
-from marc_pipeline.model.compressor import (
-    WEIGHTS,
-    Normalised,
-    WhitenedPCA,
-    fit_pca,
-    load_compressor,
-    save_compressor,
-)
+from marc_pipeline.model.compressor import WEIGHTS, Normalised, WhitenedPCA, fit_pca, load_compressor, save_compressor
 from marc_schemas.bundle import CompressorCard
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from marc_pipeline.layers.curvature import curvature
 from marc_pipeline.layers.entropy import prompt_entropy
-from marc_pipeline.layers.moments import LayerFigures, LayerMoments
+from marc_pipeline.layers.moments import LayerMoments
 
 VIEW_NOISE = 0.3
 
@@ -36,7 +36,7 @@ class Measured:
     tokens_held_mb: float
     add_seconds: float
     figures_seconds: float
-    figures: list[LayerFigures]
+    figures: list[dict[str, float]]
 
 
 def measure(arguments: argparse.Namespace) -> Measured:

@@ -30,7 +30,8 @@ from marc_pipeline.config import Settings, load_settings
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.evaluation.click_model import click_data, score_vectors
 from marc_pipeline.model.bundle import Bundle, open_bundle
-from marc_pipeline.model.encoder import load_encoder, use_threads
+from marc_pipeline.model.device import use_threads
+from marc_pipeline.model.encoder import load_encoder
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.storage import Storage
 from marc_pipeline.table.rows import read_rows

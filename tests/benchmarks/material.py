@@ -21,7 +21,7 @@ from marc_pipeline.config import EncodeSettings, TrainSettings
 from marc_pipeline.model.backbone import blocks, load_backbone, load_tokenizer, truncate
 from marc_pipeline.model.bundle import Bundle, save_bundle
 from marc_pipeline.model.compressor import WhitenedPCA, save_compressor
-from marc_pipeline.model.encoder import choose_dtype
+from marc_pipeline.model.device import choose_dtype
 from marc_pipeline.storage import Storage
 from marc_schemas.bundle import BundleCard, CompressorCard
 

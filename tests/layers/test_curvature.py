@@ -40,19 +40,14 @@ def test_curvature_equals_naive_loops(texts: int, tokens: int, width: int, seed:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_a_straight_line_has_curvature_0(dtype: torch.dtype) -> None:
+def test_straight_lines_right_angles_and_u_turns(dtype: torch.dtype) -> None:
     start, step = torch.tensor([3.0, -1.0, 0.5, 0.0]), torch.tensor([0.25, 0.5, -1.0, 2.0])
-    line = start + torch.arange(8)[:, None] * step
-    assert curvature(line[None].to(dtype)).item() == 0
-    uneven = start + torch.tensor([0.0, 1.0, 4.0, 5.0, 9.0])[:, None] * step
-    assert curvature(uneven[None].to(dtype)).item() == pytest.approx(0, abs=1e-15)
-
-
-def test_right_angles_and_u_turns() -> None:
+    uneven = torch.tensor([0.0, 1.0, 4.0, 5.0, 9.0])[:, None]
     zigzag = torch.tensor([[k // 2 + k % 2, k // 2] for k in range(9)])  # right, up, right, up …
-    assert curvature(zigzag[None].float()).item() == pytest.approx(math.pi / 2, abs=1e-15)
     there_and_back = torch.tensor([[0.0, 0.0], [2.0, 1.0]] * 3)
-    assert curvature(there_and_back[None]).item() == pytest.approx(math.pi, abs=1e-15)
+    assert curvature((start + torch.arange(8)[:, None] * step)[None].to(dtype)).item() == 0
+    for path, expected in ((start + uneven * step, 0), (zigzag, math.pi / 2), (there_and_back, math.pi)):
+        assert curvature(path[None].to(dtype)).item() == pytest.approx(expected, abs=1e-15)
 
 
 @pytest.mark.parametrize("angle", [1e-12, 1e-9, 1e-7, 0.1, 1.0, 2.0, 3.0, math.pi - 1e-7, math.pi - 1e-9])
@@ -89,15 +84,11 @@ def test_steps_between_equal_tokens_are_left_out() -> None:
     assert curvature(at_the_end[None]).item() == pytest.approx(np.mean(turns))
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2])
-def test_fewer_than_three_tokens_give_nan(tokens: int) -> None:
-    found = curvature(torch.randn(4, tokens, 3))
-    assert found.shape == (4,)
-    assert found.dtype == torch.float64
-    assert found.isnan().all()
-
-
-def test_a_text_without_any_angle_gives_nan_for_itself_only() -> None:
+def test_texts_without_any_angle_give_nan_for_themselves_only() -> None:
+    for tokens in (0, 1, 2):
+        found = curvature(torch.randn(4, tokens, 3))
+        assert (found.shape, found.dtype) == ((4,), torch.float64)
+        assert found.isnan().all()
     batch = torch.cat([torch.ones(1, 6, 2), paths(0.5, 0.5, 0.5, 0.5), torch.full((1, 6, 2), math.nan)])
     batch[2, :, 0] = 0
     assert curvature(batch).tolist() == pytest.approx([math.nan, 0.5, math.nan], nan_ok=True)

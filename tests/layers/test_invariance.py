@@ -1,5 +1,6 @@
 """InfoNCE, LiDAR and DiME against loops over their formulas, hand-computed cases, and their invariances."""
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from layer_reference import Array, rotation, tensor
-from marc_pipeline.layers.invariance import dime, infonce, information_bound, lidar, lidar_of, scatters
+from layer_reference import Array, lidar, rotation, tensor
+from marc_pipeline.layers import invariance
+from marc_pipeline.layers.invariance import dime, infonce, information_bound
 
 
 def cosine(x: Array, y: Array) -> float:
@@ -47,12 +49,9 @@ def naive_lidar(views: Array, ridge: float) -> float:
     return math.exp(naive_shannon(np.linalg.eigvalsh(root @ between @ root)))
 
 
-def naive_kernel(x: Array) -> Array:
-    return np.array([[cosine(one, other) for other in x] for one in x])
-
-
 def naive_joint_entropy(a: Array, b: Array, order: float) -> float:
-    values = np.linalg.eigvalsh(naive_kernel(a) * naive_kernel(b))
+    kernels = (np.array([[cosine(one, other) for other in x] for one in x]) for x in (a, b))
+    values = np.linalg.eigvalsh(np.multiply(*kernels))
     if order == 1:
         return naive_shannon(values)
     shares = [value / sum(values) for value in values if value > 1e-10]
@@ -97,14 +96,20 @@ def tensors(arrays: tuple[Array, ...]) -> list[Tensor]:
 def test_infonce_equals_naive_loops(n: int, width: int, temperature: float, noise: float, seed: int) -> None:
     a, b = pairs(n, width, seed=seed, noise=noise)
     found = infonce(*tensors((a, b)), temperature)
-    assert found.shape == ()
-    assert found.dtype == torch.float64
+    assert (found.shape, found.dtype) == ((), torch.float64)
     assert found.item() == pytest.approx(naive_infonce(a, b, temperature), abs=1e-6)
 
 
-def test_the_default_temperature_is_0_1() -> None:
-    a, b = pairs(9, 4)
-    assert infonce(*tensors((a, b))).item() == pytest.approx(naive_infonce(a, b, 0.1), abs=1e-9)
+def test_the_defaults_are_those_of_the_settings() -> None:
+    defaults = {
+        name: [p.default for p in inspect.signature(getattr(invariance, name)).parameters.values()][2:]
+        for name in ("infonce", "lidar", "dime")
+    }
+    assert defaults == {"infonce": [0.1], "lidar": [1e-4], "dime": [1.0, 5, 0]}
+    a, b = tensors(pairs(12, 3))
+    assert dime(a, b).item() != dime(a, b, permutations=6).item()
+    views = tensor(classes(5, 2, 8))
+    assert abs(lidar(views, 1e-2).item() / lidar(views).item() - 1) > 0.01
 
 
 def test_infonce_of_orthogonal_texts_falls_with_the_temperature() -> None:
@@ -125,17 +130,13 @@ def test_equal_texts_have_a_loss_of_log_n_and_a_bound_of_0(n: int, temperature: 
     assert information_bound(loss, n).item() == pytest.approx(0, abs=1e-9)
 
 
-def test_wrong_pairs_have_a_loss_above_log_n() -> None:
-    views = tensor(rotation(6))
-    assert infonce(views, views.roll(1, dims=0)).item() > math.log(6)
-
-
-def test_infonce_is_symmetric_and_includes_both_directions() -> None:
+def test_infonce_is_symmetric_and_above_log_n_for_wrong_pairs() -> None:
     a, b = tensors(pairs(8, 3))
-    forth = infonce(a, b, 0.2).item()
-    assert infonce(b, a, 0.2).item() == pytest.approx(forth, abs=1e-12)
+    assert infonce(b, a, 0.2).item() == pytest.approx(infonce(a, b, 0.2).item(), abs=1e-12)
     # If all of b is equal, neither direction finds its pairs.
     assert infonce(a, torch.ones(8, 3), 0.2).item() > math.log(8) + 0.01
+    views = tensor(rotation(6))
+    assert infonce(views, views.roll(1, dims=0)).item() > math.log(6)
 
 
 def test_infonce_is_invariant_to_rotation_lengths_and_text_order() -> None:
@@ -162,23 +163,9 @@ def test_infonce_is_invariant_to_rotation_lengths_and_text_order() -> None:
 def test_lidar_equals_naive_loops(n: int, q: int, width: int, ridge: float, seed: int) -> None:
     views = classes(n, q, width, seed=seed)
     found = lidar(tensor(views), ridge)
-    assert found.shape == ()
-    assert found.dtype == torch.float64
+    assert (found.shape, found.dtype) == ((), torch.float64)
     assert found.item() == pytest.approx(naive_lidar(views, ridge), rel=1e-6)
     assert 1 - 1e-9 <= found.item() <= min(n - 1, width) + 1e-9
-
-
-def test_the_default_ridge_is_1e_4() -> None:
-    views = classes(5, 2, 8)
-    assert lidar(tensor(views)).item() == pytest.approx(naive_lidar(views, 1e-4), rel=1e-6)
-    assert abs(lidar(tensor(views), 1e-2).item() / lidar(tensor(views)).item() - 1) > 0.01
-
-
-def test_scatters_equal_their_definition() -> None:
-    views = tensor([[[0.0, 0.0], [2.0, 0.0]], [[4.0, 3.0], [4.0, 5.0]]])
-    between, within = scatters(views)  # means (1, 0) and (4, 4)
-    assert between.tolist() == [[2.25, 3.0], [3.0, 4.0]]
-    assert within.tolist() == [[0.5, 0.0], [0.0, 0.5]]
 
 
 @pytest.mark.parametrize("k", [2, 3, 6])
@@ -200,16 +187,8 @@ def test_a_direction_with_noisy_views_counts_less() -> None:
     assert lidar(tensor(corners + noise * [1.0, 0.1])).item() == pytest.approx(2, rel=0.02)
 
 
-@pytest.mark.parametrize("offset", [0.0, 0.1, 1e6])
-def test_texts_with_equal_views_have_lidar_0(offset: float) -> None:
-    views = np.random.default_rng(0).normal(size=(1, 3, 5)) + offset
-    assert lidar(tensor(np.repeat(views, 7, axis=0))).item() == 0
-    shuffled = np.stack([views[0], views[0][::-1], views[0][[1, 2, 0]]])
-    assert lidar(tensor(shuffled)).item() == 0
-    assert lidar_of(torch.zeros(4, 4), torch.eye(4)).item() == 0
-
-
-def test_lidar_is_invariant_to_rotation_translation_and_order() -> None:
+def test_lidar_is_0_without_distance_between_texts_and_invariant_to_rotation_translation_and_order() -> None:
+    assert invariance.lidar(torch.zeros(4, 4), torch.eye(4)).item() == 0
     views = classes(9, 3, 6)
     expected = lidar(tensor(views)).item()
     order = np.random.default_rng(1).permutation(9)
@@ -225,11 +204,6 @@ def test_the_ridge_scales_with_the_square_of_the_views(scale: float) -> None:
     assert abs(lidar(tensor(scale * views), 1e-3).item() / expected - 1) > 0.01
 
 
-def test_lidar_from_scatters_equals_lidar_from_views() -> None:
-    views = tensor(classes(9, 3, 6))
-    assert lidar_of(*scatters(views), 1e-3).item() == lidar(views, 1e-3).item()
-
-
 # DiME
 
 
@@ -241,8 +215,7 @@ def test_dime_equals_naive_loops(order: float, n: int, width: int, permutations:
     draw = np.random.default_rng(seed)
     drawn = [draw.permutation(n) for _ in range(permutations)]
     found = dime(*tensors((a, b)), order=order, permutations=permutations, seed=seed)
-    assert found.shape == ()
-    assert found.dtype == torch.float64
+    assert (found.shape, found.dtype) == ((), torch.float64)
     assert found.item() == pytest.approx(naive_dime(a, b, order, drawn), abs=1e-6)
 
 
@@ -253,24 +226,14 @@ def test_many_permutations_approach_the_mean_over_all_permutations() -> None:
     assert found.item() == pytest.approx(naive_dime(a, b, 1.0, every), rel=0.03)
 
 
-def test_the_default_is_shannon_entropy_and_five_permutations() -> None:
-    a, b = tensors(pairs(12, 3))
-    assert dime(a, b).item() == dime(a, b, order=1, permutations=5, seed=0).item()
-    assert dime(a, b).item() != dime(a, b, permutations=6).item()
-
-
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("order", [0.5, 1.0, 2.0])
 def test_dime_falls_with_the_noise_between_views_and_is_0_for_independent_views(order: float, seed: int) -> None:
-    value = partial(dime, order=order, seed=seed)
+    a, _ = pairs(150, 4, seed=seed)
+    noisy = [pairs(150, 4, seed=seed, noise=noise) for noise in (0.2, 0.5)]
     identical, near, apart, independent = (
-        value(*tensors(views)).item()
-        for views in (
-            (pairs(150, 4, seed=seed)[0],) * 2,
-            pairs(150, 4, seed=seed, noise=0.2),
-            pairs(150, 4, seed=seed, noise=0.5),
-            (pairs(150, 4, seed=seed)[0], pairs(150, 4, seed=seed + 100)[0]),
-        )
+        dime(*tensors(views), order=order, seed=seed).item()
+        for views in ((a, a), *noisy, (a, pairs(150, 4, seed=seed + 100)[0]))
     )
     assert identical > near > apart > 0
     assert abs(independent) < 0.1 * near
@@ -288,8 +251,8 @@ def test_independent_views_have_a_dime_of_about_0_on_average() -> None:
 def test_constant_views_and_two_texts_have_dime_0() -> None:
     a, _ = tensors(pairs(10, 4))
     assert dime(a, torch.ones(10, 4)).item() == pytest.approx(0, abs=1e-12)
-    two = pairs(2, 4)
-    assert dime(*tensors(two)).item() == pytest.approx(0, abs=1e-12)  # swapping both rows and columns of a 2 × 2 kernel
+    # A permutation of two texts swaps both rows and columns of a 2 × 2 kernel.
+    assert dime(*tensors(pairs(2, 4))).item() == pytest.approx(0, abs=1e-12)
 
 
 def test_permutations_depend_only_on_the_seed() -> None:
@@ -322,11 +285,7 @@ def test_nan_and_infinity_give_nan(bad: float) -> None:
     a, b = tensors(pairs(6, 3))
     views = tensor(classes(6, 2, 3))
     a[2, 1] = views[2, 1, 1] = bad
-    assert infonce(a, b).isnan()
-    assert infonce(b, a).isnan()
-    assert dime(a, b).isnan()
-    assert dime(b, a).isnan()
-    assert lidar(views).isnan()
+    assert torch.stack([infonce(a, b), infonce(b, a), dime(a, b), dime(b, a), lidar(views)]).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -349,7 +308,7 @@ def test_views_that_are_not_matrices_with_equal_rows_are_refused(shapes: tuple[t
         dime(*views)
 
 
-A, B = torch.randn(4, 3), torch.randn(4, 3)
+A, B, EYE = torch.randn(4, 3), torch.randn(4, 3), torch.eye(3)
 
 
 @pytest.mark.parametrize(
@@ -363,18 +322,13 @@ A, B = torch.randn(4, 3), torch.randn(4, 3)
         *((partial(infonce, A, B, bad), "the temperature must be above 0, not") for bad in (0.0, -0.1, math.nan)),
         (partial(dime, A, B, permutations=0), "at least 1 permutation, not 0"),
         (partial(dime, A, B, order=-1), "order of an entropy must be at least 0, not -1"),
+        (partial(invariance.lidar, EYE, torch.eye(4)), r"must be \[D, D\] both, not \[3, 3\] and \[4, 4\]"),
         *(
-            (partial(lidar, torch.randn(n, q, 3)), f"LiDAR needs at least 2 texts and 2 views of each, not {n} and {q}")
-            for n, q in [(1, 3), (3, 1), (0, 2), (2, 0)]
-        ),
-        (partial(lidar, A), r"views must be \[n, q, D\], not \[4, 3\]"),
-        (partial(lidar_of, torch.eye(3), torch.eye(4)), r"must be \[D, D\] both, not \[3, 3\] and \[4, 4\]"),
-        *(
-            (partial(lidar, torch.randn(4, 2, 3), ridge), "the ridge must be above 0, not")
-            for ridge in (0.0, -1e-4, math.nan)
+            (partial(invariance.lidar, EYE, EYE, bad), "the ridge must be above 0, not")
+            for bad in (0.0, -1e-4, math.nan)
         ),
         (
-            partial(lidar_of, torch.eye(3), torch.full((3, 3), 1e20, dtype=torch.float64)),
+            partial(invariance.lidar, EYE, torch.full((3, 3), 1e20, dtype=torch.float64)),
             r"the ridge 0.0001 is below the rounding of a scatter of 1e\+20",
         ),
     ],

@@ -1,4 +1,4 @@
-"""From figures to a judgement: what metrics choose and lose, the layer to keep, and sentences that say what is so."""
+"""Findings of layer reports: choices of metrics and their losses, the layer to keep, recommendations, sentences."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ def layers_of(
     count: int = 5,
     seconds: Sequence[float] = (),
 ) -> list[JudgedLayer]:
-    """Layers 0 to count − 1; metrics that are not given are NaN, folds begin at layer 1."""
+    """Layers 0 to count − 1; other metrics are NaN, folds start at layer 1."""
     return [
         JudgedLayer(
             layer=number,
@@ -64,14 +64,18 @@ def chosen(judged: list[JudgedLayer]) -> dict[str, int | None]:
     return {choice.metric: choice.layer for choice in choices(judged)}
 
 
-# --- what a metric would choose
+def chosen_model(judged: list[JudgedLayer], **changes: Any) -> JudgedModel:
+    return with_choice(model_of(judged, **changes))
 
 
-def test_every_metric_chooses_the_layer_where_its_better_end_is() -> None:
+# Choices of metrics
+
+
+def test_every_metric_chooses_the_layer_with_its_best_value() -> None:
     peak = [0.1, 0.2, 0.9, 0.3, 0.05]
     judged = layers_of(dict.fromkeys(BY_NAME, peak))
     high = {name for name, metric in BY_NAME.items() if metric.better == "high"}
-    assert high == BY_NAME.keys() - {"curvature", "infonce"}, "smooth paths and found views are the better ones"
+    assert high == BY_NAME.keys() - {"curvature", "infonce"}
     assert chosen(judged) == {name: 2 if name in high else 4 for name in BY_NAME}
     assert [choice.better for choice in choices(judged)] == [metric.better for metric in METRICS]
 
@@ -80,10 +84,10 @@ def test_every_metric_chooses_the_layer_where_its_better_end_is() -> None:
     ("figures", "layer"),
     [
         pytest.param([9, 1, 2, 3, 2], 3, id="the embeddings cannot be kept"),
-        pytest.param([0, 2, 3, 3, 3], 2, id="of equals the lowest"),
-        pytest.param([0, NAN, 1, NAN, 0.5], 2, id="undefined layers have no say"),
-        pytest.param([5, NAN, NAN, NAN, -2], 4, id="one layer is left"),
-        pytest.param([1, NAN, NAN, NAN, NAN], None, id="only the embeddings have one"),
+        pytest.param([0, 2, 3, 3, 3], 2, id="the lowest of equal layers"),
+        pytest.param([0, NAN, 1, NAN, 0.5], 2, id="undefined layers are ignored"),
+        pytest.param([5, NAN, NAN, NAN, -2], 4, id="one defined layer"),
+        pytest.param([1, NAN, NAN, NAN, NAN], None, id="only the embeddings are defined"),
         pytest.param([0, 1, math.inf, 2, 3], 2, id="infinity"),
         pytest.param([0, -math.inf, -5, -math.inf, -6], 2, id="minus infinity"),
     ],
@@ -94,32 +98,25 @@ def test_the_choice_of_a_metric(figures: list[float], layer: int | None) -> None
     assert chosen(layers_of({"lidar": figures}))["lidar"] == layer
 
 
-def test_a_metric_that_is_missing_is_undefined() -> None:
-    judged = [layer.model_copy(update={"metrics": {}}) for layer in layers_of(test=[[0.5], [0.6], [0.7], [0.6], [0.5]])]
-    assert set(chosen(judged).values()) == {None}
-    assert all(choice.correlation is None and choice.lost_auc is None for choice in choices(judged))
-
-
 AUCS = [[0.75, 0.75], [0.60, 0.62], [0.68, 0.72], [0.66, 0.64], [0.50, 0.60]]
 
 
-def test_a_choice_loses_what_the_best_layer_that_can_be_kept_is_ahead() -> None:
-    judged = layers_of({"dime": [0, 1, 2, 3, 1], "lidar": [9, 0, 1, 0, 0]}, test=AUCS)
-    lost = {choice.metric: choice.lost_auc for choice in choices(judged)}
-    # The embeddings have the highest AUC of all, and cannot be kept.
-    assert lost["dime"] == pytest.approx(0.70 - 0.65)
-    assert lost["lidar"] == 0
-    assert lost["infonce"] is None
-    without = layers_of({"dime": [0, 1, 2, 3, 1]})
-    assert [choice.lost_auc for choice in choices(without)] == [None] * len(METRICS)
-    assert [choice.correlation for choice in choices(without)] == [None] * len(METRICS)
+def test_a_choice_loses_the_distance_to_the_best_layer_that_can_be_kept() -> None:
+    figures: dict[str, Sequence[float]] = {"dime": [0, 1, 2, 3, 1], "lidar": [9, 0, 1, 0, 0]}
+    lost = {choice.metric: choice.lost_auc for choice in choices(layers_of(figures, test=AUCS))}
+    # The embeddings have the highest AUC of all, but cannot be kept.
+    assert (lost["dime"], lost["lidar"], lost["infonce"]) == (pytest.approx(0.70 - 0.65), 0, None)
+    without_metrics = [layer.model_copy(update={"metrics": {}}) for layer in layers_of(test=AUCS)]
+    assert set(chosen(without_metrics).values()) == {None}
+    for judged in (without_metrics, layers_of(figures)):
+        assert all(choice.lost_auc is None and choice.correlation is None for choice in choices(judged))
 
 
 @given(
     st.lists(st.tuples(st.integers(-4, 4), st.integers(500, 520)), min_size=3, max_size=12),
     st.sets(st.integers(0, 11), max_size=4),
 )
-def test_the_correlation_is_spearmans_over_all_layers_that_have_a_figure(
+def test_the_correlation_is_spearmans_over_all_defined_layers(
     pairs: list[tuple[int, int]], undefined: set[int]
 ) -> None:
     figures = [NAN if place in undefined else float(figure) for place, (figure, _) in enumerate(pairs)]
@@ -131,7 +128,7 @@ def test_the_correlation_is_spearmans_over_all_layers_that_have_a_figure(
     if len(both) < 3 or len({one for one, _ in both}) < 2 or len({other for _, other in both}) < 2:
         assert found is None
         return
-    # Pearson's of mean ranks.
+    # Spearman's correlation is Pearson's correlation of mean ranks.
     ranks = [stats.rankdata(column) for column in zip(*both, strict=True)]
     assert found == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-9)
 
@@ -142,8 +139,7 @@ def test_the_correlation_is_spearmans_over_all_layers_that_have_a_figure(
     st.integers(1, 5),
     st.integers(-9, 9),
 )
-def test_units_and_zeros_of_a_metric_do_not_matter(figures: list[int], name: str, scale: int, shift: int) -> None:
-    """Against the definition as well: no layer that can be kept is better, and none below it is as good."""
+def test_choices_do_not_depend_on_the_scale_of_a_metric(figures: list[int], name: str, scale: int, shift: int) -> None:
     plain = layers_of({name: list(map(float, figures))}, count=len(figures))
     moved = layers_of({name: [float(scale * figure + shift) for figure in figures]}, count=len(figures))
     found = chosen(plain)[name]
@@ -156,13 +152,13 @@ def test_units_and_zeros_of_a_metric_do_not_matter(figures: list[int], name: str
 
 
 @given(st.lists(st.lists(st.integers(500, 900), min_size=3, max_size=3), min_size=2, max_size=8), st.integers(1, 4))
-def test_the_scale_of_the_auc_does_not_change_a_choice(aucs: list[list[int]], scale: int) -> None:
+def test_choices_do_not_depend_on_the_scale_of_the_auc(aucs: list[list[int]], scale: int) -> None:
     figures = {"dime": [float(sum(row) % 7) for row in aucs], "curvature": [float(row[0]) for row in aucs]}
     found = []
     for factor in (1, scale):
         test = [[factor * auc / 4000 for auc in row] for row in aucs]
         judged = layers_of(figures, test=test, folds=test[1:], count=len(aucs))
-        model = with_choice(model_of(judged))
+        model = chosen_model(judged)
         best = best_by_test(model)
         assert best is not None
         lost = [None if one.lost_auc is None else one.lost_auc / factor for one in model.choices]
@@ -171,48 +167,50 @@ def test_the_scale_of_the_auc_does_not_change_a_choice(aucs: list[list[int]], sc
     assert found[0][3] == pytest.approx(found[1][3])
 
 
-# --- the layer to keep
+# The layer to keep
 
 
 def test_without_clicks_the_best_mean_rank_of_one_metric_of_each_view_is_kept() -> None:
     assert {BY_NAME[name].view for name in WITHOUT_CLICKS} == {"information", "geometry", "invariance"}
     figures = {
-        # The embeddings would win everywhere.
+        # The embeddings have the best values everywhere.
         "prompt_entropy": [9.0, 1, 4, 3, 2],  # ranks of layers 1 to 4: 4 1 2 3
         "curvature": [0.0, 1, 3, 2, 4],  # 1 3 2 4
         "dime": [9.0, 1, 3, 4, 2],  # 4 2 1 3
-        # These have no say.
+        # These metrics are ignored.
         "lidar": [0.0, 0, 0, 0, 9],
         "infonce": [9.0, 9, 9, 9, 0],
     }
     judged = layers_of(figures)
     assert choose_by_metrics(judged) == 3
-    assert choose_by_metrics(layers_of({**figures, "curvature": [0.0, 1, NAN, 3, 4]})) == 2, "one metric less"
-    model = with_choice(model_of(judged))
+    assert choose_by_metrics(layers_of({**figures, "curvature": [0.0, 1, NAN, 3, 4]})) == 2, (
+        "an undefined metric is ignored"
+    )
+    model = chosen_model(judged)
     assert (model.keep, model.basis) == (3, "metrics")
     assert model.choices == choices(judged)
 
 
-def test_equal_mean_ranks_keep_the_lowest_layer_and_nothing_defined_keeps_none() -> None:
+def test_of_equal_mean_ranks_the_lowest_layer_is_kept_and_without_metrics_none() -> None:
     tied = {"prompt_entropy": [0.0, 1, 3, 3, 2], "dime": [0.0, 2, 5, 5, 1]}
     assert choose_by_metrics(layers_of(tied)) == 2
     assert choose_by_metrics(layers_of(dict.fromkeys(WITHOUT_CLICKS, [1.0] * 5))) == 1
     assert choose_by_metrics(layers_of()) is None
-    broken = with_choice(model_of(layers_of()))
+    broken = chosen_model(layers_of())
     assert (broken.keep, recommend([broken])) == (None, [])
     assert layer_findings([broken]) == []
 
 
-def test_with_clicks_the_training_part_alone_chooses() -> None:
+def test_with_clicks_only_the_training_part_decides() -> None:
     folds = [[0.6, 0.6], [0.7, 0.72], [0.66, 0.66], [0.5, 0.52]]
-    wishes = {"prompt_entropy": [0.0, 1, 2, 3, 9], "dime": [0.0, 1, 2, 3, 9], "curvature": [9.0, 3, 2, 1, 0]}
+    metrics = {"prompt_entropy": [0.0, 1, 2, 3, 9], "dime": [0.0, 1, 2, 3, 9], "curvature": [9.0, 3, 2, 1, 0]}
     rising = [[0.1 * number] for number in range(5)]
-    model = with_choice(model_of(layers_of(wishes, test=rising, folds=folds)))
+    model = chosen_model(layers_of(metrics, test=rising, folds=folds))
     assert (model.keep, model.basis) == (choose_layer(dict(enumerate(folds, start=1))), "clicks")
     assert model.keep == 2
-    # Neither metrics nor the test AUC, behind the boundary, had a say.
-    falling = {name: figures[::-1] for name, figures in wishes.items()}
-    assert with_choice(model_of(layers_of(falling, test=rising[::-1], folds=folds))).keep == 2
+    # Neither the metrics nor the test AUC influence the choice.
+    falling = {name: figures[::-1] for name, figures in metrics.items()}
+    assert chosen_model(layers_of(falling, test=rising[::-1], folds=folds)).keep == 2
 
 
 @given(st.integers(2, 9), st.randoms(use_true_random=False), st.booleans())
@@ -229,7 +227,7 @@ def test_the_embeddings_are_never_kept_nor_chosen(count: int, random: Any, click
     assert all(one.layers > 0 for one in recommend([model]))
 
 
-# --- recommendations
+# Recommendations
 
 GOOD = {"prompt_entropy": [0.0, 1, 2, 9, 3]}
 
@@ -238,12 +236,12 @@ def with_folds(*means: float) -> list[JudgedLayer]:
     return layers_of(GOOD, test=AUCS, folds=[[mean - 0.01, mean + 0.01] for mean in means])
 
 
-def test_of_several_poolings_the_one_that_scored_best_with_clicks_is_recommended() -> None:
+def test_the_pooling_with_the_best_auc_is_recommended() -> None:
     models = [
-        with_choice(model_of(with_folds(0.60, 0.66, 0.60, 0.50), pooling="mean")),
-        with_choice(model_of(with_folds(0.60, 0.62, 0.70, 0.71), pooling="last")),
-        with_choice(model_of(with_folds(0.61, 0.65, 0.62, 0.55), pooling="cls")),
-        with_choice(model_of(with_folds(0.90, 0.80, 0.70, 0.60), pooling="cls", backbone="b/other")),
+        chosen_model(with_folds(0.60, 0.66, 0.60, 0.50), pooling="mean"),
+        chosen_model(with_folds(0.60, 0.62, 0.70, 0.71), pooling="last"),
+        chosen_model(with_folds(0.61, 0.65, 0.62, 0.55), pooling="cls"),
+        chosen_model(with_folds(0.90, 0.80, 0.70, 0.60), pooling="cls", backbone="b/other"),
     ]
     for order in (models, models[::-1]):
         found = {one.backbone: one for one in recommend(order)}
@@ -256,34 +254,33 @@ def test_of_several_poolings_the_one_that_scored_best_with_clicks_is_recommended
     assert "better" not in recommend(models)[1].reason
 
 
-def test_a_pooling_whose_layers_end_lower_has_its_layer_by_its_own_curve() -> None:
-    """The height of the smooth curve decides between poolings, not one lucky layer."""
-    smooth = with_choice(model_of(with_folds(0.64, 0.66, 0.66, 0.64), pooling="mean"))
-    lucky = with_choice(model_of(with_folds(0.60, 0.60, 0.68, 0.60), pooling="last"))
+def test_the_smoothed_auc_decides_between_poolings_and_not_a_single_layer() -> None:
+    smooth = chosen_model(with_folds(0.64, 0.66, 0.66, 0.64), pooling="mean")
+    lucky = chosen_model(with_folds(0.60, 0.60, 0.68, 0.60), pooling="last")
     (found,) = recommend([lucky, smooth])
     assert (found.pooling, found.layers) == ("mean", 2)
 
 
-def test_without_clicks_the_first_pooling_stands() -> None:
-    models = [with_choice(model_of(layers_of(GOOD), pooling=pooling)) for pooling in ("cls", "mean")]
+def test_without_clicks_the_first_pooling_is_recommended() -> None:
+    models = [chosen_model(layers_of(GOOD), pooling=pooling) for pooling in ("cls", "mean")]
     (found,) = recommend(models)
     assert (found.layers, found.pooling, found.basis) == (3, "cls", "metrics")
     assert "There are no clicks: layer 3 of 4 has the best mean rank of prompt entropy. This is a hint" in found.reason
-    undefined = with_choice(model_of(layers_of(), pooling="last"))
-    assert recommend([undefined, *models]) == [found], "one of which nothing is known has no say"
+    undefined = chosen_model(layers_of(), pooling="last")
+    assert recommend([undefined, *models]) == [found], "a model without metrics is ignored"
 
 
-# --- sentences
+# Sentences
 
 
-def said(judged: list[JudgedLayer], **changes: Any) -> list[str]:
-    return layer_findings([with_choice(model_of(judged, **changes))])
+def sentences_of(judged: list[JudgedLayer], **changes: Any) -> list[str]:
+    return layer_findings([chosen_model(judged, **changes)])
 
 
-def test_an_advantage_that_is_there() -> None:
-    """Of the layer that was chosen without the test part, not of the one that the test part likes best."""
+def test_a_confirmed_advantage() -> None:
+    """The sentence is on the layer chosen without the test part, not on the best layer by test AUC."""
     test = [[0.7, 0.7, 0.7], [0.7, 0.7, 0.71], [0.700, 0.702, 0.698], [0.65, 0.65, 0.65], [0.600, 0.601, 0.596]]
-    sentences = said(layers_of(test=test, folds=[[0.6], [0.7], [0.65], [0.6]]))
+    sentences = sentences_of(layers_of(test=test, folds=[[0.6], [0.7], [0.65], [0.6]]))
     differences = np.array(test[2]) - np.array(test[4])
     assert stats.ttest_rel(test[2], test[4]).pvalue < 0.001
     reach = stats.t.ppf(0.975, 2) * stats.sem(differences)
@@ -300,21 +297,25 @@ def test_an_advantage_that_is_there() -> None:
 @pytest.mark.parametrize(
     ("kept_layer", "verdict", "difference"),
     [
-        pytest.param([0.60, 0.70], "is not confirmed", "+0.0250 (95 % interval −", id="too few seeds to tell"),
-        pytest.param([0.55, 0.50], "is refuted", "−0.1000 (95 % interval −", id="the final is better"),
+        pytest.param([0.60, 0.70], "is not confirmed", "+0.0250 (95 % interval −", id="too few seeds"),
+        pytest.param([0.55, 0.50], "is refuted", "−0.1000 (95 % interval −", id="the final layer is better"),
     ],
 )
-def test_an_advantage_that_is_not_there(kept_layer: list[float], verdict: str, difference: str) -> None:
+def test_an_advantage_that_is_not_confirmed_or_is_refuted(
+    kept_layer: list[float], verdict: str, difference: str
+) -> None:
     test = [[0.5, 0.5], kept_layer, [0.6, 0.6], [0.6, 0.6], [0.65, 0.60]]
-    sentence = said(layers_of(test=test, folds=[[0.9], [0.8], [0.7], [0.6]]))[0]
+    sentence = sentences_of(layers_of(test=test, folds=[[0.9], [0.8], [0.7], [0.6]]))[0]
     assert sentence.startswith(
         f"The mid-layer advantage {verdict}: layer 1, chosen without the test part, has test AUC"
     )
     assert difference in sentence
 
 
-def test_one_seed_gives_no_interval_and_no_spread() -> None:
-    sentences = said(layers_of(GOOD, test=[[0.5], [0.6], [0.7], [0.65], [0.5]], folds=[[0.9], [0.8], [0.7], [0.6]]))
+def test_one_seed_gives_no_interval_and_no_deviation() -> None:
+    sentences = sentences_of(
+        layers_of(GOOD, test=[[0.5], [0.6], [0.7], [0.65], [0.5]], folds=[[0.9], [0.8], [0.7], [0.6]])
+    )
     assert sentences[0] == (
         "The mid-layer advantage is not confirmed (there is no interval): layer 1, chosen without "
         "the test part, has test AUC 0.6000, the final layer 0.5000, +0.1000 (one seed)."
@@ -323,14 +324,12 @@ def test_one_seed_gives_no_interval_and_no_spread() -> None:
     assert not any("nan" in sentence or "deviation" in sentence for sentence in sentences)
 
 
-def test_a_final_layer_that_is_kept_is_no_advantage() -> None:
-    sentence = said(layers_of(test=[[0.9], [0.6], [0.6], [0.71], [0.7]], folds=[[0.6], [0.7], [0.8], [0.9]]))[0]
-    assert sentence == (
-        "The final layer is the one to keep, with test AUC 0.7000; the layer with the best test AUC is 3."
-    )
+def test_a_kept_final_layer_has_no_advantage() -> None:
+    sentence = sentences_of(layers_of(test=[[0.9], [0.6], [0.6], [0.71], [0.7]], folds=[[0.6], [0.7], [0.8], [0.9]]))[0]
+    assert sentence == ("The final layer is the layer to keep, with test AUC 0.7000; layer 3 has the best test AUC.")
 
 
-def test_what_the_kept_layer_saves_and_what_it_is_behind() -> None:
+def test_time_and_memory_of_the_kept_layer_and_its_distance_to_the_best_layer() -> None:
     test = [[0.5, 0.5], [0.70, 0.72], [0.60, 0.62], [0.695, 0.705], [0.5, 0.5]]
     judged = layers_of(test=test, folds=[[0.1], [0.2], [0.4], [0.3]], seconds=[1, 2, 3, 6, 8])
     curve = np.polyval(np.polyfit([0, 1, 2, 3], [0.1, 0.2, 0.4, 0.3], 2), [0, 1, 2, 3])
@@ -344,34 +343,31 @@ def test_what_the_kept_layer_saves_and_what_it_is_behind() -> None:
         )
         assert f"is between {curve.min():.4f} and {curve.max():.4f}. The smaller this range" in sharp
         assert f"is {behind:.4f} above layer {keep}, {within} one standard deviation; it cannot" in best
-    assert len(layer_findings([model_of(judged, keep=1, basis="clicks")])) == 3, "the best layer is behind nothing"
+    assert len(layer_findings([model_of(judged, keep=1, basis="clicks")])) == 3, "the kept layer is the best one"
     still = [layer.model_copy(update={"seconds": 0.0}) for layer in judged]
     assert not any("time" in sentence for sentence in layer_findings([model_of(still, keep=1, basis="clicks")]))
 
 
-def test_which_metric_chooses_best_and_which_goes_with_the_auc() -> None:
+def test_the_metric_with_the_best_choice_and_the_one_with_the_strongest_correlation() -> None:
     figures = {
         "dime": [0.0, 4, 5, 1, 0],  # chooses the second best layer
-        "lidar": [0.0, 0, 1, 2, 3],  # goes most strictly with the AUC, against it, and chooses the worst layer
-        "curvature": [1.0, 1, 1, 1, 1],  # has no correlation, and so no place here
+        "lidar": [0.0, 0, 1, 2, 3],  # has the strongest correlation, a negative one, and chooses the worst layer
+        "curvature": [1.0, 1, 1, 1, 1],  # has no correlation, so that it is left out
     }
-    found = said(layers_of(figures, test=[[0.71], [0.70], [0.69], [0.68], [0.60]]))[-1]
+    found = sentences_of(layers_of(figures, test=[[0.71], [0.70], [0.69], [0.68], [0.60]]))[-1]
     best, strongest = found.split(". L")
     assert best == (
         "Of the metrics, which do not see clicks, DiME chooses best: layer 2, at a loss of 0.0100 of test AUC"
     )
     assert strongest == "iDAR has the strongest correlation with the test AUC: Spearman −0.97 over the layers."
-    assert not any("Of the metrics" in sentence for sentence in said(layers_of(figures)))
+    assert not any("Of the metrics" in sentence for sentence in sentences_of(layers_of(figures)))
 
 
-def test_what_was_left_out_is_told_and_several_models_are_named() -> None:
+def test_failed_inputs_are_reported_and_several_models_are_named() -> None:
     odd = {"left_out": 3, "left_out_because": "ValueError: no token"}
-    told = "3 of 1,234 inputs failed and are left out; the first error: ValueError: no token."
-    assert said(layers_of(GOOD), **odd)[-1] == told
-    models = [
-        with_choice(model_of(layers_of(GOOD), pooling="cls", **odd)),
-        with_choice(model_of(layers_of(GOOD), backbone="b")),
-    ]
+    expected = "3 of 1,234 inputs failed and are left out; the first error: ValueError: no token."
+    assert sentences_of(layers_of(GOOD), **odd)[-1] == expected
+    models = [chosen_model(layers_of(GOOD), pooling="cls", **odd), chosen_model(layers_of(GOOD), backbone="b")]
     found = layer_findings(models)
     assert found[:2] == [f"a/model, cls pooling: {sentence}" for sentence in layer_findings(models[:1])]
     assert found[2:] == [f"b, mean pooling: {sentence}" for sentence in layer_findings(models[1:])]

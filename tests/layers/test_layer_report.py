@@ -1,4 +1,4 @@
-"""The report of layers: its tables, the description of the measurement, and what the plots show."""
+"""The report of layers: tables, the description of the measurement, and plots."""
 
 import math
 import re
@@ -27,11 +27,11 @@ def test_the_page_recommends_and_shows_both_tables_of_every_model() -> None:
         assert tables == [table for model in report.models for table in (layer_table(model), choice_table(model))]
 
 
-def test_what_the_page_says_of_the_measurement_is_what_was_measured() -> None:
-    def said(name: str) -> str:
+def test_the_page_describes_the_measurement() -> None:
+    def method(name: str) -> str:
         return " ".join(module._method(LAYERS[name])) + " ".join(map(module._setting, LAYERS[name].models))
 
-    texts, images, without = said("clicks"), said("images"), said("no clicks")
+    texts, images, without = method("clicks"), method("images"), method("no clicks")
     for fact in ("1,234 distinct texts of the catalogue of 2026-11-20", "4 views", "30 % of the words", "d = 64",
                  "order 1", "temperature 0.1", "up to 500 texts", "4 layers of width 384, mean pooling, at most 48",
                  "48 tokens, float32 on cpu; 1,200 texts."):  # fmt: skip
@@ -46,8 +46,8 @@ def test_what_the_page_says_of_the_measurement_is_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize("name", ["hostile", "hostile, no clicks"])
-def test_hostile_names_are_told_apart_in_every_legend(name: str) -> None:
-    """Also where a name begins with an underscore, or with another name."""
+def test_hostile_names_are_distinct_in_every_legend(name: str) -> None:
+    """Some names start with an underscore or with another name."""
     for section in layer_page(LAYERS[name]).sections:
         for plot in section.plots:
             (legend,) = plot.figure.legends
@@ -76,7 +76,7 @@ def test_cells_of_the_table_of_layers() -> None:
     assert not [name for name in layer_table(model_of(clicks=False)).header if "AUC" in name]
 
 
-def test_large_figures_one_seed_and_a_clock_that_stood_still() -> None:
+def test_cells_of_large_figures_one_seed_and_zero_seconds() -> None:
     model = model_of()
     last = model.judged[-1].model_copy(
         update={"metrics": {"lidar": 12345.678, "infonce": -0.0004}, "test_auc": [0.7], "weights_bytes": 1_234_567_890}
@@ -117,7 +117,7 @@ MODELS = LAYERS["models"].models
 DEPTHS = [[layer.depth for layer in model.judged] for model in MODELS]
 
 
-def test_every_metric_has_its_panel_with_its_figures() -> None:
+def test_every_metric_has_a_panel_with_its_values() -> None:
     figure = module._metrics(LAYERS["models"])
     assert len(figure.axes) == len(METRICS)
     for panel, metric in zip(figure.axes, METRICS, strict=True):
@@ -134,7 +134,7 @@ def test_every_metric_has_its_panel_with_its_figures() -> None:
         assert marked(panel) == ([] if metric.name == "lidar" else kept_at)
 
 
-def test_costs_are_drawn_from_zero() -> None:
+def test_axes_of_costs_start_at_0() -> None:
     seconds, weights = module._cost(LAYERS["models"]).axes
     assert curves(seconds) == [
         (depths, [layer.seconds for layer in model.judged]) for depths, model in zip(DEPTHS, MODELS, strict=True)
@@ -145,7 +145,7 @@ def test_costs_are_drawn_from_zero() -> None:
     assert seconds.get_ylim()[0] == weights.get_ylim()[0] == 0
 
 
-def test_the_auc_is_drawn_beside_what_the_choice_went_by() -> None:
+def test_the_test_auc_is_drawn_beside_the_auc_of_the_choice() -> None:
     tested, folded = module._aucs(LAYERS["models"]).axes
     assert "d = 64" in tested.get_title()
     bars = [bar.lines for bar in tested.containers]  # type: ignore[attr-defined]
@@ -164,7 +164,7 @@ def test_the_auc_is_drawn_beside_what_the_choice_went_by() -> None:
     assert len(marked(folded)) == 2
 
 
-def test_one_seed_is_drawn_without_a_spread() -> None:
+def test_one_seed_is_drawn_without_an_error_bar() -> None:
     model = model_of()
     judged = [layer.model_copy(update={"test_auc": layer.test_auc[:1]}) for layer in model.judged]
     tested, _ = module._aucs(layers_of(model.model_copy(update={"judged": judged}))).axes

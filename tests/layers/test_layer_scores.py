@@ -1,4 +1,4 @@
-"""Benchmark scores by layer: tables and result folders that are read, and what is said of each model."""
+"""Benchmark scores by layer: reading tables and result folders, and comparing the layers of each model."""
 
 import csv
 import json
@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from marc_pipeline.errors import UserError
 from marc_pipeline.layers.scores import COUNTS, judge_scores, read_scores
-from marc_schemas.scores import LayerScore, ModelCurve, ScoreReport
+from marc_schemas.scores import Comparison, LayerScore, ModelCurve, ScoreReport
 
 HEADER = "family,size,layer,task,main_score\n"
+Table = dict[tuple[str, str, int, str], float]
 
 
 @pytest.fixture(scope="session")
@@ -33,15 +34,20 @@ def scores(layers: dict[int, dict[str, float]], *, family: str = "m", size: str 
     ]
 
 
-def judged(layers: dict[int, dict[str, float]]) -> ModelCurve:
+def curve(layers: dict[int, dict[str, float]]) -> ModelCurve:
     (model,) = judge_scores(scores(layers)).models
     return model
+
+
+def recorded(model: ModelCurve) -> Comparison:
+    assert model.as_recorded is not None
+    return model.as_recorded
 
 
 # The published table
 
 
-# What LAYER_METRICS.md quotes, and what it leaves out: tasks that the two layers have, whether nothing is missing.
+# Published figures: final and best layer with mean and number of tasks, gain in percent, whether the model is complete.
 QUOTED = [
     ("Pythia", "410m", 25, (24, 0.468, 32), (17, 0.519, 32), 10.8, True),
     ("Pythia", "160m", 13, (12, 0.435, 32), (8, 0.470, 32), 8.1, True),
@@ -52,7 +58,7 @@ QUOTED = [
 
 
 @pytest.mark.parametrize(("family", "size", "layers", "final", "best", "percent", "complete"), QUOTED)
-def test_the_quoted_figures(
+def test_published_figures_are_reproduced(
     report: ScoreReport,
     family: str,
     size: str,
@@ -70,11 +76,11 @@ def test_the_quoted_figures(
     assert (found.best_layer, pytest.approx(found.best, abs=5.1e-4), found.best_tasks) == best
     assert percent is None or round(found.percent or 0, 1) == pytest.approx(percent, abs=0.051)
     assert model.complete is complete
-    # Of a complete model both comparisons are the same; of the others only the second is like for like.
+    # Both comparisons of a complete model are equal.
     assert (model.same_tasks == found) is complete
 
 
-def test_every_model_against_pandas(published_scores: Path, report: ScoreReport) -> None:
+def test_every_model_equals_a_computation_with_pandas(published_scores: Path, report: ScoreReport) -> None:
     frame = pd.read_csv(published_scores, dtype={"size": str})
     assert [model.name for model in report.models] != sorted(model.name for model in report.models)
     groups = dict(iter(frame.groupby(["family", "size"])))
@@ -110,87 +116,75 @@ def test_every_model_against_pandas(published_scores: Path, report: ScoreReport)
 def test_which_published_models_are_complete(report: ScoreReport) -> None:
     complete = {f"{model.family} {model.size}" for model in report.models if model.complete}
     assert {"Pythia 14m", "Pythia 70m", "Pythia 160m", "Pythia 410m"} <= complete
-    # Three layers short of a task each are enough not to be.
+    # Three layers without one task each make a model incomplete.
     assert not complete & {"mamba 370m", "mamba 790m", "LLM2Vec-mntp-unsup-simcse 8B", "Pythia 1b", "bert base"}
 
 
-def test_a_table_as_parquet_says_the_same(published_scores: Path, report: ScoreReport, tmp_path: Path) -> None:
+def test_parquet_gives_the_same_report_as_csv(published_scores: Path, report: ScoreReport, tmp_path: Path) -> None:
     frame = pd.read_csv(published_scores, dtype={"size": str}, float_precision="round_trip")
     frame.sample(frac=1, random_state=1).to_parquet(tmp_path / "scores.parquet")
     assert judge_scores(read_scores([tmp_path / "scores.parquet"])) == report
 
 
-# Judgement
+# Comparison
 
 
-def test_layers_may_begin_at_one() -> None:
-    model = judged({1: {"a": 0.1}, 2: {"a": 0.3}, 3: {"a": 0.2}})
+def test_layers_may_start_at_1_and_the_lowest_of_equal_layers_is_best() -> None:
+    model = curve({1: {"a": 0.1}, 2: {"a": 0.3}, 3: {"a": 0.2}})
+    found = recorded(model)
     assert model.complete
-    assert model.as_recorded is not None
-    assert (model.as_recorded.best_layer, model.as_recorded.final_layer, model.as_recorded.layers) == (2, 3, 3)
-    assert model.as_recorded.percent == pytest.approx(50)
+    assert (found.best_layer, found.final_layer, found.layers, found.percent) == (2, 3, 3, pytest.approx(50))
+    equal = curve({0: {"a": 0.1}, 1: {"a": 0.3}, 2: {"a": 0.3}})
+    assert (recorded(equal).best_layer, equal.winners[0].layer, recorded(equal).gain) == (1, 1, 0)
 
 
-def test_of_equal_layers_the_lowest_is_best() -> None:
-    model = judged({0: {"a": 0.1}, 1: {"a": 0.3}, 2: {"a": 0.3}})
-    assert model.as_recorded is not None
-    assert (model.as_recorded.best_layer, model.winners[0].layer) == (1, 1)
-    assert model.as_recorded.gain == 0
-
-
-def test_an_absent_layer_is_named_and_makes_a_model_incomplete() -> None:
-    model = judged({0: {"a": 0.1}, 3: {"a": 0.3}})
+def test_an_absent_layer_makes_a_model_incomplete() -> None:
+    model = curve({0: {"a": 0.1}, 3: {"a": 0.3}})
     assert (model.complete, model.absent_layers, model.partial_layers, model.missing_scores) == (False, [1, 2], [], 0)
-    assert model.as_recorded == model.same_tasks != None  # noqa: E711 - both are there
+    assert recorded(model) == model.same_tasks
 
 
-def test_a_layer_without_a_hard_task_is_compared_like_for_like() -> None:
+def test_a_layer_without_a_hard_task_is_compared_over_shared_tasks() -> None:
     tasks = {f"t{number:02}": 0.5 for number in range(16)}
     easy = {task: 0.5 for task in tasks if task != "t07"}
-    model = judged({0: easy, 1: tasks | {"t07": 0.02}, 2: tasks | {"t00": 0.4, "t07": 0.1}})
-    assert model.as_recorded is not None
-    assert model.same_tasks is not None
-    assert (model.as_recorded.best_layer, model.as_recorded.best_tasks, model.as_recorded.final_tasks) == (0, 15, 16)
-    assert (model.same_tasks.best_tasks, model.same_tasks.final_tasks) == (15, 15)
-    assert model.same_tasks.gain == pytest.approx(0.1 / 15)
+    model = curve({0: easy, 1: tasks | {"t07": 0.02}, 2: tasks | {"t00": 0.4, "t07": 0.1}})
+    found, shared = recorded(model), model.same_tasks
+    assert shared is not None
+    assert (found.best_layer, found.best_tasks, found.final_tasks) == (0, 15, 16)
+    assert (shared.best_tasks, shared.final_tasks, shared.gain) == (15, 15, pytest.approx(0.1 / 15))
     assert [mean.same_tasks_mean for mean in model.layers] == pytest.approx([0.5, 0.5, 7.4 / 15])
     assert (model.partial_layers, model.missing_scores, model.complete) == ([0], 1, False)
 
 
-def test_a_layer_with_too_few_tasks_does_not_count() -> None:
+def test_a_layer_with_too_few_tasks_is_not_counted() -> None:
     tasks = {f"t{number}": 0.5 for number in range(8)}
-    model = judged({0: tasks, 1: {"t0": 0.9}, 2: {"t1": 0.3}, 3: tasks, 4: {"t0": 0.99}})
-    assert model.as_recorded is not None
-    assert (model.as_recorded.layers, model.as_recorded.final_layer, model.as_recorded.best_layer) == (2, 3, 0)
+    model = curve({0: tasks, 1: {"t0": 0.9}, 2: {"t1": 0.3}, 3: tasks, 4: {"t0": 0.99}})
+    found = recorded(model)
+    assert (found.layers, found.final_layer, found.best_layer) == (2, 3, 0)
     assert [mean.same_tasks_mean is None for mean in model.layers] == [False, True, True, False, True]
-    # A task's own winner is the best of those that have it; its gain is over the layer that counts as final.
+    # The winner of a task may be a layer that is not counted; its gain refers to the final counted layer.
     assert (model.winners[0].layer, model.winners[0].final, model.winners[0].layers) == (4, 0.5, 4)
 
 
 @pytest.mark.parametrize(
     "layers", [{0: {"a": 0.5}}, {0: {"a": 0.5}, 1: {"b": 0.5}}, {0: {"a": 1.0, "b": 1.0}, 1: {"a": 1.0}}]
 )
-def test_too_little_to_compare(layers: dict[int, dict[str, float]]) -> None:
-    model = judged(layers)
+def test_too_few_scores_give_no_comparison(layers: dict[int, dict[str, float]]) -> None:
+    model = curve(layers)
     assert model.as_recorded is model.same_tasks is None
     assert not model.complete
 
 
 @pytest.mark.parametrize("final", [0.0, -0.2])
-def test_no_percentage_of_a_final_score_that_is_not_above_zero(final: float) -> None:
-    model = judged({0: {"a": 0.5}, 1: {"a": final}})
-    assert model.as_recorded is not None
-    assert model.as_recorded.percent is None
-    assert model.as_recorded.gain == 0.5 - final
+def test_a_final_score_of_0_or_less_has_no_percentage(final: float) -> None:
+    found = recorded(curve({0: {"a": 0.5}, 1: {"a": final}}))
+    assert (found.percent, found.gain) == (None, 0.5 - final)
 
 
 def test_models_are_ordered_by_family_and_size() -> None:
     sizes = ["8B", "14m", "1.4b", "160m", "", "odd"]
     every = [score for size in sizes for score in scores({0: {"a": 0.1}}, size=size)]
     assert [model.size for model in judge_scores(every).models] == ["14m", "160m", "1.4b", "8B", "", "odd"]
-
-
-def test_no_scores_are_an_empty_report() -> None:
     assert judge_scores([]) == ScoreReport(tasks=[], models=[])
 
 
@@ -201,7 +195,7 @@ TABLES = st.dictionaries(
 )
 
 
-def of(table: dict[tuple[str, str, int, str], float]) -> list[LayerScore]:
+def of(table: Table) -> list[LayerScore]:
     return [
         LayerScore(family=family, size=size, layer=layer, task=task, score=score)
         for (family, size, layer, task), score in table.items()
@@ -209,14 +203,14 @@ def of(table: dict[tuple[str, str, int, str], float]) -> list[LayerScore]:
 
 
 @given(table=TABLES, seed=st.integers(0, 99))
-def test_the_order_of_the_rows_does_not_matter(table: dict[tuple[str, str, int, str], float], seed: int) -> None:
+def test_the_order_of_the_rows_does_not_matter(table: Table, seed: int) -> None:
     rows = of(table)
     shuffled = random.Random(seed).sample(rows, len(rows))  # noqa: S311
     assert judge_scores(shuffled) == judge_scores(rows)
 
 
 @given(table=TABLES)
-def test_what_holds_of_every_report(table: dict[tuple[str, str, int, str], float]) -> None:
+def test_invariants_of_every_report(table: Table) -> None:
     report = judge_scores(of(table))
     assert ScoreReport.model_validate_json(report.model_dump_json()) == report
     assert sum(mean.tasks for model in report.models for mean in model.layers) == len(table)
@@ -227,13 +221,11 @@ def test_what_holds_of_every_report(table: dict[tuple[str, str, int, str], float
             assert model.as_recorded == model.same_tasks
             assert not model.absent_layers + model.partial_layers
             assert model.missing_scores == 0
-        for found in (model.as_recorded, model.same_tasks):
-            if found is not None:
-                assert found.gain >= 0
-                assert found.best_layer <= found.final_layer
-                assert found.best >= found.final
-                assert min(found.best_tasks, found.final_tasks) > 0
-                assert (found.gain == 0) or found.best_layer != found.final_layer
+        for found in filter(None, (model.as_recorded, model.same_tasks)):
+            assert found.gain == found.best - found.final >= 0
+            assert found.best_layer <= found.final_layer
+            assert min(found.best_tasks, found.final_tasks) > 0
+            assert found.gain == 0 or found.best_layer != found.final_layer
         if model.as_recorded is not None:
             assert min(model.as_recorded.best_tasks, model.as_recorded.final_tasks) >= COUNTS * len(model.tasks)
         for winner in model.winners:
@@ -260,25 +252,19 @@ def table_of(folder: Path, text: str | bytes) -> Path:
         ("family,size,layer,task,main_score,task\na,b,1,t,0.5,u\n", "there are two columns task"),
         (HEADER, "the table has no rows"),
         (HEADER + "a,b,1,t,0.5\na,b,2,t,good\n", r"scores.csv, row 2: main_score 'good' is not a number"),
-        (HEADER + "a,b,1,t,\n", r"row 1: main_score '' is not a number"),
-        (HEADER + "a,b,1,t,nan\n", r"row 1: main_score 'nan' is not a number"),
-        (HEADER + "a,b,1,t,-inf\n", r"row 1: main_score '-inf' is not a number"),
-        (HEADER + "a,b,1,t,1e400\n", r"row 1: main_score '1e400' is not a number"),
-        (HEADER + "a,b,1,t,1e308\n", r"row 1: main_score '1e308' is not a number"),
-        (HEADER + "a,b,1,t,1_0\n", r"row 1: main_score '1_0' is not a number"),
-        (HEADER + "a,b,1.5,t,0.5\n", r"row 1: layer '1.5' is not a whole number"),
-        (HEADER + "a,b,-1,t,0.5\n", r"row 1: layer '-1' is not a whole number"),
-        (HEADER + "a,b,9999999999999,t,0.5\n", r"row 1: layer '9999999999999' is not a whole number from 0 to 99,999"),
-        (HEADER + "a,b,nan,t,0.5\n", r"row 1: layer 'nan' is not a whole number"),
-        (HEADER + "a,b,final,t,0.5\n", r"row 1: layer 'final' is not a whole number"),
+        *(
+            (f"{HEADER}a,b,1,t,{score}\n", f"row 1: main_score '{score}' is not a number")
+            for score in ("", "nan", "-inf", "1e400", "1e308", "1_0")
+        ),
+        *(
+            (f"{HEADER}a,b,{layer},t,0.5\n", f"row 1: layer '{layer}' is not a whole number from 0 to 99,999")
+            for layer in ("1.5", "-1", "9999999999999", "nan", "final")
+        ),
         (HEADER + ",b,1,t,0.5\n", "row 1: family is empty"),
         (HEADER + "a,b,1, ,0.5\n", "row 1: task is empty"),
         (HEADER + "a,b,1,t,0.5\n\na,b,1,t\n", "row 2: 4 cells, the header has 5"),
         (HEADER + "a,b,1,t,0.5,6\n", "row 1: 6 cells, the header has 5"),
-        (
-            HEADER + "a,b,1,t,0.5\na,b,1,u,0.5\na,b,1.0,t,0.6\n",
-            r"row 3: a b, layer 1, t is given twice, .*, row 1",
-        ),
+        (HEADER + "a,b,1,t,0.5\na,b,1,u,0.5\na,b,1.0,t,0.6\n", r"row 3: a b, layer 1, t is given twice, .*, row 1"),
         (HEADER + 'a,b,1,"t\nu",1\na,b,1,"t\nu",1\n', "row 2: a b, layer 1, t u is given twice"),
         (HEADER.encode() + b"a,b,1,t\xff,0.5\n", "not a CSV file in UTF-8"),
         (HEADER + 'a,b,1,"t,0.5\n', "not a CSV file in UTF-8"),
@@ -286,14 +272,14 @@ def table_of(folder: Path, text: str | bytes) -> Path:
         (HEADER + "a,b,1,t," + "x" * 1000 + "\n", r"main_score 'x{39}… is not a number"),
     ],
 )
-def test_a_table_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, text: str | bytes, message: str) -> None:
+def test_an_invalid_table_is_refused_in_one_line(tmp_path: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(UserError, match=message) as refused:
         read_scores([table_of(tmp_path, text)])
     assert str(refused.value).startswith(str(tmp_path))
     assert "\n" not in str(refused.value)
 
 
-def test_what_a_table_may_look_like(tmp_path: Path) -> None:
+def test_tables_may_have_other_columns_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
     text = '\ufefftask, main_score,note,layer,size,family\r\n"a, b",1e-1,x,07,,  m \r\n\r\nü,-.5,y,8.0,,m\r\n'
     found = read_scores([table_of(tmp_path, text)])
     assert [(s.family, s.size, s.layer, s.task, s.score) for s in found] == [
@@ -302,7 +288,7 @@ def test_what_a_table_may_look_like(tmp_path: Path) -> None:
     ]
 
 
-def test_parquet_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_invalid_parquet_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "scores.parquet"
     path.write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match="not a Parquet file that can be read"):
@@ -318,7 +304,7 @@ def test_parquet_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> N
             read_scores([path])
 
 
-def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
+def test_missing_files_and_other_formats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file or folder"):
         read_scores([tmp_path / "nothing.csv"])
     (tmp_path / "scores.xlsx").touch()
@@ -326,7 +312,7 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
         read_scores([tmp_path / "scores.xlsx"])
 
 
-def test_a_score_that_two_tables_tell_is_told_twice(tmp_path: Path) -> None:
+def test_a_score_in_two_tables_is_refused(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         table_of(tmp_path / name, HEADER + "a,b,1,t,0.5\n")
@@ -342,12 +328,10 @@ def test_any_table_is_read_or_refused_in_one_line(
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([HEADER.strip().split(","), *rows])
     path.write_bytes(path.read_bytes() + tail)
-    said = ""
     try:
         judge_scores(read_scores([path]))
     except UserError as error:
-        said = str(error)
-    assert "\n" not in said
+        assert "\n" not in str(error)  # noqa: PT017 - some of the tables are valid
 
 
 # Result folders
@@ -379,15 +363,14 @@ def read(folder: Path) -> list[tuple[str, str, int, str, float]]:
         ("all-MiniLM-L6-v2/layer-07/STS12.json", ("all-MiniLM-L6-v2", "")),
     ],
 )
-def test_model_and_layer_are_told_by_the_path(tmp_path: Path, path: str, model: tuple[str, str]) -> None:
+def test_the_path_gives_model_and_layer(tmp_path: Path, path: str, model: tuple[str, str]) -> None:
     result(tmp_path / path, 0.25, 0.75)
     assert read(tmp_path) == [(*model, 7, "STS12", 0.5)]
-    # Also from inside, and of the file itself.
-    assert read((tmp_path / path).parent) == [(*model, 7, "STS12", 0.5)]
-    assert read(tmp_path / path) == [(*model, 7, "STS12", 0.5)]
+    for inside in ((tmp_path / path).parent, tmp_path / path):
+        assert read(inside) == [(*model, 7, "STS12", 0.5)]
 
 
-def test_what_mteb_wrote_beside_a_result_names_the_model(tmp_path: Path) -> None:
+def test_the_file_of_mteb_beside_a_result_names_the_model(tmp_path: Path) -> None:
     folder = tmp_path / "somewhere" / "layer-3"
     result(folder / "STS12.json", 0.5)
     (folder / "model_meta.json").write_text(json.dumps({"name": "org/m-2b", "revision": "layer-3"}))
@@ -397,7 +380,7 @@ def test_what_mteb_wrote_beside_a_result_names_the_model(tmp_path: Path) -> None
     assert read(tmp_path) == [("m", "2b", 3, "STS12", 0.5)]
 
 
-def test_splits_and_subsets_weigh_the_same_as_mteb_has_it(tmp_path: Path) -> None:
+def test_splits_and_subsets_have_the_same_weight_as_in_mteb(tmp_path: Path) -> None:
     path = tmp_path / "m" / "layer-1" / "T.json"
     result(path, 0.1, 0.2)
     content = json.loads(path.read_text())
@@ -406,7 +389,7 @@ def test_splits_and_subsets_weigh_the_same_as_mteb_has_it(tmp_path: Path) -> Non
     assert read(tmp_path)[0][-1] == pytest.approx(0.4)
 
 
-def test_a_model_in_several_variants_is_several_families(tmp_path: Path) -> None:
+def test_each_variant_of_a_model_is_a_family(tmp_path: Path) -> None:
     for pooling in ("mean", "last"):
         for layer in (0, 1):
             result(tmp_path / "x__pythia-14m" / f"layer-{layer}-{pooling}" / "T.json", 0.5)
@@ -416,7 +399,7 @@ def test_a_model_in_several_variants_is_several_families(tmp_path: Path) -> None
     }
 
 
-def test_a_result_that_came_to_no_number_counts_as_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_score_that_is_not_a_number_counts_as_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name, score in (("0/A", 0.5), ("0/B", 0.5), ("1/A", 0.5), ("1/B", float("nan"))):
         result(tmp_path / "m" / f"layer-{name}.json", score)
     (model,) = judge_scores(read_scores([tmp_path])).models
@@ -437,7 +420,7 @@ def test_a_result_that_came_to_no_number_counts_as_missing(tmp_path: Path, caplo
         ('{"mteb_dataset_name": "A", "test": {}}', r"mteb before 1\.11"),
     ],
 )
-def test_a_broken_result_is_refused_in_one_line(tmp_path: Path, content: str | bytes, message: str) -> None:
+def test_an_invalid_result_is_refused_in_one_line(tmp_path: Path, content: str | bytes, message: str) -> None:
     path = tmp_path / "layer-1" / "A.json"
     path.parent.mkdir()
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -446,19 +429,18 @@ def test_a_broken_result_is_refused_in_one_line(tmp_path: Path, content: str | b
     assert str(path) in str(refused.value)
 
 
-def test_results_without_a_layer_are_refused(tmp_path: Path) -> None:
+def test_results_without_a_layer_and_folders_without_results_are_refused(tmp_path: Path) -> None:
     result(tmp_path / "x__y" / "layers" / "A.json", 0.5)
-    with pytest.raises(UserError, match="no folder in its path names the layer"):
-        read_scores([tmp_path])
-
-
-def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "layer-1").mkdir()
-    (tmp_path / "layer-1" / "other.json").write_text("{}")
-    with pytest.raises(UserError, match="has no results of mteb"):
-        read_scores([tmp_path])
-    with pytest.raises(UserError, match="has no scores of mteb"):
-        read_scores([tmp_path / "layer-1" / "other.json"])
+    other = tmp_path / "other" / "layer-1" / "other.json"
+    other.parent.mkdir(parents=True)
+    other.write_text("{}")
+    for path, message in (
+        (tmp_path / "x__y", "no folder in its path names the layer"),
+        (tmp_path / "other", "has no results of mteb"),
+        (other, "has no scores of mteb"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_scores([path])
 
 
 def test_tables_and_results_together(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The report of benchmark scores: its sentences, its tables, and what its plots show."""
+"""The report of benchmark scores: sentences, tables and plots."""
 
 import math
 from pathlib import Path
@@ -40,6 +40,12 @@ def lines_of(figure: Figure) -> dict[tuple[str, str], list[tuple[float, float]]]
     }
 
 
+def curves_of(report: ScoreReport) -> Figure:
+    figure = score_curves(report)
+    assert figure is not None
+    return figure
+
+
 def stars_of(figure: Figure) -> list[tuple[float, float]]:
     stars = [line for axes in figure.axes for line in axes.get_lines() if line.get_marker() == "*"]
     return sorted((float(x), float(y)) for star in stars for x, y in zip(*star.get_data(), strict=True))
@@ -48,16 +54,15 @@ def stars_of(figure: Figure) -> list[tuple[float, float]]:
 # Plots
 
 
-def test_every_complete_published_model_has_its_curve(published: ScoreReport) -> None:
-    figure = score_curves(published)
-    assert figure is not None
+def test_every_complete_published_model_has_a_curve(published: ScoreReport) -> None:
+    figure = curves_of(published)
     lines = lines_of(figure)
     complete = [model for model in published.models if model.complete]
     assert len(complete) == 7
     for model in complete:
         last = model.layers[-1].layer
-        wanted = [(mean.layer / last, mean.mean) for mean in model.layers]
-        assert np.array(lines[model.family, model.size]) == pytest.approx(np.array(wanted))
+        expected = [(mean.layer / last, mean.mean) for mean in model.layers]
+        assert np.array(lines[model.family, model.size]) == pytest.approx(np.array(expected))
     for model in drawn(published):
         assert model.same_tasks is not None
         last = model.layers[-1].layer
@@ -66,36 +71,33 @@ def test_every_complete_published_model_has_its_curve(published: ScoreReport) ->
     assert len(stars_of(figure)) == len(lines) == len(drawn(published))
 
 
-def test_an_incomplete_model_is_drawn_over_shared_tasks_and_says_so(published: ScoreReport) -> None:
-    figure = score_curves(published)
-    assert figure is not None
+def test_an_incomplete_model_is_drawn_over_shared_tasks_with_a_label(published: ScoreReport) -> None:
+    figure = curves_of(published)
     (model,) = (model for model in published.models if model.name == "LLM2Vec-mntp-unsup-simcse 8B")
     points = lines_of(figure)[model.family, "8B (30 of 32 tasks)"]
     counting = [mean for mean in model.layers if mean.same_tasks_mean is not None]
     assert np.array(points) == pytest.approx(np.array([(mean.layer / 32, mean.same_tasks_mean) for mean in counting]))
-    # One task is no more than half of all: not drawn.
+    # A model with fewer than half of the tasks in common is not drawn.
     assert "Pythia 1b" not in [model.name for model in drawn(published)]
 
 
-def test_no_line_crosses_layers_that_are_not_known() -> None:
+def test_a_curve_has_gaps_at_missing_layers() -> None:
     found = scores_of(("a", ""), without=[(2, "early"), (2, "middle"), (2, "late")])
-    figure = score_curves(found)
-    assert figure is not None
-    (line, _) = figure.axes[0].get_lines()
+    (line, _) = curves_of(found).axes[0].get_lines()
     assert [math.isnan(float(y)) for y in line.get_ydata()] == [False, False, True, False, False]
     assert line.get_linestyle() == "--"
 
 
 @pytest.mark.parametrize(("families", "panels"), [(1, 1), (2, 1), (4, 1), (5, 5), (7, 7)])
-def test_a_panel_a_family_where_there_are_many(families: int, panels: int) -> None:
-    figure = score_curves(scores_of(*[(f"family {number}", "1b") for number in range(families)]))
-    assert figure is not None
+def test_many_models_have_one_panel_per_family(families: int, panels: int) -> None:
+    figure = curves_of(scores_of(*[(f"family {number}", "1b") for number in range(families)]))
     assert len(figure.axes) == panels
     assert len(lines_of(figure)) == families
     figure.canvas.draw()
+    assert len(lines_of(curves_of(HOSTILE_SCORES))) == len(NAMES), "hostile names are labels"
 
 
-def test_the_winners_lie_where_they_are(published: ScoreReport) -> None:
+def test_the_grid_shows_the_best_layer_of_each_task_and_model(published: ScoreReport) -> None:
     figure = winner_grid(published)
     assert figure is not None
     axes = figure.axes[0]
@@ -114,7 +116,7 @@ def test_the_winners_lie_where_they_are(published: ScoreReport) -> None:
     assert len(written) == sum(len(model.winners) for model in models)
 
 
-def test_a_task_that_a_model_lacks_has_no_cell() -> None:
+def test_a_missing_task_has_no_cell() -> None:
     rows = [("a", "t"), ("a", "u"), ("b", "t")]
     found = judge_scores(
         LayerScore(family=family, size="", layer=layer, task=task, score=layer)
@@ -124,10 +126,10 @@ def test_a_task_that_a_model_lacks_has_no_cell() -> None:
     figure = winner_grid(found)
     assert figure is not None
     assert len(figure.axes[0].texts) == 3
-    assert lines_of(score_curves(found) or Figure()).keys() == {("", "a"), ("", "b (1 of 2 tasks)")}
+    assert lines_of(curves_of(found)).keys() == {("", "a"), ("", "b (1 of 2 tasks)")}
 
 
-def test_nothing_to_draw() -> None:
+def test_without_comparable_models_there_are_no_plots() -> None:
     empty = judge_scores([LayerScore(family="a", size="", layer=0, task="t", score=1.0)])
     assert score_curves(empty) is winner_grid(empty) is None
     assert score_curves(ScoreReport(tasks=[], models=[])) is None
@@ -136,17 +138,17 @@ def test_nothing_to_draw() -> None:
 # Sentences and tables
 
 
-def test_the_findings_come_first_and_are_few(published: ScoreReport) -> None:
-    said = score_page(published).findings
-    assert said == score_findings(published)
-    assert said[0] == "In 6 of 7 complete models a layer before the last on record has the highest mean."
+def test_findings_of_the_published_scores(published: ScoreReport) -> None:
+    sentences = score_page(published).findings
+    assert sentences == score_findings(published)
+    assert sentences[0] == "In 6 of 7 complete models a layer before the last on record has the highest mean."
     depths = [w.layer / m.layers[-1].layer for m in published.models if m.complete for w in m.winners]
     early, middle = sum(depth < 1 for depth in depths), np.median(depths)
-    assert said[1].startswith(f"Task by task, {early} of {7 * 32} best layers")
-    assert said[1].endswith(f"depth of {middle:.2f} or less.")
-    assert said[2].startswith("The largest gain is that of Pythia 14m: layer 0 has 0.4044")
-    assert said[3].startswith("Incomplete: bert base, bert large, LLM2Vec-mntp 8B")
-    assert len(said) == 4
+    assert sentences[1].startswith(f"Task by task, {early} of {7 * 32} best layers")
+    assert sentences[1].endswith(f"depth of {middle:.2f} or less.")
+    assert sentences[2].startswith("The largest gain is that of Pythia 14m: layer 0 has 0.4044")
+    assert sentences[3].startswith("Incomplete: bert base, bert large, LLM2Vec-mntp 8B")
+    assert len(sentences) == 4
 
 
 SIMCSE = "LLM2Vec-mntp-unsup-simcse 8B"
@@ -171,12 +173,12 @@ SIMCSE = "LLM2Vec-mntp-unsup-simcse 8B"
         ("bert base", [": too few scores to compare layers"]),
     ],
 )
-def test_every_model_has_its_sentence_with_what_is_missing(
+def test_every_model_has_a_sentence_with_its_missing_scores(
     published: ScoreReport, beginning: str, words: list[str]
 ) -> None:
-    said = model_sentences(published)
-    assert len(said) == len(published.models)
-    (sentence,) = (sentence for sentence in said if sentence.startswith(beginning))
+    sentences = model_sentences(published)
+    assert len(sentences) == len(published.models)
+    (sentence,) = (sentence for sentence in sentences if sentence.startswith(beginning))
     assert all(part in sentence for part in words)
 
 
@@ -192,24 +194,15 @@ def test_cells_of_the_tables_of_models(published: ScoreReport) -> None:
 
 @pytest.mark.parametrize(
     ("without", "beginning"),
-    [
-        ([], "m: layer 2 has"),
-        ([(0, "early")], "m, incomplete (5 layers, 3 tasks, 1 layer without all tasks, 1 of 15"),
-    ],
+    [([], "m: layer 2 has"), ([(0, "early")], "m, incomplete (5 layers, 3 tasks, 1 layer without all tasks, 1 of 15")],
 )
-def test_the_finding_of_a_single_model_is_its_own(without: list[tuple[int, str]], beginning: str) -> None:
-    said = score_findings(scores_of(("m", ""), without=without))
-    assert any(sentence.startswith(beginning) for sentence in said)
+def test_the_finding_of_a_single_model(without: list[tuple[int, str]], beginning: str) -> None:
+    sentences = score_findings(scores_of(("m", ""), without=without))
+    assert any(sentence.startswith(beginning) for sentence in sentences)
 
 
-def test_hostile_names_stay_names() -> None:
-    """Every model has its curve, also one whose name begins with an underscore."""
-    assert len(lines_of(score_curves(HOSTILE_SCORES) or Figure())) == len(NAMES)
-
-
-def test_the_published_scores_are_written(published: ScoreReport, tmp_path: Path) -> None:
+def test_the_report_of_the_published_scores_is_written(published: ScoreReport, tmp_path: Path) -> None:
     data, _, page, *plots = write_score_report(published, tmp_path)
     assert ScoreReport.model_validate_json(data.read_bytes()) == published
     assert len(plots) == 2
-    # Text of the plots is text.
     assert all(text in page.read_text() for text in (">160m<", "relative depth (layer / highest layer on record)"))

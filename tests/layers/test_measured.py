@@ -38,6 +38,7 @@ from tiny_models import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY = 64
+Ids = list[NDArray[np.int32]]
 Models = dict[str, PreTrainedModel]
 PACKABLE = ("bert", "llama", "qwen3")
 LENGTHS = [12, 9, 9, 9, 5, 3, 3, 2, 2, 1, 1]
@@ -53,7 +54,7 @@ def models() -> Models:
     return {**found, "vit": tiny_vision_model("vit")}
 
 
-def texts_of(lengths: list[int], seed: int = 0) -> list[NDArray[np.int32]]:
+def texts_of(lengths: list[int], seed: int = 0) -> Ids:
     rng = np.random.default_rng(seed)
     return [rng.integers(4, VOCABULARY, length).astype(np.int32) for length in lengths]
 
@@ -62,7 +63,7 @@ def measured(model: PreTrainedModel, pooling: Pooling = "mean", **options: Any) 
     return MeasuredLayers(copy.deepcopy(model), pooling, **options)
 
 
-def batch_of(found: MeasuredLayers, texts: list[NDArray[np.int32]], *, packed: bool, tokens: int = 0) -> TokenBatch:
+def batch_of(found: MeasuredLayers, texts: Ids, *, packed: bool, tokens: int = 0) -> TokenBatch:
     if not packed:
         return PaddedTokens.of(texts)
     assert use_packed(found, found.model, longest=MAX_TOKENS) == 0
@@ -75,7 +76,7 @@ def measure(found: MeasuredLayers, batch: TokenBatch) -> Tensor:
     return seen
 
 
-# --- columns
+# Columns
 
 
 @EVERY_LAYOUT
@@ -152,8 +153,7 @@ def test_short_texts_have_undefined_curvature_and_no_nan(models: Models, archite
 
 
 def test_equal_tokens_have_undefined_curvature_in_the_embeddings(models: Models) -> None:
-    ids = np.full(6, 7, np.int32)
-    seen = measure(measured(models["llama"]), PaddedTokens.of([ids]))[0, :, WIDTH:]
+    seen = measure(measured(models["llama"]), PaddedTokens.of([np.full(6, 7, np.int32)]))[0, :, WIDTH:]
     assert seen[0].tolist() == [pytest.approx(0, abs=1e-6), 6, UNDEFINED]
 
 
@@ -176,7 +176,7 @@ def test_without_measuring_figures_are_undefined_and_no_time_is_added(models: Mo
         assert (found(batch)[..., WIDTH:] == UNDEFINED).all(), "an error ends the measuring, too"
 
 
-# --- time
+# Time
 
 
 def test_seconds_cover_embeddings_and_blocks_and_only_grow(models: Models) -> None:
@@ -235,7 +235,7 @@ def test_the_time_of_the_measurement_is_excluded(models: Models, monkeypatch: py
     assert found.seconds().sum() < 0.05
 
 
-# --- batches that fail during the pass
+# Batches that fail during the pass
 
 
 def encoder_of(found: MeasuredLayers, architecture: str) -> Encoder:
@@ -286,7 +286,7 @@ def test_a_batch_that_runs_again_in_parts_is_measured_once(architecture: str, er
     assert (expected[..., WIDTH + 1] > 1).all()
 
 
-# --- weights
+# Weights
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "vit"])

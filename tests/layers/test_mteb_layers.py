@@ -1,7 +1,6 @@
-"""Every layer through mteb's own evaluator: the pipeline's vectors, each text computed once, layers kept apart."""
+"""Every layer through mteb's evaluator: the pipeline's vectors, each text computed once, one result per layer."""
 
 import json
-import logging
 import multiprocessing
 import os
 import re
@@ -17,8 +16,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from command_line import marc
 from marc_pipeline.config import TrainSettings
-from marc_pipeline.errors import UserError
+from marc_pipeline.errors import Unencodable, UserError
 from marc_pipeline.layers import mteb as mteb_layers
 from marc_pipeline.layers import state_cache
 from marc_pipeline.layers.mteb import PAPER_TASKS, EveryLayer, LayerEncoder, find_tasks, run_tasks
@@ -28,7 +28,7 @@ from marc_pipeline.training.states import write_states
 from tiny_models import CPU_FLOAT32, LAYERS, MAX_TOKENS, ONE_CORE, TEXTS, WIDTH, save_tiny_backbone
 
 mteb = pytest.importorskip("mteb")
-# Below the check: they are mteb's own classes, evaluators and data sets.
+# Imported after the check, because they need mteb.
 from datasets import Dataset, DatasetDict  # noqa: E402
 from mteb.abstasks import AbsTaskClassification  # noqa: E402
 from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy  # noqa: E402
@@ -39,18 +39,16 @@ from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
 from mteb.models import EncoderProtocol  # noqa: E402
 from mteb.results import TaskResult  # noqa: E402
 
-# mteb's own classifier on a handful of rows.
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:lbfgs failed to converge"),
-]
+# mteb's classifier trains on few rows here.
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:lbfgs failed to converge")]
 RNG = np.random.default_rng(0)
+Open = Callable[..., EveryLayer]
 
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("something looks for a network")
+        raise AssertionError("a test uses the network")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
@@ -66,7 +64,7 @@ def settings(backbone: str, **more: Any) -> TrainSettings:
 
 
 @pytest.fixture
-def open_layers(backbone: str, tmp_path: Path) -> Iterator[Callable[..., EveryLayer]]:
+def open_layers(backbone: str, tmp_path: Path) -> Iterator[Open]:
     opened: list[EveryLayer] = []
 
     def open_one(**more: Any) -> EveryLayer:
@@ -83,8 +81,19 @@ def batches(texts: list[str], size: int = 5) -> list[dict[str, list[str]]]:
     return [{"text": texts[at : at + size]} for at in range(0, len(texts), size)]
 
 
-def metadata(name: str, kind: str, main_score: str) -> TaskMetadata:
-    return TaskMetadata(
+LOADED: list[str] = []
+"""Names of the tasks in the order of their loads."""
+
+
+def task_class(base: type, name: str, kind: str, main_score: str, data: Callable[[], Any], **more: Any) -> Any:
+    """A task of mteb with made-up data."""
+
+    def load_data(self: Any, **_: Any) -> None:
+        if not self.data_loaded:
+            LOADED.append(name)
+            self.dataset, self.data_loaded = data(), True
+
+    metadata = TaskMetadata(
         name=name,
         description="Made for a test.",
         type=kind,
@@ -93,107 +102,73 @@ def metadata(name: str, kind: str, main_score: str) -> TaskMetadata:
         eval_splits=["test"],
         dataset={"path": "nowhere/at-all", "revision": "1"},
     )
+    return type(name, (base,), {"metadata": metadata, "load_data": load_data, **more})
 
 
-class SimilarTitles(AbsTaskSTS):
-    """Pairs of titles; those that share a genre are said to be more alike."""
-
-    metadata = metadata("SimilarTitles", "STS", "cosine_spearman")
-    loads = 0
-
-    def load_data(self, **_: Any) -> None:
-        if self.data_loaded:
-            return
-        type(self).loads += 1
-        left, right = TEXTS[:20], TEXTS[20:40]
-        scores = RNG.permutation(20) / 4
-        rows = Dataset.from_dict({"sentence1": left, "sentence2": right, "score": scores.tolist()})
-        self.dataset = DatasetDict({"test": rows})
-        self.data_loaded = True
+def split(**columns: Any) -> DatasetDict:
+    return DatasetDict(test=Dataset.from_dict(columns))
 
 
-class Genres(AbsTaskClassification):
-    """Titles with the first word of their genre."""
-
-    metadata = metadata("Genres", "Classification", "accuracy")
-    n_experiments = 3
-
-    def load_data(self, **_: Any) -> None:
-        labels = [number % 3 for number in range(len(TEXTS))]
-        rows = Dataset.from_dict({"text": TEXTS, "label": labels})
-        self.dataset = DatasetDict({"train": rows.select(range(24)), "test": rows.select(range(24, 48))})
-        self.data_loaded = True
+def pairs() -> DatasetDict:
+    return split(sentence1=TEXTS[:20], sentence2=TEXTS[20:40], score=(RNG.permutation(20) / 4).tolist())
 
 
-class Clusters(AbsTaskClusteringLegacy):
-    metadata = metadata("Clusters", "Clustering", "v_measure")
-
-    def load_data(self, **_: Any) -> None:
-        labels = [number % 3 for number in range(24)]
-        rows = Dataset.from_dict({"sentences": [TEXTS[:24], TEXTS[24:]], "labels": [labels, labels]})
-        self.dataset = DatasetDict({"test": rows})
-        self.data_loaded = True
+def genres() -> DatasetDict:
+    rows = Dataset.from_dict({"text": TEXTS, "label": [number % 3 for number in range(len(TEXTS))]})
+    return DatasetDict(train=rows.select(range(24)), test=rows.select(range(24, 48)))
 
 
-class Duplicates(AbsTaskPairClassification):
-    metadata = metadata("Duplicates", "PairClassification", "max_ap")
-
-    def load_data(self, **_: Any) -> None:
-        columns = {"sentence1": TEXTS[:20], "sentence2": TEXTS[20:40], "labels": [number % 2 for number in range(20)]}
-        self.dataset = DatasetDict({"test": Dataset.from_dict(columns)})
-        self.data_loaded = True
+def clusters() -> DatasetDict:
+    labels = [number % 3 for number in range(24)]
+    return split(sentences=[TEXTS[:24], TEXTS[24:]], labels=[labels, labels])
 
 
-class Ranked(AbsTaskRetrieval):
-    metadata = metadata("Ranked", "Reranking", "map_at_1000")
-
-    def load_data(self, **_: Any) -> None:
-        names = [f"d{number}" for number in range(10)]
-        split = {
-            "queries": Dataset.from_dict({"id": ["q1", "q2"], "text": TEXTS[:2]}),
-            "corpus": Dataset.from_dict({"id": names, "text": TEXTS[10:20], "title": [""] * 10}),
-            "relevant_docs": {"q1": {"d1": 1}, "q2": {"d2": 1}},
-            "top_ranked": {"q1": names[:5], "q2": names[:5]},
-        }
-        self.dataset = {"default": {"test": split}}
-        self.data_loaded = True
+def duplicates() -> DatasetDict:
+    return split(sentence1=TEXTS[:20], sentence2=TEXTS[20:40], labels=[number % 2 for number in range(20)])
 
 
-class Unreachable(SimilarTitles):
-    """A task whose data set is not on this machine: mteb's own way to load it."""
+def ranked() -> dict[str, Any]:
+    names = [f"d{number}" for number in range(10)]
+    parts = {
+        "queries": Dataset.from_dict({"id": ["q1", "q2"], "text": TEXTS[:2]}),
+        "corpus": Dataset.from_dict({"id": names, "text": TEXTS[10:20], "title": [""] * 10}),
+        "relevant_docs": {"q1": {"d1": 1}, "q2": {"d2": 1}},
+        "top_ranked": {"q1": names[:5], "q2": names[:5]},
+    }
+    return {"default": {"test": parts}}
 
-    metadata = metadata("Unreachable", "STS", "cosine_spearman")
-    load_data = AbsTaskSTS.load_data  # type: ignore[assignment]
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise ValueError("no such column\nand more")
 
 
-class Broken(SimilarTitles):
-    """A task that fails when it is evaluated."""
-
-    metadata = metadata("Broken", "STS", "cosine_spearman")
-
-    def _evaluate_subset(self, *_: Any, **__: Any) -> Any:
-        raise ValueError("no such column\nand more")
+SimilarTitles = task_class(AbsTaskSTS, "SimilarTitles", "STS", "cosine_spearman", pairs)
+Genres = task_class(AbsTaskClassification, "Genres", "Classification", "accuracy", genres, n_experiments=3)
+Clusters = task_class(AbsTaskClusteringLegacy, "Clusters", "Clustering", "v_measure", clusters)
+Duplicates = task_class(AbsTaskPairClassification, "Duplicates", "PairClassification", "max_ap", duplicates)
+Ranked = task_class(AbsTaskRetrieval, "Ranked", "Reranking", "map_at_1000", ranked)
+Broken = task_class(AbsTaskSTS, "Broken", "STS", "cosine_spearman", pairs, _evaluate_subset=fails)
+# mteb loads the data set of this task, which does not exist.
+Unreachable = task_class(AbsTaskSTS, "Unreachable", "STS", "cosine_spearman", pairs, load_data=AbsTaskSTS.load_data)
 
 
 # Vectors
 
 
-def test_vectors_are_those_that_the_pipeline_trains_on(
-    backbone: str, open_layers: Callable[..., EveryLayer], tmp_path: Path
-) -> None:
+def test_vectors_equal_the_states_of_trainings(backbone: str, open_layers: Open, tmp_path: Path) -> None:
     path = tmp_path / "states.npy"
     for pooling in ("mean", "last"):
         train = settings(backbone, pooling=pooling)
         facts = write_states(TEXTS, path, train=train, encode=CPU_FLOAT32, resources=ONE_CORE)
         every = open_layers(pooling=pooling)
         assert (every.layers, every.width, every.max_tokens) == (facts.layers, facts.width, facts.max_tokens)
-        for layer, wanted in enumerate(np.load(path)):
+        for layer, expected in enumerate(np.load(path)):
             found = every.layer(layer).encode(batches(TEXTS))
             assert found.dtype == np.float32
-            np.testing.assert_allclose(found, wanted, atol=1e-5)
+            np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_a_text_is_computed_once_for_all_layers_and_processes(open_layers: Callable[..., EveryLayer]) -> None:
+def test_a_text_is_computed_once_for_all_layers_and_processes(open_layers: Open) -> None:
     every = open_layers()
     passes = count_passes(every)
     first = every.layer(1).encode(batches(TEXTS[:30]))
@@ -203,7 +178,7 @@ def test_a_text_is_computed_once_for_all_layers_and_processes(open_layers: Calla
     for layer in range(LAYERS + 1):
         every.layer(layer).encode(batches(TEXTS[:30][::-1] * 2))
     assert (every.computed, passes) == (30, [])
-    # What is new among what is known, and more than once.
+    # A new text, given twice, among known texts.
     every.layer(3).encode(batches([TEXTS[40], *TEXTS[:30], TEXTS[40]]))
     assert every.computed == 31
     every.close()
@@ -213,14 +188,14 @@ def test_a_text_is_computed_once_for_all_layers_and_processes(open_layers: Calla
 
 
 def count_passes(every: EveryLayer) -> list[int]:
-    """Gets an entry whenever the model runs."""
+    """A list that gets an entry whenever the model runs."""
     passes: list[int] = []
     model = every._encoder._pooled.model
     model.register_forward_hook(lambda *_: passes.append(1))
     return passes
 
 
-def test_order_and_repetition_are_those_of_the_texts(open_layers: Callable[..., EveryLayer]) -> None:
+def test_rows_have_the_order_of_the_texts_with_repetitions(open_layers: Open) -> None:
     encoder = open_layers().layer(2)
     texts = [TEXTS[3], TEXTS[1], TEXTS[3], "", TEXTS[2]]
     found = encoder.encode(batches(texts, size=2))
@@ -231,9 +206,7 @@ def test_order_and_repetition_are_those_of_the_texts(open_layers: Callable[..., 
     assert encoder.encode([]).shape == (0, WIDTH)
 
 
-def test_models_poolings_and_limits_have_caches_of_their_own(
-    backbone: str, open_layers: Callable[..., EveryLayer], tmp_path: Path
-) -> None:
+def test_models_poolings_and_limits_have_separate_caches(backbone: str, open_layers: Open, tmp_path: Path) -> None:
     other = save_tiny_backbone(tmp_path / "elsewhere" / "tiny-bert-14m", seed=1)
     for number, more in enumerate([{}, {"pooling": "cls"}, {"backbone": other}]):
         every = open_layers(**more)
@@ -245,51 +218,37 @@ def test_models_poolings_and_limits_have_caches_of_their_own(
     with EveryLayer(short, encode=CPU_FLOAT32, resources=ONE_CORE, cache=tmp_path / "states") as every:
         every.layer(1).encode(batches(TEXTS[:3]))
         assert every.computed == 3
-    # The same weights from another place are the same model.
+    # The same weights in another folder are the same model.
     copy = save_tiny_backbone(tmp_path / "copy" / "tiny-bert-14m")
     every = open_layers(backbone=copy)
     every.layer(1).encode(batches(TEXTS[:3]))
     assert every.computed == 0
 
 
-# The cache of a process that was killed
+# Damaged caches
 
 
-def damaged(folder: Path) -> dict[str, Callable[[], object]]:
-    index, layer = folder / "index", folder / "layer-002.f32"
-    return {
-        "a truncated layer": lambda: os.truncate(layer, 4 * WIDTH * 7 + 5),
-        "an empty layer": lambda: os.truncate(layer, 0),
-        "no such layer": layer.unlink,
-        "a truncated index": lambda: os.truncate(index, 16 * 9 + 3),
-        "no index": index.unlink,
-        "rows without an index entry": lambda: layer.write_bytes(layer.read_bytes() + b"x" * 1000),
-        "index entries without rows": lambda: index.write_bytes(index.read_bytes() + b"y" * 160),
-    }
+DAMAGES: dict[str, tuple[Callable[[Path, Path], object], int]] = {
+    "a truncated layer": (lambda index, layer: os.truncate(layer, 4 * WIDTH * 7 + 5), 7),
+    "an empty layer": (lambda index, layer: os.truncate(layer, 0), 0),
+    "a missing layer": (lambda index, layer: layer.unlink(), 0),
+    "a truncated index": (lambda index, layer: os.truncate(index, 16 * 9 + 3), 9),
+    "a missing index": (lambda index, layer: index.unlink(), 0),
+    "rows without an index entry": (lambda index, layer: layer.write_bytes(layer.read_bytes() + b"x" * 1000), 20),
+    "index entries without rows": (lambda index, layer: index.write_bytes(index.read_bytes() + b"y" * 160), 20),
+}
 
 
-@pytest.mark.parametrize(
-    ("damage", "left"),
-    [
-        ("a truncated layer", 7),
-        ("an empty layer", 0),
-        ("no such layer", 0),
-        ("a truncated index", 9),
-        ("no index", 0),
-        ("rows without an index entry", 20),
-        ("index entries without rows", 20),
-    ],
-)
-def test_a_damaged_cache_is_used_as_far_as_it_is_whole(
-    open_layers: Callable[..., EveryLayer], tmp_path: Path, damage: str, left: int
-) -> None:
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_cache_is_used_up_to_the_damage(open_layers: Open, tmp_path: Path, name: str) -> None:
     every = open_layers()
-    wanted = [every.layer(layer).encode(batches(TEXTS[:20])) for layer in range(LAYERS + 1)]
+    expected = [every.layer(layer).encode(batches(TEXTS[:20])) for layer in range(LAYERS + 1)]
     every.close()
     (folder,) = (tmp_path / "states").iterdir()
-    damaged(folder)[damage]()
+    damage, left = DAMAGES[name]
+    damage(folder / "index", folder / "layer-002.f32")
     again = open_layers()
-    for layer, states in enumerate(wanted):
+    for layer, states in enumerate(expected):
         np.testing.assert_allclose(again.layer(layer).encode(batches(TEXTS[:20])), states, atol=1e-5)
     assert again.computed == 20 - left
     again.close()
@@ -298,7 +257,7 @@ def test_a_damaged_cache_is_used_as_far_as_it_is_whole(
     assert whole.computed == 0
 
 
-def test_a_write_that_failed_half_way_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_write_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = StateCache(tmp_path, layers=3, width=2)
     states = RNG.normal(size=(4, 3, 2)).astype(np.float32)
     cache.append(["a", "b"], states[:2])
@@ -316,15 +275,11 @@ def test_a_write_that_failed_half_way_is_written_over(tmp_path: Path, monkeypatc
     assert cache.missing(["a", "c", "c"]) == ["c"]
     monkeypatch.undo()
     cache.append(["d"], states[3:])
-    for store in (cache, reopened(cache, tmp_path)):
+    cache.close()
+    for store in (cache, StateCache(tmp_path, layers=3, width=2)):
         for layer in range(3):
             np.testing.assert_array_equal(store.read(layer, ["d", "a", "b"]), states[[3, 0, 1], layer])
         assert store.missing(["a", "b", "c", "d"]) == ["c"]
-
-
-def reopened(cache: StateCache, folder: Path) -> StateCache:
-    cache.close()
-    return StateCache(folder, layers=3, width=2)
 
 
 def kill_while_writing(folder: str, ready: Any) -> None:
@@ -336,7 +291,7 @@ def kill_while_writing(folder: str, ready: Any) -> None:
         cache.append(names, np.ones((50, 3, 2), np.float32))
 
 
-def test_a_process_killed_while_it_writes_leaves_a_whole_cache(tmp_path: Path) -> None:
+def test_a_process_killed_while_it_writes_leaves_a_valid_cache(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     ready = context.Event()
     writer = context.Process(target=kill_while_writing, args=(str(tmp_path), ready))
@@ -351,7 +306,7 @@ def test_a_process_killed_while_it_writes_leaves_a_whole_cache(tmp_path: Path) -
     assert (cache.read(2, ["a"]) == 1).all()
 
 
-def test_one_process_at_a_time(open_layers: Callable[..., EveryLayer]) -> None:
+def test_one_process_at_a_time(open_layers: Open) -> None:
     first = open_layers()
     with pytest.raises(UserError, match="is in use by another process"):
         open_layers()
@@ -362,7 +317,7 @@ def test_one_process_at_a_time(open_layers: Callable[..., EveryLayer]) -> None:
 # mteb's protocol
 
 
-def test_a_layer_is_what_mteb_calls_an_encoder(backbone: str, open_layers: Callable[..., EveryLayer]) -> None:
+def test_a_layer_implements_the_encoder_protocol_of_mteb(backbone: str, open_layers: Open) -> None:
     every = open_layers()
     metas = [every.layer(layer).mteb_model_meta for layer in range(LAYERS + 1)]
     assert isinstance(every.layer(0), EncoderProtocol)
@@ -370,31 +325,30 @@ def test_a_layer_is_what_mteb_calls_an_encoder(backbone: str, open_layers: Calla
     assert [re.findall(r"layer-(\d+)-", str(meta.revision)) for meta in metas] == [[str(n)] for n in range(LAYERS + 1)]
     assert len({meta.revision for meta in metas}) == LAYERS + 1
     assert {(meta.embed_dim, meta.max_tokens) for meta in metas} == {(WIDTH, MAX_TOKENS)}
-    # What mteb itself would check of a model's card.
+    # The checks of mteb on a model's metadata.
     assert type(metas[0]).model_validate(metas[0].model_dump()) == metas[0]
 
 
-@pytest.mark.parametrize("layer", [-1, LAYERS + 1])
-def test_a_layer_that_is_not_there(open_layers: Callable[..., EveryLayer], layer: int) -> None:
-    with pytest.raises(UserError, match=rf"no layer {layer}: the backbone has layers 0 \(embeddings\) to {LAYERS}"):
-        open_layers().layer(layer)
+def test_missing_layers_and_inputs_without_texts_are_refused(open_layers: Open) -> None:
+    every = open_layers()
+    for layer in (-1, LAYERS + 1):
+        message = rf"no layer {layer}: the backbone has layers 0 \(embeddings\) to {LAYERS}"
+        with pytest.raises(UserError, match=message):
+            every.layer(layer)
+    with pytest.raises(UserError, match="a language model encodes texts only"):
+        every.layer(1).encode([{"image": [1]}])
 
 
-def test_similarities_are_cosines(open_layers: Callable[..., EveryLayer]) -> None:
+def test_similarities_are_cosines(open_layers: Open) -> None:
     encoder = open_layers().layer(1)
     left, right = (RNG.normal(size=(4, 6)).astype(np.float32) for _ in range(2))
     left[2] = 0
     pairs = left @ right.T
     norms = np.linalg.norm(left, axis=1)[:, None] * np.linalg.norm(right, axis=1)
-    wanted = np.divide(pairs, norms, where=norms > 0, out=np.zeros_like(pairs))
-    np.testing.assert_allclose(encoder.similarity(left, torch.from_numpy(right)), wanted, atol=1e-6)
-    np.testing.assert_allclose(encoder.similarity_pairwise(left, right), wanted.diagonal(), atol=1e-6)
+    expected = np.divide(pairs, norms, where=norms > 0, out=np.zeros_like(pairs))
+    np.testing.assert_allclose(encoder.similarity(left, torch.from_numpy(right)), expected, atol=1e-6)
+    np.testing.assert_allclose(encoder.similarity_pairwise(left, right), expected.diagonal(), atol=1e-6)
     assert encoder.similarity(left[0], right).shape == (1, 4)
-
-
-def test_a_task_without_texts_is_refused(open_layers: Callable[..., EveryLayer]) -> None:
-    with pytest.raises(UserError, match="a language model encodes texts only"):
-        open_layers().layer(1).encode([{"image": [1]}])
 
 
 @pytest.mark.parametrize(
@@ -413,40 +367,35 @@ def test_a_backbone_has_a_name_for_mteb(backbone: str, name: str) -> None:
 # mteb's evaluator
 
 
-def test_tasks_run_at_two_layers_and_are_read_back(open_layers: Callable[..., EveryLayer], tmp_path: Path) -> None:
+def test_results_of_two_layers_are_read_back(open_layers: Open, tmp_path: Path) -> None:
     every = open_layers()
-    passes, before = count_passes(every), SimilarTitles.loads
+    passes = count_passes(every)
+    LOADED.clear()
     runs = run_tasks(every, [SimilarTitles(), Genres()], [1, 3], tmp_path / "runs")
     done, computed = [], []
     for run in runs:
         done.append(run)
         computed.append((every.computed, len(passes)))
-    assert [(run.task, run.layer, run.skipped) for run in done] == [
-        ("SimilarTitles", 1, ""),
-        ("SimilarTitles", 3, ""),
-        ("Genres", 1, ""),
-        ("Genres", 3, ""),
-    ]
-    # The second layer of a task computes nothing, the second task only texts that the first had not.
+    expected = [(task, layer, "") for task in ("SimilarTitles", "Genres") for layer in (1, 3)]
+    assert [(run.task, run.layer, run.skipped) for run in done] == expected
+    # The second layer of a task computes no text, the second task only its additional texts.
     assert computed[0] == computed[1]
     assert [texts for texts, _ in computed] == [40, 40, 48, 48]
-    assert SimilarTitles.loads == before + 1
+    assert LOADED == ["SimilarTitles", "Genres"]
     found = read_scores([tmp_path / "runs"])
     assert {(s.family, s.size) for s in found} == {("tiny-bert", "14m")}
     written = {(s.task, s.layer): s.score for s in found}
     assert written == pytest.approx({(run.task, run.layer): run.score for run in done}, abs=1e-6)
     (model,) = judge_scores(found).models
     assert [mean.tasks for mean in model.layers] == [2, 2]
-    # mteb finds them too.
-    for layer in (1, 3):
-        for name in ("SimilarTitles", "Genres"):
-            meta = every.layer(layer).mteb_model_meta
-            kept = mteb.ResultCache(tmp_path / "runs").load_task_result(name, meta)
-            assert isinstance(kept, TaskResult)
-            assert kept.get_score() == pytest.approx(written[name, layer])
+    # mteb reads them too.
+    for (name, layer), score in written.items():
+        kept = mteb.ResultCache(tmp_path / "runs").load_task_result(name, every.layer(layer).mteb_model_meta)
+        assert isinstance(kept, TaskResult)
+        assert kept.get_score() == pytest.approx(score)
 
 
-def test_every_kind_of_task_that_the_paper_has_runs(open_layers: Callable[..., EveryLayer], tmp_path: Path) -> None:
+def test_every_type_of_task_in_the_paper_runs(open_layers: Open, tmp_path: Path) -> None:
     tasks = [SimilarTitles(), Genres(), Clusters(), Duplicates(), Ranked()]
     assert {task.metadata.type for task in find_tasks(PAPER_TASKS)} == {task.metadata.type for task in tasks}
     runs = list(run_tasks(open_layers(), tasks, [0, 2], tmp_path / "runs"))
@@ -455,9 +404,7 @@ def test_every_kind_of_task_that_the_paper_has_runs(open_layers: Callable[..., E
     assert [mean.tasks for mean in model.layers] == [5, 5]
 
 
-def test_the_score_is_that_of_the_vectors(
-    backbone: str, open_layers: Callable[..., EveryLayer], tmp_path: Path
-) -> None:
+def test_the_score_follows_from_the_vectors(backbone: str, open_layers: Open, tmp_path: Path) -> None:
     from scipy.stats import spearmanr
 
     task = SimilarTitles()
@@ -468,14 +415,14 @@ def test_the_score_is_that_of_the_vectors(
         unit = states[run.layer] / np.linalg.norm(states[run.layer], axis=1, keepdims=True)
         cosines: NDArray[np.float32] = (unit[:20] * unit[20:40]).sum(axis=1)
         assert run.score == pytest.approx(spearmanr(cosines, task.dataset["test"]["score"])[0], abs=5e-3)
-    # What was loaded before stays loaded.
-    assert task.data_loaded
+    assert task.data_loaded, "data that was loaded before stays loaded"
 
 
-def test_results_that_are_there_are_not_made_again(
-    open_layers: Callable[..., EveryLayer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_existing_results_are_not_computed_again(
+    open_layers: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    every, before = open_layers(), SimilarTitles.loads
+    every = open_layers()
+    LOADED.clear()
     first = list(run_tasks(every, [SimilarTitles()], [1, 2], tmp_path / "runs"))
     asked: list[int] = []
     encode = LayerEncoder.encode
@@ -487,12 +434,12 @@ def test_results_that_are_there_are_not_made_again(
     monkeypatch.setattr(LayerEncoder, "encode", counted)
     again = list(run_tasks(every, [SimilarTitles()], [1, 2], tmp_path / "runs"))
     assert ([run.score for run in again], asked) == (pytest.approx([run.score for run in first], abs=1e-6), [])
-    assert SimilarTitles.loads == before + 1
+    assert LOADED == ["SimilarTitles"]
     more = list(run_tasks(every, [SimilarTitles()], [1, 2, 3], tmp_path / "runs"))
     assert (len(more), set(asked)) == (3, {3})
 
 
-def test_a_result_that_was_half_written_is_made_again(open_layers: Callable[..., EveryLayer], tmp_path: Path) -> None:
+def test_an_incomplete_result_is_computed_again(open_layers: Open, tmp_path: Path) -> None:
     every = open_layers()
     (first,) = run_tasks(every, [SimilarTitles()], [1], tmp_path / "runs")
     (path,) = (tmp_path / "runs").rglob("SimilarTitles.json")
@@ -503,39 +450,28 @@ def test_a_result_that_was_half_written_is_made_again(open_layers: Callable[...,
     assert first.layer == again.layer
 
 
-def test_a_task_that_cannot_be_run_is_told_of_and_skipped(
-    open_layers: Callable[..., EveryLayer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_failing_task_is_skipped_with_its_reason(
+    open_layers: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     every = open_layers()
     runs = list(run_tasks(every, [Unreachable(), Broken(), SimilarTitles()], [1, 2], tmp_path / "runs"))
-    assert [(run.task, run.layer, run.score is None) for run in runs] == [
-        ("Unreachable", None, True),
-        ("Broken", 1, True),
-        ("Broken", 2, True),
-        ("SimilarTitles", 1, False),
-        ("SimilarTitles", 2, False),
-    ]
+    skipped = [("Unreachable", None, True), ("Broken", 1, True), ("Broken", 2, True)]
+    expected = [*skipped, ("SimilarTitles", 1, False), ("SimilarTitles", 2, False)]
+    assert [(run.task, run.layer, run.score is None) for run in runs] == expected
     assert runs[0].skipped.startswith("its data cannot be loaded: ")
     assert runs[1].skipped == "ValueError: no such column"
     assert "\n" not in "".join(run.skipped for run in runs)
     assert {score.task for score in read_scores([tmp_path / "runs"])} == {"SimilarTitles"}
-
-
-def test_nothing_that_could_be_run_is_an_error(open_layers: Callable[..., EveryLayer], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no task could be run; Broken: ValueError: no such column"):
-        list(run_tasks(open_layers(), [Broken()], [1], tmp_path / "runs"))
+        list(run_tasks(every, [Broken()], [1], tmp_path / "more"))
 
 
-def test_a_text_that_cannot_be_encoded_costs_its_task_only(
-    open_layers: Callable[..., EveryLayer], tmp_path: Path
-) -> None:
+def test_a_text_that_cannot_be_encoded_skips_its_task_only(open_layers: Open, tmp_path: Path) -> None:
     every = open_layers()
     encode = every._encoder.encode
 
     def failing(texts: list[str]) -> Any:
-        from marc_pipeline.errors import Unencodable
-
         if TEXTS[45] in texts:
             raise Unencodable("text 45 cannot be encoded")
         return encode(texts)
@@ -548,31 +484,21 @@ def test_a_text_that_cannot_be_encoded_costs_its_task_only(
 # The commands
 
 
-def marc(folder: Path, *arguments: str) -> Any:
-    from typer.testing import CliRunner
-
-    from marc_pipeline.cli.app import app
-
-    (folder / "marc.yaml").write_text(
-        f"root: {folder}\ncatalogue: {{uri: none, id_column: id, template: '{{t}}'}}\n"
-        "encode: {device: cpu, dtype: float32}\n"
-    )
-    handlers, level = logging.root.handlers[:], logging.root.level
-    try:
-        return CliRunner().invoke(app, ["-c", str(folder / "marc.yaml"), *arguments])
-    finally:
-        # The command logs to a stream that is closed by now.
-        logging.root.handlers[:] = handlers
-        logging.root.setLevel(level)
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder with a configuration for the command line."""
+    catalogue = "catalogue: {uri: none, id_column: id, template: '{t}'}"
+    (tmp_path / "marc.yaml").write_text(f"root: {tmp_path}\n{catalogue}\nencode: {{device: cpu, dtype: float32}}\n")
+    return tmp_path
 
 
 def test_the_command_runs_tasks_and_writes_the_report(
-    backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: str, site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mteb_layers, "find_tasks", lambda names: [SimilarTitles(), Broken(), Genres()])
-    runs, out = tmp_path / "runs", tmp_path / "out"
+    runs, out = site / "runs", site / "out"
     arguments = ["--backbone", backbone, "--pooling", "last", "--results", str(runs), "--out", str(out)]
-    done = marc(tmp_path, "mteb", *arguments, "--layer", "2", "--layer", "3", "--layer", "2", "--json")
+    done = marc(site, "mteb", *arguments, "--layer", "2", "--layer", "3", "--layer", "2", "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     (model,) = found["models"]
@@ -582,30 +508,30 @@ def test_the_command_runs_tasks_and_writes_the_report(
     assert all(Path(path).is_file() for path in found["files"])
     assert len(found["files"]) == 5
     # All layers, as a table.
-    done = marc(tmp_path, "mteb", *arguments)
+    done = marc(site, "mteb", *arguments)
     assert done.exit_code == 0, done.output
     assert re.search(rf"tiny-bert 14m\s+│\s+{LAYERS + 1} \(0–{LAYERS}\)", done.stdout)
-    again = marc(tmp_path, "scores", str(runs), "--out", str(tmp_path / "again"))
+    again = marc(site, "scores", str(runs), "--out", str(site / "again"))
     assert again.exit_code == 0, again.output
-    assert (tmp_path / "again" / "scores.json").read_bytes() == (out / "scores.json").read_bytes()
+    assert (site / "again" / "scores.json").read_bytes() == (out / "scores.json").read_bytes()
 
 
-def test_the_commands_refuse_what_they_cannot_use(
-    backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_invalid_arguments_of_the_commands_are_refused(
+    backbone: str, site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mteb_layers, "find_tasks", lambda names: [SimilarTitles()])
-    arguments = ["--backbone", backbone, "--results", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    arguments = ["--backbone", backbone, "--results", str(site / "runs"), "--out", str(site / "out")]
     for more, message in (
         (["--layer", "9"], "there is no layer 9"),
         (["--pooling", "sum"], "train: pooling"),
-        (["--backbone", str(tmp_path / "none")], "cannot load backbone"),
+        (["--backbone", str(site / "none")], "cannot load backbone"),
     ):
-        done = marc(tmp_path, "mteb", *arguments, *more)
+        done = marc(site, "mteb", *arguments, *more)
         assert isinstance(done.exception, UserError), more
         assert message in str(done.exception)
-    done = marc(tmp_path, "scores", str(tmp_path / "none.csv"))
+    done = marc(site, "scores", str(site / "none.csv"))
     assert "no such file" in str(done.exception)
-    assert not (tmp_path / "out").exists()
+    assert not (site / "out").exists()
 
 
 # Tasks by name
@@ -623,11 +549,8 @@ def test_the_tasks_of_the_paper_are_in_mtebs_english_benchmark() -> None:
         assert not task.metadata.name.endswith("P2P")
 
 
-def test_the_tasks_of_the_paper_are_those_of_its_scores(repository: Path) -> None:
-    path = repository.parent / "shared" / "data" / "mteb_layer_scores.csv"
-    if not path.is_file():
-        pytest.skip("the published scores shared/data/mteb_layer_scores.csv are not beside this checkout")
-    assert judge_scores(read_scores([path])).tasks == sorted(PAPER_TASKS)
+def test_the_tasks_of_the_paper_are_those_of_its_published_scores(published_scores: Path) -> None:
+    assert judge_scores(read_scores([published_scores])).tasks == sorted(PAPER_TASKS)
 
 
 def test_other_tasks_are_found_by_name_and_unknown_ones_refused() -> None:
@@ -637,14 +560,14 @@ def test_other_tasks_are_found_by_name_and_unknown_ones_refused() -> None:
         find_tasks(["STS99"])
 
 
-def test_without_mteb_the_module_opens_and_says_what_to_install() -> None:
+def test_without_mteb_the_module_can_be_imported_and_names_the_package_to_install() -> None:
     code = """
 import sys
 sys.modules["mteb"] = None
 from marc_pipeline.errors import UserError
-from marc_pipeline.model import mteb_layers
+from marc_pipeline.layers import mteb
 try:
-    mteb_layers.find_tasks(["STS12"])
+    mteb.find_tasks(["STS12"])
 except UserError as error:
     print(error)
 """

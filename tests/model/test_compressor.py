@@ -10,8 +10,7 @@ from safetensors import safe_open
 from torch.nn import functional
 
 from marc_pipeline.errors import UserError
-from marc_pipeline.model.compressor import WEIGHTS, WhitenedPCA, fit_pca, load_compressor, save_compressor
-from marc_pipeline.model.encoder import Normalised
+from marc_pipeline.model.compressor import WEIGHTS, Normalised, WhitenedPCA, fit_pca, load_compressor, save_compressor
 from marc_schemas.bundle import CompressorCard
 
 
@@ -36,7 +35,10 @@ def svd_whitened(hidden: NDArray[np.float32], dim: int) -> tuple[NDArray[np.floa
     return left[:, :dim] * np.sqrt(len(hidden) - 1), float(share)
 
 
-@pytest.mark.parametrize(("rows", "width", "dim"), [(200, 16, 16), (200, 16, 5), (60, 48, 10), (40, 64, 20), (9, 8, 8)])
+@pytest.mark.parametrize(
+    ("rows", "width", "dim"),
+    [(200, 16, 16), (200, 16, 5), (60, 48, 10), (40, 64, 20), (9, 8, 8), (300, 32, 8), (300, 32, 32)],
+)
 def test_whitened_pca_equals_an_independent_svd_up_to_sign(rows: int, width: int, dim: int) -> None:
     hidden = hidden_states(rows, width)
     module, share = fit_pca(hidden, dim=dim)
@@ -45,23 +47,15 @@ def test_whitened_pca_equals_an_independent_svd_up_to_sign(rows: int, width: int
     signs = np.sign((found * expected).sum(axis=0))
     np.testing.assert_allclose(found * signs, expected, atol=2e-3)
     assert share == pytest.approx(expected_share, rel=1e-6)
-
-
-@pytest.mark.parametrize(("rows", "width", "dim"), [(300, 32, 8), (300, 32, 32), (40, 64, 20)])
-def test_training_data_is_whitened_to_zero_mean_unit_variance_and_no_correlation(
-    rows: int, width: int, dim: int
-) -> None:
-    hidden = hidden_states(rows, width)
-    found = project(fit_pca(hidden, dim=dim)[0], hidden)
-    assert found.shape == (rows, dim)
+    # The training data is whitened: mean 0, variance 1, no correlation.
     np.testing.assert_allclose(found.mean(axis=0), 0, atol=1e-3)
     np.testing.assert_allclose(np.cov(found, rowvar=False), np.eye(dim), atol=3e-3)
 
 
-def test_components_come_in_the_order_of_their_variance() -> None:
+def test_components_are_sorted_by_variance() -> None:
     hidden = hidden_states(300, 16)
     module, _ = fit_pca(hidden, dim=16)
-    # Each direction is divided by its standard deviation: the longer, the less variance it had.
+    # Each direction is divided by its standard deviation.
     lengths = np.linalg.norm(module.directions.numpy(), axis=1)
     assert np.all(np.diff(lengths) > 0)
     np.testing.assert_allclose(
@@ -76,26 +70,22 @@ def test_the_same_data_gives_the_same_bits() -> None:
     assert torch.equal(first.mean, second.mean)
 
 
-def test_more_dimensions_than_the_backbone_has_are_the_users_mistake() -> None:
-    with pytest.raises(UserError, match=r"train\.dim is 17, .* 16 numbers; choose at most 16"):
-        fit_pca(hidden_states(100, 16), dim=17)
-
-
-@pytest.mark.parametrize("rows", [1, 7, 8])
-def test_too_few_texts_are_the_users_mistake(rows: int) -> None:
-    with pytest.raises(UserError, match=f"more than 8 distinct texts, the catalogue has {rows}"):
-        fit_pca(hidden_states(rows, 16), dim=8)
-
-
-@pytest.mark.parametrize("rank", [3, 7, 0])
-def test_texts_that_span_fewer_directions_than_asked_are_the_users_mistake(rank: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "dim", "rank", "message"),
+    [
+        (100, 17, 16, r"train\.dim is 17, .* 16 numbers; choose at most 16"),
+        *((rows, 8, 16, f"more than 8 distinct texts, the catalogue has {rows}") for rows in (1, 7, 8)),
+        *((50, 8, rank, "span fewer than 8 directions") for rank in (0, 3, 7)),
+    ],
+)
+def test_too_few_texts_or_directions_are_user_errors(rows: int, dim: int, rank: int, message: str) -> None:
     rng = np.random.default_rng(0)
-    hidden = (rng.normal(size=(50, rank)) @ rng.normal(size=(rank, 16)) + 1).astype(np.float32)
-    with pytest.raises(UserError, match="span fewer than 8 directions"):
-        fit_pca(hidden, dim=8)
+    hidden = (rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, 16)) + 1).astype(np.float32)
+    with pytest.raises(UserError, match=message):
+        fit_pca(hidden, dim=dim)
 
 
-def test_texts_that_span_just_as_many_directions_as_asked_are_enough() -> None:
+def test_as_many_directions_as_dimensions_are_enough() -> None:
     rng = np.random.default_rng(0)
     hidden = (rng.normal(size=(50, 8)) @ rng.normal(size=(8, 16)) + 1).astype(np.float32)
     found = project(fit_pca(hidden, dim=8)[0], hidden)
@@ -124,6 +114,6 @@ def test_a_saved_compressor_loads_with_the_same_bits(tmp_path: Path) -> None:
     assert np.array_equal(project(loaded, hidden), by_hand.double().numpy())
 
 
-def test_an_unknown_kind_of_compressor_is_the_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'hologram' is not known here \(known: pca, bottleneck\); upgrade"):
+def test_an_unknown_kind_of_compressor_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'hologram' is not supported \(supported: pca, bottleneck\); upgrade"):
         load_compressor(tmp_path, CompressorCard(kind="hologram"))

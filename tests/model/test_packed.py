@@ -1,4 +1,4 @@
-"""Packed texts: every architecture that may run them gives what it gives for each text alone, and no other may."""
+"""Packed texts: a model gives the same vectors as for each text alone, or it keeps padded texts."""
 
 import copy
 from unittest.mock import patch
@@ -32,6 +32,8 @@ from marc_schemas.bundle import Pooling
 from tiny_models import ARCHITECTURES, LAYERS, MAX_TOKENS, cosines, tiny_config, tiny_model
 
 VOCABULARY = 64
+Ids = list[NDArray[np.int32]]
+Vectors = NDArray[np.float32]
 SHAPE = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "intermediate_size": 64, "max_position_embeddings": 80, "initializer_range": 0.2,
@@ -51,20 +53,20 @@ OTHERS = {
 }
 
 
-def texts_of(lengths: list[int], seed: int = 0) -> list[NDArray[np.int32]]:
+def texts_of(lengths: list[int], seed: int = 0) -> Ids:
     rng = np.random.default_rng(seed)
     return [rng.integers(4, VOCABULARY, length).astype(np.int32) for length in lengths]
 
 
-def alone(pooled: nn.Module, texts: list[NDArray[np.int32]]) -> NDArray[np.float32]:
+def alone(pooled: nn.Module, texts: Ids) -> Vectors:
     with torch.inference_mode():
-        found: NDArray[np.float32] = torch.cat([pooled(PaddedTokens.of([text])) for text in texts]).numpy()
+        found: Vectors = torch.cat([pooled(PaddedTokens.of([text])) for text in texts]).numpy()
     return found
 
 
-def together(pooled: nn.Module, texts: list[NDArray[np.int32]], first_position: int = 0) -> NDArray[np.float32]:
+def together(pooled: nn.Module, texts: Ids, first_position: int = 0) -> Vectors:
     with torch.inference_mode():
-        found: NDArray[np.float32] = pooled(PackedTokens.of(texts, first_position=first_position)).numpy()
+        found: Vectors = pooled(PackedTokens.of(texts, first_position=first_position)).numpy()
     return found
 
 
@@ -75,7 +77,7 @@ some_lengths = st.lists(st.integers(1, MAX_TOKENS), min_size=1, max_size=7)
 @pytest.mark.parametrize("architecture", ["bert", "llama", "qwen3"])
 @examples(3, of=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=some_lengths, seed=st.integers(0, 99))
-def test_packed_texts_have_the_vectors_that_each_has_alone(
+def test_vectors_of_packed_texts_equal_those_of_each_text_alone(
     architecture: str, pooling: Pooling, lengths: list[int], seed: int
 ) -> None:
     model = tiny_model(architecture, vocabulary=VOCABULARY)
@@ -88,7 +90,7 @@ def test_packed_texts_have_the_vectors_that_each_has_alone(
 
 
 @pytest.mark.parametrize("architecture", ["bert", "qwen3"])
-def test_packed_texts_have_the_states_of_every_layer(architecture: str) -> None:
+def test_packed_states_of_every_layer_equal_those_of_each_text_alone(architecture: str) -> None:
     model = tiny_model(architecture, vocabulary=VOCABULARY)
     pooled, texts = PooledLayers(model, "mean"), texts_of([3, 3, 9, 1])
     expected = alone(pooled, texts)
@@ -97,7 +99,7 @@ def test_packed_texts_have_the_states_of_every_layer(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*OTHERS, "mamba"])
-def test_any_other_model_either_gives_what_it_gives_alone_or_is_left_as_it_was(name: str) -> None:
+def test_any_other_model_gives_equal_vectors_or_is_unchanged(name: str) -> None:
     config = tiny_config("mamba", vocabulary=VOCABULARY) if name == "mamba" else OTHERS[name]()
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModel.from_config(config).eval()
@@ -116,7 +118,7 @@ def test_any_other_model_either_gives_what_it_gives_alone_or_is_left_as_it_was(n
         assert first == 2
 
 
-def test_outside_of_a_packed_batch_the_attention_is_transformers_own() -> None:
+def test_padded_batches_use_the_attention_of_transformers() -> None:
     model = tiny_model("qwen3", vocabulary=VOCABULARY)
     ids = torch.randint(4, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -134,7 +136,7 @@ def test_outside_of_a_packed_batch_the_attention_is_transformers_own() -> None:
 @pytest.mark.parametrize(("dtype", "native"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
 @examples(5, of=15)
 @given(lengths=st.lists(st.sampled_from([1, 2, 5, 30, 170]), min_size=1, max_size=6))
-def test_attention_by_length_is_softmax_by_hand(
+def test_attention_by_length_equals_softmax(
     heads: int, causal: bool, dtype: torch.dtype, native: bool, lengths: list[int]
 ) -> None:
     lengths = sorted(lengths, reverse=True)
@@ -169,17 +171,17 @@ def test_packed_pooling_equals_padded_pooling(pooling: Pooling, lengths: list[in
     spread = torch.full((len(lengths), padded.ids.shape[1], 5), 1e6)
     for row, (start, end) in enumerate(zip(batch.bounds[:-1].tolist(), batch.bounds[1:].tolist(), strict=True)):
         spread[row, : end - start] = states[0, start:end]
-    # A text without tokens got one.
+    # A text without tokens gets one token.
     mask = torch.arange(padded.ids.shape[1]) < torch.tensor(lengths).clamp(min=1)[:, None]
     expected = PaddedTokens(padded.ids, mask.long()).pool(spread, pooling)
     torch.testing.assert_close(batch.pool(states, pooling), expected)
 
 
 @given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=9), fill=st.integers(0, 9))
-def test_states_by_length_are_every_texts_own_and_nothing_of_what_fills_the_row(lengths: list[int], fill: int) -> None:
+def test_states_by_length_are_those_of_every_text_without_filler(lengths: list[int], fill: int) -> None:
     texts = texts_of(lengths)
     packed, padded = PackedTokens.of(texts, tokens=sum(lengths) + fill), PaddedTokens.of(texts)
-    # The state of a token tells where it stands: 100 for its text, 1 for its place there; 7777 is nobody's.
+    # The state of a token is 100 × its text + its position; filler and padding have 7777.
     row = torch.full((1, packed.ids.shape[1], 1), 7777.0)
     spread = torch.full((len(lengths), padded.ids.shape[1], 1), 7777.0)
     for place, (start, length) in enumerate(zip(packed.bounds.tolist(), lengths, strict=False)):
@@ -196,7 +198,7 @@ def test_states_by_length_are_every_texts_own_and_nothing_of_what_fills_the_row(
         }
 
 
-def test_a_batch_knows_positions_and_runs() -> None:
+def test_positions_bounds_and_runs_of_a_batch() -> None:
     batch = PackedTokens.of(texts_of([4, 4, 2, 0, 1]), first_position=2)
     assert batch.positions.tolist() == [[2, 3, 4, 5, 2, 3, 4, 5, 2, 3, 2, 2]]
     assert batch.bounds.tolist() == [0, 4, 8, 10, 11, 12]
@@ -205,8 +207,11 @@ def test_a_batch_knows_positions_and_runs() -> None:
 
 @pytest.mark.skipif(not can_prepack(), reason="this CPU does not multiply bfloat16")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_prepacked_weights_give_the_same_states_but_for_rounding(architecture: str) -> None:
-    model = tiny_model(architecture, vocabulary=VOCABULARY).to(torch.bfloat16)
+def test_prepacked_weights_give_the_same_states_except_for_rounding(architecture: str) -> None:
+    model = tiny_model(architecture, vocabulary=VOCABULARY)
+    prepack(model)
+    assert not [module for module in model.modules() if isinstance(module, PrepackedLinear)], "float32 is unchanged"
+    model = model.to(torch.bfloat16)
     other = copy.deepcopy(model)
     undo = prepack(other)
     replaced = [module for module in other.modules() if isinstance(module, PrepackedLinear)]
@@ -214,7 +219,7 @@ def test_prepacked_weights_give_the_same_states_but_for_rounding(architecture: s
     pooled, altered = (PooledStates(HiddenStates(one, whole=True), "mean") for one in (model, other))
     texts = texts_of([40, 17, 3])
     if architecture == "mamba":
-        with pytest.raises(AttributeError, match="weight"):  # its scan reads the weights of its maps itself
+        with pytest.raises(AttributeError, match="weight"):  # its scan reads the weights of its layers directly
             alone(altered, texts)
         undo()
         np.testing.assert_array_equal(alone(altered, texts), alone(pooled, texts))
@@ -226,17 +231,10 @@ def test_prepacked_weights_give_the_same_states_but_for_rounding(architecture: s
     np.testing.assert_array_equal(alone(altered, texts), alone(pooled, texts))
 
 
-@pytest.mark.skipif(not can_prepack(), reason="this CPU does not multiply bfloat16")
-def test_float32_weights_are_left_alone() -> None:
-    model = tiny_model("bert", vocabulary=VOCABULARY)
-    prepack(model)
-    assert not [module for module in model.modules() if isinstance(module, PrepackedLinear)]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads", [4, 2])
-def test_attention_on_a_gpu_is_that_of_the_cpu(causal: bool, heads: int) -> None:
+def test_attention_on_a_gpu_equals_that_on_a_cpu(causal: bool, heads: int) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     batch = PackedTokens.of(texts_of([70, 70, 31, 5, 5, 1]))

@@ -1,4 +1,4 @@
-"""Token counts: exact for few texts, close for many, and the same tokens that the encoder will see."""
+"""Token counts: exact for few texts, estimates for many, and the same tokens as the encoder's."""
 
 import random
 from pathlib import Path
@@ -19,7 +19,7 @@ LONG = "river " * 500
 
 @pytest.fixture(scope="module")
 def bundle_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with nothing of a bundle but its backbone."""
+    """The folder of a bundle that has a backbone only."""
     folder = tmp_path_factory.mktemp("bundle")
     save_tiny_backbone(folder / "backbone")
     return str(folder)
@@ -30,7 +30,9 @@ def tokenizer(bundle_uri: str) -> Tokenizer:
     return load_tokenizer(Storage(), bundle_uri, MAX_TOKENS)
 
 
-def test_ids_are_those_of_transformers_truncated_with_special_tokens(tokenizer: Tokenizer, bundle_uri: str) -> None:
+def test_ids_equal_those_of_transformers_with_truncation_and_special_tokens(
+    tokenizer: Tokenizer, bundle_uri: str
+) -> None:
     reference = AutoTokenizer.from_pretrained(str(Path(bundle_uri) / "backbone"))
     for text in [*TEXTS, "", " ", "naïve 😀", LONG]:
         expected = reference(text, truncation=True, max_length=MAX_TOKENS)["input_ids"]
@@ -39,12 +41,7 @@ def test_ids_are_those_of_transformers_truncated_with_special_tokens(tokenizer: 
     assert tokenizer.encode(LONG).ids[-1] == tokenizer.token_to_id("[SEP]")
 
 
-def test_a_batch_is_not_padded(tokenizer: Tokenizer) -> None:
-    short, long = tokenizer.encode_batch(["river", LONG])
-    assert len(short.ids) == 3 < len(long.ids)
-
-
-def test_the_bundles_own_padding_and_truncation_do_not_count(tmp_path: Path) -> None:
+def test_padding_and_truncation_of_the_bundle_are_ignored(tmp_path: Path) -> None:
     saved = tiny_tokenizer("bert")
     saved.enable_padding(length=20)
     saved.enable_truncation(max_length=5)
@@ -70,33 +67,30 @@ def test_few_texts_are_counted_exactly(tokenizer: Tokenizer, texts: list[str]) -
     assert estimate(tokenizer, texts, 20) == TokenCount(naive_count(texts), error=0, exact=True)
 
 
-def test_no_text_costs_nothing(tokenizer: Tokenizer) -> None:
+def test_counts_of_no_text_and_of_truncated_texts(tokenizer: Tokenizer) -> None:
     assert count_tokens(tokenizer, [], of=0) == TokenCount(0)
-
-
-def test_truncated_text_counts_what_is_encoded(tokenizer: Tokenizer) -> None:
     assert estimate(tokenizer, [LONG] * 3, 10) == TokenCount(3 * MAX_TOKENS)
 
 
 @pytest.mark.parametrize("sample", [100, 333, 1000])
-def test_an_estimate_from_a_sample_is_close_and_says_that_it_is_one(tokenizer: Tokenizer, sample: int) -> None:
+def test_an_estimate_from_a_sample_is_close_and_not_exact(tokenizer: Tokenizer, sample: int) -> None:
     texts = random.Random(0).choices(TEXTS, k=2500)  # noqa: S311 - no secret
     found = estimate(tokenizer, texts, sample)
     assert not found.exact
     assert found.tokens == pytest.approx(naive_count(texts), rel=0.1)
 
 
-def test_nineteen_of_twenty_intervals_hold_the_true_count(tokenizer: Tokenizer) -> None:
+def test_95_percent_of_the_intervals_contain_the_true_count(tokenizer: Tokenizer) -> None:
     chance = random.Random(1)  # noqa: S311 - no secret
     words = [chance.choice(["a", "river", "seven river"]) + " river" * chance.randrange(9) for _ in range(300)]
-    held, widths = 0, []
-    # Texts of other numbers are other samples.
+    inside, widths = 0, []
+    # The number of texts determines the sample.
     for count in range(400, 1000, 3):
         texts = chance.choices(words, k=count)
         found = estimate(tokenizer, texts, 100)
-        held += abs(found.tokens - naive_count(texts)) <= found.error
+        inside += abs(found.tokens - naive_count(texts)) <= found.error
         widths.append(found.error / found.tokens)
-    assert 0.90 <= held / len(widths) <= 0.99
+    assert 0.90 <= inside / len(widths) <= 0.99
     assert 0.02 < sum(widths) / len(widths) < 0.2
 
 
@@ -106,7 +100,7 @@ def test_an_estimate_over_texts_of_one_length_is_right(tokenizer: Tokenizer, sam
 
 
 @given(count=st.integers(0, 3000), sample=st.integers(2, 500))
-def test_a_sample_has_its_size_no_text_twice_and_is_always_the_same(count: int, sample: int) -> None:
+def test_a_sample_is_reproducible_and_has_no_text_twice(count: int, sample: int) -> None:
     chosen = sample_of(count, sample).tolist()
     assert len(chosen) == min(count, sample)
     assert sorted(set(chosen)) == chosen
@@ -114,11 +108,11 @@ def test_a_sample_has_its_size_no_text_twice_and_is_always_the_same(count: int, 
     assert sample_of(count, sample).tolist() == chosen
 
 
-# --- long texts
+# Long texts
 
 
 class Counting:
-    """Stands in for the tokenizer and remembers how many characters it was given."""
+    """A tokenizer that counts the characters of its inputs."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -136,7 +130,7 @@ class Counting:
         return self.tokenizer.encode_batch(texts)
 
 
-def test_of_a_long_text_only_the_beginning_is_tokenized(tokenizer: Tokenizer) -> None:
+def test_only_the_beginning_of_a_long_text_is_tokenised(tokenizer: Tokenizer) -> None:
     counting = Counting(tokenizer)
     texts = ["seven river " * 100_000, "river"]
     assert count_tokens(counting, texts, of=2).tokens == MAX_TOKENS + 3  # type: ignore[arg-type]
@@ -155,7 +149,7 @@ HEADS = st.sampled_from(
 @pytest.mark.parametrize("between", [" ", "", "\n", "  "])
 @settings(max_examples=100, deadline=None)
 @given(pieces=st.lists(st.tuples(HEADS, st.sampled_from([1, 1, 2, 50, 400])), max_size=12))
-def test_a_text_that_is_cut_has_the_tokens_that_it_has_whole(
+def test_a_shortened_text_has_the_tokens_of_the_whole_text(
     architecture: str, between: str, pieces: list[tuple[str, int]]
 ) -> None:
     tokenizer = tiny_tokenizer(architecture)
@@ -167,7 +161,7 @@ def test_a_text_that_is_cut_has_the_tokens_that_it_has_whole(
 
 
 @pytest.mark.parametrize("kind", ["added token with a space", "other words", "other normalizer", "left"])
-def test_a_text_is_not_cut_where_its_head_might_not_tell(kind: str) -> None:
+def test_a_text_is_not_shortened_if_its_first_tokens_depend_on_the_rest(kind: str) -> None:
     tokenizer = tiny_tokenizer("bert")
     tokenizer.enable_truncation(max_length=8, direction="left" if kind == "left" else "right")
     if kind == "added token with a space":

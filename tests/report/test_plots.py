@@ -11,7 +11,6 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.figure import Figure
 
-from marc_pipeline import report
 from marc_pipeline.report.page import markdown_text, render
 from marc_pipeline.report.plots import legend, panel_figure, svg
 from marc_pipeline.report.sections import ReportPage, ReportPlot, ReportSection, ReportTable
@@ -33,7 +32,7 @@ def test_the_same_figure_gives_the_same_characters_without_a_date() -> None:
     assert first == again
     assert not re.search(r"\b20\d\d-\d\d", first)
     assert first != svg(figure(1, 2, 4), title="t")
-    # Another process, as chance and hash seeds differ there.
+    # Another process has other random and hash seeds.
     code = (
         "from test_plots import figure; from marc_pipeline.report.plots import svg; "
         "print(svg(figure(1, 2, 3), title='t'), end='')"
@@ -43,7 +42,7 @@ def test_the_same_figure_gives_the_same_characters_without_a_date() -> None:
     assert done.stdout == first
 
 
-def test_an_svg_is_one_element_with_its_title_and_real_text() -> None:
+def test_an_svg_is_one_element_with_a_title_and_text() -> None:
     element = ElementTree.fromstring(svg(figure(1, 2, 3, label="mean score"), title="Scores & layers"))  # noqa: S314
     assert element.tag == "{http://www.w3.org/2000/svg}svg"
     assert element[0].text == "Scores & layers"
@@ -51,7 +50,7 @@ def test_an_svg_is_one_element_with_its_title_and_real_text() -> None:
     assert "viewBox" in element.attrib
 
 
-def test_references_inside_a_figure_are_those_to_its_own_parts() -> None:
+def test_references_inside_a_figure_point_to_its_own_ids() -> None:
     for number, element in enumerate((svg(figure(1, 2)), svg(figure(2, 1)))):
         page = Page(element)
         assert_stands_alone(page)
@@ -59,7 +58,7 @@ def test_references_inside_a_figure_are_those_to_its_own_parts() -> None:
         assert len({name.split("-")[0] for name in page.ids}) == 1
 
 
-def test_a_page_of_several_figures_and_tables_stands_alone() -> None:
+def test_a_page_of_several_figures_and_tables_needs_no_other_file() -> None:
     plots = [ReportPlot("up.png", "up", figure(1, 2)), ReportPlot("down.png", "down", figure(2, 1))]
     sections = [
         ReportSection("Curves", ["One.", "Two."], plots=plots),
@@ -112,7 +111,7 @@ c
     )
 
 
-def test_hostile_text_is_text_wherever_it_stands() -> None:
+def test_hostile_text_is_escaped_everywhere() -> None:
     section = ReportSection(
         HOSTILE,
         paragraphs=[HOSTILE],
@@ -130,36 +129,26 @@ def test_hostile_text_is_text_wherever_it_stands() -> None:
 
 
 @pytest.mark.parametrize("sections", [[], [ReportSection("Nothing")]])
-def test_a_page_with_nothing_in_it_opens(sections: list[ReportSection]) -> None:
+def test_an_empty_page_is_valid(sections: list[ReportSection]) -> None:
     assert_stands_alone(Page(render(ReportPage("Empty", sections), "html")))
     assert render(ReportPage("Empty", sections), "md").startswith("# Empty\n")
 
 
-def test_a_legend_without_labels_is_none() -> None:
+def test_a_legend_has_several_lines_or_does_not_exist_without_labels() -> None:
     drawn, (axes,) = panel_figure(height=2)
     axes.plot([1, 2])
     legend(drawn)
     assert not drawn.legends
-
-
-def test_a_long_legend_takes_several_lines() -> None:
-    drawn, (axes,) = panel_figure(height=2)
     for number in range(9):
         axes.plot([1, 2], label=f"line {number}")
     legend(drawn, columns=4)
     assert drawn.legends[0]._ncols == 4
 
 
-def test_the_templates_are_among_the_files_of_the_package() -> None:
-    folder = Path(report.__file__).parents[1]
-    project = tomllib.loads((folder.parent / "pyproject.toml").read_text())
-    patterns = project["tool"]["setuptools"]["package-data"]["pipeline"]
-    found = {path.name for pattern in patterns for path in folder.glob(pattern)}
-    assert (
-        found
-        >= {path.name for path in (folder / "report" / "templates").iterdir()}
-        == {
-            "page.html.jinja",
-            "page.md.jinja",
-        }
-    )
+def test_the_wheel_carries_every_file_of_the_package_with_the_templates(repository: Path) -> None:
+    project = tomllib.loads((repository / "pyproject.toml").read_text())
+    assert project["tool"]["hatch"]["build"]["targets"]["wheel"] == {
+        "packages": ["pipeline/marc_pipeline", "schemas/marc_schemas"]
+    }
+    folder = repository / "pipeline" / "marc_pipeline" / "report" / "templates"
+    assert {path.name for path in folder.iterdir()} == {"page.html.jinja", "page.md.jinja"}

@@ -16,7 +16,7 @@ from report_cases import CASES, ReportCase
 
 @dataclass(frozen=True)
 class Written:
-    """A case, its content and the files that were written of it."""
+    """A case, its content and its written files."""
 
     case: ReportCase
     page: ReportPage
@@ -39,7 +39,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Written(case, case.page(case.data), files)
 
 
-def test_the_folder_holds_what_is_returned(written: Written) -> None:
+def test_the_returned_files_are_those_in_the_folder(written: Written) -> None:
     case, files = written.case, written.files
     assert [path.name for path in files] == [*(f"{case.name}.{end}" for end in ("json", "md", "html")), *case.plots]
     assert sorted(files[0].parent.iterdir()) == sorted(files)
@@ -49,14 +49,14 @@ def test_the_folder_holds_what_is_returned(written: Written) -> None:
         assert is_drawn(image, most=0.95), path.name
 
 
-def test_the_json_reads_back(written: Written) -> None:
+def test_the_json_can_be_read(written: Written) -> None:
     text = written.files[0].read_text(encoding="utf-8")
     strict_json(text)
     # NaN is not equal to itself, but its text is.
     assert repr(type(written.case.data).model_validate_json(text)) == repr(written.case.data)
 
 
-def test_the_html_page_stands_alone_and_shows_everything(written: Written) -> None:
+def test_the_html_page_needs_no_other_file_and_shows_everything(written: Written) -> None:
     html = written.files[2].read_text(encoding="utf-8")
     page = Page(html)
     assert_stands_alone(page)
@@ -74,7 +74,7 @@ def test_the_html_page_stands_alone_and_shows_everything(written: Written) -> No
         assert html.index('class="findings"') < html.index("<h2>")
 
 
-def test_the_markdown_page_has_the_same_tables_and_names_its_plots(written: Written) -> None:
+def test_the_markdown_page_has_the_same_tables_and_links_its_plots(written: Written) -> None:
     text = written.files[1].read_text(encoding="utf-8")
     assert markdown_tables(text) == written.tables
     assert re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text) == [plot.file for plot in written.plots] == written.case.plots
@@ -93,7 +93,7 @@ def test_the_same_report_gives_the_same_text(tmp_path: Path, name: str) -> None:
     assert [path.read_bytes() for path in first[:3]] == [path.read_bytes() for path in again[:3]]
 
 
-def test_matplotlib_is_loaded_for_plots_only_and_pyplot_never(tmp_path: Path) -> None:
+def test_matplotlib_is_imported_for_plots_only_and_pyplot_never(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path

@@ -19,7 +19,7 @@ from marc_pipeline.model.backbone import HiddenStates, PooledStates, blocks, loa
 from marc_pipeline.model.budget import CPU_TOKENS
 from marc_pipeline.model.bundle import Bundle, save_bundle
 from marc_pipeline.model.compressor import fit_pca, save_compressor
-from marc_pipeline.model.encoder import choose_device, choose_dtype
+from marc_pipeline.model.device import choose_device, choose_dtype
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.storage import Storage
 from marc_pipeline.training import lora as tuned

@@ -19,7 +19,8 @@ from marc_pipeline.evaluation.findings import findings
 from marc_pipeline.evaluation.statistics import summarise
 from marc_pipeline.evaluation.systems import System, layer_systems, systems, tuned_systems
 from marc_pipeline.model.bundle import open_bundle
-from marc_pipeline.model.encoder import load_encoder, use_threads
+from marc_pipeline.model.device import use_threads
+from marc_pipeline.model.encoder import load_encoder
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.spark.tasks import run_buckets
 from marc_pipeline.storage import Storage, join

@@ -1,1 +1,1 @@
-"""Layer metrics: judge every layer of a backbone, and recommend where to truncate it."""
+"""Layer metrics: evaluate every layer of a backbone, and recommend where to truncate it."""

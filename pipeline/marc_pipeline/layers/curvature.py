@@ -19,14 +19,10 @@ from marc_pipeline.layers.entropy import unit_rows
 
 
 def curvature(tokens: Tensor) -> Tensor:
-    """Return the mean angle between each step and the next one, in radians.
+    """Return the mean angle between successive steps in radians, float64 [b] in [0, π], of tokens [b, t, D].
 
-    Args:
-        tokens: [b, t, D] of texts with the same number of tokens, because padding would count as a turn.
-
-    Returns:
-        Float64 [b] in [0, π]. A step between equal tokens has no direction; the mean leaves out its angles. A text
-        without any angle, for example one of two tokens, gets NaN.
+    All texts have the same number of tokens, because padding would count as a turn. A step between equal tokens has no
+    direction; the mean leaves out its angles. A text without any angle, for example one of two tokens, gets NaN.
 
     Raises:
         ValueError: wrong shape.

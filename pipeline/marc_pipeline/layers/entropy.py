@@ -42,10 +42,9 @@ def unit_rows(z: Tensor) -> Tensor:
 
 
 def spectrum(z: Tensor) -> Tensor:
-    """Return the eigenvalues of Z Zᵀ divided by its trace, after scaling all rows to unit length.
+    """Return the eigenvalues of Z Zᵀ divided by its trace, after scaling the rows of Z [..., n, D] to unit length.
 
-    Args:
-        z: [..., n, D], n ≥ 1. Rows of zeros are ignored: they pad texts of different lengths to one batch.
+    Rows of zeros are ignored: they pad texts of different lengths to one batch.
 
     Returns:
         Float64 [..., min(n, D)], ≥ 0, ascending, with sum 1. All are 0 if all rows are 0, and NaN if a number is NaN.
@@ -61,13 +60,9 @@ def spectrum(z: Tensor) -> Tensor:
 
 
 def spectrum_of(moment: Tensor) -> Tensor:
-    """Return the same eigenvalues from a second moment Zᵀ Z = Σ z zᵀ, summed over blocks, or from any Gram matrix.
+    """Return the same eigenvalues [..., D] from a second moment Zᵀ Z [..., D, D], or from any Gram matrix.
 
-    Args:
-        moment: symmetric, positive semidefinite [..., D, D], with any trace.
-
-    Returns:
-        Float64 [..., D], as in ``spectrum``.
+    The moment may be summed over blocks, Σ z zᵀ, and have any trace.
 
     Raises:
         ValueError: the matrix is not square, or empty.
@@ -119,14 +114,7 @@ def effective_rank(eigenvalues: Tensor) -> Tensor:
 
 
 def prompt_entropy(tokens: Tensor, order: float = 1.0) -> Tensor:
-    """Return the entropy S_α of each text's tokens.
-
-    Args:
-        tokens: [b, t, D]; tokens of zeros are padding.
-        order: α ≥ 0.
-
-    Returns:
-        Float64 [b].
+    """Return the entropy S_α of each text's tokens, float64 [b], of tokens [b, t, D]; tokens of zeros are padding.
 
     Raises:
         ValueError: wrong shape, or a negative order.
@@ -136,33 +124,10 @@ def prompt_entropy(tokens: Tensor, order: float = 1.0) -> Tensor:
     return entropy(spectrum(tokens), order)
 
 
-def dataset_entropy(z: Tensor, order: float = 1.0) -> Tensor:
-    """Return the entropy S_α of a data set with one vector per text.
-
-    Args:
-        z: [n, D].
-        order: α ≥ 0.
-
-    Returns:
-        A float64 scalar.
-
-    Raises:
-        ValueError: wrong shape, or a negative order.
-    """
-    if z.ndim != 2:
-        raise ValueError(f"z must be [n, D], not {[*z.shape]}")
-    return entropy(spectrum(z), order)
-
-
 def normalise(entropy: Tensor, rows: Tensor | int, width: Tensor | int, how: Normalisation) -> Tensor:
-    """Divide an entropy by its largest possible value.
+    """Divide an entropy by log N ("log_rows"), log D ("log_width") or log min(N, D) ("log_least"); "raw": by 1.
 
-    Args:
-        entropy: any shape.
-        rows: N, broadcast to the shape of ``entropy``.
-        width: D, broadcast to the shape of ``entropy``.
-        how: "raw" returns it unchanged, "log_rows" divides by log N, "log_width" by log D, "log_least" by
-            log min(N, D).
+    N and D, ``rows`` and ``width``, are broadcast to the shape of ``entropy``.
 
     Returns:
         Float64; NaN where the divisor is 0, as for a single row or column.

@@ -1,4 +1,4 @@
-"""Choose the layer to keep: what each metric would choose, what that costs, a recommendation, and the findings."""
+"""The layer to keep: the choice of each metric and its loss of AUC, recommendations, and findings as sentences."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,8 +26,8 @@ class Metric:
         name: key of its values.
         title: name in reports.
         view: the property that it measures.
-        better: the end that counts as better, by the meaning of the metric: richer, smoother, less changed by noise.
-            This is a choice of this project; the correlation shows whether it holds for a model.
+        better: the better end by the meaning of the metric: richer, smoother, less changed by noise. This project
+            chose it; the correlation with the AUC shows whether it holds for a model.
         unit: empty for plain numbers.
     """
 
@@ -51,19 +51,15 @@ METRICS = (
 
 
 WITHOUT_CLICKS = ("prompt_entropy", "curvature", "dime")
-"""The metrics that choose the layer when there are no clicks, one of each view.
+"""The metrics that choose the layer without clicks, one of each view.
 
-They were selected on ml-latest-small with the default backbone, where the best layer was known: dataset entropy,
-InfoNCE and LiDAR prefer the final layer there, one of the worst. On other data the choice may be poor.
+They were selected on ml-latest-small with the default backbone, where the best layer is known. Dataset entropy,
+InfoNCE and LiDAR prefer the final layer there, which is one of the worst. On other data the choice may be poor.
 """
 
 
 def choices(judged: Sequence[JudgedLayer]) -> list[MetricChoice]:
-    """The layer that every metric would choose, embeddings excluded, and what that costs.
-
-    Args:
-        judged: all layers, the embeddings first.
-    """
+    """Return the layer that every metric chooses, embeddings excluded, and its loss of test AUC."""
     found = []
     aucs = {layer.layer: fmean(layer.test_auc) for layer in judged if layer.test_auc}
     best = max((auc for layer, auc in aucs.items() if layer), default=None)
@@ -71,26 +67,20 @@ def choices(judged: Sequence[JudgedLayer]) -> list[MetricChoice]:
         values = {layer.layer: layer.metrics.get(metric.name, math.nan) for layer in judged}
         layer = best_layer(metric, values)
         lost = None if best is None or layer is None else best - aucs[layer]
-        correlation = _spearman(values, aucs)
-        found.append(
-            MetricChoice(metric=metric.name, better=metric.better, layer=layer, correlation=correlation, lost_auc=lost)
-        )
+        facts = {"correlation": _spearman(values, aucs), "lost_auc": lost}
+        found.append(MetricChoice(metric=metric.name, better=metric.better, layer=layer, **facts))
     return found
 
 
 def best_layer(metric: Metric, values: Mapping[int, float]) -> int | None:
-    """The layer where a metric is best, embeddings excluded; of equal layers the lowest; None if it is undefined."""
+    """Return the layer with the best value, embeddings excluded; the lowest of equal layers; None if all are NaN."""
     sign = 1 if metric.better == "high" else -1
     ranked = [(-sign * value, layer) for layer, value in values.items() if layer and not math.isnan(value)]
     return min(ranked)[1] if ranked else None
 
 
 def choose_by_metrics(judged: Sequence[JudgedLayer]) -> int | None:
-    """The layer with the best mean rank over ``WITHOUT_CLICKS``; of equal layers the lowest; None if all are undefined.
-
-    Args:
-        judged: all layers, the embeddings first.
-    """
+    """Return the layer with the best mean rank over ``WITHOUT_CLICKS``; the lowest of equal ones; None if undefined."""
     layers = [layer for layer in judged if layer.layer]
     ranks = []
     for metric in _defined(judged):
@@ -100,7 +90,7 @@ def choose_by_metrics(judged: Sequence[JudgedLayer]) -> int | None:
 
 
 def with_choice(model: JudgedModel) -> JudgedModel:
-    """The model with the choices of its metrics, and with the layer to keep: clicks decide if there are any."""
+    """Add the choices of the metrics and the layer to keep to a model; clicks decide if there are any."""
     folds = fold_aucs(model)
     basis: Basis = "clicks" if folds else "metrics"
     keep = choose_layer(folds) if folds else choose_by_metrics(model.judged)
@@ -108,13 +98,7 @@ def with_choice(model: JudgedModel) -> JudgedModel:
 
 
 def recommend(models: Sequence[JudgedModel]) -> list[Recommendation]:
-    """The layer and the pooling to use for each backbone: of several poolings the one that scored best with clicks.
-
-    Without clicks nothing tells which pooling is better: the first one is taken.
-
-    Args:
-        models: from :func:`with_choice`; those of one backbone differ in their pooling.
-    """
+    """Return layer and pooling for each backbone: the pooling with the best AUC, or the first one without clicks."""
     found = []
     for backbone in dict.fromkeys(model.backbone for model in models):
         candidates = [model for model in models if model.backbone == backbone and model.keep is not None]
@@ -135,7 +119,7 @@ def recommend(models: Sequence[JudgedModel]) -> list[Recommendation]:
 
 
 def layer_findings(models: Sequence[JudgedModel]) -> list[str]:
-    """The results with their numbers, one sentence per claim, also where a claim fails."""
+    """Return the results with their numbers, one sentence per claim, whether it is confirmed or not."""
     found = []
     for model in models:
         lead = f"{model.backbone}, {model.pooling} pooling: " if len(models) > 1 else ""
@@ -150,39 +134,39 @@ def layer_findings(models: Sequence[JudgedModel]) -> list[str]:
 
 
 def fold_aucs(model: JudgedModel) -> dict[int, list[float]]:
-    """AUC within the training part, by layer, one per fold; empty without interactions."""
+    """Return the AUCs of all folds within the training part by layer; empty without interactions."""
     return {layer.layer: layer.fold_auc for layer in model.judged if layer.fold_auc}
 
 
 def mean_auc(layer: JudgedLayer) -> float:
-    """Mean test AUC over seeds, NaN without interactions."""
+    """Return the mean test AUC over seeds; NaN without interactions."""
     return fmean(layer.test_auc) if layer.test_auc else math.nan
 
 
 def std_auc(layer: JudgedLayer) -> float:
-    """Sample standard deviation of the test AUC over seeds, NaN with fewer than two."""
+    """Return the sample standard deviation of the test AUC over seeds; NaN for fewer than 2 seeds."""
     return stdev(layer.test_auc) if len(layer.test_auc) > 1 else math.nan
 
 
 def auc_text(layer: JudgedLayer) -> str:
-    """Test AUC as ``mean ± deviation`` over seeds."""
+    """Return the test AUC as ``mean ± deviation`` over seeds."""
     return with_deviation(mean_auc(layer), std_auc(layer))
 
 
 def best_by_test(model: JudgedModel) -> JudgedLayer | None:
-    """The layer with the highest mean test AUC, embeddings excluded."""
+    """Return the layer with the highest mean test AUC, embeddings excluded; None without interactions."""
     return max((layer for layer in model.judged if layer.layer and layer.test_auc), key=mean_auc, default=None)
 
 
 def _advantage(model: JudgedModel) -> list[str]:
-    """Not about the best layer by test AUC: that one is partly best by chance."""
+    """Compare the kept layer with the final layer. The best layer by test AUC is partly the best by chance."""
     best, final = best_by_test(model), model.judged[-1]
     if best is None or model.keep is None:
         return []
     if model.keep == model.layers:
         return [
-            f"The final layer is the one to keep, with test AUC {auc_text(final)}; the layer with the best test AUC is "
-            f"{best.layer}."
+            f"The final layer is the layer to keep, with test AUC {auc_text(final)}; layer {best.layer} has the best "
+            "test AUC."
         ]
     layer = model.judged[model.keep]
     difference = paired_difference(dict(enumerate(layer.test_auc)), dict(enumerate(final.test_auc)))
@@ -250,7 +234,7 @@ def _reason(model: JudgedModel, others: Sequence[str]) -> str:
 
 
 def _defined(judged: Sequence[JudgedLayer]) -> list[Metric]:
-    """The metrics of ``WITHOUT_CLICKS`` that every layer but the embeddings has."""
+    """The metrics of ``WITHOUT_CLICKS`` that are defined in every layer except the embeddings."""
     return [
         metric
         for metric in METRICS

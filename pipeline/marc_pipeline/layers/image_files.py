@@ -1,4 +1,4 @@
-"""Image files: find them below a folder, and read each one upright as 8-bit RGB, or say why it cannot be read."""
+"""Image files: find them below a folder, read each one upright as 8-bit RGB, and report unreadable ones."""
 
 import warnings
 from collections.abc import Sequence

@@ -18,14 +18,8 @@ def image_views(images: Sequence[Image.Image], *, views: int, seed: int, first: 
     """Return augmented copies of images, [views][images], before a processor's resizing.
 
     ``seed``, the number of the view and the number of the image in the whole sample determine a view. A block of a
-    sample therefore gets the same views as in the whole sample. The longest side of a view is at most
-    :data:`VIEW_SIDE` pixels.
-
-    Args:
-        images: RGB images of the block.
-        views: number of views per image.
-        seed: seed of the sample.
-        first: number of the block's first image in the sample.
+    sample, whose first image has the number ``first``, therefore gets the same views as in the whole sample. The
+    longest side of a view is at most :data:`VIEW_SIDE` pixels.
 
     Raises:
         UserError: kornia is not installed.

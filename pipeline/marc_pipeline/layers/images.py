@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from marc_pipeline.errors import Unencodable, UserError
 from marc_pipeline.model.backbone import blocks, load_backbone, locate
 from marc_pipeline.model.batches import TokenBatch
-from marc_pipeline.model.encoder import OutOfMemory, is_out_of_memory
+from marc_pipeline.model.device import OutOfMemory, is_out_of_memory
 from marc_schemas.bundle import Pooling
 
 if TYPE_CHECKING:
@@ -126,7 +126,6 @@ class ImageEncoder:
         module: maps an :class:`ImageBatch` to one row per image [b, ...], for example
             :class:`~marc_pipeline.model.backbone.PooledLayers` [b, L + 1, D]. It is moved and cast in place.
         processor: the backbone's image processor.
-        device: device of the module.
         dtype: type of the module's weights; pooling is in float32.
         batch: images per pass, halved when the device runs out of memory.
     """

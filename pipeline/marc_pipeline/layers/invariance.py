@@ -32,17 +32,11 @@ from torch.nn.functional import cross_entropy
 
 from marc_pipeline.layers.entropy import effective_rank, entropy, spectrum_of, unit_rows
 
-MEAN_ROUNDING = 1e-14
-"""Class means count as equal if they differ by at most this share of the column's largest absolute value."""
-
 
 def infonce(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
-    """Return the InfoNCE loss of finding each text's other view among the views of all n texts.
+    """Return the InfoNCE loss of finding each text's other view among the views of all n ≥ 2 texts.
 
-    Args:
-        a: one view of each text [n, D], n ≥ 2.
-        b: another view of each text [n, D].
-        temperature: τ > 0, which divides the cosines.
+    ``a`` and ``b`` [n, D] are two views of each text; the temperature τ > 0 divides the cosines.
 
     Returns:
         A float64 scalar ≥ 0; log n if all texts have the same representation.
@@ -63,61 +57,19 @@ def information_bound(loss: Tensor, n: int) -> Tensor:
     return math.log(n) - loss
 
 
-def scatters(views: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scatter between texts and the scatter within texts, without the ridge.
-
-    Args:
-        views: [n, q, D], n ≥ 2 and q ≥ 2, at any scale.
-
-    Returns:
-        Σ_b and Σ_w − δ I, float64 [D, D] each.
-
-    Raises:
-        ValueError: wrong shape, or too few texts or views.
-    """
-    if views.ndim != 3:
-        raise ValueError(f"views must be [n, q, D], not {[*views.shape]}")
-    n, q, width = views.shape
-    if n < 2 or q < 2:
-        raise ValueError(f"LiDAR needs at least 2 texts and 2 views of each, not {n} and {q}")
-    views = views.to(torch.float64)
-    means = views.mean(dim=1)
-    apart = means - means.mean(dim=0)
-    noise = MEAN_ROUNDING * views.abs().amax(dim=(0, 1))
-    apart = apart.masked_fill(apart.abs().amax(dim=0) <= noise, 0.0)
-    inner = (views - means[:, None]).reshape(n * q, width)
-    return apart.mT @ apart / n, inner.mT @ inner / (n * q)
-
-
-def lidar(views: Tensor, ridge: float = 1e-4) -> Tensor:
+def lidar(between: Tensor, within: Tensor, ridge: float = 1e-4) -> Tensor:
     """Return LiDAR: the effective number of linear discriminants that separate texts despite differences of views.
-
-    Args:
-        views: [n, q, D]; n ≥ 2 texts are the classes, each with q ≥ 2 views. They are not rescaled.
-        ridge: δ > 0, relative to the squared scale of the views.
-
-    Returns:
-        A float64 scalar in [1, min(n − 1, D)]; 0 if all texts have the same mean.
-
-    Raises:
-        ValueError: wrong shape, too few texts or views, or a ridge that ``lidar_of`` refuses.
-    """
-    return lidar_of(*scatters(views), ridge)
-
-
-def lidar_of(between: Tensor, within: Tensor, ridge: float = 1e-4) -> Tensor:
-    """Return LiDAR from the two scatters, which may be summed over blocks.
 
     With Σ_w = L Lᵀ (Cholesky), L^{−1} Σ_b L^{−T} has the spectrum of Σ_w^{−1/2} Σ_b Σ_w^{−1/2}, because both are
     similar to Σ_w^{−1} Σ_b.
 
     Args:
-        between: Σ_b [D, D].
-        within: Σ_w [D, D] without the ridge.
-        ridge: δ > 0.
+        between: Σ_b [D, D] of n texts, which may be summed over blocks.
+        within: Σ_w [D, D] of their views without the ridge, at the same scale.
+        ridge: δ > 0, relative to the squared scale of the views.
 
     Returns:
-        A float64 scalar; 0 for Σ_b = 0, NaN if a number is NaN or infinite.
+        A float64 scalar in [1, min(n − 1, D)]; 0 for Σ_b = 0, NaN if a number is NaN or infinite.
 
     Raises:
         ValueError: wrong shapes, a ridge that is not above 0, or a ridge below the rounding of ``within``.
@@ -138,22 +90,11 @@ def lidar_of(between: Tensor, within: Tensor, ridge: float = 1e-4) -> Tensor:
     return effective_rank(spectrum_of(torch.linalg.solve_triangular(factor, half.mT, upper=False)))
 
 
-def dime(
-    a: Tensor,
-    b: Tensor,
-    *,
-    order: float = 1.0,
-    permutations: int = 5,
-    seed: int | Sequence[int] = 0,
-) -> Tensor:
+def dime(a: Tensor, b: Tensor, *, order: float = 1.0, permutations: int = 5, seed: int | Sequence[int] = 0) -> Tensor:
     """Return DiME: how much pairing two views of a text lowers their joint entropy, compared with random pairs.
 
-    Args:
-        a: one view of each text [n, p], n ≥ 2.
-        b: another view of each text [n, q].
-        order: α ≥ 0 of the entropies.
-        permutations: number of random pairings that are averaged.
-        seed: one or several numbers ≥ 0 for drawing them; no global generator is used.
+    ``a`` [n, p] and ``b`` [n, q] are two views of each of n ≥ 2 texts. The result averages ``permutations`` random
+    pairings. One or several numbers ≥ 0 are their seed; no global generator is used.
 
     Returns:
         A float64 scalar, about 0 for independent views.

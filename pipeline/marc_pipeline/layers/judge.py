@@ -1,4 +1,4 @@
-"""Layer reports: metrics of every layer over a sample, AUC from clicks, and a recommendation that can be adopted."""
+"""Layer reports: metrics of every layer over a sample, AUC from clicks, and a recommendation to adopt."""
 
 import hashlib
 import logging
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One backbone with one pooling, and the data that it is judged on."""
+    """One backbone with one pooling, and the data for its evaluation."""
 
     deployment: Deployment
     identity: TrainingIdentity | None
@@ -78,14 +78,14 @@ def judge_layers(
     poolings: Sequence[str] = (),
     expected: str | None = None,
 ) -> LayerReport:
-    """Judge every layer of one or several models on the catalogue of a date, and on its interactions if there are any.
+    """Evaluate every layer of one or several models on a catalogue, with its interactions if there are any.
 
-    Images have no interactions. A report is computed once; a second call reads it.
+    A report is computed once; a second call reads it.
 
     Args:
         deployment: settings and storage.
         ds: date of the catalogue.
-        images: folder of images that every machine of the cluster sees; instead of ``ds``.
+        images: folder of images that every machine of the cluster can read, instead of ``ds``.
         backbones: backbones to compare; default: the configured one.
         poolings: poolings of each backbone; default: the configured or the adopted one.
         expected: training_id that an earlier task of the same run announced.
@@ -99,7 +99,7 @@ def judge_layers(
 
     settings, storage = deployment.settings, deployment.storage
     if bool(ds) == bool(images):
-        raise UserError("layers are judged on the catalogue of a date or on a folder of images: give one of the two")
+        raise UserError("layers are evaluated on the catalogue of a date or on a folder of images: give one of the two")
     paths = _image_paths(images, settings.layers.sample) if images else ()
     candidates = _candidates(deployment, ds=ds, images=paths, backbones=backbones, poolings=poolings)
     for candidate in candidates:
@@ -123,18 +123,17 @@ def judge_layers(
     if not together:
         with configured_session(settings, name=name) as spark:
             models = _with_clicks(spark, candidates, models)
-    judged = [with_choice(model) for model in models]
-    wanted = settings.layers.model_dump(exclude={"seed", "sample"})
+    models = [with_choice(model) for model in models]
     report = LayerReport(
         report_id=report_id,
         kind="images" if images else "texts",
         ds=ds,
         dim=settings.train.dim if candidates[0].identity else 0,
-        **wanted,
+        **settings.layers.model_dump(exclude={"seed", "sample"}),
         sample=inputs,
-        models=judged,
-        recommendations=recommend(judged),
-        findings=layer_findings(judged),
+        models=models,
+        recommendations=recommend(models),
+        findings=layer_findings(models),
     )
     storage.write(uri, report.model_dump_json(indent=1).encode())
     return report
@@ -144,13 +143,15 @@ def require_adoptable(settings: Settings, *, backbones: Sequence[str], images: s
     """Check before the work starts that trainings would use the adopted recommendation.
 
     Raises:
-        UserError: trainings use another backbone or configured layers, or the report is about images.
+        UserError: trainings use another backbone or configured layers, or the report is on images.
     """
     train = settings.train
     if images:
         raise UserError("a recommendation from images cannot be adopted: trainings read texts")
     if backbones and train.backbone not in backbones:
-        raise UserError(f"trainings use train.backbone {train.backbone!r}: judge that one, or configure another first")
+        raise UserError(
+            f"trainings use train.backbone {train.backbone!r}: evaluate that backbone, or configure another one first"
+        )
     if train.layers is not None:
         raise UserError(
             f"train.layers is configured as {train.layers} and takes precedence: remove it to adopt another"
@@ -158,15 +159,17 @@ def require_adoptable(settings: Settings, *, backbones: Sequence[str], images: s
 
 
 def adopt(deployment: Deployment, report: LayerReport) -> Adopted:
-    """Make a recommendation the default of trainings with the configured backbone: one atomic write.
+    """Make a recommendation the default of trainings with the configured backbone, in one atomic write.
 
     Raises:
-        UserError: the report recommends nothing for that backbone.
+        UserError: the report has no recommendation for that backbone.
     """
     settings = deployment.settings
     found = [one for one in report.recommendations if one.backbone == settings.train.backbone]
     if not found:
-        raise UserError(f"report {report.report_id} recommends nothing for train.backbone {settings.train.backbone!r}")
+        raise UserError(
+            f"report {report.report_id} has no recommendation for train.backbone {settings.train.backbone!r}"
+        )
     now = datetime.now(UTC)
     record = Adopted(recommendation=found[0], report_id=report.report_id, ds=report.ds, adopted_at=now)
     deployment.storage.write(adopted_uri(settings), record.model_dump_json(indent=1).encode())
@@ -175,12 +178,12 @@ def adopt(deployment: Deployment, report: LayerReport) -> Adopted:
 
 
 def report_folder(settings: Settings, report_id: str) -> str:
-    """Folder of a report in the work area."""
+    """Return the folder of a report in the work area."""
     return join(settings.work_uri, "layers", "reports", report_id)
 
 
 def publish_report(deployment: Deployment, report: LayerReport) -> str:
-    """Write pages and plots of a report beside its JSON in the work area; returns the uri of the folder."""
+    """Write pages and plots of a report beside its JSON in the work area, and return the uri of the folder."""
     from marc_pipeline.layers.report import write_layer_report
 
     storage, uri = deployment.storage, report_folder(deployment.settings, report.report_id)
@@ -207,7 +210,7 @@ def _candidates(
         configured = deployment.with_settings(with_train(settings, {"backbone": backbone}))
         usual = reviewed(configured)[0].settings.train.pooling
         for pooling in dict.fromkeys(poolings or (usual,)):
-            # The layers that are kept today must not influence which should be kept.
+            # The layers that trainings keep at present must not influence the recommendation.
             train = with_train(settings, {"backbone": backbone, "pooling": pooling}).train
             open_train = train.model_copy(update={"layers": None})
             own = deployment.with_settings(settings.model_copy(update={"train": open_train}))
@@ -220,7 +223,7 @@ def _candidates(
 def _inputs(
     deployment: Deployment, identity: TrainingIdentity | None, source: CatalogueSource | None, images: tuple[str, ...]
 ) -> list[object]:
-    """Everything that identifies the texts or images that the layers are judged on."""
+    """Everything that identifies the texts or images of an evaluation."""
     if identity is not None:
         return [identity.training_id]
     if source is not None:
@@ -248,7 +251,7 @@ def _image_paths(folder: str, limit: int) -> tuple[str, ...]:
     root = Path(folder).absolute()
     names = sorted((path.relative_to(root).as_posix() for path in image_files(root)), key=_hashed)
     if len(names) < 2:
-        raise UserError(f"{folder} holds {len(names)} images; layers are judged on two at least")
+        raise UserError(f"{folder} has {len(names)} images; an evaluation of layers needs at least 2")
     return tuple(str(root / name) for name in names[:limit])
 
 
@@ -277,7 +280,9 @@ def _sweep(
     if first.source is not None and first.identity is None:
         inputs = sample_texts(spark, first.source, settings.catalogue, storage=storage, limit=wanted.sample)
     if len(inputs) < 2:
-        raise UserError(f"the catalogue of {ds} has {len(inputs)} distinct texts; layers are judged on two at least")
+        raise UserError(
+            f"the catalogue of {ds} has {len(inputs)} distinct texts; an evaluation of layers needs at least 2"
+        )
     parts: dict[str, list[SweepPart]] = {}
     for candidate in candidates:
         if storage.stat(candidate.swept_uri) is None:
@@ -299,7 +304,7 @@ def _sweep(
 
 
 def _swept(candidate: _Candidate, parts: "Sequence[SweepPart]", *, storage: Storage) -> JudgedModel:
-    """Merge the parts of a candidate and delete them."""
+    """Read the merged metrics of a candidate, or merge its parts and delete them."""
     from marc_pipeline.layers.sweep import merge_parts
 
     done = read_contract(storage, candidate.swept_uri, JudgedModel)
@@ -309,24 +314,18 @@ def _swept(candidate: _Candidate, parts: "Sequence[SweepPart]", *, storage: Stor
     try:
         facts, metrics = merge_parts(parts)
     except FileNotFoundError:
-        # Another run of the same sweep has merged and deleted them.
+        # Another run of the same sweep has merged and deleted the parts.
         done = read_contract(storage, candidate.swept_uri, JudgedModel)
         if done is None:
             raise
         return done
     seconds = np.cumsum(facts.seconds) / facts.inputs * INPUTS_PER_UNIT
+    shared = {name: getattr(facts, name) for name in JudgedModel.model_fields if hasattr(facts, name)}
     model = JudgedModel(
         sweep_id=candidate.sweep_id,
         backbone=candidate.train.backbone,
         pooling=candidate.train.pooling,
-        layers=facts.layers,
-        width=facts.width,
-        max_tokens=facts.max_tokens,
-        dtype=facts.dtype,
-        device=facts.device,
-        inputs=facts.inputs,
-        left_out=facts.left_out,
-        left_out_because=facts.left_out_because,
+        **shared,
         judged=[
             JudgedLayer(
                 layer=layer,
@@ -344,7 +343,7 @@ def _swept(candidate: _Candidate, parts: "Sequence[SweepPart]", *, storage: Stor
 
 
 def _parts(candidate: _Candidate, inputs: int, *, storage: Storage) -> "list[SweepPart]":
-    """Blocks of nearly equal size, distributed to parts in the same way on every machine."""
+    """Distribute blocks of nearly equal size to parts, in the same way on every machine."""
     from marc_pipeline.layers.sweep import SweepPart
 
     settings = candidate.settings
@@ -369,7 +368,7 @@ def _parts(candidate: _Candidate, inputs: int, *, storage: Storage) -> "list[Swe
 def _with_clicks(
     spark: "SparkSession", candidates: Sequence[_Candidate], models: Sequence[JudgedModel]
 ) -> list[JudgedModel]:
-    """The models with the AUC of every layer, if there are interactions."""
+    """Add the AUC of every layer to the models, if there are interactions."""
     found = []
     for candidate, model in zip(candidates, models, strict=True):
         if candidate.identity is None:

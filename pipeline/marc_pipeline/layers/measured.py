@@ -30,10 +30,7 @@ class MeasuredLayers(PooledLayers):
 
     The figures are columns, not sums, because a batch may fail and run again in parts, and texts may be left out later.
 
-    Args:
-        model: a whole backbone.
-        pooling: how token states become one vector.
-        order: α of the prompt entropy.
+    ``order`` is α of the prompt entropy.
     """
 
     def __init__(self, model: "PreTrainedModel", pooling: Pooling, *, order: float = 1.0) -> None:
@@ -95,12 +92,7 @@ class MeasuredLayers(PooledLayers):
 
 
 def weights_bytes(model: "PreTrainedModel", *, item_bytes: int) -> list[int]:
-    """Return the bytes of the weights of a model truncated after 0, 1, … L blocks.
-
-    Args:
-        model: a whole backbone.
-        item_bytes: bytes of one weight.
-    """
+    """Return the bytes of the weights of a whole backbone truncated after 0, 1, … L blocks."""
     of_blocks = [sum(weight.numel() for weight in block.parameters()) for block in blocks(model)[2]]
     rest = sum(weight.numel() for weight in model.parameters()) - sum(of_blocks)
     return [item_bytes * (rest + sum(of_blocks[:layer])) for layer in range(len(of_blocks) + 1)]

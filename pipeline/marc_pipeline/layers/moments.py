@@ -21,14 +21,13 @@ The modules ``entropy``, ``curvature`` and ``invariance`` define the metrics. Ch
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from marc_pipeline.layers.entropy import effective_rank, entropy, normalise, spectrum_of, unit_rows
-from marc_pipeline.layers.invariance import dime, infonce, information_bound, lidar_of
+from marc_pipeline.layers.invariance import dime, infonce, information_bound, lidar
 
 MEANS = (
     "prompt_entropy",
@@ -41,48 +40,9 @@ MEANS = (
     "dime",
 )
 PER_TEXT = 5
-"""The first so many means are over texts; the others are over blocks, weighted by their texts."""
+"""The first five means are over texts; the others are over blocks, weighted by their texts."""
 SPREAD_ROUNDING = 1e-13
 """Class means count as equal if their root mean square distance is below this share of their length."""
-
-
-@dataclass(frozen=True)
-class LayerFigures:
-    """Metrics of one layer; undefined ones are NaN.
-
-    Attributes:
-        texts: number of pooled vectors.
-        prompt_entropy: mean entropy of a text's tokens, nats.
-        prompt_entropy_log_rows: mean of entropy / log(tokens), without texts of one token.
-        prompt_entropy_log_width: mean of entropy / log D.
-        prompt_entropy_log_least: mean of entropy / log(min(tokens, D)).
-        curvature: mean over the texts that have a curvature, radians.
-        dataset_entropy: entropy of the pooled vectors, nats.
-        dataset_entropy_log_rows: dataset_entropy / log(texts).
-        dataset_entropy_log_width: dataset_entropy / log D.
-        dataset_entropy_log_least: dataset_entropy / log(min(texts, D)).
-        effective_rank: exp of the Shannon entropy of the pooled vectors, for every ``order``.
-        infonce: InfoNCE of two views, mean over blocks weighted by their texts.
-        information_bound: log(texts in the block) − InfoNCE, averaged in the same way.
-        lidar: LiDAR of all views.
-        dime: DiME of two views, averaged like InfoNCE.
-    """
-
-    texts: int
-    prompt_entropy: float
-    prompt_entropy_log_rows: float
-    prompt_entropy_log_width: float
-    prompt_entropy_log_least: float
-    curvature: float
-    dataset_entropy: float
-    dataset_entropy_log_rows: float
-    dataset_entropy_log_width: float
-    dataset_entropy_log_least: float
-    effective_rank: float
-    infonce: float
-    information_bound: float
-    lidar: float
-    dime: float
 
 
 class LayerMoments:
@@ -90,11 +50,9 @@ class LayerMoments:
 
     Args:
         width: D of the layer.
-        order: α of the entropies and of DiME.
-        temperature: temperature of InfoNCE.
+        order, temperature: α of the entropies and of DiME, temperature of InfoNCE.
         ridge: ridge of LiDAR, for views whose numbers have mean square 1.
-        permutations: permutations of DiME per block.
-        seed: seed of the permutations.
+        permutations, seed: number of permutations of DiME per block, and their seed.
         device: device of the sums and products; it must support float64.
 
     Raises:
@@ -210,8 +168,20 @@ class LayerMoments:
         return moments
 
     @torch.no_grad()
-    def figures(self) -> LayerFigures:
-        """Return the metrics of all texts so far."""
+    def figures(self) -> dict[str, float]:
+        """Return the metrics of all texts so far; undefined ones are NaN. Entropies are in nats.
+
+        Returns:
+            texts: number of pooled vectors.
+            prompt_entropy: mean entropy of a text's tokens; with the suffixes log_rows, log_width and log_least divided
+                by log(tokens), log D and log(min(tokens, D)). log_rows and log_least leave out texts of one token.
+            curvature: mean over the texts that have a curvature, radians.
+            dataset_entropy: entropy of the pooled vectors; with the same suffixes, for texts instead of tokens.
+            effective_rank: exp of the Shannon entropy of the pooled vectors, for every ``order``.
+            infonce, dime: InfoNCE and DiME of two views, means over blocks weighted by their texts.
+            information_bound: log(texts in the block) − InfoNCE, averaged in the same way.
+            lidar: LiDAR of all views.
+        """
         eigenvalues = spectrum_of(self._moment)
         dataset = entropy(eigenvalues, self.order)
         ratios = {
@@ -223,7 +193,7 @@ class LayerMoments:
             seen = dict.fromkeys(seen, math.nan)
         # 0 / 0 gives NaN for a metric that is undefined in every text or block.
         means = dict(zip(MEANS, (self._sums / self._weights).tolist(), strict=True))
-        return LayerFigures(texts=self._texts, lidar=self._lidar(), **seen, **means)
+        return {"texts": float(self._texts), "lidar": self._lidar(), **seen, **means}
 
     def _add_tokens(self, figures: Tensor) -> None:
         """Add prompt entropies, tokens and curvatures [n, 3]."""
@@ -266,7 +236,7 @@ class LayerMoments:
         # Lengths are sqrt(D). NaN ≤ x is false, so NaN continues.
         if between.trace().item() <= SPREAD_ROUNDING**2 * self.width:
             return 0.0
-        return lidar_of(between, self._within / self._views, self.ridge).item()
+        return lidar(between, self._within / self._views, self.ridge).item()
 
     def _settings(self) -> dict[str, float]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}

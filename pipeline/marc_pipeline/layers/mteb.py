@@ -1,6 +1,6 @@
 """Every layer of a backbone as an encoder for the tasks of mteb; each text goes through the model once.
 
-The package mteb is imported at the first use of a task: this module can be imported without it.
+The module imports the optional package mteb at the first use of a task.
 """
 
 import importlib
@@ -25,7 +25,8 @@ from marc_pipeline.config import EncodeSettings, TrainSettings
 from marc_pipeline.errors import PipelineError, Unencodable, UserError
 from marc_pipeline.layers.state_cache import StateCache
 from marc_pipeline.model.backbone import PACKAGE, PooledLayers, blocks, load_backbone
-from marc_pipeline.model.encoder import Encoder, choose_device, choose_dtype
+from marc_pipeline.model.device import choose_device, choose_dtype
+from marc_pipeline.model.encoder import Encoder
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.training.states import TEXTS_AT_ONCE, cutting_tokenizer
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # The tasks of Skean et al., "Layer by Layer: Uncovering Hidden Representations in Language Models", ICML 2025 (arXiv
-# 2502.02013): those of MTEB's English benchmark, without retrieval and without whole paragraphs.
+# 2502.02013): the tasks of MTEB's English benchmark, without retrieval and without whole paragraphs.
 PAPER_TASKS = (
     "AmazonCounterfactualClassification", "AmazonReviewsClassification", "ArxivClusteringS2S", "AskUbuntuDupQuestions",
     "BIOSSES", "Banking77Classification", "BiorxivClusteringS2S", "EmotionClassification", "MTOPDomainClassification",
@@ -68,8 +69,6 @@ class EveryLayer:
 
     Attributes:
         layers: number of blocks of the backbone; layer 0 is the input of the first block.
-        width: numbers per vector.
-        max_tokens: longer texts are truncated.
         name: name of the model for mteb, ORGANISATION/MODEL.
         variant: the other inputs of the vectors: pooling, limit, dtype, and a fingerprint of weights and tokenizer.
         computed: number of texts that went through the model so far.
@@ -165,11 +164,7 @@ class LayerEncoder:
         return ModelMeta.create_empty(facts)
 
     def encode(self, inputs: Iterable[Any], **_: object) -> NDArray[np.float32]:
-        """Vectors float32 [n, width] of batches of texts, in their order.
-
-        Args:
-            inputs: the DataLoader of mteb; every batch has its texts under ``text``.
-            _: task, split and prompt; vectors do not depend on them.
+        """Return vectors float32 [n, width] of mteb's batches of texts; they do not depend on task, split and prompt.
 
         Raises:
             UserError: the inputs of the task are not texts.
@@ -209,8 +204,8 @@ def _mteb_name(backbone: str) -> str:
 def _fingerprint(backbone: "PreTrainedModel", tokenizer: "Tokenizer") -> str:
     """Hash of all inputs of the states: architecture, weights, tokenizer and its limit."""
     config = {key: value for key, value in backbone.config.to_dict().items() if key not in NOT_THE_MODEL}
-    said = [type(backbone).__name__, json.dumps(config, sort_keys=True, default=str), str(tokenizer.to_str())]
-    found = xxhash.xxh3_128("\n".join(said).encode())
+    parts = [type(backbone).__name__, json.dumps(config, sort_keys=True, default=str), str(tokenizer.to_str())]
+    found = xxhash.xxh3_128("\n".join(parts).encode())
     for name, weights in sorted(backbone.state_dict().items()):
         found.update(f"{name} {weights.dtype} {tuple(weights.shape)}\n".encode())
         found.update(weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -222,7 +217,7 @@ def _fingerprint(backbone: "PreTrainedModel", tokenizer: "Tokenizer") -> str:
 
 @dataclass(frozen=True)
 class TaskRun:
-    """The result of a task at a layer.
+    """Result of a task at a layer.
 
     Attributes:
         layer: None if the task was skipped at every layer.
@@ -237,7 +232,7 @@ class TaskRun:
 
 
 def find_tasks(names: Sequence[str]) -> "list[AbsTask]":
-    """Tasks by name; tasks of MTEB's English benchmark with its languages and splits.
+    """Return tasks by name; tasks of MTEB's English benchmark with its languages and splits.
 
     Raises:
         UserError: mteb has no such task, or it is not installed.
@@ -262,7 +257,7 @@ def run_tasks(every: EveryLayer, tasks: "Sequence[AbsTask]", layers: Sequence[in
     Args:
         every: the backbone.
         tasks: from :func:`find_tasks`, or other tasks of mteb.
-        layers: numbers of layers of the backbone.
+        layers: numbers of layers.
         results: folder for the result files of mteb: ``results/MODEL/layer-…/TASK.json`` below it.
 
     Yields:
@@ -330,23 +325,23 @@ def _is_unfinished(cache: Any, task: "AbsTask", meta: "ModelMeta") -> bool:  # n
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress the advice to take a newer task: published results exist for the older one."""
+    """Suppress mteb's advice to use a newer task, because published results exist for the older one."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"The task '.*' is superseded by", category=UserWarning)
         yield
 
 
 def _first_line(error: BaseException) -> str:
-    said = str(error).strip()
-    first = said.splitlines()[0] if said else type(error).__name__
+    message = str(error).strip()
+    first = message.splitlines()[0] if message else type(error).__name__
     return first if isinstance(error, PipelineError) else f"{type(error).__name__}: {first}"
 
 
 def _mteb() -> Any:  # noqa: ANN401 - mteb is optional, also for the type checker
-    """The package mteb.
+    """Import the package mteb.
 
     Raises:
-        UserError: it is not installed.
+        UserError: mteb is not installed.
     """
     try:
         return importlib.import_module("mteb")

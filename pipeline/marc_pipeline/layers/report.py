@@ -1,4 +1,4 @@
-"""The report of a layer sweep: tables of every layer and of what each metric would choose, and plots by depth."""
+"""The report of a layer sweep: tables of layers and of the choices of metrics, and plots by depth."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -69,7 +69,7 @@ def layer_table(model: JudgedModel, *, brief: bool = False) -> ReportTable:
 
 
 def choice_table(model: JudgedModel) -> ReportTable:
-    """One row per metric: the layer that it would choose, and what that costs."""
+    """One row per metric: the layer that it would choose, and its loss of test AUC."""
     titles = {metric.name: metric.title for metric in METRICS}
     rows = [
         [
@@ -124,7 +124,7 @@ def _method(report: LayerReport) -> Iterator[str]:
     )
     yield (
         "Definitions: Skean et al., Layer by Layer, ICML 2025, arXiv 2502.02013. The better end of a metric follows "
-        "from its meaning; the correlation shows whether that holds for this model."
+        "from its meaning; the correlation shows whether this is true for the model."
     )
     if report.dim:
         yield (

@@ -60,7 +60,7 @@ class TextRunner:
         tokenizer, max_tokens = cutting_tokenizer(backbone, train)
         self.measured = MeasuredLayers(backbone, train.pooling, order=layers.order)
         self.facts = _facts(backbone, device, dtype, max_tokens=max_tokens)
-        # Views are made of the first so many characters: the tokenizer cuts off the rest anyway.
+        # Views use this many first characters only, because the tokenizer truncates the rest anyway.
         self._characters = CHARACTERS_PER_TOKEN * max_tokens
         self._layers = layers
         self._encoder = Encoder(

@@ -29,7 +29,7 @@ from marc_schemas.scores import (
 
 COLUMNS = ("family", "size", "layer", "task", "main_score")
 TABLES = (".csv", ".parquet")
-# A layer with a smaller part of the model's tasks is not counted: its mean cannot be compared.
+# A layer with a smaller share of the model's tasks is not counted, because its mean is not comparable.
 COUNTS = Fraction(15, 16)
 # "layer-7", "layer_7", "layer7": the name of a folder, or a part of it.
 LAYER = re.compile(r"(?<![a-z0-9])layer[-_ ]?(\d{1,5})(?![0-9])", re.IGNORECASE)
@@ -37,7 +37,7 @@ LAYER = re.compile(r"(?<![a-z0-9])layer[-_ ]?(\d{1,5})(?![0-9])", re.IGNORECASE)
 SIZE = re.compile(r"[-_. ](\d+(?:\.\d+)?[kmbt])(?![a-z0-9])", re.IGNORECASE)
 # mteb writes this file beside its results.
 MODEL_FILE = "model_meta.json"
-# Folders between that of a model and its results: they name neither.
+# Folders between the folder of a model and its results.
 BETWEEN = {"results", "mteb", "scores"}
 
 log = logging.getLogger(__name__)
@@ -54,11 +54,8 @@ def read_scores(paths: Iterable[Path | str]) -> list[LayerScore]:
     """Read scores from tables and from folders of result files.
 
     A table is CSV or Parquet with the columns family, size, layer, task and main_score. A folder has results of mteb 2
-    (``MODEL/REVISION/TASK.json``), or result files in folders of your own. A folder such as ``layer-7`` in the path of
-    a file names the layer; it may be part of a longer name.
-
-    Args:
-        paths: tables, folders, single result files.
+    (``MODEL/REVISION/TASK.json``), or result files in other folders. A folder such as ``layer-7`` in the path of a
+    file gives the layer; it may be part of a longer name.
 
     Raises:
         UserError: a path does not exist or has no scores, a column is missing, a value is not a number, or a score
@@ -173,11 +170,7 @@ def _shown(value: object) -> str:
 
 @dataclass(frozen=True)
 class _Result:
-    """One result file.
-
-    Attributes:
-        variant: rest of the name of the layer's folder, for example the pooling.
-    """
+    """One result file; ``variant`` is the rest of the name of the layer's folder, for example the pooling."""
 
     path: Path
     model: str
@@ -252,10 +245,10 @@ def _whose(path: Path) -> tuple[str, str, int]:
         named = [name for name in reversed(folders) if "__" in name]
         above = [name for name in reversed(folders[:place]) if name.lower() not in BETWEEN]
         model = next(iter([*named, *above]), "")
-    bare = LAYER.sub("", model.replace("__", "/").rsplit("/", 1)[-1]).strip("-_ .")
+    short = LAYER.sub("", model.replace("__", "/").rsplit("/", 1)[-1]).strip("-_ .")
     # If the layer is part of the name of the model, there is no variant.
-    variant = "" if rest.endswith(bare) and bare else rest
-    return bare or "model", variant, int(match.group(1))
+    variant = "" if rest.endswith(short) and short else rest
+    return short or "model", variant, int(match.group(1))
 
 
 def _model_file(path: Path) -> str:
@@ -282,11 +275,11 @@ def _family_and_size(model: str) -> tuple[str, str]:
     return model[: match.start()] + model[match.end() :], match.group(1)
 
 
-# Judge
+# Comparison
 
 
 def judge_scores(scores: Iterable[LayerScore]) -> ScoreReport:
-    """The curve of every model, its best layer, and the best layer of every task, for scores in any order."""
+    """Return the curve of every model, its best layer, and the best layer of every task; any order of scores."""
     models: dict[tuple[str, str], dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     tasks: set[str] = set()
     for score in scores:
@@ -359,14 +352,8 @@ def _percent(gain: float, final: float) -> float | None:
 def _winner(task: str, layers: Mapping[int, Mapping[str, float]], final: float | None) -> TaskWinner:
     scores = {layer: layers[layer][task] for layer in sorted(layers) if task in layers[layer]}
     best = max(scores, key=lambda layer: scores[layer])
-    return TaskWinner(
-        task=task,
-        layer=best,
-        score=scores[best],
-        layers=len(scores),
-        final=final,
-        gain=None if final is None else scores[best] - final,
-    )
+    gain = None if final is None else scores[best] - final
+    return TaskWinner(task=task, layer=best, score=scores[best], layers=len(scores), final=final, gain=gain)
 
 
 def _mean(scores: Iterable[float]) -> float:

@@ -136,13 +136,13 @@ def _sentence(model: ModelCurve) -> str:
     best_tasks = plural(recorded.best_tasks, "task")
     if model.complete:
         return f"{model.name}: {_compared(recorded, 'last on record')} ({best_tasks}, {recorded.layers} layers)."
-    said = f"{model.name}, incomplete ({_record(model)}): as recorded, {_compared(recorded, COUNTING)}"
+    sentence = f"{model.name}, incomplete ({_record(model)}): as recorded, {_compared(recorded, COUNTING)}"
     if recorded.best_tasks != recorded.final_tasks:
-        said += f", the first over {best_tasks}, the second over {recorded.final_tasks}"
+        sentence += f", the first over {best_tasks}, the second over {recorded.final_tasks}"
     if same is not None:
         shared = f"over the {plural(same.best_tasks, 'task')} that all {same.layers} counted layers have"
-        said += f"; {shared}, {_compared(same, COUNTING)}"
-    return f"{said}."
+        sentence += f"; {shared}, {_compared(same, COUNTING)}"
+    return f"{sentence}."
 
 
 def _compared(c: LayerComparison, last: str) -> str:
@@ -152,13 +152,16 @@ def _compared(c: LayerComparison, last: str) -> str:
 
 
 def _record(model: ModelCurve) -> str:
-    """Count of layers and tasks on record, and what is missing."""
-    said = [plural(len(model.layers), "layer"), plural(len(model.tasks), "task")]
+    """Counts of layers and tasks on record, and of missing layers and scores."""
+    parts = [plural(len(model.layers), "layer"), plural(len(model.tasks), "task")]
     if model.absent_layers:
-        said.append(f"{plural(len(model.absent_layers), 'layer')} absent between the lowest and the highest")
+        parts.append(f"{plural(len(model.absent_layers), 'layer')} absent between the lowest and the highest")
     if model.partial_layers:
-        said += [f"{plural(len(model.partial_layers), 'layer')} without all tasks", f"{_missing(model)} scores missing"]
-    return ", ".join(said)
+        parts += [
+            f"{plural(len(model.partial_layers), 'layer')} without all tasks",
+            f"{_missing(model)} scores missing",
+        ]
+    return ", ".join(parts)
 
 
 def _missing(model: ModelCurve) -> str:
@@ -235,7 +238,7 @@ def _layer_table(model: ModelCurve) -> ReportTable:
 
 
 def drawn(report: ScoreReport) -> list[ModelCurve]:
-    """Complete models, and those whose layers share enough tasks."""
+    """Return complete models, and incomplete models whose layers share enough tasks."""
     return [
         model
         for model in report.models

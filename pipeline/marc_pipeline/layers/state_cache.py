@@ -18,8 +18,8 @@ DIGEST_BYTES = 16
 class StateCache:
     """Pooled states of texts at every layer, in append-only files.
 
-    ``layer-NNN.f32`` holds float32 rows of one layer, ``index`` the digests of their texts in the same order. The index
-    is written last: rows that are missing in the index are written again.
+    ``layer-NNN.f32`` has float32 rows of one layer, ``index`` the digests of their texts in the same order. The index
+    is written last: rows without an entry in the index are written again.
 
     Args:
         folder: created if missing; only one process at a time can open it.
@@ -58,7 +58,7 @@ class StateCache:
         self._lock.close()
 
     def missing(self, texts: Iterable[str]) -> list[str]:
-        """The texts without states, each once, in their order."""
+        """Return the texts without states, each once, in order."""
         return [text for text in dict.fromkeys(texts) if _text_digest(text) not in self._places]
 
     def append(self, texts: Sequence[str], states: NDArray[np.float32]) -> None:
@@ -71,7 +71,7 @@ class StateCache:
         self._rows += len(digests)
 
     def read(self, layer: int, texts: Sequence[str]) -> NDArray[np.float32]:
-        """States [n, width] of texts in the cache, in their order."""
+        """Return states [n, width] of texts in the cache, in order."""
         places = np.array([self._places[_text_digest(text)] for text in texts], np.int64)
         if not len(places):
             return np.empty((0, self._width), np.float32)
@@ -90,7 +90,7 @@ def _locked(path: Path) -> IO[bytes]:
 
 
 def _write_at(path: Path, offset: int, data: bytes) -> None:
-    """Overwrite what an interrupted write left there, and flush to disk."""
+    """Overwrite the rest of an interrupted write, and flush to disk."""
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(data)

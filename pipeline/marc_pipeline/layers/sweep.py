@@ -25,7 +25,7 @@ from marc_pipeline.layers.measured import TOKEN_FIGURES
 from marc_pipeline.layers.moments import LayerMoments
 from marc_pipeline.layers.runners import ImageRunner, TextRunner
 from marc_pipeline.model.backbone import load_tokenizer
-from marc_pipeline.model.encoder import choose_device, choose_dtype, use_threads
+from marc_pipeline.model.device import choose_device, choose_dtype, use_threads
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.storage import Storage, join
 
@@ -40,11 +40,7 @@ class SweepPart:
 
     Attributes:
         uri: folder of the sweep and its sample.
-        number: number of this part.
         blocks: number, first row and end row (exclusive) of each block.
-        train: backbone, pooling, max_tokens.
-        encode: device, dtype and token budget, as in the nightly run.
-        layers: views, order, temperature, seed.
         images: whether the sample contains paths of images instead of texts.
     """
 
@@ -73,9 +69,8 @@ class SweepFacts:
     """Facts of a sweep, or of one part of it, beside the moments.
 
     Attributes:
-        layers, width, max_tokens, dtype, device: how the model ran.
         weights_bytes: size of the model truncated after 0, 1, … L blocks.
-        inputs: number of inputs, including those left out.
+        inputs: number of inputs, including left-out ones.
         left_out: inputs that the model could not process.
         left_out_because: reason for the first of them.
         seconds: time of all inputs in the embeddings, and in each block.
@@ -153,7 +148,7 @@ def merge_parts(parts: Sequence[SweepPart]) -> tuple[SweepFacts, list[dict[str, 
     facts = _summed(found, parts[0])
     metrics = []
     while moments:
-        metrics.append({key: float(value) for key, value in asdict(moments.pop(0).figures()).items()})
+        metrics.append(moments.pop(0).figures())
     return facts, metrics
 
 

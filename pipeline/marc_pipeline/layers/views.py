@@ -77,9 +77,9 @@ def text_views(
 
     Args:
         texts: texts of the block.
-        views: number of views per text, each with its own errors.
+        views: number of views per text.
         seed: seed of the sample.
-        probability: probability of an error in each run of characters.
+        probability: as for :func:`text_view`.
         first: number of the block's first text in the sample.
 
     Raises:
@@ -94,13 +94,8 @@ def text_views(
 def _damaged(run: str, operation: int, place: float, key: float) -> str:
     """Return a run with one error: of the first possible operation, starting at number ``operation``.
 
-    A run for which no operation is possible is returned unchanged.
-
-    Args:
-        run: characters without whitespace.
-        operation: number of the operation, 0 to 2.
-        place: position in the run, in [0, 1).
-        key: choice among the neighbouring keys, in [0, 1).
+    ``place`` and ``key``, in [0, 1), choose the position in the run and the neighbouring key. A run for which no
+    operation is possible is returned unchanged.
     """
     operations = (_swapped, _slipped, _split)
     for damage in operations[operation:] + operations[:operation]:

@@ -1,4 +1,4 @@
-"""The backbone: the first layers of any Hugging Face AutoModel, and how its token states become one vector."""
+"""The backbone: any Hugging Face AutoModel, truncated after a layer; hidden and pooled states of one or all layers."""
 
 import importlib.resources
 from pathlib import Path
@@ -18,10 +18,10 @@ PACKAGE = "package:"
 
 
 def locate(name: str) -> str:
-    """A Hugging Face id or a path as it is; ``package:NAME/FOLDER`` as the folder inside that Python package.
+    """Return the folder of ``package:NAME/FOLDER`` inside a Python package; any other name unchanged.
 
     Raises:
-        UserError: the package is not installed, or has no such folder.
+        UserError: the package is not installed, or the folder has no ``config.json``.
     """
     if not name.startswith(PACKAGE):
         return name
@@ -31,17 +31,17 @@ def locate(name: str) -> str:
     except (ModuleNotFoundError, ValueError):
         raise UserError(f"train.backbone {name!r}: the package {package} is not installed") from None
     if not (path / "config.json").is_file():
-        raise UserError(f"train.backbone {name!r}: {path} holds no config.json")
+        raise UserError(f"train.backbone {name!r}: {path} has no config.json")
     return str(path)
 
 
 def load_backbone(name: str, *, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
-    """An AutoModel by id, path or ``package:`` name, in evaluation mode. Remote code is never run.
+    """Load an AutoModel by id, path or ``package:`` name, in evaluation mode. Remote code is never run.
 
     Raises:
-        UserError: there is no such model.
+        UserError: the model does not exist, or its checkpoint lacks weights.
     """
-    from transformers import AutoModel  # noqa: PLC0415 - half a second that only those who load a model pay
+    from transformers import AutoModel  # noqa: PLC0415 - the import takes half a second
 
     model: PreTrainedModel
     try:
@@ -50,9 +50,9 @@ def load_backbone(name: str, *, dtype: torch.dtype = torch.float32) -> "PreTrain
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load backbone {name!r}: {str(error).splitlines()[0]}") from None
-    # One pass per text: a decoder's cache of keys and values would only cost memory.
+    # A text needs one pass, so that a decoder's cache of keys and values would only use memory.
     model.config.use_cache = False
-    # Pooling is ours: the model's own pooler is never used, and where a checkpoint lacks it, it is random.
+    # The pipeline pools by itself; a pooler that the checkpoint lacks would have random weights.
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # type: ignore[assignment]
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
@@ -63,10 +63,10 @@ def load_backbone(name: str, *, dtype: torch.dtype = torch.float32) -> "PreTrain
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """The fast tokenizer of a backbone.
+    """Load the fast tokenizer of a backbone.
 
     Raises:
-        UserError: there is none.
+        UserError: the backbone has no fast tokenizer, or lacks its files.
     """
     from transformers import AutoTokenizer  # noqa: PLC0415
 
@@ -77,19 +77,19 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     if not tokenizer.is_fast:
         raise UserError(f"backbone {name!r} has no fast tokenizer (tokenizer.json), which the pipeline needs")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise UserError(f"backbone {name!r} comes without the files of its tokenizer: it knows special tokens only")
+        raise UserError(f"backbone {name!r} lacks the files of its tokenizer: the tokenizer has special tokens only")
     return tokenizer
 
 
 def blocks(model: "PreTrainedModel") -> tuple[nn.Module, str, nn.ModuleList]:
-    """The stack of layers: its owner, its name there, and the list itself.
+    """Return the stack of layers: its parent module, its attribute name there, and the list itself.
 
     Raises:
-        UserError: no list of ``num_hidden_layers`` modules is found.
+        UserError: the model has no list of ``num_hidden_layers`` modules.
     """
     wanted = getattr(model.config, "num_hidden_layers", None)
     if wanted is None:
-        raise UserError(f"{type(model).__name__} names no number of layers: it is no single stack of them")
+        raise UserError(f"{type(model).__name__} has no num_hidden_layers: only a single stack of layers is supported")
     for owner in model.modules():
         for name, child in owner.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == wanted:
@@ -98,21 +98,21 @@ def blocks(model: "PreTrainedModel") -> tuple[nn.Module, str, nn.ModuleList]:
 
 
 def truncate(model: "PreTrainedModel", layers: int) -> "PreTrainedModel":
-    """Drop every block after the first ``layers``, in place: what is not needed is not computed nor saved.
+    """Drop every block after the first ``layers`` in place, so that they are neither computed nor saved.
 
     Raises:
         UserError: the model has fewer blocks.
     """
     owner, name, stack = blocks(model)
     if layers > len(stack):
-        raise UserError(f"{layers} layers are to be kept, the backbone has {len(stack)}")
+        raise UserError(f"{layers} layers are to be kept, the backbone has {len(stack)}; keep at most {len(stack)}")
     setattr(owner, name, stack[:layers])
     config = model.config
     config.num_hidden_layers = layers
-    # Where it is a property (Mamba), it follows num_hidden_layers by itself.
+    # In Mamba, layer_types is a property that follows num_hidden_layers.
     if vars(config).get("layer_types"):
         config.layer_types = config.layer_types[:layers]
-    # DINOv2 and its like name their blocks and those they put out: a dropped one's name could not be loaded again.
+    # Configurations like DINOv2's list names of blocks; a saved model with names of dropped blocks cannot be loaded.
     if vars(config).get("stage_names"):
         config.stage_names = config.stage_names[: layers + 1]
         config.set_output_features_output_indices(out_features=None, out_indices=None)
@@ -120,15 +120,14 @@ def truncate(model: "PreTrainedModel", layers: int) -> "PreTrainedModel":
 
 
 class HiddenStates(nn.Module):
-    """Token states after the last kept block.
+    """Token states after the last kept block: the input of the next block of the whole model.
 
-    The state that the next block of the whole model would get: for a truncated decoder that is before the final
-    norm, which belongs to the layers that were cut off. In transformers' ``hidden_states`` of the whole model it
-    is entry ``layers_kept`` (Mamba's list lacks the embeddings: there one earlier).
+    A truncated decoder's states are not normalised, because the final norm belongs to the dropped layers. They are
+    entry ``layers_kept`` of the whole model's ``hidden_states``; Mamba's list lacks the embeddings.
 
     Args:
         model: a truncated backbone.
-        whole: whether no layer was cut off; then the model's own final norm applies.
+        whole: whether the backbone has all layers; the model's own final norm then applies.
     """
 
     def __init__(self, model: "PreTrainedModel", *, whole: bool) -> None:
@@ -143,24 +142,20 @@ class HiddenStates(nn.Module):
         self._state = output[0] if isinstance(output, tuple) else output
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        """Hidden states of a batch of token ids, in its own layout."""
+        """Return the hidden states of a batch of token ids, in the layout of the batch."""
         last = batch.run(self.model)
         if self._whole:
             return last
         state, self._state = self._state, None
         if state is None:
-            raise RuntimeError("the last kept block was not run")
+            raise RuntimeError("the model did not run its last kept block")
         return state
 
 
 class PooledLayers(nn.Module):
-    """Pooled states of every layer in one pass, each as :class:`HiddenStates` of the model truncated there gives it.
+    """Pooled states of every layer in one pass, equal to :class:`HiddenStates` of the model truncated there.
 
-    Entry 0 is what the first block gets; entry L is the whole model's output.
-
-    Args:
-        model: a whole backbone.
-        pooling: how token states become one vector.
+    Entry 0 is the input of the first block; entry L is the output of the whole model.
     """
 
     def __init__(self, model: "PreTrainedModel", pooling: Pooling) -> None:
@@ -182,16 +177,16 @@ class PooledLayers(nn.Module):
 
     def _keep(self, states: Tensor) -> None:
         if self._batch is None:
-            raise RuntimeError("a block was run outside of PooledLayers")
-        # Summarised at once: token states of one layer at a time.
+            raise RuntimeError("a block ran outside a pass of PooledLayers")
+        # Pooling at once keeps the token states of one layer in memory, not of all layers.
         self._pooled.append(self.summary(self._batch, states))
 
     def summary(self, batch: TokenBatch, states: Tensor) -> Tensor:
-        """What is kept of a layer's token states: one row per text [b, D]."""
+        """Return one row per text [b, D] of a layer's token states."""
         return batch.pool(states, self.pooling)
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        """Pooled states [b, L + 1, D], float32, of a batch of token ids."""
+        """Return pooled states [b, L + 1, D], float32, of a batch of token ids."""
         self._batch, self._pooled = batch, []
         try:
             last = batch.run(self.model)
@@ -201,12 +196,7 @@ class PooledLayers(nn.Module):
 
 
 class PooledStates(nn.Module):
-    """Pooled states of one layer.
-
-    Args:
-        states: of the truncated backbone.
-        pooling: how token states become one vector.
-    """
+    """Pooled states of the last layer of a truncated backbone."""
 
     def __init__(self, states: HiddenStates, pooling: Pooling) -> None:
         super().__init__()
@@ -219,5 +209,5 @@ class PooledStates(nn.Module):
         return self.states.model
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        """Pooled states [b, D], float32, of a batch of token ids."""
+        """Return pooled states [b, D], float32, of a batch of token ids."""
         return batch.pool(self.states(batch), self.pooling)

@@ -1,4 +1,4 @@
-"""Batches of token ids, packed or padded, and how each becomes one vector per text."""
+"""Batches of token ids, packed or padded: batch sizes within a token budget, and pooling to one vector per text."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,28 +18,28 @@ from marc_schemas.bundle import Pooling
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What stands for a text without any token; a decoder's tokenizer adds none of its own.
+# Replaces the tokens of a text without any: a decoder's tokenizer adds no special tokens to an empty text.
 NO_TOKEN = 0
 
 
 class TokenBatch(Protocol):
-    """Token ids of b texts on one device."""
+    """Token ids of b texts on one device. Each class has its own layout of token states."""
 
     def run(self, model: "PreTrainedModel") -> Tensor:
-        """The model's token states, in the batch's own layout."""
+        """Return the model's token states, in the layout of the batch."""
 
     def pool(self, states: Tensor, pooling: Pooling) -> Tensor:
-        """One float32 vector per text [b, D] of token states in the batch's own layout."""
+        """Pool token states to one float32 vector per text [b, D]."""
 
     def by_length(self, states: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Token states of the texts without padding, texts of one length together.
+        """Group token states by the length of their texts, without padding.
 
         Yields:
-            Places of m texts in the batch, int64 [m], and their states [m, t, D]; t is 1 for a text without tokens.
+            Rows of m texts in the batch, int64 [m], and their states [m, t, D]; t is 1 for a text without tokens.
         """
 
     def to(self, device: torch.device) -> Self:
-        """The same batch on another device."""
+        """Return the batch on another device."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class PaddedTokens:
 
     @classmethod
     def of(cls, texts: Sequence[NDArray[np.int32]]) -> Self:
-        """Token ids of texts, padded on the right with 0, which the mask hides."""
+        """Pad the token ids of texts on the right with 0."""
         width = max(1, *map(len, texts))
         ids, mask = np.zeros((2, len(texts), width), dtype=np.int64)
         for row, tokens in enumerate(texts):
@@ -65,37 +65,36 @@ class PaddedTokens:
         return cls(torch.from_numpy(ids), torch.from_numpy(mask))
 
     def run(self, model: "PreTrainedModel") -> Tensor:
-        """The model's last states [b, t, D]."""
+        """Return the model's last hidden states [b, t, D]."""
         states: Tensor = model(input_ids=self.ids, attention_mask=self.mask).last_hidden_state
         return states
 
     def pool(self, states: Tensor, pooling: Pooling) -> Tensor:
-        """One float32 vector per text: [b, t, D] to [b, D]."""
+        """Pool states [b, t, D] to one float32 vector per text [b, D]."""
         return pool(states, self.mask, pooling)
 
     def by_length(self, states: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Places of m texts [m] and their states [m, t, D] of states [b, t, D], texts of one length together."""
+        """Yield rows [m] and states [m, t, D] of the texts of each length, from states [b, t, D]."""
         lengths = self.mask.sum(dim=1).clamp(min=1)
         for length in sorted(set(lengths.tolist())):
             places = torch.nonzero(lengths == length).squeeze(1)
             yield places, states[places, :length]
 
     def to(self, device: torch.device) -> Self:
-        """The same batch on another device."""
+        """Return the batch on another device."""
         return type(self)(self.ids.to(device), self.mask.to(device))
 
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """Texts end to end in one row, so that nothing is computed for padding.
+    """Texts one after the other in one row, without padding. Filler tokens may follow the last text.
 
     Attributes:
-        ids: [1, T], T the tokens of all texts, and of what fills the row.
-        positions: [1, T], of every token in its text.
-        bounds: int32 [b + 1], where the texts begin, and where the last one ends.
-        runs: (texts, tokens of each) of neighbours of one length, in order; what fills the row comes last, as texts of
-            one token.
-        tokens: of all texts; a number of the host's, so that nobody waits for the device to tell it.
+        ids: [1, T], T tokens including filler.
+        positions: [1, T], position of every token in its text.
+        bounds: int32 [b + 1], start of every text, and end of the last one.
+        runs: (texts, tokens of each) of consecutive texts with the same length; filler counts as texts of one token.
+        tokens: number of tokens of all texts. It is on the host, so that reading it does not wait for the device.
     """
 
     ids: Tensor
@@ -106,12 +105,12 @@ class PackedTokens:
 
     @classmethod
     def of(cls, texts: Sequence[NDArray[np.int32]], *, first_position: int = 0, tokens: int = 0) -> Self:
-        """Token ids of texts, best sorted by length: neighbours of one length are attended to together.
+        """Pack the token ids of texts, preferably sorted by length: attention runs once per run of equal lengths.
 
         Args:
-            texts: ids of each; one without any gets a single 0.
-            first_position: what the model calls the first token's position.
-            tokens: fill the row up to so many.
+            texts: ids of each text; a text without tokens gets a single 0.
+            first_position: the model's number for the position of the first token.
+            tokens: filler extends the row to this number of tokens.
         """
         filled = [tokens if len(tokens) else np.full(1, NO_TOKEN, np.int32) for tokens in texts]
         lengths = np.array([len(tokens) for tokens in filled], np.int32)
@@ -125,13 +124,13 @@ class PackedTokens:
         return cls(*rows, torch.from_numpy(bounds), runs, int(bounds[-1]))
 
     def run(self, model: "PreTrainedModel") -> Tensor:
-        """The model's last states [1, T, D]; its attention must be that of :mod:`marc_pipeline.model.packed`."""
+        """Return the model's last hidden states [1, T, D]. Its attention must be :mod:`marc_pipeline.model.packed`."""
         with self.attended():
             states: Tensor = model(input_ids=self.ids, position_ids=self.positions).last_hidden_state
         return states
 
     def pool(self, states: Tensor, pooling: Pooling) -> Tensor:
-        """One float32 vector per text: [1, T, D] to [b, D]."""
+        """Pool states [1, T, D] to one float32 vector per text [b, D]."""
         rows = states[0]
         if pooling == "cls":
             return rows[self.bounds[:-1]].float()
@@ -141,10 +140,10 @@ class PackedTokens:
         return functional.embedding_bag(tokens, rows.float(), self.bounds.long(), mode="mean", include_last_offset=True)
 
     def by_length(self, states: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Places of m texts [m] and their states [m, t, D] of states [1, T, D], neighbours of one length together."""
+        """Yield rows [m] and states [m, t, D] of every run of equal lengths, from states [1, T, D]."""
         texts, first, token = len(self.bounds) - 1, 0, 0
         for run, length in self.runs:
-            # What fills the row may continue the last run.
+            # Filler may belong to the same run as the last texts.
             count = min(run, texts - first)
             if count == 0:
                 return
@@ -153,7 +152,7 @@ class PackedTokens:
             first, token = first + count, token + count * length
 
     def to(self, device: torch.device) -> Self:
-        """The same batch on another device; from pinned memory, without waiting for it."""
+        """Return the batch on another device, copied asynchronously from pinned memory."""
         if device.type != "cuda":
             return self
         ids, positions, bounds = (
@@ -163,7 +162,7 @@ class PackedTokens:
 
     @contextmanager
     def attended(self) -> Iterator[None]:
-        """Attention inside of this block is to these texts, each to itself alone."""
+        """In this context, packed attention reads the bounds of this batch's texts."""
         token = _CURRENT.set(self)
         try:
             yield
@@ -175,12 +174,35 @@ _CURRENT: ContextVar[PackedTokens | None] = ContextVar("packed_tokens", default=
 
 
 def current_batch() -> PackedTokens | None:
-    """The packed batch whose pass is under way here."""
+    """Return the packed batch that the model runs at present in this thread; None outside a packed pass."""
     return _CURRENT.get()
 
 
+def next_batch(lengths: NDArray[np.int64], budget: int, *, packed: bool) -> int:
+    """Return how many of the first texts fit into ``budget`` tokens together; at least one.
+
+    Args:
+        lengths: tokens of each remaining text, longest first.
+        budget: tokens, including padding to the longest text unless ``packed``.
+        packed: whether the batch is packed.
+    """
+    if not packed:
+        return min(len(lengths), max(1, budget // max(1, int(lengths[0]))))
+    # More than budget + 1 texts never fit, so that only these lengths are summed.
+    return max(1, int(np.searchsorted(lengths[: budget + 1].cumsum(), budget, side="right")))
+
+
+def token_batches(lengths: NDArray[np.int64], budget: int) -> Iterator[slice]:
+    """Yield slices of padded batches, for lengths sorted longest first: rows × longest ≤ ``budget``, or one row."""
+    start = 0
+    while start < len(lengths):
+        rows = next_batch(lengths[start:], budget, packed=False)
+        yield slice(start, start + rows)
+        start += rows
+
+
 def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """One float32 vector per text: [n, t, D], mask [n, t] to [n, D]. Padding is on the right."""
+    """Pool states [n, t, D] with mask [n, t] to one float32 vector per text [n, D]. Padding is on the right."""
     states = states.float()
     if pooling == "cls":
         return states[:, 0]

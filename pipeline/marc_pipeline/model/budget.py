@@ -1,4 +1,4 @@
-"""How many tokens a batch should have: found by trying, remembered for the device and the model's dtype."""
+"""The token budget of a batch: measured once for each kind of GPU and model, and cached in a file."""
 
 import json
 import logging
@@ -9,23 +9,21 @@ from pathlib import Path
 
 import torch
 
-# What a CPU does per second hardly depends on the batch between 4,096 and 16,384 tokens.
+# The throughput of a CPU hardly depends on the batch between 4,096 and 16,384 tokens.
 CPU_TOKENS = 8192
 FIRST_TOKENS = 8192
 MOST_TOKENS = 1 << 20
-# A batch twice as large must be faster per token by this much to be worth its memory.
+# A batch of double size is worth its memory if the throughput grows by at least this factor.
 WORTH = 1.03
 
 log = logging.getLogger(__name__)
 
 
 def budget_of(device: torch.device, model: str, seconds_of: Callable[[int], float]) -> int:
-    """Tokens per batch for a model on a device.
+    """Return the tokens per batch for a model on a device: fixed for a CPU, measured for a GPU.
 
-    Args:
-        device: what suits a CPU is known; what suits a GPU is measured, once for its kind and the model.
-        model: what the speed depends on besides.
-        seconds_of: as for :func:`find_budget`.
+    ``model``, a part of the cache's key, has the properties of the model that determine its speed. ``seconds_of`` is as
+    for :func:`find_budget`.
     """
     if device.type != "cuda":
         return CPU_TOKENS
@@ -45,15 +43,15 @@ def budget_of(device: torch.device, model: str, seconds_of: Callable[[int], floa
 def find_budget(
     seconds_of: Callable[[int], float], *, first: int = FIRST_TOKENS, most: int = MOST_TOKENS
 ) -> tuple[int, bool]:
-    """The smallest batch, doubling from ``first``, beyond which a larger one no longer pays or fits.
+    """Double the batch from ``first`` until a larger one is not worth its memory or does not fit.
 
     Args:
-        seconds_of: how long a batch of so many tokens takes; raises torch.OutOfMemoryError when it does not fit.
-        first: where to begin; taken without a trial if even that does not fit, for the encoder halves it then.
-        most: where to end.
+        seconds_of: seconds for a batch of this number of tokens; raises torch.OutOfMemoryError if it does not fit.
+        first: smallest batch. It is returned even if it does not fit, because the encoder then halves its batches.
+        most: largest batch.
 
     Returns:
-        The batch, and whether that is worth remembering: memory may have been short because of a neighbour.
+        Tokens per batch, and whether to cache them. Out of memory may be due to another process on the GPU.
     """
     best, rate = first, 0.0
     tokens = first
@@ -62,7 +60,7 @@ def find_budget(
             seconds_of(tokens)
             seconds = min(seconds_of(tokens) for _ in range(3))
         except torch.OutOfMemoryError:
-            # Half of what just fitted: the texts of a night are longer than those that were tried.
+            # Half of the largest batch that fits: real texts are longer than those of the trial.
             return max(first, best // 2), False
         if tokens / seconds < rate * WORTH:
             return best, True
@@ -77,14 +75,14 @@ def _path() -> Path:
 
 
 def _read() -> dict[str, int]:
-    # A mere memory: without it, the device is measured again.
+    # Without the cache, the device is measured again.
     with suppress(OSError, ValueError, TypeError, AttributeError, RuntimeError):
         return {key: int(tokens) for key, tokens in json.loads(_path().read_text()).items()}
     return {}
 
 
 def _write(remembered: dict[str, int]) -> None:
-    # Without a home, expanduser raises RuntimeError.
+    # expanduser raises RuntimeError for a user without a home directory.
     with suppress(OSError, RuntimeError):
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Bundles on disk: immutable folders named by the hash of their content, and the pointer to the current one."""
+"""Bundles on disk: immutable folders named by the hash of their content, and a pointer to the current bundle."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ VERSION_CHARS = 16
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle's version, folder and card; its weights are not read."""
+    """Version, folder and card of a bundle, without its weights."""
 
     version: str
     uri: str
@@ -33,10 +33,10 @@ class Bundle:
 
 
 def open_bundle(storage: Storage, uri: str) -> Bundle:
-    """The bundle in a folder, or the one that a folder of bundles points to as current.
+    """Return the bundle in a folder, or the current bundle of a folder of bundles.
 
     Raises:
-        UserError: there is none, or its card cannot be read.
+        UserError: the folder has no bundle, or its card cannot be read.
     """
     data = _read(storage, join(uri, CARD))
     if data is None:
@@ -50,23 +50,18 @@ def open_bundle(storage: Storage, uri: str) -> Bundle:
     try:
         card = BundleCard.model_validate_json(data)
     except ValidationError as error:
-        raise UserError(f"{join(uri, CARD)} is no bundle card of this format: {error.errors()[0]['msg']}") from None
+        raise UserError(f"{join(uri, CARD)} is not a bundle card of this format: {error.errors()[0]['msg']}") from None
     sha = hashlib.sha256(data).hexdigest()
-    return Bundle(
-        version=sha[:VERSION_CHARS],
-        uri=uri,
-        card=card,
-        card_file=PublishedFile(path=CARD, bytes=len(data), sha256=sha),
-    )
+    return Bundle(sha[:VERSION_CHARS], uri, card, PublishedFile(path=CARD, bytes=len(data), sha256=sha))
 
 
 def save_bundle(storage: Storage, uri: str, write: Callable[[Path], BundleCard]) -> Bundle:
-    """Write a new bundle below ``uri`` and return it; a bundle that exists already is left as it is.
+    """Write a bundle below ``uri`` and return it; the same bundle may exist already.
 
     Args:
         storage: access to ``uri``.
         uri: folder of bundles.
-        write: fills a local folder with everything but the card, and returns the card without checksums.
+        write: writes all files except the card to a local folder, and returns the card without checksums.
     """
     with tempfile.TemporaryDirectory(prefix="marc-bundle-") as folder:
         local = Path(folder)
@@ -79,25 +74,22 @@ def save_bundle(storage: Storage, uri: str, write: Callable[[Path], BundleCard])
             with storage.staged(join(target, name)) as staged:
                 shutil.copyfile(local / name, staged)
                 storage.publish(staged, join(target, name))
-        # Last: a folder with a card is a whole bundle.
+        # The card is written last: a folder with a card is a complete bundle.
         storage.write(join(target, CARD), data)
     return open_bundle(storage, target)
 
 
 def promote(storage: Storage, uri: str, version: str) -> None:
-    """Make one bundle of a folder the current one: a single atomic write, which remembers those before."""
+    """Make a bundle of a folder the current one, in one atomic write that also records the earlier ones."""
     earlier = [one for one in promoted(storage, uri) if one != version]
     _point(storage, uri, [*earlier, version])
 
 
 def demote(storage: Storage, uri: str) -> str:
-    """Make the bundle current that was so before: a single atomic write.
-
-    Returns:
-        Its version.
+    """Make the previous bundle current again, in one atomic write, and return its version.
 
     Raises:
-        UserError: there was none before.
+        UserError: there is no previous bundle.
     """
     versions = promoted(storage, uri)
     if len(versions) < 2:
@@ -107,7 +99,7 @@ def demote(storage: Storage, uri: str) -> str:
 
 
 def promoted(storage: Storage, uri: str) -> list[str]:
-    """Versions that were made current, the current one last.
+    """Return all promoted versions; the current one is the last.
 
     Raises:
         UserError: the pointer cannot be read.
@@ -128,12 +120,12 @@ def _point(storage: Storage, uri: str, versions: list[str]) -> None:
 
 
 def current_version(storage: Storage, uri: str) -> str | None:
-    """The version that a folder of bundles points to; None before the first promotion."""
+    """Return the current version in a folder of bundles; None before the first promotion."""
     return next(reversed(promoted(storage, uri)), None)
 
 
 def check_bundle(storage: Storage, bundle: Bundle) -> list[str]:
-    """What is wrong with a bundle's files; empty when every byte is right."""
+    """Return one line per missing or altered file of a bundle."""
     problems = []
     for name, expected in bundle.card.files.items():
         data = _read(storage, join(bundle.uri, name))

@@ -1,4 +1,4 @@
-"""Compressors: from the pooled hidden state h [n, D] to the vector z [n, d] that the feature table stores."""
+"""Compressors: map the pooled hidden state h [n, D] to the vector z [n, d] that the feature table stores."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,12 +19,7 @@ ROUNDING = 8 * float(np.finfo(np.float32).eps)
 
 
 class WhitenedPCA(nn.Module):
-    """z = (h − μ) Wᵀ, with W the leading principal directions, each divided by its standard deviation.
-
-    Args:
-        width: D, length of h.
-        dim: d, length of z.
-    """
+    """z = (h − μ) Wᵀ [d], with W the leading principal directions, each divided by its standard deviation; h is [D]."""
 
     def __init__(self, *, width: int, dim: int) -> None:
         super().__init__()
@@ -40,13 +35,11 @@ class WhitenedPCA(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """z = W h + b + V gelu(U norm(h)): a linear path and a residual branch that begins as 0.
+    """z = W h + b + V gelu(U norm(h)): a linear path, and a residual branch that is 0 at first.
 
     Args:
-        width: D, length of h.
-        dim: d, length of z.
-        hidden: width of the residual branch.
-        dropout: in the residual branch, while training.
+        width, dim: D and d, lengths of h and z.
+        hidden, dropout: width and dropout of the residual branch.
     """
 
     def __init__(self, *, width: int, dim: int, hidden: int, dropout: float = 0.0) -> None:
@@ -60,7 +53,7 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.down.bias)
 
     def start_from(self, start: WhitenedPCA) -> "Bottleneck":
-        """Give the linear path the directions of a whitened projection."""
+        """Initialise the linear path with a whitened projection."""
         with torch.no_grad():
             self.linear.weight.copy_(start.directions)
             self.linear.bias.copy_(-(start.directions @ start.mean))
@@ -73,22 +66,30 @@ class Bottleneck(nn.Module):
         return linear + branch
 
 
+class Normalised(nn.Module):
+    """A compressor whose vectors are scaled to unit length."""
+
+    def __init__(self, compressor: nn.Module) -> None:
+        super().__init__()
+        self.compressor = compressor
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Unit vectors [n, d] of pooled hidden states [n, D]."""
+        return functional.normalize(self.compressor(hidden), dim=-1)
+
+
 KINDS: Mapping[str, Callable[..., nn.Module]] = {"pca": WhitenedPCA, "bottleneck": Bottleneck}
-"""What ``bundle.json`` may name; a further kind is one class and one line here."""
+"""Kinds of compressors in ``bundle.json``."""
 
 
 def fit_pca(hidden: NDArray[np.float32], *, dim: int) -> tuple[WhitenedPCA, float]:
-    """Fit a whitened PCA.
-
-    Args:
-        hidden: pooled hidden states [n, D].
-        dim: d, length of the compressed vector.
+    """Fit a whitened PCA of d = ``dim`` directions to pooled hidden states [n, D].
 
     Returns:
-        The compressor, and the share of the variance that its d directions hold.
+        The compressor, and the share of the variance that its d directions explain.
 
     Raises:
-        UserError: too few texts, or more dimensions than the backbone has.
+        UserError: too few texts, too few independent directions, or d above D.
     """
     from sklearn.decomposition import PCA  # noqa: PLC0415 - training only
 
@@ -99,11 +100,11 @@ def fit_pca(hidden: NDArray[np.float32], *, dim: int) -> tuple[WhitenedPCA, floa
         raise UserError(
             f"whitening to {dim} dimensions needs more than {dim} distinct texts, the catalogue has {count}"
         )
-    # The exact solver: same data, same bundle, same version.
-    with np.errstate(invalid="ignore"):  # texts that are all alike have no variance to share out
+    # The exact solver is deterministic: the same data gives the same bundle version.
+    with np.errstate(invalid="ignore"):  # the variance of identical texts is 0
         pca = PCA(n_components=dim, whiten=True, svd_solver="covariance_eigh").fit(hidden.astype(np.float64))
     scale = np.sqrt(pca.explained_variance_)
-    # A spread within the rounding of h is noise: whitening would blow it up to variance 1.
+    # Whitening would scale rounding errors of h up to variance 1.
     if not np.all(scale > ROUNDING * np.abs(hidden).max()):
         raise UserError(f"the texts span fewer than {dim} directions; lower train.dim")
     module = WhitenedPCA(width=width, dim=dim)
@@ -121,10 +122,12 @@ def load_compressor(folder: Path, card: CompressorCard) -> nn.Module:
     """Build a bundle's compressor and read its weights.
 
     Raises:
-        UserError: this version of the pipeline does not know the kind.
+        UserError: this version of the pipeline does not support the kind.
     """
     if card.kind not in KINDS:
-        raise UserError(f"compressor {card.kind!r} is not known here (known: {', '.join(KINDS)}); upgrade the pipeline")
+        raise UserError(
+            f"compressor kind {card.kind!r} is not supported (supported: {', '.join(KINDS)}); upgrade the pipeline"
+        )
     arguments: dict[str, Any] = card.arguments
     module = KINDS[card.kind](**arguments)
     module.load_state_dict(load_file(folder / WEIGHTS))

@@ -1,4 +1,4 @@
-"""The encoder: texts in, vectors out, with tokenising beside the model's work and no padding where the model allows."""
+"""The encoder: texts to vectors. It tokenises the next window of texts while the model runs on the current one."""
 
 import faulthandler
 import gc
@@ -21,49 +21,49 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from marc_pipeline.config import EncodeSettings
-from marc_pipeline.errors import Unencodable, UserError
+from marc_pipeline.errors import Unencodable
 from marc_pipeline.model.backbone import HiddenStates, PooledLayers, PooledStates, load_backbone
-from marc_pipeline.model.batches import PackedTokens, PaddedTokens, TokenBatch
+from marc_pipeline.model.batches import PackedTokens, PaddedTokens, TokenBatch, next_batch
 from marc_pipeline.model.budget import CPU_TOKENS, budget_of
 from marc_pipeline.model.bundle import local_bundle
-from marc_pipeline.model.compressor import load_compressor
+from marc_pipeline.model.compressor import Normalised, load_compressor
+from marc_pipeline.model.device import (
+    DeviceClock,
+    OutOfMemory,
+    choose_device,
+    choose_dtype,
+    is_device_error,
+    is_out_of_memory,
+)
 from marc_pipeline.model.onednn import can_prepack, multiplies_bfloat16, prepack
 from marc_pipeline.model.packed import use_packed
-from marc_pipeline.model.tokens import load_tokenizer, token_ids
+from marc_pipeline.model.tokens import GOOD_TEXT, TokenisedTexts, error_line, load_tokenizer, token_ids, tokenise
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.storage import Storage
 
-# Enough that sorting by length leaves many neighbours of one length, little enough to wait for and to hold.
+# Large enough that sorting by length groups many texts of one length, small enough for memory and latency.
 WINDOW_TEXTS = 8192
-# Sizes that a batch can have, between one power of two and the next.
+# Number of batch sizes between one power of two and the next.
 FILL_STEPS = 64
-# How many programs, one for each shape, oneDNN and the layer above it keep; read when the first one is made. At their
-# own 1,024 they come to half a gigabyte.
+# oneDNN and torch cache one program per shape, and read these limits once. The default of 1,024 takes half a gigabyte.
 PROGRAM_CACHES, PROGRAMS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), 128
-# A model that reads the weights of its maps itself gives something else, or nothing, once they are laid out for oneDNN.
+# Some models read their own weights. With weights packed for oneDNN, their vectors differ or they fail.
 LEAST_COSINE = 0.99
-GOOD_TEXT = "a plain text of a few words"
-# What libraries below torch say of a device, not of a text.
-DEVICE_TROUBLE = ("CUDA error", "CUBLAS_", "CUDNN_", "could not create a", "could not execute a")
 
 log = logging.getLogger(__name__)
 
 W = TypeVar("W")
 
 
-class OutOfMemory(RuntimeError):
-    """The device lacks memory for a single text: a matter of the device, not of the text."""
-
-
 @dataclass(frozen=True)
 class Encoded:
-    """Vectors float32 [n, d] in the order of the texts, and what they cost.
+    """Vectors float32 [n, d] in the order of the texts, and their cost.
 
     Attributes:
-        vectors: zeros where a text failed.
-        tokens: of all texts; ``padded_tokens``: with padding.
-        model_seconds: the model's own time, on its device.
-        failed: reasons, by row, of texts that cannot be encoded even alone.
+        vectors: zeros for a text that failed.
+        tokens: of all texts; ``padded_tokens``: including padding.
+        model_seconds: compute time of the model on its device.
+        failed: row and reason of each text that fails even alone.
     """
 
     vectors: NDArray[np.float32]
@@ -73,26 +73,19 @@ class Encoded:
     failed: dict[int, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Tokenised:
-    """Token ids of a window's texts; none where a text failed."""
-
-    ids: list[NDArray[np.int32]]
-    failed: dict[int, str]
-
-
 class Encoder:
     """A backbone with pooling, and a head, on one device.
 
-    The backbone is altered: where it can, it runs packed texts, and on a CPU its weights are laid out for bf16.
+    The encoder changes the backbone in place: packed attention if the model supports it, and bf16 weights packed for
+    oneDNN on a CPU.
 
     Args:
-        pooled: from a batch of token ids to pooled states.
+        pooled: maps a batch of token ids to pooled states.
         tokenizer: truncates, does not pad.
-        head: from pooled states [b, D] to vectors [b, d]; runs on the device, so that nothing wider leaves it.
-        device: where to run.
+        head: maps pooled states [b, D] to vectors [b, d] on the device, so that only vectors are copied from it.
+        device: device of model and head.
         dtype: of the backbone; pooling and head are float32.
-        token_budget: tokens per batch, padding included; a single longer text still makes a batch. 0: what suits
+        token_budget: tokens per batch, including padding; a longer text is a batch of its own. 0 chooses a budget for
             the device.
     """
 
@@ -116,22 +109,22 @@ class Encoder:
         if device.type == "cpu":
             for name in PROGRAM_CACHES:
                 os.environ.setdefault(name, str(PROGRAMS))
-        longest = (tokenizer.truncation or {}).get("max_length", CPU_TOKENS)
-        self._first_position = use_packed(self._pooled, pooled.model, longest=longest)
+        self._longest = (tokenizer.truncation or {}).get("max_length", CPU_TOKENS)
+        self._first_position = use_packed(self._pooled, pooled.model, longest=self._longest)
         if device.type == "cpu" and dtype == torch.bfloat16:
             self._prepare_bfloat16()
-        self._token_budget = token_budget or budget_of(device, self._name(), _TimedPass(self, longest))
+        self._token_budget = token_budget or budget_of(device, self._name(), self._timed_pass)
 
     @property
     def packed(self) -> bool:
-        """Whether the model runs texts end to end, without padding."""
+        """Whether the model runs packed texts, without padding."""
         return self._first_position is not None
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Vectors of texts, in their order. But for rounding, they do not depend on which texts come together.
+        """Return the vectors of texts, in order. Except for rounding, a vector depends on its own text only.
 
         Args:
-            texts: any number, of any length; what exceeds the tokenizer's limit is cut off.
+            texts: any number, of any length; the tokenizer truncates long ones.
 
         Raises:
             Unencodable: a text cannot be encoded.
@@ -155,53 +148,44 @@ class Encoder:
     def stream(
         self, windows: Iterable[tuple[W, Sequence[str]]], *, stuck_after_s: float | None = None
     ) -> Iterator[tuple[W, Encoded]]:
-        """Encode window by window; the next one is read and tokenised while the model works on this one.
+        """Encode window by window. A second thread reads and tokenises the next window meanwhile.
 
         Args:
-            windows: anything, with the texts that belong to it; drawn from another thread. Texts are sorted by length
-                within a window.
-            stuck_after_s: when the device takes longer for a batch, or on CUDA for those of a window, this process ends
-                with a trace of every thread: for workers that are retried. None: never.
+            windows: pairs of any object and its texts. Within a window, texts are sorted by length.
+            stuck_after_s: limit in seconds for one batch, on CUDA also for all batches of a window. Beyond it, the
+                process prints the stack of every thread and exits, so that Spark retries the task. None: no limit.
 
         Yields:
-            What came in, and its vectors. A text that fails alone is told of; its neighbours are encoded.
+            Each object with the vectors of its texts. If a text fails even alone, ``failed`` has its reason.
 
         Raises:
-            OutOfMemory: the device cannot hold a single text.
-            RuntimeError: the device, the model or the tokenizer fails, also on a text that is known to be good.
+            OutOfMemory: the device lacks memory for a single text.
+            RuntimeError: the device, the model or the tokenizer fails, also on a known good text.
         """
         source, self._stuck_after_s = iter(windows), stuck_after_s
         with ThreadPoolExecutor(1, thread_name_prefix="tokenise") as pool:
             upcoming = pool.submit(self._tokenised, source)
-            while True:
-                ready = upcoming.result()
-                if ready is None:
-                    return
+            while (ready := upcoming.result()) is not None:
                 upcoming = pool.submit(self._tokenised, source)
                 window, tokenised = ready
                 yield window, self._encode(tokenised)
 
-    def _tokenised(self, source: Iterator[tuple[W, Sequence[str]]]) -> tuple[W, _Tokenised] | None:
+    def _tokenised(self, source: Iterator[tuple[W, Sequence[str]]]) -> tuple[W, TokenisedTexts] | None:
         for window, texts in source:
-            failed: dict[int, str] = {}
-            ids = _token_ids(self._tokenizer, list(texts), failed)
-            if failed:
-                # Where it fails on this as well, it is not the texts.
-                token_ids(self._tokenizer, [GOOD_TEXT])
-            return window, _Tokenised(ids, failed)
+            return window, tokenise(self._tokenizer, texts)
         return None
 
     @torch.inference_mode()
-    def _encode(self, window: _Tokenised) -> Encoded:
+    def _encode(self, window: TokenisedTexts) -> Encoded:
         lengths = np.array([len(ids) for ids in window.ids], dtype=np.int64)
         failed = dict(window.failed)
         order = np.argsort(-lengths, kind="stable")
         order = order[~np.isin(order, list(failed))]
-        clock = _Clock(self.device)
+        clock = DeviceClock(self.device)
         parts: list[tuple[NDArray[np.int64], Tensor]] = []
         padded = start = 0
         while start < len(order):
-            # The budget may have shrunk since the last batch.
+            # Out of memory may have reduced the budget since the last batch.
             rows = order[start : start + next_batch(lengths[order[start:]], self._token_budget, packed=self.packed)]
             start += len(rows)
             padded += self._computed(lengths[rows])
@@ -211,22 +195,22 @@ class Encoder:
         vectors = np.zeros((len(lengths), *(found[0][1].shape[1:] if found else (0,))), np.float32)
         for rows, part in found:
             vectors[rows] = part
-            for row in rows[_odd(part)].tolist():
-                vectors[row] = self._once_more(row, window.ids[row], failed)
+            for row in rows[_not_finite(part)].tolist():
+                vectors[row] = self._retried(row, window.ids[row], failed)
         return Encoded(vectors, int(lengths.sum()), padded, clock.seconds(), failed)
 
     def _vectors(
-        self, rows: NDArray[np.int64], ids: list[NDArray[np.int32]], failed: dict[int, str], clock: "_Clock"
+        self, rows: NDArray[np.int64], ids: list[NDArray[np.int32]], failed: dict[int, str], clock: DeviceClock
     ) -> list[tuple[NDArray[np.int64], Tensor]]:
-        """Vectors on the device, with their rows; a batch that fails is halved until what fails is alone."""
+        """Vectors on the device, with their rows. A failing batch is halved until each failing text is alone."""
         try:
             with clock.running(), self._watched():
                 return [(rows, self._forward([ids[row] for row in rows.tolist()]))]
         except (RuntimeError, IndexError, ValueError, MemoryError) as error:
-            reason, memory = _reason(error), is_out_of_memory(error)
-            if not memory and is_device_trouble(error):
+            reason, memory = error_line(error), is_out_of_memory(error)
+            if not memory and is_device_error(error):
                 raise
-        # Outside of the handler: the error's frames no longer hold on to what filled the memory.
+        # Outside the except block, so that the error's traceback no longer keeps the tensors alive.
         if memory:
             self._shrink(self._computed(np.array([len(ids[row]) for row in rows.tolist()], np.int64)))
             if len(rows) == 1:
@@ -238,10 +222,10 @@ class Encoder:
         half = len(rows) // 2
         return [*self._vectors(rows[:half], ids, failed, clock), *self._vectors(rows[half:], ids, failed, clock)]
 
-    def _once_more(self, row: int, ids: NDArray[np.int32], failed: dict[int, str]) -> NDArray[np.float32]:
-        """The vector of a text alone whose vector was no number among others; zeros where it is none again."""
+    def _retried(self, row: int, ids: NDArray[np.int32], failed: dict[int, str]) -> NDArray[np.float32]:
+        """Encode a text alone whose vector was not finite in its batch; zeros if it is not finite again."""
         vector: NDArray[np.float32] = self._forward([ids]).cpu().numpy()
-        if _odd(vector).any():
+        if _not_finite(vector).any():
             self._require_good()
             failed[row] = "its vector holds NaN or infinity"
             vector = np.zeros_like(vector)
@@ -249,25 +233,24 @@ class Encoder:
         return found
 
     def _require_good(self) -> None:
-        """Raise what a text that is known to be good meets: then it is not the texts that are bad."""
-        if _odd(self._forward(self._good).cpu().numpy()).any():
+        """Raise an error if a known good text fails too: then the model or the device is broken, not the text."""
+        if _not_finite(self._forward(self._good).cpu().numpy()).any():
             raise Unencodable(f"the model on {self.device} gives NaN or infinity for any text")
 
     def _prepare_bfloat16(self) -> None:
-        """Lay the weights out for oneDNN; on a CPU that does not multiply bf16, leave them as they are."""
+        """Pack the weights for oneDNN if the CPU multiplies bf16; otherwise leave them unchanged."""
         if can_prepack():
             self._prepack()
         elif not multiplies_bfloat16():
             log.warning("this CPU does not multiply bfloat16: encode.dtype float32 is faster here, and more precise")
 
     def _prepack(self) -> None:
-        """Lay the weights out for oneDNN, unless the model then gives something else."""
         before = self._pooled_good()
         undo = prepack(self._pooled.model)
         try:
             after = self._pooled_good()
         except Exception as error:
-            # Whatever a model says to this: it keeps its weights.
+            # A model may raise any error with packed weights; it then keeps its own.
             log.debug("prepacked weights: %s", error)
             after = torch.zeros_like(before)
         if functional.cosine_similarity(after, before, dim=-1).min() < LEAST_COSINE:
@@ -279,7 +262,7 @@ class Encoder:
         return states
 
     def _shrink(self, tokens: int) -> None:
-        """No batch gets more than half of the tokens that were too many."""
+        """Limit later batches to half of the tokens that did not fit."""
         if tokens // 2 < self._token_budget:
             self._token_budget = max(1, tokens // 2)
             log.warning("%s is out of memory: batches of %d tokens from now on", self.device, self._token_budget)
@@ -298,13 +281,13 @@ class Encoder:
         return PackedTokens.of(texts, first_position=self._first_position, tokens=tokens).to(self.device)
 
     def _computed(self, lengths: NDArray[np.int64]) -> int:
-        """Tokens that a batch of texts, longest first, is to the model."""
+        """Tokens that the model computes for a batch of texts, longest first."""
         if not self.packed:
             return len(lengths) * max(1, int(lengths[0]))
         return self._filled(int(np.maximum(lengths, 1).sum()))
 
     def _filled(self, tokens: int) -> int:
-        """Up to where a packed batch is filled: oneDNN keeps a program for every number of tokens that it met."""
+        """Round up the size of a packed batch on a CPU, because oneDNN compiles a program for every size."""
         if self.device.type == "cuda":
             return tokens
         step = max(1, (1 << tokens.bit_length()) // 2 // FILL_STEPS)
@@ -312,7 +295,7 @@ class Encoder:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """End the process when this takes too long: no exception gets a thread out of a device that hangs."""
+        """Exit the process if this context takes too long: no exception reaches a thread that a device blocks."""
         if self._stuck_after_s is None or sys.__stderr__ is None:
             yield
             return
@@ -322,168 +305,33 @@ class Encoder:
         finally:
             faulthandler.cancel_dump_traceback_later()
 
+    @torch.inference_mode()
+    def _timed_pass(self, tokens: int) -> float:
+        """Seconds for a batch of about this number of tokens, in texts of a common length."""
+        length = min(64, self._longest)
+        texts = [np.zeros(length, np.int32)] * max(1, tokens // length)
+        started = time.perf_counter()
+        self._forward(texts).cpu()
+        return time.perf_counter() - started
+
     def _name(self) -> str:
-        """What the speed of a batch depends on besides the device."""
+        """The properties of the model that determine its speed."""
         model = self._pooled.model
         weights = sum(parameter.numel() for parameter in model.parameters())
         return f"{type(model).__name__} of {weights:,} weights in {self.dtype}"
 
 
-@dataclass(frozen=True)
-class _TimedPass:
-    """Seconds that a batch of so many tokens takes, in texts of a common length."""
-
-    encoder: Encoder
-    longest: int
-
-    @torch.inference_mode()
-    def __call__(self, tokens: int) -> float:
-        length = min(64, self.longest)
-        texts = [np.zeros(length, np.int32)] * max(1, tokens // length)
-        started = time.perf_counter()
-        self.encoder._forward(texts).cpu()
-        return time.perf_counter() - started
-
-
-class _Clock:
-    """The model's own seconds: on CUDA those between events, for a call returns before the work is done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._seconds = 0.0
-        self._events: list[tuple[torch.Event, torch.Event]] = []
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count what happens inside of this block."""
-        if self._device.type == "cuda":
-            begin, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
-            begin.record()
-            yield
-            end.record()
-            self._events.append((begin, end))
-            return
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds += time.perf_counter() - started
-
-    def seconds(self) -> float:
-        """Seconds so far; results must have arrived."""
-        return self._seconds + sum(float(begin.elapsed_time(end)) for begin, end in self._events) / 1000
-
-
-class Normalised(nn.Module):
-    """A compressor whose vectors are scaled to unit length."""
-
-    def __init__(self, compressor: nn.Module) -> None:
-        super().__init__()
-        self.compressor = compressor
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Unit vectors [n, d] of pooled hidden states [n, D]."""
-        return functional.normalize(self.compressor(hidden), dim=-1)
-
-
-def next_batch(lengths: NDArray[np.int64], budget: int, *, packed: bool) -> int:
-    """How many of the texts, longest first, stay within ``budget`` tokens together; one at least.
-
-    Args:
-        lengths: tokens of each text that is left.
-        budget: tokens, with padding to the longest unless ``packed``.
-        packed: whether there is no padding.
-    """
-    if not packed:
-        return min(len(lengths), max(1, budget // max(1, int(lengths[0]))))
-    # More texts than tokens cannot fit: no need to add up the rest.
-    return max(1, int(np.searchsorted(lengths[: budget + 1].cumsum(), budget, side="right")))
-
-
-def token_batches(lengths: NDArray[np.int64], budget: int) -> Iterator[slice]:
-    """Cut lengths, longest first, into runs whose rows × longest stay within ``budget`` (one row at least)."""
-    start = 0
-    while start < len(lengths):
-        rows = next_batch(lengths[start:], budget, packed=False)
-        yield slice(start, start + rows)
-        start += rows
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is short, on a GPU or on the CPU."""
-    said = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
-
-
-def is_device_trouble(error: BaseException) -> bool:
-    """Whether an error is the device's, whatever text it came with."""
-    return isinstance(error, torch.AcceleratorError) or any(words in str(error) for words in DEVICE_TROUBLE)
-
-
-def _token_ids(
-    tokenizer: Tokenizer, texts: list[str], failed: dict[int, str], first: int = 0
-) -> list[NDArray[np.int32]]:
-    """Token ids of each text; texts that the tokenizer fails on alone are told of, by row, and have none."""
-    try:
-        return token_ids(tokenizer, texts)
-    except BaseException as error:
-        # What panics in Rust is no Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        if len(texts) == 1:
-            failed[first] = f"tokenizer: {_reason(error)}"
-            return [np.empty(0, np.int32)]
-    half = len(texts) // 2
-    return [
-        *_token_ids(tokenizer, texts[:half], failed, first),
-        *_token_ids(tokenizer, texts[half:], failed, first + half),
-    ]
-
-
-def _odd(vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Which vectors [n, ...] hold NaN or infinity."""
-    # A sum is finite only where every number is.
-    odd: NDArray[np.bool_] = ~np.isfinite(vectors.reshape(len(vectors), -1).sum(axis=1, dtype=np.float64))
-    return odd
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-
-
-def choose_device(settings: EncodeSettings, resources: TaskResources) -> torch.device:
-    """The GPU that the scheduler assigned, else the first one when asked for, else the CPU."""
-    cuda = torch.cuda.is_available()
-    if settings.device == "cpu" or (settings.device == "auto" and not (cuda and resources.gpu is not None)):
-        return torch.device("cpu")
-    if not cuda:
-        raise UserError("encode.device is cuda, but torch finds no CUDA device; set encode.device to auto or cpu")
-    return torch.device(f"cuda:{resources.gpu or 0}")
-
-
-def choose_dtype(settings: EncodeSettings, device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively, unless the settings say otherwise."""
-    if settings.dtype != "auto":
-        return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
-
-
-def use_threads(count: int) -> None:
-    """Let torch use so many cores in this process."""
-    torch.set_num_threads(count)
+def _not_finite(vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which vectors [n, ...] contain NaN or infinity; a sum is finite only if every number is."""
+    found: NDArray[np.bool_] = ~np.isfinite(vectors.reshape(len(vectors), -1).sum(axis=1, dtype=np.float64))
+    return found
 
 
 @lru_cache(maxsize=1)
 def load_encoder(
-    storage: Storage,
-    bundle_uri: str,
-    version: str,
-    settings: EncodeSettings,
-    resources: TaskResources,
+    storage: Storage, bundle_uri: str, version: str, settings: EncodeSettings, resources: TaskResources
 ) -> Encoder:
-    """The encoder of a bundle, every file verified; loaded once per process and kept for the next call.
+    """Return the encoder of a bundle, with every file verified; the process caches the last one.
 
     Raises:
         CorruptFile: a file of the bundle differs from its checksum.
@@ -495,10 +343,10 @@ def load_encoder(
     if device.type == "cpu":
         torch.set_num_threads(settings.threads or resources.cpus)
         if resources.cpus == 1:
-            # A pool of the tokenizer's own would take the cores of other tasks.
+            # The tokenizer's own threads would use the cores of other tasks.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     elif resources.cpus > 1:
-        # The model is elsewhere: the task's cores may tokenise.
+        # The model runs on the GPU, so that the tokenizer may use all cores of the task.
         os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(resources.cpus))
     backbone = load_backbone(str(folder / "backbone"), dtype=dtype)
     compressor = load_compressor(folder, card.compressor)

@@ -1,44 +1,44 @@
-"""Linear maps as oneDNN wants them on a CPU: weights laid out once for bf16 products, GELU done in the same pass."""
+"""oneDNN on a CPU: bf16 linear layers with prepacked weights and fused GELU; whether the CPU multiplies bf16."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-# Rows that a product usually has; the layout of the weights depends on it a little.
+# A typical number of rows of a product; the packed layout depends on it slightly.
 ROWS = 2048
 
 
 class PrepackedLinear(nn.Module):
-    """A bf16 linear map whose weights lie as the product reads them; :class:`torch.nn.Linear` lays them out per call.
+    """A bf16 linear layer whose weights are packed once; :class:`torch.nn.Linear` packs them in every call.
 
-    The operators are those that torch's own compiler emits for a frozen model.
+    It uses the operators that torch's compiler emits for a frozen model.
 
     Args:
-        linear: the map; its weights are copied.
+        linear: the layer; its weights are copied.
         gelu: whether GELU follows.
     """
 
     def __init__(self, linear: nn.Linear, *, gelu: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        # No parameter: nothing can read the layout but the operator.
+        # Not a parameter, because only the operator can read the packed layout.
         self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
         self._bias = None if linear.bias is None else linear.bias.detach()
         self._gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        """The map of [..., in] to [..., out]."""
+        """Return outputs [..., out] for inputs [..., in]."""
         after, algorithm = ("gelu", "none") if self._gelu else ("none", "")
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, after, [], algorithm)
         return found
 
 
 def multiplies_bfloat16() -> bool:
-    """Return whether this CPU has bf16 instructions and oneDNN uses them. Every choice of bf16 on a CPU asks here.
+    """Return whether this CPU has bf16 instructions and oneDNN uses them. Every choice of bf16 on a CPU depends on it.
 
-    The CPU's flags are not enough: oneDNN refuses bf16 weights where its own answer is no, for example under
-    ``ONEDNN_MAX_CPU_ISA=AVX2``. oneDNN's answer is not enough either: with AVX512 alone it emulates bf16 in float32.
+    The CPU's flags do not suffice: oneDNN may disable bf16, for example under ``ONEDNN_MAX_CPU_ISA=AVX2``, and then
+    refuses bf16 weights. oneDNN's answer does not suffice either: with AVX512 alone it emulates bf16 in float32.
     """
     cpu = torch.cpu.get_capabilities()
     native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
@@ -46,7 +46,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def can_prepack() -> bool:
-    """Return whether this CPU multiplies bf16 and this build of torch can lay out weights for that."""
+    """Return whether this CPU multiplies bf16 and this build of torch can pack weights for that."""
     return multiplies_bfloat16() and all(
         hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
     )
@@ -58,13 +58,13 @@ def _has_onednn() -> bool:
 
 
 def prepack(model: nn.Module) -> Callable[[], None]:
-    """Replace every bf16 linear map of a model on the CPU, in place; where BERT's GELU follows one, it joins it.
+    """Replace every bf16 linear layer of a model on the CPU, in place, together with BERT's GELU after it.
 
-    Call it only where :func:`can_prepack` is true: elsewhere torch refuses the layout, or emulates the products.
-    Some models read the weights of their maps themselves (Mamba's scan): what they give then must be looked at.
+    Call it only if :func:`can_prepack` is true: otherwise torch refuses the layout or emulates the products. The
+    caller must compare the results, because some models (Mamba's scan) read the weights of their layers directly.
 
     Returns:
-        What undoes it; the old weights live as long as that.
+        A function that restores the old layers, which it keeps in memory.
     """
     before: list[tuple[nn.Module, str, nn.Module | Tensor]] = []
     for module in list(model.modules()):

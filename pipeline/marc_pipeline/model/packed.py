@@ -1,7 +1,7 @@
-"""Attention over packed texts, as an attention function of transformers: any model that asks for one can use it.
+"""Packed attention: an attention function of transformers for batches of texts in one row, without padding.
 
-Every text attends to itself alone. On CUDA one variable-length flash attention does the whole batch; elsewhere texts
-of one length are attended to together, so that there is neither padding nor a mask.
+Every text attends to itself only. On CUDA, one variable-length flash attention computes the whole batch. On a CPU,
+attention is computed once for each run of texts of equal length, without a mask.
 """
 
 import inspect
@@ -20,13 +20,13 @@ from marc_pipeline.model.batches import PackedTokens, PaddedTokens, TokenBatch, 
 from marc_pipeline.model.onednn import multiplies_bfloat16
 
 NAME = "marc_packed"
-# Two batched products, with the scores in memory between them, are twice as fast as torch's fused attention for short
-# texts on a CPU that multiplies bf16, and slower for long ones. On AVX2 alone bf16 products are up to 40 times slower.
+# Below this length, two batched products are twice as fast as torch's fused attention on a CPU that multiplies bf16.
+# With AVX2 alone, bf16 products are up to 40 times slower.
 PRODUCTS_BELOW = 160
-# oneDNN keeps a program for every shape that it met: texts of one length are multiplied in groups of one size, of about
-# so many tokens; those that are left over are fused.
+# oneDNN caches a program for every shape. Products therefore use groups of equal shape with about this number of
+# tokens; the remaining texts use fused attention.
 GROUP_TOKENS = 2048
-# What attention may be asked for besides; anything else (soft caps, sinks, biases) is not done here.
+# Options that do not change the result. Others, such as soft caps, sinks and biases, are not supported.
 HARMLESS = {"output_attentions", "output_hidden_states", "use_cache", "position_ids", "cache_position", "is_causal"}
 PROBE_LENGTHS = (9, 5, 5, 2)
 PROBE_COSINE = {torch.float32: 0.9999}
@@ -36,29 +36,29 @@ log = logging.getLogger(__name__)
 
 
 class NotPackable(Exception):
-    """The model asks its attention for something that packed texts cannot have."""
+    """The model's attention needs an option that packed attention does not support."""
 
 
 def use_packed(pooled: nn.Module, model: PreTrainedModel, *, longest: int) -> int | None:
-    """Let a model run packed texts, if that gives what it gives for every text alone.
+    """Switch a model to packed attention, if it then gives the same vectors as for each text alone.
 
-    Asked of the model itself, on a few random texts: what mixes tokens otherwise than by attention (Mamba's scan,
-    convolutions) cannot be told from its configuration.
+    A trial on random texts decides, because the configuration does not show every way to mix tokens, such as Mamba's
+    scan or convolutions.
 
     Args:
-        pooled: from a :class:`TokenBatch` to vectors.
-        model: the backbone inside of it; its attention is replaced.
-        longest: tokens that a text may have; one of the random texts is that long.
+        pooled: maps a :class:`TokenBatch` to vectors.
+        model: the backbone inside ``pooled``; its attention is replaced.
+        longest: largest number of tokens of a text; the trial includes such a text.
 
     Returns:
-        What the model calls the first token's position; None where it must run padded texts.
+        The model's number for the position of the first token; None if the model must run padded texts.
     """
     if "position_ids" not in inspect.signature(model.forward).parameters or not model._can_set_attn_implementation():
         return None
     before = model.config._attn_implementation
     first_position = _first_position(model)
     rng, vocabulary = np.random.default_rng(0), model.config.vocab_size
-    # From the upper half: what stands for padding comes early, and RoBERTa counts no position for it.
+    # Ids of the upper half: padding has a low id, and RoBERTa does not count its position.
     texts = [rng.integers(vocabulary // 2, vocabulary, length).astype(np.int32) for length in (longest, *PROBE_LENGTHS)]
     with torch.inference_mode():
         alone = torch.cat([_run(pooled, model, PaddedTokens.of([text])) for text in texts])
@@ -66,7 +66,7 @@ def use_packed(pooled: nn.Module, model: PreTrainedModel, *, longest: int) -> in
         try:
             packed = _run(pooled, model, PackedTokens.of(texts, first_position=first_position))
         except Exception as error:
-            # Whatever a model says to this: it runs padded texts.
+            # A model may raise any error; it then runs padded texts.
             log.debug("packed texts: %s", error)
             packed = torch.zeros_like(alone)
     least = PROBE_COSINE.get(model.dtype, LEAST_PROBE_COSINE)
@@ -82,7 +82,7 @@ def _run(pooled: nn.Module, model: PreTrainedModel, batch: TokenBatch) -> Tensor
 
 
 def _first_position(model: PreTrainedModel) -> int:
-    """RoBERTa and its like count from behind the padding index."""
+    """0, or for models like RoBERTa the first number after the padding index."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(getattr(module, "padding_idx", None), int):
             return int(module.padding_idx) + 1
@@ -97,27 +97,29 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **asked: Any,  # noqa: ANN401 - whatever a model asks for
+    **options: Any,  # noqa: ANN401 - depends on the model
 ) -> tuple[Tensor, None]:
     """Attention of every text to itself: query [1, H, T, d], key and value [1, H' <= H, T, d] to [1, T, H, d].
 
-    Outside of a packed batch's pass it is transformers' own.
+    Outside a packed pass, this is transformers' own attention.
+
+    Raises:
+        NotPackable: the model needs an unsupported option or a mask.
     """
     batch = current_batch()
     if batch is None:
         found, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **asked
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
         )
         return found, None
-    odd = {name for name, what in asked.items() if what is not None and name not in HARMLESS}
-    window = asked.get("sliding_window")
+    unsupported = {name for name, value in options.items() if value is not None and name not in HARMLESS}
+    window = options.get("sliding_window")
     if isinstance(window, int) and window >= max(length for _, length in batch.runs):
-        odd.discard("sliding_window")
-    if odd:
-        raise NotPackable(f"{type(module).__name__} asks for {', '.join(sorted(odd))}")
-    if attention_mask is not None:
-        raise NotPackable(f"{type(module).__name__} brings a mask of its own")
-    given = asked.get("is_causal")
+        unsupported.discard("sliding_window")
+    if unsupported or attention_mask is not None:
+        names = ", ".join(sorted(unsupported)) or "a mask"
+        raise NotPackable(f"{type(module).__name__}: packed attention does not support {names}")
+    given = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if given is None else given)
     attend = _attend_varlen if _has_varlen(query) else _attend_by_length
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
@@ -135,7 +137,7 @@ def _has_varlen(query: Tensor) -> bool:
 def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, batch: PackedTokens, *, causal: bool, scaling: float | None
 ) -> Tensor:
-    # A second of imports (torch's compiler) that only a GPU's worker pays.
+    # It imports torch's compiler, which takes a second; only GPU workers need it.
     from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
 
     longest = max(length for _, length in batch.runs)
@@ -166,7 +168,7 @@ def _attend_by_length(
             out[group] = _attend_by_products(*(part[group] for part in parts), scaling=scaling)
         if by_products < texts:
             q, k, v = (part[by_products:] for part in parts)
-            # A token that is alone attends to itself.
+            # The attention of a single token is its own value.
             out[by_products:] = (
                 v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
                 if length == 1
@@ -191,7 +193,7 @@ def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, *, scaling: f
 
 
 def _mask(*arguments: Any, **named: Any) -> Tensor | None:  # noqa: ANN401 - transformers' own
-    # A packed batch needs none: its runs say who attends to whom.
+    # A packed batch needs no mask: its runs define the texts.
     return None if current_batch() is not None else sdpa_mask(*arguments, **named)
 
 

@@ -1,4 +1,4 @@
-"""Tokens without the model: ids for the encoder, counts for the plan. Needs no torch."""
+"""Tokens of texts, without the model and without torch: ids for the encoder, counts for the plan."""
 
 import math
 from collections.abc import Sequence
@@ -13,25 +13,27 @@ from marc_pipeline.storage import Storage, join
 
 TOKENIZER = "backbone/tokenizer.json"
 Z_95 = 1.96
-# Most tokens are shorter: of a text that is longer, the first so many characters per token settle the count.
+# Most tokens are shorter. Of a long text, this many characters per token usually suffice to fill the token limit.
 CHARACTERS_PER_TOKEN = 16
 TEXTS_AT_ONCE = 1024
+GOOD_TEXT = "a plain text of a few words"
+"""Every working tokenizer and model accepts this text. If it fails too, the error does not concern other texts."""
 BY_CHARACTER = (
     normalizers.BertNormalizer, normalizers.Lowercase, normalizers.NFC, normalizers.NFD, normalizers.NFKC,
     normalizers.NFKD,
 )  # fmt: skip
-"""Normalizers for which what follows a space changes nothing before it."""
+"""Normalizers whose result before a space does not depend on the characters after it."""
 BY_WORD = (pre_tokenizers.BertPreTokenizer, pre_tokenizers.Whitespace, pre_tokenizers.WhitespaceSplit)
-"""Pre-tokenizers that end a word at every space, whatever stands around it."""
+"""Pre-tokenizers that end a word at every space."""
 
 
 @dataclass(frozen=True)
 class TokenCount:
-    """Tokens that texts cost.
+    """Number of tokens of some texts.
 
     Attributes:
-        tokens: the count.
-        error: half-width of its 95 % interval, in tokens; 0 where the count is exact.
+        tokens: the count, or its estimate.
+        error: half-width of its 95 % interval, in tokens; 0 for an exact count.
         exact: whether every text was counted.
     """
 
@@ -40,9 +42,17 @@ class TokenCount:
     exact: bool = True
 
 
+@dataclass(frozen=True)
+class TokenisedTexts:
+    """Token ids of texts, and the rows and reasons of failed texts, which have no ids."""
+
+    ids: list[NDArray[np.int32]]
+    failed: dict[int, str]
+
+
 @lru_cache(maxsize=4)
 def load_tokenizer(storage: Storage, bundle_uri: str, max_tokens: int) -> Tokenizer:
-    """The bundle's tokenizer, truncating at ``max_tokens`` with special tokens included, never padding."""
+    """Return the bundle's tokenizer. It truncates to ``max_tokens``, special tokens included, and does not pad."""
     tokenizer = Tokenizer.from_str(storage.read(join(bundle_uri, TOKENIZER)).decode())
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length=max_tokens)
@@ -50,38 +60,68 @@ def load_tokenizer(storage: Storage, bundle_uri: str, max_tokens: int) -> Tokeni
 
 
 def sample_of(count: int, sample: int) -> NDArray[np.int64]:
-    """Which of ``count`` texts to count: all up to ``sample`` (at least 2), else so many by chance, always the same."""
+    """Return the rows of a fixed random sample of ``count`` texts; all rows up to ``sample``, which is at least 2."""
     if count <= sample:
         return np.arange(count)
     return np.sort(np.random.default_rng(count).choice(count, sample, replace=False, shuffle=False))
 
 
 def count_tokens(tokenizer: Tokenizer, texts: Sequence[str], *, of: int) -> TokenCount:
-    """Tokens that ``of`` texts cost.
-
-    Args:
-        tokenizer: from :func:`load_tokenizer`.
-        texts: all of them, or those that :func:`sample_of` chose.
-        of: how many there are.
-    """
+    """Return the number of tokens of ``of`` texts, estimated if ``texts`` is a sample by :func:`sample_of`."""
     lengths = np.array([len(ids) for ids in token_ids(tokenizer, texts)], np.int64)
     if len(texts) == of:
         return TokenCount(int(lengths.sum()))
-    # Without replacement: the more of the texts are in the sample, the less is unknown.
+    # The factor 1 − n/N is the correction for sampling without replacement.
     deviation = lengths.std(ddof=1) * math.sqrt((1 - len(texts) / of) / len(texts))
     return TokenCount(round(lengths.mean() * of), error=float(Z_95 * of * deviation), exact=False)
 
 
 def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-    """Token ids of each text, truncated; no more of a long text is read than it takes to know them."""
+    """Return the truncated token ids of each text; only the necessary beginning of a long text is tokenised."""
     found: list[NDArray[np.int32]] = []
     for start in range(0, len(texts), TEXTS_AT_ONCE):
-        # In pieces: the tokenizer's own records take a hundred times the room of the ids.
-        found += _token_ids(tokenizer, texts[start : start + TEXTS_AT_ONCE])
+        # The tokenizer's own records take a hundred times the memory of the ids.
+        found += _ids_of_block(tokenizer, texts[start : start + TEXTS_AT_ONCE])
     return found
 
 
-def _token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+def tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> TokenisedTexts:
+    """Return token ids of each text, and the reason for each text that the tokenizer fails on.
+
+    Raises:
+        Exception: the tokenizer's own error, if it fails on a known good text too.
+    """
+    failed: dict[int, str] = {}
+    ids = _ids_or_failures(tokenizer, list(texts), failed)
+    if failed:
+        token_ids(tokenizer, [GOOD_TEXT])
+    return TokenisedTexts(ids, failed)
+
+
+def error_line(error: BaseException) -> str:
+    """Return type and first line of an error, as the reason of a failed text."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+def _ids_or_failures(
+    tokenizer: Tokenizer, texts: list[str], failed: dict[int, str], first: int = 0
+) -> list[NDArray[np.int32]]:
+    """Halve a failing list of texts until each failing text is alone; ``first`` is the row of the first text."""
+    try:
+        return token_ids(tokenizer, texts)
+    except BaseException as error:
+        # A Rust panic in the tokenizer is not an Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if len(texts) == 1:
+            failed[first] = f"tokenizer: {error_line(error)}"
+            return [np.empty(0, np.int32)]
+    half = len(texts) // 2
+    left = _ids_or_failures(tokenizer, texts[:half], failed, first)
+    return left + _ids_or_failures(tokenizer, texts[half:], failed, first + half)
+
+
+def _ids_of_block(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.int32]]:
     limit: int = (tokenizer.truncation or {}).get("max_length", 0)
     cuts = limit > 0 and _ends_words_at_spaces(tokenizer)
     characters = CHARACTERS_PER_TOKEN * limit if cuts else max(map(len, texts), default=0)
@@ -98,22 +138,22 @@ def _token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.in
 
 
 def _head(text: str, characters: int) -> str:
-    """The words of a text that end within so many characters; all of it where no word ends."""
+    """The words of a text that end within this number of characters; the whole text if none does."""
     if len(text) <= characters:
         return text
     end = text.rfind(" ", 1, characters)
-    # Before the whole blank: how one is cut into tokens depends on its length.
+    # The tokens of several spaces depend on their number, so that all of them are removed.
     return text[:end].rstrip() if end > 0 else text
 
 
 def _ends_words_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether the tokens of a text begin with those of its head, where a space follows the head.
+    """Whether the tokens of a text begin with the tokens of its words before a space.
 
-    So it is where each word is normalised and cut into tokens on its own, and no token reaches over a space.
+    This holds if the tokenizer normalises and splits each word on its own, and no token contains an inner space.
     """
     words = tokenizer.pre_tokenizer
     return (
-        # GPT-2's pattern takes a space together with the word behind it, never with the one before.
+        # GPT-2's pattern joins a space with the word after it, never with the word before it.
         (isinstance(words, BY_WORD) or (isinstance(words, pre_tokenizers.ByteLevel) and words.use_regex))
         and (tokenizer.normalizer is None or isinstance(tokenizer.normalizer, BY_CHARACTER))
         and (tokenizer.truncation or {})["direction"] == "right"

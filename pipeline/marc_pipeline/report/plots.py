@@ -102,7 +102,7 @@ def save(figure: "Figure", path: Path) -> Path:
 
 
 def svg(figure: "Figure", *, title: str = "") -> str:
-    """The figure as one ``<svg>`` element for an HTML page: text stays text, and the browser loads nothing.
+    """Return the figure as one ``<svg>`` element for an HTML page, with real text and without external files.
 
     Equal figures give equal elements, without a date. Ids start with a hash of the figure, so that several figures in
     one page have no id in common.

@@ -15,8 +15,8 @@ class ReportTable:
     Attributes:
         header: names of the columns, plain text.
         rows: cells, plain text.
-        numbers: indexes of the columns that hold numbers; they are aligned right.
-        caption: what the table shows.
+        numbers: indexes of the columns with numbers, which are aligned right.
+        caption: a line above the table.
     """
 
     header: Sequence[str]

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from marc_pipeline.model.backbone import HiddenStates, PooledStates
-from marc_pipeline.model.batches import PaddedTokens
-from marc_pipeline.model.encoder import token_batches
+from marc_pipeline.model.batches import PaddedTokens, token_batches
 from marc_pipeline.training.objective import ItemStates
 from marc_schemas.bundle import Pooling
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from marc_pipeline.config import EncodeSettings, TrainSettings
 from marc_pipeline.model.backbone import PooledLayers, PooledStates, blocks, load_backbone, load_tokenizer
-from marc_pipeline.model.encoder import Encoder, choose_device, choose_dtype
+from marc_pipeline.model.device import choose_device, choose_dtype
+from marc_pipeline.model.encoder import Encoder
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.training.training_set import StatesFacts, require_shape
 

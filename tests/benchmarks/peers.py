@@ -260,7 +260,7 @@ def systems(bundle: Bundle, best: dict[str, Setting], fastest: Setting) -> list[
     """
     folder = backbone_folder(bundle)
     dtypes = [*["bfloat16"] * native_bfloat16(), "float32"]
-    single = {DEFAULT: Setting()} | {f"{BEST} ({s})": s for s in best.values() if s != Setting()}
+    single = {f"{DEFAULT} ({Setting()})": Setting()} | {f"{BEST} ({s})": s for s in best.values() if s != Setting()}
     around: dict[str, tuple[Callable[[str, Setting], AbstractContextManager[Encode]], str]] = {
         f"sentence-transformers, pool of {CORES} processes": (pool, LIBRARY),
         f"Spark predict_batch_udf, local[{CORES}]": (spark, LIBRARY),

@@ -1,12 +1,14 @@
-"""Settings and entry points: what is wrong is named in one line, variables win, and paths are the file's."""
+"""Settings and entry points: one-line errors, overriding variables, paths relative to the configuration file."""
 
 import datetime
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import NoCredentialsError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,9 +32,7 @@ GOOD = 'catalogue: {uri: "in/{ds}.csv", template: "{title}. {genres}"}\n'
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a configuration file goes; no variable of the surroundings counts."""
-    import os
-
+    """Path of a configuration file; variables of the environment are unset."""
     for name in [name for name in os.environ if name.startswith("MARC_")]:
         monkeypatch.delenv(name)
     return tmp_path / "marc.yaml"
@@ -65,22 +65,24 @@ def test_relative_paths_are_relative_to_the_file_wherever_the_process_runs(
 
 
 def test_uris_follow_the_root_unless_they_are_given(config: Path) -> None:
-    settings = load(config, GOOD + "root: s3://bucket/prefix\nbundle_uri: s3://models/marc/\n")
+    settings = load(config, GOOD + "root: s3://bucket/prefix/\nbundle_uri: s3://models/marc/\n")
     assert settings.table_uri == "s3://bucket/prefix/item_vectors"
     assert settings.index_uri == "s3://bucket/prefix/indexes"
     assert settings.work_uri == "s3://bucket/prefix/work"
     assert settings.bundle_uri == "s3://models/marc"
 
 
-def test_a_root_may_end_in_a_slash(config: Path) -> None:
-    assert load(config, GOOD + "root: s3://bucket/prefix/\n").table_uri == "s3://bucket/prefix/item_vectors"
-
-
-def test_file_uris_and_home_folders_are_local_paths(tmp_path: Path) -> None:
-    assert absolute_uri("file:///a/b/", tmp_path) == "/a/b"
-    assert absolute_uri("~/x", tmp_path) == f"{Path.home()}/x"
-    assert absolute_uri("a/b", tmp_path) == f"{tmp_path}/a/b"
-    assert absolute_uri("s3://a/b/", tmp_path) == "s3://a/b"
+@pytest.mark.parametrize(
+    ("uri", "absolute"),
+    [
+        ("file:///a/b/", "/a/b"),
+        ("~/x", f"{Path.home()}/x"),
+        ("a/b", "/folder/a/b"),
+        ("s3://a/b/", "s3://a/b"),
+    ],
+)
+def test_file_uris_and_home_folders_are_local_paths(uri: str, absolute: str) -> None:
+    assert absolute_uri(uri, Path("/folder")) == absolute
 
 
 @pytest.mark.parametrize(
@@ -115,16 +117,13 @@ def test_every_bad_key_is_named_at_once(config: Path) -> None:
         load(config, GOOD + "one: 1\ntwo: 2\n")
 
 
-def test_bytes_that_are_no_utf8_are_the_users_mistake(config: Path) -> None:
-    config.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="no valid YAML"):
-        load_settings(config)
-
-
-def test_a_missing_file_is_the_users_mistake(config: Path) -> None:
+def test_a_file_that_is_missing_or_not_utf8_is_the_users_mistake(config: Path) -> None:
     with pytest.raises(
         UserError, match=r"no configuration at .*marc.yaml; write one, pass --config or set MARC_CONFIG"
     ):
+        load_settings(config)
+    config.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="no valid YAML"):
         load_settings(config)
 
 
@@ -138,10 +137,7 @@ def test_a_missing_file_is_the_users_mistake(config: Path) -> None:
         ("{}", "plain column names"),
         ("{title!r}", "plain column names"),
         ("{title:>10}", "plain column names"),
-        pytest.param(
-            "{0}",
-            "plain column names",
-        ),
+        ("{0}", "plain column names"),
     ],
 )
 def test_a_template_that_cannot_be_rendered_is_refused(config: Path, template: str, message: str) -> None:
@@ -181,6 +177,7 @@ def test_variables_win_over_the_file_and_leave_their_neighbours_alone(
     [
         ("MARC_BUCKETS", "none", "buckets: Input should be a valid integer"),
         ("MARC_AUDIT__MAX_DRFIT", "1", "unknown key audit.max_drfit"),
+        ("MARC_BUKETS", "4", "MARC_BUKETS overrides no key"),
     ],
 )
 def test_a_bad_variable_is_refused_like_a_bad_key(
@@ -226,10 +223,10 @@ def test_no_other_text_is_a_date(value: str) -> None:
 
 @pytest.fixture
 def _logging() -> Iterator[None]:
-    """Puts back what an entry point does to logging."""
+    """Restore the logging that an entry point configures."""
     root, ours = logging.getLogger(), logging.getLogger("marc_pipeline")
     handlers, levels = root.handlers[:], (root.level, ours.level)
-    # basicConfig(force=True) closes what it finds: pytest's own handlers must not be there.
+    # basicConfig(force=True) closes all handlers: hide those of pytest.
     root.handlers.clear()
     yield
     root.handlers[:] = handlers
@@ -238,35 +235,31 @@ def _logging() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(UserError, 2), (GateRefused, 3), (CorruptFile, 1), (Superseded, 4), (PipelineError, 1)]
+    ("error", "code", "line"),
+    [
+        (UserError("the limit is 3"), 2, "the limit is 3"),
+        (GateRefused("the limit is 3"), 3, "the limit is 3"),
+        (CorruptFile("the limit is 3"), 1, "the limit is 3"),
+        (Superseded("the limit is 3"), 4, "the limit is 3"),
+        (PipelineError("the limit is 3"), 1, "the limit is 3"),
+        (NoCredentialsError(), 1, "NoCredentialsError: Unable to locate credentials"),
+    ],
 )
-def test_an_error_on_purpose_becomes_one_line_and_its_exit_code(
-    caplog: pytest.LogCaptureFixture, error: type[PipelineError], code: int
+def test_an_expected_error_becomes_one_line_and_an_exit_code(
+    caplog: pytest.LogCaptureFixture, error: Exception, code: int, line: str
 ) -> None:
     with pytest.raises(SystemExit) as left, entry.reported_errors():
-        raise error("what is wrong")
+        raise error
     assert left.value.code == code
-    assert [(record.levelname, record.message, record.exc_info) for record in caplog.records] == [
-        ("ERROR", "what is wrong", None)
-    ]
-
-
-def test_an_error_of_the_store_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    from botocore.exceptions import NoCredentialsError
-
-    with pytest.raises(SystemExit) as left, entry.reported_errors():
-        raise NoCredentialsError
-    assert left.value.code == 1
-    assert caplog.messages == ["NoCredentialsError: Unable to locate credentials"]
+    assert [(record.levelname, record.message, record.exc_info) for record in caplog.records] == [("ERROR", line, None)]
 
 
 @pytest.mark.parametrize(
     "text", ["spark: {conf: ['spark.hadoop.fs.s3a.secret.key=hunter2']}", "storage: {endpoint_url: [hunter2]}"]
 )
-def test_what_may_be_secret_is_not_repeated(config: Path, text: str) -> None:
-    config.write_text(GOOD + text)
+def test_errors_do_not_repeat_possible_secrets(config: Path, text: str) -> None:
     with pytest.raises(UserError, match=r"(spark.conf|storage.endpoint_url): ") as error:
-        load_settings(config)
+        load(config, GOOD + text)
     assert "hunter2" not in str(error.value)
 
 
@@ -293,7 +286,7 @@ def scheduler(given: str) -> None:
 
 
 @pytest.mark.usefixtures("_logging")
-@pytest.mark.parametrize("door", [command_line, spark_job, scheduler])
+@pytest.mark.parametrize("entry_point", [command_line, spark_job, scheduler])
 @pytest.mark.parametrize(
     ("given", "variable", "wanted"),
     [
@@ -306,11 +299,11 @@ def scheduler(given: str) -> None:
         ("", None, "marc.yaml"),
     ],
 )
-def test_every_door_finds_the_configuration_by_the_same_rule(
+def test_every_entry_point_finds_the_configuration_by_the_same_rule(
     config: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    door: Callable[[str], None],
+    entry_point: Callable[[str], None],
     given: str,
     variable: str | None,
     wanted: str,
@@ -320,7 +313,7 @@ def test_every_door_finds_the_configuration_by_the_same_rule(
     if variable is not None:
         monkeypatch.setenv("MARC_CONFIG", variable)
     with pytest.raises(SystemExit) as left:
-        door(given)
+        entry_point(given)
     assert left.value.code == 2
     assert f"no configuration at {config.parent / wanted}; write one" in capsys.readouterr().err
 
@@ -335,27 +328,28 @@ def test_a_job_reads_its_arguments_and_its_configuration(config: Path, monkeypat
 
 
 @pytest.mark.usefixtures("_logging")
-@pytest.mark.parametrize("missing", ["--ds", "--plan-id"])
-def test_a_job_without_date_or_plan_exits_with_2(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    given = [word for name in ("--ds", "--plan-id") if name != missing for word in (name, "2026-11-20")]
-    monkeypatch.setattr(sys, "argv", ["job", *given])
-    with pytest.raises(SystemExit) as left, job("Does something."):
-        pass
-    assert left.value.code == 2
-
-
-@pytest.mark.usefixtures("_logging")
-def test_a_job_with_a_bad_date_exits_with_2_and_says_so_on_standard_error(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--plan-id", "p"], "--ds"),
+        (["--ds", "2026-11-20"], "--plan-id"),
+        (["--ds", "20261120", "--plan-id", "p"], "ERROR '20261120' is no date; write YYYY-MM-DD"),
+    ],
+)
+def test_a_job_with_bad_arguments_exits_with_2_and_reports_on_standard_error(
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: list[str],
+    message: str,
 ) -> None:
     config.write_text(GOOD)
-    monkeypatch.setattr(sys, "argv", ["job", "--config", str(config), "--ds", "20261120", "--plan-id", "p"])
+    monkeypatch.setattr(sys, "argv", ["job", "--config", str(config), *given])
     with pytest.raises(SystemExit) as left, job("Does something."):
         pass
     printed = capsys.readouterr()
-    assert left.value.code == 2
-    assert printed.out == ""
-    assert "ERROR '20261120' is no date; write YYYY-MM-DD" in printed.err
+    assert (left.value.code, printed.out) == (2, "")
+    assert message in printed.err
 
 
 def test_a_configuration_behind_a_symbolic_link_belongs_where_the_link_is(config: Path) -> None:
@@ -366,20 +360,10 @@ def test_a_configuration_behind_a_symbolic_link_belongs_where_the_link_is(config
     assert load_settings(config).table_uri == f"{config.parent}/data/item_vectors"
 
 
-def test_a_variable_that_overrides_no_key_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MARC_BUKETS", "4")
-    with pytest.raises(UserError, match="MARC_BUKETS overrides no key"):
-        load(config, GOOD)
-
-
-def test_what_a_section_leaves_open_is_not_taken_for_configured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What somebody adopted may fill it."""
-    path = tmp_path / "marc.yaml"
-    path.write_text("catalogue: {uri: x, template: '{title}'}\ntrain: {dim: 8}\n")
+def test_a_key_with_its_default_does_not_count_as_set(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adopted training may fill it."""
     monkeypatch.setenv("MARC_TRAIN__POOLING", "mean")
-    settings = load_settings(path)
+    settings = load(config, GOOD + "train: {dim: 8}\n")
     assert settings.train.model_fields_set == {"dim", "pooling"}
     assert settings.layers.model_fields_set == set()
     assert (settings.train.dim, settings.train.epochs) == (8, TrainSettings().epochs)

@@ -96,10 +96,10 @@ def progress(line: str) -> None:
 
 
 def show(title: str, columns: str, rows: Iterable[Sequence[Any]], *, texts: int = 1, notes: Sequence[str] = ()) -> None:
-    """Print one table; its title names the processor.
+    """Print one table below a title that names the processor.
 
     Args:
-        title: of the table.
+        title: first line above the table.
         columns: ``name`` or ``name:format`` of each column, separated by ``|``.
         rows: values of each row; None and strings are shown as they are; an empty row draws a line.
         texts: number of leading columns that are aligned to the left.
@@ -108,7 +108,7 @@ def show(title: str, columns: str, rows: Iterable[Sequence[Any]], *, texts: int 
     facts = machine()
     libraries = [f"{name} {facts[name]}" for name in LIBRARIES if name in facts]
     heading = ", ".join([f"{title}\n{facts['cores']} cores of {facts['cpu']}", *libraries])
-    table = Table(title=heading, title_justify="left", min_width=100)
+    table = Table()
     named = [column.partition(":") for column in columns.split("|")]
     for place, (name, _, _) in enumerate(named):
         table.add_column(name, justify="left" if place < texts else "right", no_wrap=place >= texts)
@@ -118,7 +118,7 @@ def show(title: str, columns: str, rows: Iterable[Sequence[Any]], *, texts: int 
         else:
             table.add_section()
     console = Console(width=WIDTH)
-    for part in (table, *notes):
+    for part in (heading, table, *notes):
         console.print(part)
 
 

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from measuring import options, progress, show, working_folder, write_json
 from processes import watched
-from rows import PLAN_ID, feature_rows, random_vectors
+from rows import PLAN_ID, feature_rows
 
 from marc_pipeline.config import CatalogueSettings, Settings
 from marc_pipeline.deployment import open_deployment
@@ -138,7 +138,7 @@ def publish_base(folder: Path, buckets: int) -> None:
         items = pq.read_table(path)
         altered = pa.array(np.arange(items.num_rows) % CHANGED == 0)
         hashes = pc.if_else(altered, pc.utf8_reverse(items["content_hash"]), items["content_hash"])
-        vectors = random_vectors(items.num_rows, DIM, seed=bucket)
+        vectors = np.random.default_rng(bucket).standard_normal((items.num_rows, DIM), np.float32)
         rows = feature_rows(items["item_id"], items["row_id"], vectors, hashes, bundle=bundle)
         given: dict[str, Any] = {"dim": DIM, "ds": BEFORE, "bucket": bucket, "plan_id": PLAN_ID, "footer": {}}
         file = write_bucket_file(STORAGE, settings.table_uri, [rows], **given)

@@ -2,14 +2,13 @@
 
     python tests/benchmarks/reading.py [--items 1000000] [--dim 64] [--buckets 16] [--asked 1000] [--runs 7]
 
-The release holds random unit vectors, written as the encode stage writes them. marc opens the release anew for each
+The release contains random unit vectors, written as the encode stage writes them. marc opens the release anew for each
 measurement, so it verifies every block that it reads. Measurements alternate; all files are in the page cache.
 pyarrow reads the same columns of the same files in two ways: as one dataset, and each file through a memory map.
 "first" is the first look-up after opening; "later" are look-ups of other random items. The first query runs from
 reading the release log to the item ids of the neighbours; it verifies and maps the index.
 """
 
-import argparse
 import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,16 +20,10 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from measuring import options, seconds_of, show, working_folder, write_json
 from numpy.typing import NDArray
-from rows import PLAN_ID, random_vectors, write_buckets
 
 from marc_pipeline.config import IndexSettings
-from marc_pipeline.index import make_index
 from marc_pipeline.reader.release import OpenRelease, open_release
-from marc_pipeline.releases import log as release_log
-from marc_schemas.identity import content_hash
-from marc_schemas.moments import Moments
-from published import DS, Site, items
-from release_cases import altered
+from published import Site, items
 
 COLUMNS = ["item_id", "vector"]
 LATER = 9
@@ -39,45 +32,6 @@ DATASET, MAPPED, MARC = "pyarrow, dataset", "pyarrow, mapped files", "marc, veri
 FIRST, NEXT = "marc, first", "marc, later"
 
 Seconds = dict[tuple[str, str], list[float]]
-
-
-def write_release(folder: Path, given: argparse.Namespace) -> OpenRelease:
-    """A release of ``item-0``, ``item-1``, … with an index; the rows are written directly."""
-    site = Site(folder, dim=given.dim)
-    facts = site.publish(items(4, dim=given.dim), buckets=1)
-    names = [f"item-{number}" for number in range(given.items)]
-    vectors, hashes = random_vectors(given.items, given.dim, seed=0), [content_hash(name) for name in names]
-    bundle, buckets = facts.bundle.version, given.buckets
-    files = [
-        file for _, file in write_buckets(site.table_uri, names, vectors, hashes, buckets=buckets, ds=DS, bundle=bundle)
-    ]
-    built = make_index(
-        files,
-        base=None,
-        storage=site.storage,
-        table_uri=site.table_uri,
-        index_uri=site.index_uri,
-        work_uri=str(folder / "work" / "index"),
-        plan_id=PLAN_ID,
-        bundle=bundle,
-        buckets=buckets,
-        moments=Moments.of(given.items, [0.0] * given.dim, 1.0),
-        dim=given.dim,
-        mantissa_bits=facts.table.mantissa_bits,
-        # Random vectors have no near neighbours: at this recall, an index searches as many lists as on real vectors.
-        settings=IndexSettings(target_recall=0.5),
-    )
-    facts = altered(
-        facts,
-        release_id=f"{facts.release_id}-large",
-        turn=facts.turn + 1,
-        table__files=tuple(files),
-        table__buckets=buckets,
-        counts__items=given.items,
-        index=built.index,
-    )
-    assert release_log.append(site.storage, site.table_uri, [facts])
-    return open_release(site.table_uri)
 
 
 def measure(release: OpenRelease, lookup: str, *, asked: int, runs: int) -> Seconds:
@@ -152,7 +106,11 @@ def main() -> None:
     given = options(__doc__, items=1_000_000, dim=64, buckets=16, asked=1000, runs=7, folder=Path)
     lookup = f"vectors of {given.asked:,} items"
     with working_folder(given.folder) as folder:
-        release = write_release(folder, given)
+        site = Site(folder, dim=given.dim)
+        # Random vectors have no near neighbours: at this recall, search visits as many lists as on real vectors.
+        index = IndexSettings(target_recall=0.5)
+        site.publish(items(given.items, dim=given.dim), buckets=given.buckets, index=index)
+        release = open_release(site.table_uri)
         found = measure(release, lookup, asked=given.asked, runs=given.runs)
         size = sum(file.bytes for file in release.facts.table.files) / 1e6
     speed = ratios(found, lookup)

@@ -25,11 +25,6 @@ def unit(vectors: Matrix) -> Matrix:
     return scaled
 
 
-def random_vectors(count: int, dim: int, *, seed: int) -> Matrix:
-    """Random unit vectors [count, dim]."""
-    return unit(np.random.default_rng(seed).standard_normal((count, dim), np.float32))
-
-
 def row_ids(ids: Sequence[str]) -> Ids:
     """The row id of every item [n]."""
     return np.fromiter(map(row_id, ids), np.int64, len(ids))

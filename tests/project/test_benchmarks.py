@@ -40,7 +40,7 @@ def figures(repository: Path, folder: Path, script: str, *arguments: str) -> dic
 
 def test_encode(repository: Path, tmp_path: Path, catalogue: str) -> None:
     pytest.importorskip("sentence_transformers", reason="the reference of this benchmark")
-    options = ("--items=100", "--layers=2,1", "--runs=1", "--only=marc,its default")
+    options = ("--items=60", "--layers=2,1", "--runs=1", "--only=marc,its default")
     tables = figures(repository, tmp_path, "encode.py", catalogue, *options)["tables"]
     assert [(table["layers"], table["texts"]) for table in tables] == [
         (layers, texts) for layers in (2, 1) for texts in ("netflix", "long-tail")

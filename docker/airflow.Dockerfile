@@ -3,17 +3,17 @@
 #
 #   docker build -f docker/airflow.Dockerfile -t marc-airflow .        (from the root of the repository)
 #
-# Jobs run in client mode, so this image holds what a driver needs: Java, the jars for s3a, and every extra of
-# the project. "model" is among them although encoding happens on the workers: training runs its model in the
-# driver, and a driver imports the modules that its tasks run.
+# Jobs run in client mode, so this image contains the needs of a driver: Java, the jars for s3a, and all extras of
+# the project. The extra "model" is one of them: training runs the model in the driver, and a driver imports the
+# modules that its tasks run.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 
-# The driver has no GPU: torch without the CUDA libraries, which weigh several GB.
+# The driver has no GPU: torch without the CUDA libraries saves several GB.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 ARG MAVEN_URL=https://repo1.maven.org/maven2
 
-# Debian removes superseded versions from its mirrors: a pinned one would stop building within weeks.
+# Versions are not pinned, because Debian removes superseded versions from its mirrors.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends openjdk-17-jre-headless \
@@ -27,8 +27,8 @@ ENV PATH=/opt/venv/bin:${PATH} \
     PYSPARK_PYTHON=/opt/venv/bin/python \
     PYTHONUNBUFFERED=1
 
-# Dependencies first, so that a change of the code does not install them again. psycopg2 and asyncpg are what
-# Airflow needs for its metadata in PostgreSQL: one for its sync, one for its async sessions.
+# Dependencies come first, so that a change of the code does not reinstall them. Airflow
+# needs psycopg2 and asyncpg for the sync and async sessions of its metadata in PostgreSQL.
 WORKDIR /opt/source
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
@@ -36,10 +36,11 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && pip install -c constraints.txt ".[all]" psycopg2-binary==2.9.13 asyncpg==0.32.0
 
 # Spark reads s3a:// with these jars. hadoop-aws must have the Hadoop version that pyspark bundles. The other two
-# are the versions that it was built with (aws-java-sdk-v2.version and amazon-s3-analyticsaccelerator-s3.version of
-# hadoop-project). ADD --checksum does not accept SHA-1, which is what Maven Central publishes beside the files.
+# have the versions that hadoop-aws was built with (aws-java-sdk-v2.version and
+# amazon-s3-analyticsaccelerator-s3.version of hadoop-project). Maven Central publishes SHA-1 checksums, which
+# ADD --checksum does not accept.
 ARG JARS=/opt/venv/lib/python3.11/site-packages/pyspark/jars
-# The sources are URLs, which COPY does not take; hadolint does not see that through the variable.
+# COPY does not accept URLs; hadolint does not recognise a URL that begins with a variable.
 # hadolint ignore=DL3020
 ADD --chmod=644 ${MAVEN_URL}/org/apache/hadoop/hadoop-aws/3.5.0/hadoop-aws-3.5.0.jar \
     ${MAVEN_URL}/software/amazon/awssdk/bundle/2.35.4/bundle-2.35.4.jar \

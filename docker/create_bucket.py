@@ -1,4 +1,4 @@
-"""Creates the bucket that the configuration's root names, unless it exists: the first step of the compose system."""
+"""Create the bucket of the configuration's root if it does not exist: the first step of the compose system."""
 
 import sys
 from urllib.parse import urlsplit
@@ -11,8 +11,8 @@ from marc_pipeline.config import load_settings
 
 
 def create_bucket(*, name: str, endpoint_url: str | None, region: str | None) -> bool:
-    """Make sure that a bucket exists; true when it had to be created."""
-    # The S3 gateway answers before the store behind it is ready.
+    """Create a bucket if it does not exist; returns True if it was created."""
+    # The S3 gateway answers before its store is ready.
     patience = Config(retries={"max_attempts": 10, "mode": "standard"}, s3={"addressing_style": "path"})
     client = boto3.client("s3", endpoint_url=endpoint_url, region_name=region, config=patience)
     try:
@@ -30,7 +30,7 @@ def main() -> None:
     settings = load_settings(sys.argv[1])
     root = urlsplit(settings.root)
     if root.scheme != "s3":
-        raise SystemExit(f"root is {settings.root}, no s3:// uri: there is no bucket to create")
+        raise SystemExit(f"root is {settings.root}, which has no bucket; set root to an s3:// uri")
     created = create_bucket(
         name=root.netloc, endpoint_url=settings.storage.endpoint_url, region=settings.storage.region
     )

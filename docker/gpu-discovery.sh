@@ -1,5 +1,5 @@
 #!/bin/sh
-# Prints the GPUs of this machine as Spark's ResourceInformation; an empty list where there is none.
+# Prints the GPUs of this machine as Spark's ResourceInformation; an empty list if there are none.
 set -u
 
 if gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null); then

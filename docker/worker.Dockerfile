@@ -1,12 +1,12 @@
 # syntax=docker/dockerfile:1
-# Spark master and worker; with a GPU the same image encodes on it.
+# Spark master and worker, with or without GPUs.
 #
 #   docker build -f docker/worker.Dockerfile -t marc-worker .        (from the root of the repository)
 #
-# BASE has to be Debian 12 with python3.11 and its venv module: driver and executors must run the same minor
-# version of Python, and the driver is built on the same base. It needs no CUDA: the wheels of torch bring the
-# CUDA libraries that they were built with, and the NVIDIA container toolkit mounts the driver and nvidia-smi.
-# (nvidia/cuda images on Ubuntu 22.04 offer only a release candidate of 3.11, those on 24.04 only 3.12.)
+# BASE must be Debian 12 with python3.11 and its venv module, as in the image of the driver: driver and executors
+# need the same minor version of Python. BASE needs no CUDA: the wheels of torch contain the CUDA libraries, and the
+# NVIDIA container toolkit mounts the driver and nvidia-smi. (nvidia/cuda images on Ubuntu 22.04 have only a release
+# candidate of 3.11, and those on 24.04 only 3.12.)
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 
@@ -14,7 +14,7 @@ FROM ${BASE}
 ARG TORCH_INDEX_URL=https://pypi.org/simple
 ARG MAVEN_URL=https://repo1.maven.org/maven2
 
-# Debian removes superseded versions from its mirrors: a pinned one would stop building within weeks.
+# Versions are not pinned, because Debian removes superseded versions from its mirrors.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends openjdk-17-jre-headless \
@@ -28,7 +28,7 @@ ENV PATH=/opt/venv/bin:${PATH} \
     PYSPARK_PYTHON=/opt/venv/bin/python \
     PYTHONUNBUFFERED=1
 
-# Dependencies first, so that a change of the code does not install them again.
+# Dependencies come first, so that a change of the code does not reinstall them.
 WORKDIR /opt/source
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
@@ -36,10 +36,11 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && pip install -c constraints.txt ".[reader,model,embedded,spark,vision]"
 
 # Spark reads s3a:// with these jars. hadoop-aws must have the Hadoop version that pyspark bundles. The other two
-# are the versions that it was built with (aws-java-sdk-v2.version and amazon-s3-analyticsaccelerator-s3.version of
-# hadoop-project). ADD --checksum does not accept SHA-1, which is what Maven Central publishes beside the files.
+# have the versions that hadoop-aws was built with (aws-java-sdk-v2.version and
+# amazon-s3-analyticsaccelerator-s3.version of hadoop-project). Maven Central publishes SHA-1 checksums, which
+# ADD --checksum does not accept.
 ARG JARS=/opt/venv/lib/python3.11/site-packages/pyspark/jars
-# The sources are URLs, which COPY does not take; hadolint does not see that through the variable.
+# COPY does not accept URLs; hadolint does not recognise a URL that begins with a variable.
 # hadolint ignore=DL3020
 ADD --chmod=644 ${MAVEN_URL}/org/apache/hadoop/hadoop-aws/3.5.0/hadoop-aws-3.5.0.jar \
     ${MAVEN_URL}/software/amazon/awssdk/bundle/2.35.4/bundle-2.35.4.jar \
@@ -52,12 +53,12 @@ COPY schemas/ ./schemas/
 COPY pipeline/ ./pipeline/
 RUN pip install --no-cache-dir --no-deps .
 
-# Executors unpickle functions of jobs/ by name, and the worker asks the script which GPUs it has.
+# Executors unpickle functions of jobs/ by name. The script lists the GPUs of the worker.
 WORKDIR /opt/marc
 COPY jobs/ ./jobs/
 COPY --chmod=755 docker/gpu-discovery.sh ./
 
-# CUDA numbers GPUs by speed unless told to count as nvidia-smi does, whose numbers Spark hands to the tasks.
+# Spark gives tasks the GPU numbers of nvidia-smi; by default CUDA numbers GPUs by speed.
 ENV PYTHONPATH=/opt/marc \
     CUDA_DEVICE_ORDER=PCI_BUS_ID \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \

@@ -1,7 +1,7 @@
 """Sphinx extension: reference pages from the settings, the command line and the error classes.
 
-The directives ``settings-reference``, ``command-reference`` and ``error-reference`` insert Markdown that is made
-from the code at build time. The pages therefore never differ from the program.
+The directives ``settings-reference``, ``command-reference`` and ``error-reference`` insert Markdown that is generated
+from the code at build time. Therefore the pages never differ from the program.
 """
 
 from collections.abc import Callable
@@ -108,7 +108,7 @@ def _options_table(command: Any) -> str:  # noqa: ANN401 - click's classes come 
 
 
 def _option_default(value: object) -> str:
-    """A default that is worth showing; empty for a switch that is off and for options without one."""
+    """The default of an option; empty for a switch that is off and for an option without default."""
     plain = isinstance(value, bool | int | float | str) or type(value).__name__.endswith("Path")
     return f"`{value}`".replace("`True`", "`on`") if plain and value not in {"", False} else ""
 

@@ -2,8 +2,8 @@
 
     python examples/prepare_purchases.py meta_Luxury_Beauty.json.gz Luxury_Beauty_5.json.gz --out data/beauty
 
-A verified review counts as a purchase. Purchases hold positives only, but a click model needs both labels: for each
-purchase, one item that the user never bought is drawn as a negative with the same timestamp.
+A verified review counts as a purchase. Purchases are positives only, but a click model needs both labels: the
+script draws one negative for each purchase, an item that the user never bought, with the same timestamp.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("metadata", type=Path, help="meta_….json.gz: one product a line")
     parser.add_argument("reviews", type=Path, help="…_5.json.gz: one review a line")
     parser.add_argument("--out", type=Path, required=True, help="folder for the two files")
-    parser.add_argument("--seed", type=int, default=0, help="of the negatives (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the negatives (default: %(default)s)")
     given = parser.parse_args()
     catalogue = items(given.metadata)
     bought = purchases(given.reviews, set(catalogue))

@@ -13,7 +13,7 @@ from marc_pipeline.reader import open_release
 
 
 def main() -> None:
-    """Open the newest release, or that of a date, and print what a ranker asks of it."""
+    """Open the newest release, or that of a date, and print vectors, neighbours and batches."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", help="uri of the feature table, local or s3://")
     parser.add_argument("--ds", help="date of the snapshot, YYYY-MM-DD; default: the newest release")

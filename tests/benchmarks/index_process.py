@@ -1,7 +1,7 @@
-"""One index, built in a process of its own and measured there: what index_build.py starts, with either Python.
+"""Build one index in this new process and measure it: index_build.py starts it with either Python.
 
-The order comes on standard input, the answer goes to the file that it names: builders print what they like. Only the
-packages of the builder that is asked for are imported, before the clock and the memory are read.
+The order comes on standard input. The answer goes to the file that the order names, because builders print freely.
+Only the packages of the chosen builder are imported, before clock and memory are read.
 """
 
 import json
@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from processes import memory_mb
+
 Order = dict[str, Any]
 Build = Callable[[], dict[str, Any]]
 
 
-def ours(order: Order) -> Build:
+def marc(order: Order) -> Build:
     """The index stage: reads the table's files, builds or patches, measures the recall, publishes with checksums."""
     from marc_pipeline.config import IndexSettings
     from marc_pipeline.index.make import make_index
@@ -30,16 +32,10 @@ def ours(order: Order) -> Build:
             [PublishedFile.model_validate(file) for file in order["files"]],
             base=Release.model_validate(order["base"]) if order["base"] else None,
             storage=Storage(),
-            table_uri=order["table_uri"],
-            index_uri=order["index_uri"],
-            work_uri=order["work_uri"],
-            plan_id=order["plan_id"],
-            bundle=order["bundle"],
-            buckets=order["buckets"],
             moments=Moments.model_validate(order["moments"]),
-            dim=order["dim"],
             mantissa_bits=23,
             settings=IndexSettings.model_validate(order["settings"]),
+            **order["arguments"],
         )
         (file,) = receipt.index.files
         return {
@@ -53,7 +49,7 @@ def ours(order: Order) -> Build:
 
 
 def autofaiss(order: Order) -> Build:
-    """``autofaiss.build_index`` from .npy files to an index file, its tuning and its own measurements included."""
+    """``autofaiss.build_index``: from .npy files to an index file, with its own tuning and measurements."""
     from autofaiss import build_index  # type: ignore[import-not-found]
 
     def build() -> dict[str, Any]:
@@ -71,16 +67,9 @@ def autofaiss(order: Order) -> Build:
     return build
 
 
-def memory_mb(name: str) -> float:
-    """Not getrusage's figure: a process inherits that from the one that started it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith(name)]
-    return int(line.split()[1]) / 1024
-
-
 def main() -> None:
     order: Order = json.load(sys.stdin)
-    build = {"ours": ours, "autofaiss": autofaiss}[order["builder"]](order)
+    build = {"marc": marc, "autofaiss": autofaiss}[order["builder"]](order)
     before, started, used = memory_mb("VmRSS"), time.perf_counter(), time.process_time()
     facts = build()
     measured = {
@@ -88,8 +77,7 @@ def main() -> None:
         "processor": time.process_time() - used,
         "peak_mb": memory_mb("VmHWM") - before,
     }
-    answer = {**facts, **measured}
-    Path(order["answer"]).write_text(json.dumps(answer))
+    Path(order["answer"]).write_text(json.dumps({**facts, **measured}))
 
 
 if __name__ == "__main__":

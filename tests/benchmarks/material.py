@@ -1,10 +1,8 @@
-"""What the benchmarks of the encoder work on: texts, weights, and the machine they run on."""
+"""Texts and weights that the encoder benchmarks work on, and the speed of matrix products."""
 
-import argparse
 import csv
 import math
 import os
-import platform
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from measuring import CORES
 from tokenizers import Tokenizer
 from torch import nn
 from transformers.utils import logging
@@ -25,32 +24,23 @@ from marc_pipeline.model.device import choose_dtype
 from marc_pipeline.storage import Storage
 from marc_schemas.bundle import BundleCard, CompressorCard
 
-CORES = len(os.sched_getaffinity(0))
 BACKBONE = TrainSettings().backbone
 MAX_TOKENS = 256
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-# Of a log-normal text length: its spread, and the share of texts beyond the limit (at so many standard deviations).
-SPREAD = 0.9
-BEYOND_LIMIT, ITS_QUANTILE = "1 %", 2.326
-
-
-def add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data", type=Path, default=DATA, help="folder of netflix_titles.csv (default: ../shared/data)"
-    )
+# Text lengths are log-normal with this standard deviation. 1 % of the texts (the quantile) exceed MAX_TOKENS.
+SPREAD, QUANTILE = 0.9, 2.326
 
 
 def netflix(data: Path) -> list[str]:
     """Title and description of every row of the catalogue."""
     path = data / "netflix_titles.csv"
     if not path.is_file():
-        raise SystemExit(f"{path} is not there: say --data FOLDER")
+        raise SystemExit(f"{path} does not exist; docs/benchmarks.md says where to get it; pass --data FOLDER")
     with path.open(encoding="utf-8", newline="") as file:
         return [f"{row['title']}. {row['description']}" for row in csv.DictReader(file)]
 
 
 def sample(texts: Sequence[str], count: int) -> list[str]:
-    """So many texts: drawn without replacement, and repeated where there are fewer."""
+    """``count`` texts drawn without replacement; if there are fewer texts, they repeat."""
     draw = random.Random(0)  # noqa: S311 - no secret
     chosen: list[str] = []
     while len(chosen) < count:
@@ -59,12 +49,12 @@ def sample(texts: Sequence[str], count: int) -> list[str]:
 
 
 def long_tail(texts: Sequence[str], count: int) -> list[str]:
-    """Texts of their words whose lengths in tokens are log-normal, 1 % of them over the limit."""
+    """Texts of random words whose lengths in tokens are log-normal; 1 % exceed the limit."""
     draw = random.Random(1)  # noqa: S311
     words = [word for text in texts for word in text.split()]
     tokenizer = whole_tokenizer()
     cost = lru_cache(maxsize=None)(lambda word: len(tokenizer.encode(word, add_special_tokens=False).ids))
-    middle = math.log(MAX_TOKENS) - ITS_QUANTILE * SPREAD
+    middle = math.log(MAX_TOKENS) - QUANTILE * SPREAD
     made = []
     for _ in range(count):
         wanted = draw.lognormvariate(middle, SPREAD)
@@ -77,7 +67,7 @@ def long_tail(texts: Sequence[str], count: int) -> list[str]:
 
 
 def short(texts: Sequence[str], count: int) -> list[str]:
-    """Distinct texts of a few of their words."""
+    """Distinct texts of two to six random words."""
     draw = random.Random(2)  # noqa: S311
     words = [word for text in texts for word in text.split()]
     made: dict[str, None] = {}
@@ -97,7 +87,7 @@ def whole_tokenizer(max_tokens: int | None = None) -> Tokenizer:
 
 
 def plain_bundle(folder: Path, layers: int) -> Bundle:
-    """A bundle whose compressor changes nothing: its vectors are the pooled states, as other libraries give them."""
+    """A bundle with an identity compressor: its vectors are the pooled states, as in other libraries."""
 
     def write(target: Path) -> BundleCard:
         model = load_backbone(BACKBONE)
@@ -126,19 +116,13 @@ def plain_bundle(folder: Path, layers: int) -> Bundle:
     return save_bundle(Storage(), str(folder / f"layers-{layers}"), write)
 
 
-def cpu() -> str:
-    """Name of the processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def native_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 natively."""
     return choose_dtype(EncodeSettings(), torch.device("cpu")) == torch.bfloat16
 
 
 def matrix_rate(dtype: torch.dtype, *, side: int = 2048, tries: int = 7) -> float:
-    """GFLOP/s of a product of square matrices on all cores: the best of a few."""
+    """GFLOP/s of a product of square matrices on all cores; the best of several tries."""
     torch.set_num_threads(CORES)
     left, right = torch.randn(side, side, dtype=dtype), torch.randn(side, side, dtype=dtype)
     seconds = []
@@ -151,7 +135,7 @@ def matrix_rate(dtype: torch.dtype, *, side: int = 2048, tries: int = 7) -> floa
 
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """Variables for processes that are started here; what others set meanwhile is undone too."""
+    """Set environment variables for child processes; restores the whole environment afterwards."""
     before = dict(os.environ)
     os.environ.update(variables)
     try:
@@ -163,10 +147,9 @@ def environment(**variables: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Progress bars and warnings of the libraries would tear the tables apart."""
+    """Switch off progress bars and warnings of the libraries, here and in child processes."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # For the processes that are started later.
     variables = {
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",

@@ -1,40 +1,37 @@
-"""Where the time of a bucket goes, what Spark adds to it, and how much memory a bucket of many rows takes.
+"""Measure where the time of a bucket goes, the overhead of Spark, and the memory of a large bucket.
 
-    python tests/benchmarks/worker.py [--items 50000] [--layers 6] [--runs 3] [--memory]
+    python tests/benchmarks/worker.py [--items 50000] [--layers 6] [--runs 3] [--memory] [--data FOLDER]
 
-The worker is ``encode_bucket`` as a Spark task calls it; the items are short texts, all of them new. First one bucket
-on all cores, by what it is busy with; then the same items in 16 buckets through Spark's ``run_buckets`` and through as
-many bare processes as there are cores, rounds interleaved, starting apart. ``--memory`` adds the highest memory of a
-process of its own with 100,000 and with 1,000,000 rows (one layer of the model: rows are what it is about).
+The worker is ``encode_bucket``, as a Spark task calls it. All items are short new texts. The first table splits the
+time of one bucket on all cores. The second table compares the same items in 16 buckets: through Spark, and through as
+many plain processes as there are cores, in alternating rounds with separate start times. ``--memory`` adds the peak
+memory of a process with 100,000 and 1,000,000 rows. It uses one layer of the model, because only rows matter there.
 """
 
-import argparse
-import json
 import logging
 import multiprocessing
 import os
 import resource
 import shutil
-import statistics
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
+from time import monotonic, perf_counter, time_ns
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from material import BACKBONE, CORES, add_data, cpu, netflix, quiet, sample, short
-from rich.console import Console
-from rich.table import Table
+from material import BACKBONE, netflix, quiet, sample, short
+from measuring import CORES, PUBLIC_DATA, options, show, spread, working_folder, write_json
+from processes import memory_mb
+from rows import row_ids
 
 from marc_pipeline.bundles.making import train_pca
 from marc_pipeline.config import EncodeSettings, SparkSettings, TrainSettings
@@ -48,23 +45,20 @@ from marc_pipeline.storage import Storage
 from marc_pipeline.work_area import Workspace
 from marc_schemas.catalogue import ITEMS, Change
 from marc_schemas.feature_table import MANTISSA_BITS
-from marc_schemas.identity import content_hash, row_id
+from marc_schemas.identity import content_hash
 from marc_schemas.plan import BucketPlan
 from marc_schemas.receipt import Receipt
 
 DS = "2026-11-20"
 DIM = 64
 BUCKETS = 16
-MEMORY_ROWS = (100, 100_000, 1_000_000)
-# About 16 MB, as the planner writes them.
+# About 16 MB, as in the files of the plan stage.
 GROUP_ROWS = 65_536
-
-
-# Set-up.
+MODEL, POOL, WAIT, TOKENISE, WRITE = "model", "pool, compress", "for tokens", "tokenise", "write"
 
 
 def train(folder: Path, corpus: Sequence[str], layers: int) -> Bundle:
-    """A bundle as a night has it."""
+    """A PCA bundle with the first layers of the default backbone."""
     return train_pca(
         sample(corpus, 1000),
         template="{title}",
@@ -77,20 +71,20 @@ def train(folder: Path, corpus: Sequence[str], layers: int) -> Bundle:
 
 
 def plan(folder: Path, bundle: Bundle, texts: Sequence[str], buckets: int) -> list[EncodeTask]:
-    """Write new items in so many buckets; a task for each, as the encode stage hands them to Spark."""
+    """Write new items into buckets; returns one task per bucket, as the encode stage makes them."""
     workspace = Workspace(Storage(), str(folder / "work"), content_hash(f"{len(texts)} texts, {buckets} buckets"))
-    rows: list[list[tuple[str, int, str, str, str]]] = [[] for _ in range(buckets)]
-    for number, text in enumerate(texts):
-        name = f"item-{number:08d}"
-        rows[row_id(name) % buckets].append((name, row_id(name), text, content_hash(text), Change.NEW.value))
+    ids = [f"item-{number:08d}" for number in range(len(texts))]
+    numbers = row_ids(ids)
+    columns = [ids, numbers, texts, map(content_hash, texts), [Change.NEW.value] * len(ids)]
+    items = pa.table([list(column) for column in columns], schema=ITEMS)
     tasks = []
-    for bucket, items in enumerate(rows):
+    for bucket in range(buckets):
+        rows = items.filter(pa.array(numbers % buckets == bucket))
         path = Path(workspace.items_uri(bucket, None))
         path.parent.mkdir(parents=True, exist_ok=True)
-        columns = [list(column) for column in zip(*items, strict=True)] or [[] for _ in ITEMS]
-        pq.write_table(pa.table(columns, schema=ITEMS), path, row_group_size=GROUP_ROWS, compression="zstd")
-        characters = sum(len(text) for _, _, text, _, _ in items)
-        counts = {"items": len(items), "new": len(items), "changed": 0, "unchanged": 0, "deleted": 0}
+        pq.write_table(rows, path, row_group_size=GROUP_ROWS, compression="zstd")
+        counts = {"items": len(rows), "new": len(rows), "changed": 0, "unchanged": 0, "deleted": 0}
+        characters = sum(map(len, rows["text"].to_pylist()))
         tasks.append(
             EncodeTask(
                 workspace=workspace,
@@ -108,44 +102,43 @@ def plan(folder: Path, bundle: Bundle, texts: Sequence[str], buckets: int) -> li
     return tasks
 
 
-def afresh(tasks: Sequence[EncodeTask]) -> list[EncodeTask]:
-    """The same items as another plan: where a bucket was encoded before, its first receipt would stand."""
+def copied(tasks: Sequence[EncodeTask]) -> list[EncodeTask]:
+    """The same items under a new plan id, because a finished bucket would keep its receipt."""
     old = tasks[0].workspace
-    new = replace(old, plan_id=content_hash(str(time.time_ns())))
+    new = replace(old, plan_id=content_hash(str(time_ns())))
     shutil.copytree(Path(old.uri) / "items", Path(new.uri) / "items")
     return [replace(task, workspace=new) for task in tasks]
 
 
-# One bucket, by what it is busy with.
+# --- one bucket
 
 
 @dataclass
 class Stopwatch:
-    """Seconds by name, of functions that are replaced by ones that note how long they took; of all threads together."""
+    """Seconds by name, summed over threads, of functions that are patched to measure themselves."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
-            started = time.perf_counter()
+            started = perf_counter()
             try:
                 return function(*arguments, **named)
             finally:
-                taken = time.perf_counter() - started
+                taken = perf_counter() - started
                 with self.lock:
                     self.seconds[name] = self.seconds.get(name, 0.0) + taken
 
         return call
 
-    @contextmanager
-    def on(self, name: str, owner: ModuleType | type, attribute: str) -> Iterator[None]:
-        with mock.patch.object(owner, attribute, self.timed(name, getattr(owner, attribute))):
-            yield
+    def on(self, name: str, owner: ModuleType | type, attribute: str) -> Any:
+        """A patch of one function."""
+        return mock.patch.object(owner, attribute, self.timed(name, getattr(owner, attribute)))
 
     @contextmanager
     def on_results(self, name: str, owner: ModuleType) -> Iterator[None]:
-        """Note how long the module waits for the results of its thread pools."""
+        """Measure how long the module waits for the results of its thread pools."""
 
         def submit(pool: ThreadPoolExecutor, *arguments: Any) -> Future[Any]:
             future = ThreadPoolExecutor.submit(pool, *arguments)
@@ -159,10 +152,14 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Split:
-    """One bucket's seconds by what it was busy with; of the cores' time, what nobody used, and what others did.
+    """Time of one bucket.
 
-    Tokenising and writing happen beside the model: the parts are more than the whole. ``alone`` is what happened while
-    the model did not run.
+    Attributes:
+        seconds: of the whole bucket.
+        parts: seconds by activity; tokenising and writing overlap with the model, so the sum exceeds ``seconds``.
+        alone: seconds in which the model did not run.
+        idle: share of the cores' time in which no process used them.
+        others: share of the cores' time that other processes used.
     """
 
     seconds: float
@@ -176,35 +173,32 @@ class Split:
     dtype: str
 
 
-def take_apart(task: EncodeTask) -> Split:
-    """Encode a bucket with the worker's functions timed; the encoder is loaded by an earlier call."""
-    watch = Stopwatch()
+def split_bucket(task: EncodeTask) -> Split:
+    """Encode a bucket with patched functions; an earlier call has loaded the encoder."""
+    watch, resources = Stopwatch(), TaskResources(cpus=CORES)
     encoder.load_encoder.cache_clear()
     with (
-        watch.on("tokenise", encoder, "token_ids"),
-        watch.on_results("for tokens", encoder),
-        watch.on("pool, compress", batches.PackedTokens, "pool"),
-        watch.on("pool, compress", compressor.WhitenedPCA, "forward"),
-        watch.on("write", pq.ParquetWriter, "write_table"),
+        watch.on(TOKENISE, encoder, "token_ids"),
+        watch.on_results(WAIT, encoder),
+        watch.on(POOL, batches.PackedTokens, "pool"),
+        watch.on(POOL, compressor.WhitenedPCA, "forward"),
+        watch.on(WRITE, pq.ParquetWriter, "write_table"),
     ):
-        resources = TaskResources(cpus=CORES)
-        encoder.load_encoder(task.workspace.storage, task.bundle_uri, task.bundle, task.settings, resources).encode(
-            [""]
-        )
+        loaded = encoder.load_encoder(task.workspace.storage, task.bundle_uri, task.bundle, task.settings, resources)
+        loaded.encode([""])
         watch.seconds.clear()
-        before, nobody_before, started = cpu_seconds(), idle_seconds(), time.monotonic()
+        used, idle, started = cpu_seconds(), idle_seconds(), monotonic()
         receipt = encode_bucket(task, resources)
-        seconds = time.monotonic() - started
-        used, nobody = cpu_seconds() - before, idle_seconds() - nobody_before
+        seconds = monotonic() - started
+        used, idle = cpu_seconds() - used, idle_seconds() - idle
     encoder.load_encoder.cache_clear()
-    parts = {name: watch.seconds.get(name, 0.0) for name in ("tokenise", "for tokens", "pool, compress", "write")}
-    parts["model"] = receipt.model_seconds - parts["pool, compress"]
+    parts = {name: watch.seconds.get(name, 0.0) for name in (TOKENISE, WAIT, POOL, WRITE)}
     return Split(
         seconds=seconds,
-        parts=parts,
+        parts=parts | {MODEL: receipt.model_seconds - parts[POOL]},
         alone=seconds - receipt.model_seconds,
-        idle=nobody / seconds / CORES,
-        others=max(0.0, 1 - (used + nobody) / seconds / CORES),
+        idle=idle / seconds / CORES,
+        others=max(0.0, 1 - (used + idle) / seconds / CORES),
         texts=receipt.encoded,
         tokens=receipt.tokens,
         padded_tokens=receipt.padded_tokens,
@@ -213,38 +207,38 @@ def take_apart(task: EncodeTask) -> Split:
 
 
 def cpu_seconds() -> float:
-    """What all threads of this process have used."""
+    """Processor time of all threads of this process."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 
 
 def idle_seconds() -> float:
-    """Time of all cores in which they had nothing to do."""
+    """Idle time of all cores."""
     ticks = Path("/proc/stat").read_text().split(maxsplit=6)
     return (int(ticks[4]) + int(ticks[5])) / os.sysconf("SC_CLK_TCK")
 
 
-# Spark, and the same in bare processes.
+# --- many buckets
 
 
 @dataclass
 class Rounds:
-    """What the rounds of one way to run the buckets gave."""
+    """The rounds of one way to run the buckets; ``busy`` is the sum of the buckets' seconds in the last round."""
 
     name: str
     start: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    receipts: list[Receipt] = field(default_factory=list)
+    busy: float = 0.0
 
-    def add(self, start: float, seconds: float, receipts: list[Receipt]) -> None:
-        self.start.append(start)
-        self.seconds.append(seconds)
-        self.receipts = receipts
+    def add(self, started: float, ready: float, receipts: list[Receipt]) -> None:
+        self.seconds.append(monotonic() - ready)
+        self.start.append(ready - started)
+        self.busy = sum(receipt.seconds for receipt in receipts)
 
 
 def through_spark(tasks: Sequence[EncodeTask], warm_up: Sequence[EncodeTask], rounds: Rounds) -> None:
-    """One job on as many Python workers as there are cores, which have loaded their encoders."""
-    started = time.monotonic()
+    """One job on as many Python workers as there are cores; the warm-up loads their encoders."""
+    started = monotonic()
     with spark_session(SparkSettings(master=f"local[{CORES}]"), name="worker benchmark") as spark:
 
         def job(of: Sequence[EncodeTask]) -> list[Receipt]:
@@ -252,179 +246,143 @@ def through_spark(tasks: Sequence[EncodeTask], warm_up: Sequence[EncodeTask], ro
             return run_buckets(spark, encode_bucket, of, label="encode", weight=weight, unit="characters")
 
         job(warm_up)
-        ready = time.monotonic()
-        receipts = job(tasks)
-        rounds.add(ready - started, time.monotonic() - ready, receipts)
+        ready = monotonic()
+        rounds.add(started, ready, job(tasks))
 
 
 def through_processes(tasks: Sequence[EncodeTask], warm_up: Sequence[EncodeTask], rounds: Rounds) -> None:
-    """The same number of processes, heaviest bucket first; they have loaded their encoders."""
-    started = time.monotonic()
+    """The same number of processes, heaviest bucket first; the warm-up loads their encoders."""
+    started = monotonic()
     context = multiprocessing.get_context("spawn")
-    arguments = (warm_up[0], context.Barrier(CORES + 1))
+    barrier = context.Barrier(CORES + 1)
+    arguments = (warm_up[0], barrier)
     with ProcessPoolExecutor(CORES, mp_context=context, initializer=load, initargs=arguments) as processes:
         ordered = sorted(tasks, key=lambda task: task.work.tokens, reverse=True)
-        # Processes are started as work arrives: this much starts all, and none begins before the barrier.
+        # The pool starts a process per waiting task. All processes start, and none begins before the barrier.
         waiting = [processes.submit(os.getpid) for _ in range(CORES)]
-        arguments[1].wait()
+        barrier.wait()
         for one in waiting:
             one.result()
-        ready = time.monotonic()
-        receipts = list(processes.map(bare, ordered))
-        rounds.add(ready - started, time.monotonic() - ready, receipts)
+        ready = monotonic()
+        rounds.add(started, ready, list(processes.map(encode_on_one_core, ordered)))
 
 
-def load(task: EncodeTask, together: Any) -> None:
-    bare(task)
-    together.wait()
+def load(task: EncodeTask, barrier: Any) -> None:
+    encode_on_one_core(task)
+    barrier.wait()
 
 
-def bare(task: EncodeTask) -> Receipt:
+def encode_on_one_core(task: EncodeTask) -> Receipt:
     return encode_bucket(task, TaskResources(cpus=1))
 
 
-# Memory.
+# --- memory
 
 
-def highest(task: EncodeTask, answers: Any) -> None:
-    """Runs in a process of its own: MB at most, and seconds."""
-    started = time.monotonic()
+def measure_memory(task: EncodeTask, answers: Any) -> None:
+    """Encode in this new process; answers with peak MB and seconds."""
+    started = monotonic()
     encode_bucket(task, TaskResources(cpus=CORES))
-    # Not getrusage's figure: a process inherits that from the one that started it.
-    status = Path("/proc/self/status").read_text().splitlines()
-    (line,) = [line for line in status if line.startswith("VmHWM")]
-    answers.put((int(line.split()[1]) / 1024, time.monotonic() - started))
+    answers.put((memory_mb("VmHWM"), monotonic() - started))
 
 
-def memory(task: EncodeTask) -> tuple[float, float]:
+def peak_memory(task: EncodeTask) -> tuple[float, float]:
+    """Peak MB and seconds of a process that encodes one bucket."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
-    process = context.Process(target=highest, args=(task, answers))
+    process = context.Process(target=measure_memory, args=(task, answers))
     process.start()
     found: tuple[float, float] = answers.get()
     process.join()
     return found
 
 
-# The command.
+# --- tables
+
+
+def show_split(splits: Sequence[Split], layers: int) -> None:
+    one, seconds = splits[0], median(split.seconds for split in splits)
+
+    def row(name: str, taken: float) -> tuple[Any, ...]:
+        return name, taken, taken / seconds, taken / one.texts * 1e6
+
+    def part(name: str) -> float:
+        return median(split.parts[name] for split in splits)
+
+    def share(name: str, of_cores: float) -> tuple[Any, ...]:
+        return name, of_cores * seconds, of_cores, None
+
+    padding = 1 - one.tokens / one.padded_tokens
+    facts = f"{one.texts:,} texts, {one.tokens / one.texts:.1f} tokens each ({padding:.1%} padding)"
+    rows = [
+        row(MODEL, part(MODEL)),
+        row(POOL, part(POOL)),
+        row("model waits", median(split.alone for split in splits)),
+        row("  of this, for tokens", part(WAIT)),
+        (),
+        row("tokenise, beside the model", part(TOKENISE)),
+        row("write, beside the model", part(WRITE)),
+        (),
+        row("whole bucket", seconds),
+        share("cores idle", median(split.idle for split in splits)),
+        share("cores used by other processes", median(split.others for split in splits)),
+    ]
+    title = f"one bucket of {facts}; {BACKBONE}, {layers} layers, {one.dtype}"
+    show(title, "activity|seconds:.2f|of the bucket:.1%|µs per text:,.0f", rows)
+
+
+def show_rounds(processes: Rounds, spark: Rounds, splits: Sequence[Split]) -> None:
+    texts, whole, plain = splits[0].texts, median(split.seconds for split in splits), median(processes.seconds)
+    rows: list[tuple[Any, ...]] = [(f"one bucket, {CORES} threads", None, whole, texts / whole, plain / whole)]
+    for one in (processes, spark):
+        seconds = median(one.seconds)
+        rates = (seconds, texts / seconds, plain / seconds)
+        rows.append((one.name, median(one.start), *rates, spread(one.seconds), one.busy / CORES))
+    columns = "|start s:.1f|seconds:.2f|texts/s:,.0f|× processes:.2f|spread:.0%|seconds in buckets:.2f"
+    show(f"{texts:,} texts in {BUCKETS} buckets", columns, rows)
+
+
+def show_memory(peaks: dict[int, tuple[float, float]]) -> None:
+    fewest, (base, _) = min(peaks.items())
+    rows = [
+        (count, peak, peak - base, (peak - base) * 2**20 / (count - fewest) if count > fewest else None, seconds)
+        for count, (peak, seconds) in peaks.items()
+    ]
+    columns = "rows in the bucket:,|peak MB:,.0f|MB above the smallest:,.0f|bytes per row:,.0f|seconds:.1f"
+    show("peak memory of one worker (1 layer)", columns, rows, texts=0)
 
 
 def main() -> None:
-    arguments = parse()
-    console = Console(width=150)
-    corpus = netflix(arguments.data)
+    given = options(
+        __doc__, items=50_000, layers=6, runs=3, memory=False, memory_rows=[100, 100_000, 1_000_000], data=PUBLIC_DATA
+    )
+    corpus = netflix(given.data)
     logging.getLogger("marc_pipeline").setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory(prefix="worker-benchmark-") as temporary, quiet():
-        folder = Path(temporary)
-        texts = short(corpus, arguments.items)
-        bundle = train(folder, corpus, arguments.layers)
+    with working_folder() as folder, quiet():
+        texts = short(corpus, given.items)
+        bundle = train(folder, corpus, given.layers)
         (whole,) = plan(folder, bundle, texts, 1)
         tasks = plan(folder, bundle, texts, BUCKETS)
         warm_up = plan(folder, bundle, texts[: 8 * CORES], CORES)
-        splits, spark, processes = [], Rounds(f"Spark, local[{CORES}]"), Rounds(f"{CORES} bare processes")
-        for _ in range(arguments.runs):
-            splits.append(take_apart(*afresh([whole])))
-            through_processes(afresh(tasks), afresh(warm_up), processes)
-            through_spark(afresh(tasks), afresh(warm_up), spark)
-        show_split(splits, arguments.layers, console)
-        show_rounds(processes, spark, splits, console)
+        splits, spark, processes = [], Rounds(f"Spark, local[{CORES}]"), Rounds(f"{CORES} plain processes")
+        for _ in range(given.runs):
+            splits.append(split_bucket(*copied([whole])))
+            through_processes(copied(tasks), copied(warm_up), processes)
+            through_spark(copied(tasks), copied(warm_up), spark)
+        show_split(splits, given.layers)
+        show_rounds(processes, spark, splits)
         peaks = {}
-        if arguments.memory:
+        if given.memory:
             small = train(folder, corpus, 1)
-            for rows in arguments.memory_rows:
-                peaks[rows] = memory(plan(folder, small, short(corpus, rows), 1)[0])
-            show_memory(peaks, console)
-    if arguments.json:
-        figures = {
-            "cores": CORES,
-            "cpu": cpu(),
-            "torch": torch.__version__,
-            "layers": arguments.layers,
-            "bucket": [asdict(split) for split in splits],
-            "buckets": [{"name": one.name, "start": one.start, "seconds": one.seconds} for one in (processes, spark)],
-            "memory_mb": {rows: peak for rows, (peak, _) in peaks.items()},
-        }
-        arguments.json.write_text(json.dumps(figures, indent=1))
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=int, default=50_000)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--memory", action="store_true", help="measure the highest memory as well")
-    parser.add_argument(
-        "--memory-rows", type=lambda value: [int(one) for one in value.split(",")], default=list(MEMORY_ROWS)
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as well")
-    add_data(parser)
-    return parser.parse_args()
-
-
-def show_split(splits: Sequence[Split], layers: int, console: Console) -> None:
-    one = splits[0]
-    seconds = statistics.median(split.seconds for split in splits)
-    padding = 1 - one.tokens / one.padded_tokens
-    table = Table(
-        title=f"one bucket of {one.texts:,} texts, {one.tokens / one.texts:.1f} tokens each ({padding:.1%} padding); "
-        f"{BACKBONE}, {layers} layers, {one.dtype}\n{CORES} cores of {cpu()}, torch {torch.__version__}",
-        title_justify="left",
-    )
-    for column in ("busy with", "seconds", "of the bucket", "µs per text"):
-        table.add_column(column, justify="left" if column == "busy with" else "right")
-
-    def row(name: str, taken: float) -> None:
-        table.add_row(name, f"{taken:.2f}", f"{taken / seconds:.1%}", f"{taken / one.texts * 1e6:,.0f}")
-
-    for name in ("model", "pool, compress"):
-        row(name, statistics.median(split.parts[name] for split in splits))
-    row("neither: the model waits", statistics.median(split.alone for split in splits))
-    row("  of this, for tokens", statistics.median(split.parts["for tokens"] for split in splits))
-    table.add_section()
-    for name in ("tokenise", "write"):
-        row(f"{name}, beside the model", statistics.median(split.parts[name] for split in splits))
-    table.add_section()
-    table.add_row("the bucket", f"{seconds:.2f}", "100.0%", f"{seconds / one.texts * 1e6:,.0f}")
-    for name in ("idle", "others"):
-        share = statistics.median(getattr(split, name) for split in splits)
-        shown = {"idle": "cores idle", "others": "cores used by others"}[name]
-        table.add_row(shown, f"{share * seconds:.2f}", f"{share:.1%}", "")
-    console.print(table)
-
-
-def show_rounds(processes: Rounds, spark: Rounds, splits: Sequence[Split], console: Console) -> None:
-    texts = splits[0].texts
-    whole = statistics.median(split.seconds for split in splits)
-    bare_seconds = statistics.median(processes.seconds)
-    table = Table(title=f"{texts:,} texts in {BUCKETS} buckets", title_justify="left")
-    for column in ("", "start s", "seconds", "texts/s", "× bare", "spread", "seconds in buckets"):
-        table.add_column(column, justify="right" if column else "left")
-    table.add_row(
-        f"one bucket, {CORES} threads", "", f"{whole:.2f}", f"{texts / whole:,.0f}", f"{bare_seconds / whole:.2f}"
-    )
-    for rounds in (processes, spark):
-        seconds = statistics.median(rounds.seconds)
-        table.add_row(
-            rounds.name,
-            f"{statistics.median(rounds.start):.1f}",
-            f"{seconds:.2f}",
-            f"{texts / seconds:,.0f}",
-            f"{bare_seconds / seconds:.2f}",
-            f"{(max(rounds.seconds) - min(rounds.seconds)) / seconds:.0%}",
-            f"{sum(receipt.seconds for receipt in rounds.receipts) / CORES:.2f}",
-        )
-    console.print(table)
-
-
-def show_memory(peaks: dict[int, tuple[float, float]], console: Console) -> None:
-    table = Table(title="highest memory of one worker (1 layer)", title_justify="left")
-    for column in ("rows in the bucket", "MB", "MB beyond the fewest", "bytes per row", "seconds"):
-        table.add_column(column, justify="right")
-    fewest, (base, _) = min(peaks.items())
-    for rows, (peak, seconds) in peaks.items():
-        per_row = f"{(peak - base) * 2**20 / (rows - fewest):,.0f}" if rows > fewest else ""
-        table.add_row(f"{rows:,}", f"{peak:,.0f}", f"{peak - base:,.0f}", per_row, f"{seconds:.1f}")
-    console.print(table)
+            peaks = {rows: peak_memory(*plan(folder, small, short(corpus, rows), 1)) for rows in given.memory_rows}
+            show_memory(peaks)
+    figures = {
+        "layers": given.layers,
+        "bucket": [asdict(split) for split in splits],
+        "buckets": [asdict(rounds) for rounds in (processes, spark)],
+        "memory_mb": {rows: peak for rows, (peak, _) in peaks.items()},
+    }
+    write_json(given.json, figures)
 
 
 if __name__ == "__main__":

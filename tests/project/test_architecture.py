@@ -15,7 +15,7 @@ EDGE = ("cli", "jobs", "scheduler")
 HEAVY = {"torch", "transformers", "pyspark", "sklearn", "mteb", "matplotlib"}
 
 
-def test_modules_are_small_and_none_is_a_drawer() -> None:
+def test_modules_are_small_and_named_after_their_subject() -> None:
     lines = {path: len(path.read_text().splitlines()) for path in MODULES}
     assert [path for path, count in lines.items() if count > 400] == []
     assert median(lines.values()) < 150
@@ -25,7 +25,7 @@ def test_modules_are_small_and_none_is_a_drawer() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.name)
-def test_jobs_hold_no_logic(path: Path) -> None:
+def test_jobs_contain_no_logic(path: Path) -> None:
     tree = ast.parse(path.read_text())
     logic = (ast.FunctionDef, ast.ClassDef, ast.For, ast.While, ast.Try)
     assert not [node for node in ast.walk(tree) if isinstance(node, logic)]

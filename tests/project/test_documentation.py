@@ -1,4 +1,4 @@
-"""The documentation tells the truth: generated references are complete, commands exist, examples run."""
+"""The documentation is true: generated references are complete, commands exist, examples run."""
 
 import ast
 import gzip
@@ -40,7 +40,7 @@ COMMANDS = (
     "plan", "run", "backfill", "rollback", "vacuum", "train", "evaluate", "layers", "promote", "demote", "scores",
     "mteb", "files", "lookup", "verify", "releases", "summary", "example",
 )  # fmt: skip
-# Texts of the operating system that the runbook names.
+# Messages of the operating system in the runbook.
 OF_THE_SYSTEM = {"No space left on device", "Disk quota exceeded"}
 BETWEEN = "\0"
 
@@ -125,9 +125,10 @@ def test_every_command_exists_with_its_options(page: Path) -> None:
         if words[0] == "make":
             assert words[1] in targets, words
         elif words[0] == "python" and words[1] != "-m":
-            # Options that scripts share are in a module beside them.
+            # A script declares "--option" or passes option=default; scripts of a folder may share options.
             source = "".join(path.read_text() for path in (ROOT / words[1]).parent.glob("*.py"))
-            assert all(f'"{word}"' in source for word in words[2:] if word.startswith("--")), words
+            for option in (word for word in words[2:] if word.startswith("--")):
+                assert f'"{option}"' in source or f"{option[2:].replace('-', '_')}=" in source, words
         elif words[0] == "marc":
             name, *rest = words[3:] if words[1] == "-c" else words[1:]
             root_command().commands[name].make_context(name, rest)
@@ -173,18 +174,12 @@ def test_the_joins_give_every_click_its_vector(tmp_path: Path, spark: "SparkSess
 @pytest.fixture
 def small_model(tmp_path: Path) -> dict[str, str]:
     """Settings under which a training takes seconds."""
-    return {
-        "MARC_TRAIN__BACKBONE": save_tiny_backbone(tmp_path / "tiny"),
-        "MARC_TRAIN__MAX_TOKENS": "48",
-        "MARC_TRAIN__LAYERS": "2",
-        "MARC_TRAIN__DIM": "8",
-        "MARC_TRAIN__EPOCHS": "1",
-        "MARC_BUCKETS": "4",
-        "MARC_EVALUATE__DIMS": "[8]",
-        "MARC_EVALUATE__SEEDS": "2",
-        "MARC_EVALUATE__TUNED_STEPS": "0",
-        "MARC_EVALUATE__TOLERANCE": "1",
+    train = {"BACKBONE": save_tiny_backbone(tmp_path / "tiny"), "MAX_TOKENS": 48, "LAYERS": 2, "DIM": 8, "EPOCHS": 1}
+    evaluate = {"DIMS": [8], "SEEDS": 2, "TUNED_STEPS": 0, "TOLERANCE": 1}
+    sections = {f"TRAIN__{key}": value for key, value in train.items()} | {
+        f"EVALUATE__{key}": value for key, value in evaluate.items()
     }
+    return {f"MARC_{key}": str(value) for key, value in {"BUCKETS": 4, **sections}.items()}
 
 
 @pytest.mark.slow
@@ -240,13 +235,13 @@ def test_the_tutorial_runs(tmp_path: Path, small_model: dict[str, str]) -> None:
 
 
 @cache
-def messages() -> tuple[str, ...]:
-    """Every text of the program's source, with … for each value that is filled in."""
-    sources = sorted(Path(marc_pipeline.__path__[0]).rglob("*.py"))
-    return tuple(text for source in sources for text in _texts(ast.parse(source.read_text())))
+def trees() -> tuple[ast.AST, ...]:
+    """The source of the program."""
+    return tuple(ast.parse(source.read_text()) for source in sorted(Path(marc_pipeline.__path__[0]).rglob("*.py")))
 
 
-def _texts(tree: ast.AST) -> Iterator[str]:
+def strings(tree: ast.AST) -> Iterator[str]:
+    """Every string below a node, with … for each value that is filled in."""
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
@@ -256,17 +251,15 @@ def _texts(tree: ast.AST) -> Iterator[str]:
 
 def raised(*names: str) -> list[str]:
     """The messages of errors of these classes."""
-    found = []
-    for source in sorted(Path(marc_pipeline.__path__[0]).rglob("*.py")):
-        for node in ast.walk(ast.parse(source.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in names and node.args:
-                found.append(max(_texts(node.args[0]), key=len, default=""))
+    calls = [node for tree in trees() for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
+    errors = [call for call in calls if ast.unparse(call.func).split(".")[-1] in names]
+    found = [max(strings(error.args[0]), key=len, default="") for error in errors]
     return [message for message in found if len(message.replace("…", "").split()) > 3]
 
 
 @cache
 def phrases() -> tuple[str, ...]:
-    """What the first columns of the runbook's tables quote."""
+    """The messages in the first columns of the runbook's tables."""
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "runbook.md").read_text(), re.MULTILINE)
     return tuple(phrase for row in rows for phrase in re.findall(r"`([^`]+)`", row))
 
@@ -278,7 +271,7 @@ def quotes(phrase: str, text: str) -> bool:
 
 
 def test_the_runbook_quotes_messages_of_the_program() -> None:
-    text = BETWEEN.join(messages())
+    text = BETWEEN.join(text for tree in trees() for text in strings(tree))
     assert not [phrase for phrase in phrases() if phrase not in OF_THE_SYSTEM and not quotes(phrase, text)]
 
 
@@ -294,12 +287,7 @@ def test_the_runbook_covers_every_refusal_and_every_damage() -> None:
 @pytest.mark.parametrize("workflow", ["ci", "release"])
 def test_workflows_are_valid(workflow: str) -> None:
     path = ROOT / ".github" / "workflows" / f"{workflow}.yml"
-    command = [
-        str(Path(sys.executable).parent / "check-jsonschema"),
-        "--builtin-schema",
-        "vendor.github-workflows",
-        str(path),
-    ]
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ".ci/run" in path.read_text()
@@ -307,16 +295,9 @@ def test_workflows_are_valid(workflow: str) -> None:
 
 def test_the_changelog_has_the_headings_of_its_format() -> None:
     text = (ROOT / "CHANGELOG.md").read_text()
+    headings = "Added Changed Deprecated Removed Fixed Security Known"
     assert "\n## [Unreleased]\n" in text
-    assert set(re.findall(r"^### (\w+)", text, re.MULTILINE)) <= {
-        "Added",
-        "Changed",
-        "Deprecated",
-        "Removed",
-        "Fixed",
-        "Security",
-        "Known",
-    }
+    assert set(re.findall(r"^### (\w+)", text, re.MULTILINE)) <= set(headings.split())
 
 
 def test_the_hooks_are_local_and_valid() -> None:

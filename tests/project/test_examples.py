@@ -1,10 +1,9 @@
-"""The scripts of examples/ run as their docstrings say."""
+"""The scripts of examples/ run as their docstrings describe."""
 
 import gzip
 import json
 import os
 import re
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -25,17 +24,15 @@ exit "$code"
 """
 
 
-def run(
-    repository: Path, script: str, *arguments: str, cwd: Path, env: dict[str, str] | None = None
-) -> tuple[int, str]:
+def run(repository: Path, script: str, *arguments: str, cwd: Path, path: str = "") -> tuple[int, str]:
+    """Exit code and output of an example; its PATH begins with ``path``."""
     command = [sys.executable, str(repository / "examples" / script), *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, **(env or {})}
-    )
+    env = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=env)
     return done.returncode, done.stdout + done.stderr
 
 
-def test_each_script_says_how_it_is_called(repository: Path) -> None:
+def test_each_docstring_shows_the_command(repository: Path) -> None:
     scripts = sorted((repository / "examples").glob("*.py"))
     assert len(scripts) == 3
     for script in scripts:
@@ -53,14 +50,7 @@ def test_a_ranker_reads_a_release(repository: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("train", "codes", "code", "runs"),
-    [
-        (0, [0], 0, 1),
-        (0, [4, 0], 0, 2),
-        (0, [4, 4, 4], 4, 3),
-        (0, [3], 3, 1),
-        (0, [1], 1, 1),
-        (2, [], 2, 0),
-    ],
+    [(0, [0], 0, 1), (0, [4, 0], 0, 2), (0, [4, 4, 4], 4, 3), (0, [3], 3, 1), (0, [1], 1, 1), (2, [], 2, 0)],
 )
 def test_a_night_without_airflow_acts_on_exit_codes(
     repository: Path, tmp_path: Path, train: int, codes: list[int], code: int, runs: int
@@ -68,10 +58,9 @@ def test_a_night_without_airflow_acts_on_exit_codes(
     fake = tmp_path / "bin" / "marc"
     fake.parent.mkdir()
     fake.write_text(FAKE.format(train=train))
-    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    fake.chmod(0o755)
     (tmp_path / "codes").write_text("".join(f"{one}\n" for one in codes))
-    env = {"PATH": f"{fake.parent}:{os.environ['PATH']}"}
-    ended, said = run(repository, "run_night.py", "--ds", "2026-11-20", cwd=tmp_path, env=env)
+    ended, said = run(repository, "run_night.py", "--ds", "2026-11-20", cwd=tmp_path, path=str(fake.parent))
     calls = (tmp_path / "calls").read_text().splitlines()
     assert ended == code, said
     assert calls[0] == "--config marc.yaml train --if-none --ds 2026-11-20 --json"
@@ -96,10 +85,9 @@ def test_purchases_become_a_catalogue_and_labelled_interactions(repository: Path
     for name, rows in (("meta", products), ("reviews", reviews)):
         with gzip.open(tmp_path / f"{name}.json.gz", "wt", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-    code, said = run(
-        repository, "prepare_purchases.py", "meta.json.gz", "reviews.json.gz", "--out", "data/shop", cwd=tmp_path
-    )
-    assert (code, said) == (0, "3 items, 4 purchases, 5 interactions in data/shop\n")
+    files = ("meta.json.gz", "reviews.json.gz", "--out", "data/shop")
+    done = run(repository, "prepare_purchases.py", *files, cwd=tmp_path)
+    assert done == (0, "3 items, 4 purchases, 5 interactions in data/shop\n")
     found = [json.loads(line) for line in (tmp_path / "data" / "shop" / "items.jsonl").read_text().splitlines()]
     assert found[0] == {"item_id": "a", "title": "Soap & oil", "brand": "", "category": "", "description": "One. Two."}
     assert [(item["item_id"], item["title"]) for item in found[1:]] == [("b", "Mask"), ("c", "")]

@@ -1,8 +1,7 @@
-"""Set-up says in one line what a machine lacks, before anything is installed."""
+"""`make setup` names a missing program in one line, before it installs anything."""
 
 import os
 import shutil
-import stat
 import subprocess
 from pathlib import Path
 
@@ -11,21 +10,14 @@ import pytest
 
 @pytest.fixture
 def checkout(tmp_path: Path, repository: Path) -> Path:
-    """What `make setup` reads, without an environment."""
+    """A folder with the files that `make setup` reads."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(repository / name, tmp_path / name)
     return tmp_path
 
 
-def program(path: Path, script: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return path
-
-
 def refusal(checkout: Path, *variables: str) -> str:
-    # `make test` runs these: what it tells the makes below it is not what a user's shell holds.
+    # The variables that `make test` exports are not in a user's shell.
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
     command = ["make", "setup", *variables]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=checkout, env=env)
@@ -36,19 +28,27 @@ def refusal(checkout: Path, *variables: str) -> str:
     return lines[0]
 
 
-def test_a_missing_java_is_named(checkout: Path) -> None:
-    assert refusal(checkout, "JAVA_HOME=/nonexistent").startswith("Java 17 or newer is needed, '/nonexistent/bin/java'")
-
-
-def test_a_java_that_is_too_old_is_named_with_its_version(checkout: Path) -> None:
-    java = program(checkout / "jdk" / "bin" / "java", "echo 'openjdk version \"11.0.2\" 2019-01-15' >&2")
-    assert f"'{java}' is 11;" in refusal(checkout, f"JAVA_HOME={checkout / 'jdk'}")
-
-
-def test_a_missing_python_is_named(checkout: Path) -> None:
-    assert "'/nonexistent/python' is not there" in refusal(checkout, "PYTHON=/nonexistent/python")
-
-
-def test_a_python_that_is_too_old_is_named_with_its_version(checkout: Path) -> None:
-    old = program(checkout / "python", 'if [ "$1" = --version ]; then echo "Python 3.8.1"; else exit 1; fi')
-    assert f"'{old}' is Python 3.8.1;" in refusal(checkout, f"PYTHON={old}")
+@pytest.mark.parametrize(
+    ("variable", "program", "script", "message"),
+    [
+        ("JAVA_HOME=/nonexistent", "", "", "Java 17 or newer is needed, '/nonexistent/bin/java'"),
+        (
+            "JAVA_HOME={}/jdk",
+            "jdk/bin/java",
+            "echo 'openjdk version \"11.0.2\" 2019-01-15' >&2",
+            "'{}/jdk/bin/java' is 11;",
+        ),
+        ("PYTHON=/nonexistent/python", "", "", "'/nonexistent/python' is not there"),
+        ("PYTHON={}/python", "python", '[ "$1" = --version ] && echo "Python 3.8.1"', "'{}/python' is Python 3.8.1;"),
+    ],
+    ids=["no Java", "old Java", "no Python", "old Python"],
+)
+def test_a_missing_or_old_program_is_named_with_its_version(
+    checkout: Path, variable: str, program: str, script: str, message: str
+) -> None:
+    if program:
+        path = checkout / program
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    assert message.format(checkout) in refusal(checkout, variable.format(checkout))

@@ -18,7 +18,7 @@ SMALL = {
     "MARC_TRAIN__MAX_TOKENS": "48",
     "MARC_TRAIN__COMPRESSOR": "pca",
     "MARC_BUCKETS": "8",
-    # The example holds 12 unusable rows, whatever its size.
+    # The example has 12 unusable rows, whatever its size.
     "MARC_AUDIT__MAX_QUARANTINED_FRACTION": "0.3",
 }
 
@@ -28,7 +28,7 @@ def readme(repository: Path) -> Path:
     return repository / "README.md"
 
 
-def test_it_fits_on_a_page_and_its_sentences_are_short(readme: Path) -> None:
+def test_the_readme_and_its_sentences_are_short(readme: Path) -> None:
     assert len(readme.read_text().splitlines()) <= 150
     longest = max(prose(readme), key=lambda sentence: len(sentence.split()))
     assert len(longest.split()) < 35, longest

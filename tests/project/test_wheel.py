@@ -1,4 +1,4 @@
-"""The wheel: only names that begin with ``marc_``, beside a project's own ``pipeline`` and ``schemas``."""
+"""The wheel contains only names that begin with ``marc_`` and works beside packages of other projects."""
 
 import subprocess
 import sys
@@ -17,19 +17,15 @@ def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_holds_only_names_that_begin_with_marc(wheel: Path, repository: Path) -> None:
+def test_the_wheel_contains_all_sources_under_names_that_begin_with_marc(wheel: Path, repository: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert all(name.startswith(("marc_pipeline/", "marc_schemas/", "marc_pipeline-")) for name in names)
-    sources = [path for root in ("pipeline", "schemas") for path in (repository / root).rglob("*.*")]
-    wanted = {
-        path.relative_to(repository / path.relative_to(repository).parts[0]).as_posix()
-        for path in sources
-        if path.is_file() and path.suffix in {".py", ".jinja", ".yaml", ".typed"}
-    }
-    assert wanted <= set(names)
+    for root in (repository / "pipeline", repository / "schemas"):
+        sources = [path for path in root.rglob("*.*") if path.suffix in {".py", ".jinja", ".yaml", ".typed"}]
+        assert {path.relative_to(root).as_posix() for path in sources} <= set(names)
 
 
-def test_the_wheel_works_in_a_project_with_packages_of_the_same_names(wheel: Path, tmp_path: Path) -> None:
+def test_the_wheel_works_in_a_project_with_its_own_pipeline_and_schemas(wheel: Path, tmp_path: Path) -> None:
     installed, project = tmp_path / "installed", tmp_path / "project"
     zipfile.ZipFile(wheel).extractall(installed)
     for name in ("pipeline", "schemas", "jobs", "dags"):
@@ -39,14 +35,9 @@ def test_the_wheel_works_in_a_project_with_packages_of_the_same_names(wheel: Pat
         "import pipeline, schemas, jobs, dags, marc_pipeline, marc_schemas, marc_pipeline.reader, marc_pipeline.cli;"
         "print(pipeline.OWN, schemas.OWN, jobs.OWN, dags.OWN, marc_pipeline.__file__, marc_schemas.__file__)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=project,
-        env={"PYTHONPATH": f"{project}:{installed}"},
-    )
+    env = {"PYTHONPATH": f"{project}:{installed}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=project, env=env)
     assert done.returncode == 0, done.stderr
     *own, pipeline, schemas = done.stdout.split()
     assert own == ["pipeline", "schemas", "jobs", "dags"]

@@ -1,4 +1,4 @@
-"""The package that a ranker imports: open a release, read vectors, search neighbours; no torch, pyspark or airflow."""
+"""The reader that rankers import: open a release, read vectors, search neighbours. No torch, pyspark or airflow."""
 
 from marc_pipeline.reader.release import OpenRelease, UnknownItems, open_release
 

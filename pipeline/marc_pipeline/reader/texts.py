@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def encode_texts(
     release: "OpenRelease", texts: Sequence[str], *, settings: EncodeSettings | None = None
 ) -> NDArray[np.float32]:
-    """Vectors of texts, for :meth:`marc_pipeline.reader.release.OpenRelease.search`.
+    """Vectors of texts, for :meth:`marc_pipeline.reader.OpenRelease.search`.
 
     The first call fetches, verifies and loads the bundle. Later calls reuse it.
 

@@ -13,8 +13,9 @@ SLOW_PROFILE = "slow"
 
 
 def slow(*values: object) -> list[ParameterSet]:
-    """Return further values of a parametrised test that only the slow suite runs."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+    """Return further values of a parametrised test that only the slow suite runs; a tuple where it has several."""
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*row, marks=pytest.mark.slow) for row in rows]
 
 
 def examples(few: int, *, of: int, **options: Any) -> Callable[[T], T]:

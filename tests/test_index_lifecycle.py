@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pytest
+from examples import slow
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -445,18 +446,18 @@ SHORT = settings(
     deadline=None,
     phases=[Phase.generate],
     stateful_step_count=10,
-    max_examples=10,
+    max_examples=4,
     suppress_health_check=[HealthCheck.too_slow],
 )
 
 
 def test_whatever_happens_table_and_index_hold_the_same_and_every_vector_finds_itself() -> None:
-    assert patched_in_any_sequence(SHORT, seeded=4) >= 15
+    assert patched_in_any_sequence(SHORT, seeded=4) >= 6
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_whatever_happens_ten_times_as_often() -> None:
+def test_whatever_happens_twenty_five_times_as_often() -> None:
     assert patched_in_any_sequence(settings(SHORT, max_examples=100, print_blob=True)) >= 150
 
 
@@ -499,7 +500,7 @@ def patched_in_a_row(site: Site, factory: str, steps: int, shard_mib: float = WH
 
 @pytest.mark.parametrize(
     ("factory", "shard_mib"),
-    [(FLAT, WHOLE), (INVERTED, SPLIT), (GRAPH, SPLIT), (CODED, WHOLE)],
+    [(INVERTED, SPLIT), (GRAPH, SPLIT), *slow((FLAT, WHOLE), (CODED, WHOLE))],
 )
 def test_patch_upon_patch_leaves_nothing_behind(tmp_path: Path, factory: str, shard_mib: float) -> None:
     assert patched_in_a_row(Site(tmp_path), factory, 16, shard_mib) >= 6

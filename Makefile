@@ -20,7 +20,7 @@ export AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION ?= False
 export AIRFLOW_CONN_SPARK_DEFAULT ?= {"conn_type": "spark", "host": "local[*,4]"}
 export HF_HUB_OFFLINE ?= 1
 # Two processes; the tests of one file share a process, and so do all that start the S3 server (tests/conftest.py).
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
 # The model tests in which the CPU multiplies bfloat16 where it can.
 BFLOAT16_TESTS := $(addprefix tests/model/test_,encoder.py packed.py states.py sweep.py)
 AIRFLOW := PATH="$(BIN):$$PATH" $(BIN)/airflow

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from campaign import run_campaign, table
 
-pytestmark = [pytest.mark.slow, pytest.mark.spark, pytest.mark.timeout(1800), pytest.mark.xdist_group("s3")]
+pytestmark = [pytest.mark.slow, pytest.mark.spark, pytest.mark.timeout(1800)]
 
 TRIALS, SEED = 22, 1
 

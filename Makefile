@@ -20,7 +20,7 @@ export AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION ?= False
 export AIRFLOW_CONN_SPARK_DEFAULT ?= {"conn_type": "spark", "host": "local[*,4]"}
 export HF_HUB_OFFLINE ?= 1
 # Two processes. The tests of one file share a process, and so do all tests with the S3 server (tests/conftest.py).
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
 # Tests that multiply bfloat16 on CPUs with native support.
 BFLOAT16_TESTS := tests/model/test_encoder.py tests/model/test_packed.py tests/training/test_states.py tests/layers/test_sweep.py
 AIRFLOW := PATH="$(BIN):$$PATH" $(BIN)/airflow

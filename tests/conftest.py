@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from example_counts import SLOW_PROFILE
 
@@ -24,19 +26,24 @@ if TYPE_CHECKING:
 
     from published import Site
 
-# A machine runs one S3 server at a time: its tests take turns.
-S3_GROUP = "s3"
+# These files start the S3 server, of which a machine runs one at a time: they share a process and take turns.
+S3_FILES = {"test_storage.py", "test_faulty_proxy.py", "test_s3.py", "test_campaign.py"}
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for ``--dist loadgroup``: one process per file, and one for all that start the S3 server."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            needs_server = "s3_server" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group(S3_GROUP if needs_server else str(item.path)))
+class Files(LoadFileScheduling):
+    """Gives the tests of a file to one process, and all files that start the S3 server to the same process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", maxsplit=1)[0]
+        return "s3" if Path(file).name in S3_FILES else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling | None:
+    """Return the scheduler of ``--dist loadfile``."""
+    return Files(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import pytest
 from campaign import run_campaign
 from trials import table
 
-pytestmark = [pytest.mark.slow, pytest.mark.spark, pytest.mark.timeout(1800), pytest.mark.xdist_group("s3")]
+pytestmark = [pytest.mark.slow, pytest.mark.spark, pytest.mark.timeout(1800)]
 
 TRIALS, SEED = 22, 1
 

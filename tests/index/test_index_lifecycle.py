@@ -392,7 +392,7 @@ SHORT = settings(
     database=None,
     deadline=None,
     phases=[Phase.generate],
-    max_examples=10,
+    max_examples=4,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
 )
 
@@ -400,7 +400,7 @@ SHORT = settings(
 @pytest.mark.parametrize(
     ("chosen", "seeded", "patched"),
     [
-        pytest.param(SHORT, 4, 15, id="short"),
+        pytest.param(SHORT, 4, 6, id="short"),
         pytest.param(
             settings(SHORT, max_examples=100, print_blob=True),
             None,

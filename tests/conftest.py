@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 from example_counts import SLOW_PROFILE
+from repository_paths import REPOSITORY, SHARED
 
 settings.register_profile(SLOW_PROFILE)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 # A machine runs one S3 server at a time: its tests take turns.
 S3_GROUP = "s3"
-REPOSITORY = Path(__file__).resolve().parent.parent
-SHARED = REPOSITORY.parent / "shared"
 
 
 @pytest.hookimpl(tryfirst=True)

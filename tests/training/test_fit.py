@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
 from torch import Tensor, nn
 
 from clicks import learnable, train_settings
@@ -29,6 +28,7 @@ from marc_pipeline.training import fit as module
 from marc_pipeline.training.fit import Checkpoint, Progress, fit, learn
 from marc_pipeline.training.learning import LearningData
 from marc_pipeline.training.objective import Clicks, FrozenStates, ItemStates, Objective
+from repository_paths import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

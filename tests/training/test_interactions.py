@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
-from conftest import SHARED
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +31,7 @@ from marc_pipeline.training.interactions import (
     split_by_user,
     training_counts,
 )
+from repository_paths import SHARED
 
 ITEMS = ["a", "b", "c"]
 GOOD = {

@@ -11,6 +11,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 from example_counts import SLOW_PROFILE
+from repository_paths import REPOSITORY, SHARED
 
 settings.register_profile(SLOW_PROFILE)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 # These files start the S3 server, of which a machine runs one at a time: they share a process and take turns.
 S3_FILES = {"test_storage.py", "test_faulty_proxy.py", "test_s3.py", "test_campaign.py"}
-REPOSITORY = Path(__file__).resolve().parent.parent
-SHARED = REPOSITORY.parent / "shared"
 
 
 class Files(LoadFileScheduling):

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
 
 from fit_probe import DROPPING, PLAIN, State, same, trained
+from repository_paths import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from marc_pipeline.config import InteractionSettings, load_settings
 from marc_pipeline.training.interactions import Interactions
 from marc_pipeline.training.time_split import histories, split_by_time
 from rating_files import GOOD, make, read, refusal, write
+from repository_paths import SHARED
 
 MOVIELENS = SHARED / "data" / "ml-latest-small"
 drawn = st.lists(

@@ -66,7 +66,7 @@ test-slow: setup ## Run the tests that the default suite leaves out, and propert
 test-avx2: setup ## Run the tests of bfloat16 as on a CPU with AVX2 alone
 	@ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) $(BFLOAT16_TESTS)
 
-test-faults: setup ## Kill, fill, cut and collide TRIALS times (default 200), and print one table
+test-faults: setup ## Run TRIALS trials of the fault campaign (default 200), and print a table
 	@$(BIN)/python tests/faults/campaign.py --trials $(TRIALS) --seed $(SEED)
 
 check: setup ## Lint, check the format, the types and the import layers

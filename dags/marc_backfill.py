@@ -1,4 +1,4 @@
-"""marc_backfill: dates, or some buckets of them, from the catalogues of those days; each date ends in one release."""
+"""marc_backfill runs past dates, or some of their buckets, again. Each date ends in one release."""
 
 from collections.abc import Iterator
 from datetime import datetime
@@ -20,13 +20,13 @@ from marc_pipeline.scheduler.tasks import identify_backfills
     default_args={**DEFAULT_ARGS, "retry_policy": RetryFromTheStart()},
     params={
         "first": date_param("YYYY-MM-DD.", title="First date"),
-        "last": date_param("YYYY-MM-DD; empty: the first date alone.", title="Last date"),
+        "last": date_param("YYYY-MM-DD. Default: the first date.", title="Last date"),
         "buckets": Param(
             [],
             type="array",
             items={"type": "integer", "minimum": 0},
             title="Buckets",
-            description="Replace only these buckets; empty: whole dates. Dates without a release are run whole.",
+            description="Replace only these buckets. Default: all. A date without a release is always run whole.",
         ),
         "recompute": Param(
             default=False,
@@ -40,24 +40,24 @@ from marc_pipeline.scheduler.tasks import identify_backfills
     doc_md=__doc__,
 )
 def marc_backfill() -> None:
-    """Declare the tasks; :mod:`marc_pipeline.scheduler` defines what they do."""
+    """Declare the tasks, which :mod:`marc_pipeline.scheduler` implements."""
 
     @task
     def identify() -> list[dict[str, Any]]:
-        """Name the plan of every date; a date without a catalogue ends the run before anything is started."""
+        """Identify the plan of every date; the run fails here if a date has no catalogue."""
         return identify_backfills(**given_params("first", "last", "buckets", "recompute", "config"))
 
     @task(outlets=[ITEM_VECTORS])
-    def announce(day: dict[str, Any]) -> Iterator[Metadata]:
-        """Attach the facts of the release to the asset."""
-        yield release_event(ds=day["ds"], config=day["config"])
+    def announce(plan: dict[str, Any]) -> Iterator[Metadata]:
+        """Attach the facts of the release to the asset event."""
+        yield release_event(ds=plan["ds"], config=plan["config"])
 
-    days: Any = identify()
-    # One date after the other: each may use all of Spark.
+    plans: Any = identify()
+    # Dates run one after another, because each may use the whole cluster.
     submitted = SparkSubmitOperator.partial(
         **submission("backfill", dag_file=__file__), max_active_tis_per_dagrun=1
-    ).expand(application_args=days.map(backfill_arguments))
-    submitted >> announce.expand(day=days)
+    ).expand(application_args=plans.map(backfill_arguments))
+    submitted >> announce.expand(plan=plans)
 
 
 marc_backfill()

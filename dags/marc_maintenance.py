@@ -1,4 +1,4 @@
-"""marc_maintenance: retire releases beyond retention, and delete files that no release, reader or run needs."""
+"""marc_maintenance retires releases beyond retention and deletes files that no release, reader or run uses."""
 
 from datetime import datetime
 from typing import Any
@@ -21,11 +21,11 @@ from marc_pipeline.scheduler.tasks import vacuum_files
     doc_md=__doc__,
 )
 def marc_maintenance() -> None:
-    """Declare the vacuum; :mod:`marc_pipeline.scheduler` defines what it does."""
+    """Declare the vacuum, which :mod:`marc_pipeline.scheduler` implements."""
 
     @task
     def vacuum() -> dict[str, Any]:
-        """Vacuum; returns what was retired, forgotten and removed."""
+        """Retire releases and delete files; return what was retired, forgotten and deleted."""
         return vacuum_files(**given_params("config"))
 
     vacuum()

@@ -1,4 +1,4 @@
-"""marc_nightly: the day's catalogue becomes one release of item vectors; plan, encode, audit, index, release."""
+"""marc_nightly publishes one release of item vectors per date: plan, encode, audit, index, release."""
 
 from collections.abc import Iterator
 from datetime import datetime
@@ -11,7 +11,7 @@ from marc_pipeline.scheduler.events import ITEM_VECTORS, release_event
 from marc_pipeline.scheduler.operators import identified_arguments, spark_stage
 from marc_pipeline.scheduler.params import CONFIG, ds_param, requested
 from marc_pipeline.scheduler.retries import DEFAULT_ARGS
-from marc_pipeline.scheduler.tasks import identify_night
+from marc_pipeline.scheduler.tasks import identify_nightly
 
 STAGES = ("plan", "encode", "audit", "index", "release")
 
@@ -20,7 +20,7 @@ STAGES = ("plan", "encode", "audit", "index", "release")
     schedule="0 2 * * *",
     start_date=datetime(2026, 11, 1),
     catchup=False,
-    # Two nights at once are safe, but compete for the same machines.
+    # Two runs at once are safe, but they compete for the same machines.
     max_active_runs=1,
     default_args=DEFAULT_ARGS,
     params={"ds": ds_param("Snapshot to publish"), "config": CONFIG},
@@ -28,21 +28,21 @@ STAGES = ("plan", "encode", "audit", "index", "release")
     doc_md=__doc__,
 )
 def marc_nightly() -> None:
-    """Declare the tasks; :mod:`marc_pipeline.scheduler` defines what they do."""
+    """Declare the tasks, which :mod:`marc_pipeline.scheduler` implements."""
 
     @task
     def identify() -> dict[str, str]:
-        """Name the plan of this date; a missing catalogue or bundle ends the run here."""
-        return identify_night(**requested())
+        """Identify the plan of the date; the run fails here without a catalogue or a bundle."""
+        return identify_nightly(**requested())
 
     @task.short_circuit
     def is_new(plan: dict[str, str]) -> bool:
-        """Skip everything else when this plan is already published."""
+        """Skip the other tasks if this plan is already published."""
         return plan["published"] == ""
 
     @task(outlets=[ITEM_VECTORS])
     def announce(plan: dict[str, str]) -> Iterator[Metadata]:
-        """Attach the facts of the release to the asset."""
+        """Attach the facts of the release to the asset event."""
         yield release_event(ds=plan["ds"], config=plan["config"])
 
     plan: Any = identify()

@@ -1,4 +1,4 @@
-"""marc_train: catalogue and interactions become a bundle: states, layers, train, evaluate, promote behind a gate."""
+"""marc_train trains a bundle on a catalogue and its interactions, and promotes it if it passes the gate."""
 
 from datetime import datetime
 from typing import Any
@@ -20,21 +20,21 @@ STAGES = ("hidden_states", "evaluate_layers", "train_marc", "evaluate_marc")
     catchup=False,
     max_active_runs=1,
     default_args=DEFAULT_ARGS,
-    params={"ds": ds_param("Catalogue to learn from"), "config": CONFIG},
+    params={"ds": ds_param("Catalogue to train on"), "config": CONFIG},
     tags=["marc"],
     doc_md=__doc__,
 )
 def marc_train() -> None:
-    """Declare the tasks; :mod:`marc_pipeline.scheduler` defines what they do."""
+    """Declare the tasks, which :mod:`marc_pipeline.scheduler` implements."""
 
     @task
     def identify() -> dict[str, str]:
-        """Name the training set of this date; missing interactions end the run here."""
+        """Identify the training set of the date; the run fails here without interactions."""
         return identify_training_run(**requested())
 
     @task
     def promote(training: dict[str, str]) -> dict[str, Any]:
-        """Make the new bundle the current one by one atomic write, unless the gate refuses it."""
+        """Make the new bundle the current one in one atomic write, unless the gate refuses it."""
         return promote_training(**{name: training[name] for name in ("config", "training_id", "decided")})
 
     training: Any = identify()

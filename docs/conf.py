@@ -20,7 +20,7 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_use_rtype = False
 # Types of numpy, pyarrow and the standard library would need their inventories from the network.
-nitpick_ignore_regex = [("py:class", ".*")]
+nitpick_ignore_regex = [("py:(class|exc)", ".*")]
 
 html_theme = "furo"
 html_title = f"marc-pipeline {release}"

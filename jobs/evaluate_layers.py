@@ -1,4 +1,4 @@
-"""spark-submit entry point of the judgement of every layer."""
+"""spark-submit entry point of the evaluation of every layer."""
 
 from marc_pipeline.jobs.training import evaluate_layers
 

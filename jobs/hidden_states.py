@@ -1,4 +1,4 @@
-"""spark-submit entry point of the first stage of a training: the training set."""
+"""spark-submit entry point of building the training set."""
 
 from marc_pipeline.jobs.training import hidden_states
 

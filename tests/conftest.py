@@ -1,4 +1,4 @@
-"""What the tests share: one Spark session, one tiny bundle, and where the real data lies."""
+"""Fixtures of all tests: paths of the repository and the real data, an empty site, an S3 server, a Spark session."""
 
 import os
 from collections.abc import Iterator
@@ -22,6 +22,8 @@ os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:+UseSeri
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+    from published import Site
+
 # A machine runs one S3 server at a time: its tests take turns.
 S3_GROUP = "s3"
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -43,9 +45,17 @@ def repository() -> Path:
     return REPOSITORY
 
 
+@pytest.fixture
+def site(tmp_path: Path) -> "Site":
+    """An empty feature table with its indexes and work area."""
+    from published import Site
+
+    return Site(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def netflix() -> Path:
-    """A real catalogue of 7,787 titles; tests that want it skip where it is not."""
+    """A real catalogue of 7,787 titles; tests that need it are skipped where it is missing."""
     path = SHARED / "data" / "netflix_titles.csv"
     if not path.is_file():
         pytest.skip("the real catalogue shared/data/netflix_titles.csv is not beside this checkout")
@@ -54,7 +64,7 @@ def netflix() -> Path:
 
 @pytest.fixture(scope="session")
 def published_scores() -> Path:
-    """A table of published benchmark scores by layer; tests that want it skip where it is not."""
+    """Published benchmark scores by layer; tests that need them are skipped where they are missing."""
     path = SHARED / "data" / "mteb_layer_scores.csv"
     if not path.is_file():
         pytest.skip("the published scores shared/data/mteb_layer_scores.csv are not beside this checkout")
@@ -63,7 +73,7 @@ def published_scores() -> Path:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """One torch thread for the module's tests: tiny models lose time by handing work between threads."""
+    """One torch thread for the module's tests: for tiny models, several threads are slower than one."""
     import torch
 
     threads = torch.get_num_threads()
@@ -72,9 +82,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pause between attempts at the release stage, and no wait until files are on the disk."""
+    from marc_pipeline.nightly import stages
+    from marc_pipeline.storage import local
+
+    monkeypatch.setattr(stages, "PUBLISH_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(local, "_flush", lambda _: None)
+
+
 @pytest.fixture(scope="module")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a real S3 server's clients; a machine has one at a time, and modules may run side by side."""
+    """Environment variables for clients of a real S3 server. One server runs per machine at a time."""
     from s3_server import running_s3
 
     with running_s3(SHARED / "tools" / "ceph-s3", tmp_path_factory.mktemp("s3") / "server") as environment:
@@ -83,17 +103,18 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
 
 @pytest.fixture
 def s3_environment(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """The same, for clients in this process."""
+    """The S3 server's environment variables, set for clients in this process."""
     from marc_pipeline.storage import s3
 
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
-    # Clients look for credentials once, when they are made.
-    for made in (s3.boto3_s3, s3.arrow_s3):
-        made.cache_clear()
+    # A client reads its credentials once, when it is created.
+    clients = (s3.boto3_s3, s3.arrow_s3)
+    for client in clients:
+        client.cache_clear()
     yield s3_server
-    for made in (s3.boto3_s3, s3.arrow_s3):
-        made.cache_clear()
+    for client in clients:
+        client.cache_clear()
 
 
 @pytest.fixture(scope="session")

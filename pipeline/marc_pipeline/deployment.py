@@ -1,4 +1,4 @@
-"""A deployment: the settings of one ``marc.yaml`` together with access to the storage that its uris name."""
+"""A deployment: the settings of one ``marc.yaml`` and access to its storage."""
 
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ class Deployment:
     storage: Storage
 
     def with_settings(self, settings: Settings) -> "Deployment":
-        """The same storage with other settings, for example after the layers of a training were decided."""
+        """Return the same storage with other settings, for example with the number of layers that was chosen."""
         return replace(self, settings=settings)
 
 

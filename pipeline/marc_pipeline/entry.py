@@ -1,4 +1,4 @@
-"""Shared by command line and jobs: logs on standard error, one clear line per error, exit codes."""
+"""Entry points of command line and jobs: logging to standard error, one line per error, exit codes."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ log = logging.getLogger("marc_pipeline")
 
 
 def configure_logging(*, verbose: bool = False) -> None:
-    """Log to standard error as a timed outline; standard output belongs to results."""
+    """Log to standard error with times; results go to standard output."""
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.WARNING,
@@ -23,21 +23,21 @@ def configure_logging(*, verbose: bool = False) -> None:
         force=True,
     )
     logging.getLogger("marc_pipeline").setLevel(logging.DEBUG if verbose else logging.INFO)
-    # Progress bars and advice of the model libraries are noise in a nightly log.
+    # Progress bars and hints of the model libraries do not belong in a nightly log.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 @contextmanager
 def reported_errors() -> Iterator[None]:
-    """Turn a :class:`PipelineError` into one line and its exit code; errors of disk and store become one line too."""
+    """Log a :class:`PipelineError`, or an error of disk or store, in one line and exit with its code."""
     try:
         yield
     except PipelineError as error:
-        log.error("%s", error)  # noqa: TRY400 - raised on purpose: the message says it all
+        log.error("%s", error)  # noqa: TRY400 - a deliberate error needs no traceback
         sys.exit(error.exit_code)
     except Exception as error:
-        # Errors of boto3 share no base class, and boto3 is imported only where it is used.
+        # Errors of boto3 have no common base class, and boto3 is imported only where it is used.
         stores = type(error).__module__.startswith(("botocore.", "boto3."))
         if not stores and not isinstance(error, (OSError, ModuleNotFoundError, DeltaError)):
             raise

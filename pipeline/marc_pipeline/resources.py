@@ -1,4 +1,4 @@
-"""What a scheduler gives to one bucket's worker."""
+"""Resources that the scheduler assigns to a task."""
 
 import os
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TaskResources:
-    """Cores for the task, and the address of a GPU when the scheduler assigned one."""
+    """Number of cores of the task, and the address of its GPU; None without a GPU."""
 
     cpus: int = 1
     gpu: str | None = None
 
 
 def machine() -> TaskResources:
-    """All cores of this machine, for what runs beside no other task."""
+    """Return all cores of this machine, for work that runs alone on it."""
     return TaskResources(cpus=os.cpu_count() or 1)

@@ -1,6 +1,7 @@
-"""Uris: local paths and ``s3://bucket/key``. No uri or address may carry credentials."""
+"""Uris: local paths and ``s3://bucket/key``. Credentials in a uri or in a store's address are refused."""
 
 import os
+from pathlib import Path
 
 from marc_pipeline.errors import UserError
 
@@ -9,7 +10,7 @@ ENDPOINT_VARIABLE = "AWS_ENDPOINT_URL"
 
 
 def is_s3(uri: str) -> bool:
-    """Whether the uri names an object of an S3 store."""
+    """Return whether the uri is on S3."""
     return uri.startswith(S3_SCHEME)
 
 
@@ -18,24 +19,31 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def absolute_uri(uri: str, folder: Path) -> str:
+    """Return a local path as an absolute path against ``folder``, and any other uri without a trailing slash."""
+    if "://" in uri:
+        return uri.removeprefix("file://").rstrip("/")
+    return str((folder / Path(uri).expanduser()).absolute())
+
+
 def bucket_and_key(uri: str) -> tuple[str, str]:
-    """Bucket and key of an ``s3://`` uri.
+    """Return bucket and key of an ``s3://`` uri.
 
     Raises:
-        UserError: the uri carries credentials, or names no bucket.
+        UserError: the uri contains credentials, or has no bucket.
     """
     bucket, _, key = uri.removeprefix(S3_SCHEME).partition("/")
     if ":" in bucket or "@" in bucket:
         raise UserError(
-            "an s3:// uri must not bring credentials, they come from the standard AWS chain only; write s3://bucket/key"
+            "an s3:// uri must not contain credentials, which come from the standard AWS chain; write s3://bucket/key"
         )
     if not bucket:
-        raise UserError(f"{uri!r} names no bucket; write s3://bucket/key")
+        raise UserError(f"{uri!r} has no bucket; write s3://bucket/key")
     return bucket, key
 
 
-def require_bare(uri: str) -> None:
-    """Refuse credentials in a uri, or in the store's address that the environment gives.
+def require_no_credentials(uri: str) -> None:
+    """Refuse credentials in a uri and in the environment's address of the store.
 
     Raises:
         UserError: there are credentials; the message does not repeat them.
@@ -46,20 +54,20 @@ def require_bare(uri: str) -> None:
 
 
 def refuse_credentials(name: str, url: str | None) -> None:
-    """Refuse credentials in the address of a store, because addresses are recorded, logged and shown.
+    """Refuse credentials in the address of a store, because addresses are recorded and logged.
 
     Raises:
         UserError: the address has a user, a password or a query; the message does not repeat them.
     """
     if url is not None and any(mark in url for mark in "@?#"):
         raise UserError(
-            f"{name} must be the bare address of the store, without user, password or query; "
-            "credentials come from the standard AWS chain only"
+            f"{name} must be the address of the store without user, password or query; "
+            "credentials come from the standard AWS chain"
         )
 
 
 def refuse_credentials_in_environment() -> None:
-    """Refuse credentials in the store's address that the environment gives.
+    """Refuse credentials in the environment's address of the store.
 
     Raises:
         UserError: see :func:`refuse_credentials`.

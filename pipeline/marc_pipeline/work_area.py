@@ -35,7 +35,7 @@ class Workspace:
 
     @classmethod
     def of(cls, deployment: Deployment, plan_id: str) -> "Workspace":
-        """The work area of a plan in a deployment."""
+        """Return the work area of a plan in a deployment."""
         return cls(deployment.storage, deployment.settings.work_uri, plan_id)
 
     @property
@@ -49,15 +49,15 @@ class Workspace:
         return join(self.uri, "quarantine")
 
     def items_uri(self, bucket: int, base: str | None) -> str:
-        """Parquet file of a planned bucket's items, as they stand against the base release."""
+        """Parquet file of a bucket's planned items; a plan with another base release has another file."""
         return join(self.uri, "items", base or "nothing", f"{bucket:05d}.parquet")
 
     def read_plan(self) -> Plan | None:
-        """The plan, once it is made."""
+        """Return the plan; None before the plan stage has finished."""
         return self._read(Plan, PLAN_FILE)
 
     def require_plan(self) -> Plan:
-        """The plan.
+        """Return the plan.
 
         Raises:
             UserError: the plan stage has not finished.
@@ -68,11 +68,11 @@ class Workspace:
         return plan
 
     def write_plan(self, plan: Plan, *, replacing: Plan | None = None) -> Plan:
-        """Record the plan. If two runs make the same plan at once, the first one is kept.
+        """Record the plan and return the recorded one. If two runs make the same plan at once, the first one is kept.
 
         Args:
-            plan: the plan.
-            replacing: the one found before that it is made instead of.
+            plan: the new plan.
+            replacing: the earlier plan that the new one may overwrite.
         """
         uri = join(self.uri, PLAN_FILE)
         if not self.storage.create(uri, _json(plan)):
@@ -83,7 +83,7 @@ class Workspace:
         return plan
 
     def read_receipts(self, plan: Plan) -> dict[int, Receipt]:
-        """Receipts of the finished buckets, by bucket."""
+        """Return the receipts of the finished buckets, by bucket."""
         found = {}
         for stored in self.storage.list(join(self.uri, "receipts")):
             receipt = _parse(Receipt, self.storage.read(stored.uri))
@@ -92,7 +92,7 @@ class Workspace:
         return found
 
     def require_receipts(self, plan: Plan) -> list[Receipt]:
-        """Receipts of every bucket of the plan, in bucket order.
+        """Return the receipts of every bucket of the plan, in bucket order.
 
         Raises:
             UserError: the encode stage has not finished.
@@ -103,20 +103,17 @@ class Workspace:
             raise UserError(f"plan {plan.plan_id}: no receipt for buckets {missing[:10]}; run the encode stage first")
         return [found[work.bucket] for work in plan.work]
 
-    def write_receipt(self, receipt: Receipt, *, stands: Callable[[Receipt], bool] = lambda _: False) -> Receipt:
-        """Record a bucket's receipt, after its file is written. If two workers write at once, the first one is kept.
+    def write_receipt(self, receipt: Receipt, *, accepts: Callable[[Receipt], bool] = lambda _: False) -> Receipt:
+        """Record a bucket's receipt after its file is written, and return the recorded receipt.
 
         Args:
             receipt: of this worker.
-            stands: whether the receipt that is there already is one that counts.
-
-        Returns:
-            The receipt that is there now.
+            accepts: whether a receipt of another worker is valid; a valid one is kept.
         """
         uri = join(self.uri, "receipts", f"{receipt.bucket:05d}.json")
         if not self.storage.create(uri, _json(receipt)):
             earlier = read_contract(self.storage, uri, Receipt)
-            if earlier is not None and stands(earlier):
+            if earlier is not None and accepts(earlier):
                 return earlier
             self.storage.write(uri, _json(receipt))
         return receipt
@@ -130,7 +127,7 @@ class Workspace:
         self.storage.remove(join(self.uri, "progress", f"{bucket:05d}") for bucket in buckets)
 
     def read_progress(self) -> dict[int, int]:
-        """Tokens encoded so far, by running bucket."""
+        """Return the number of tokens encoded so far, by running bucket."""
         found = {}
         for stored in self.storage.list(join(self.uri, "progress")):
             with suppress(ValueError, FileNotFoundError):
@@ -138,36 +135,35 @@ class Workspace:
         return found
 
     def read_audit(self) -> AuditReport | None:
-        """The report of the audit, if there is one."""
+        """Return the audit's report; None before the audit."""
         return self._read(AuditReport, "audit.json")
 
     def write_audit(self, report: AuditReport) -> None:
-        """Record the report of the audit."""
+        """Record the audit's report."""
         self.storage.write(join(self.uri, "audit.json"), _json(report))
 
     def read_index(self) -> IndexReceipt | None:
-        """The receipt of the index stage, if there is one."""
+        """Return the receipt of the index stage; None before that stage."""
         return self._read(IndexReceipt, "index.json")
 
     def write_index(self, receipt: IndexReceipt) -> None:
         """Record the receipt of the index stage."""
         self.storage.write(join(self.uri, "index.json"), _json(receipt))
 
-    def sign_of_life(self) -> None:
-        """Mark the run as alive: a vacuum keeps the files of a run that wrote something during the grace period."""
+    def mark_alive(self) -> None:
+        """Mark the run as alive: a vacuum keeps the files of runs that wrote during the grace period."""
         self.storage.write(join(self.uri, "alive"), b"")
 
     def write_seconds(self, stage: str, seconds: float) -> None:
-        """Record how long an attempt at a stage took; attempts add up."""
-        before = self.read_seconds().get(stage, 0.0)
-        value = json.dumps({"seconds": before + seconds}).encode()
-        self.storage.write(join(self.uri, "seconds", f"{stage}.json"), value)
+        """Add the duration of an attempt to the seconds of a stage."""
+        total = self.read_seconds().get(stage, 0.0) + seconds
+        self.storage.write(join(self.uri, "seconds", f"{stage}.json"), json.dumps({"seconds": total}).encode())
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Record and log how long a stage takes, also when it fails; a vacuum sees that the run is alive."""
+        """Record and log the duration of a stage, even if it fails, and mark the run as alive."""
         started = time.monotonic()
-        self.sign_of_life()
+        self.mark_alive()
         try:
             yield
         finally:
@@ -176,11 +172,11 @@ class Workspace:
             log.info("%s: %.1f s", stage, seconds)
 
     def read_seconds(self) -> dict[str, float]:
-        """Wall time by stage so far."""
+        """Return the seconds of wall time so far, by stage."""
         found = {}
         for stored in self.storage.list(join(self.uri, "seconds")):
             stage = stored.uri.rsplit("/", 1)[1].removesuffix(".json")
-            # Only informative: an unreadable figure is left out.
+            # The figures are informative, so an unreadable one is skipped.
             with suppress(ValueError, KeyError, TypeError, FileNotFoundError):
                 found[stage] = float(json.loads(self.storage.read(stored.uri))["seconds"])
         return found
@@ -190,7 +186,7 @@ class Workspace:
 
 
 def read_contract(storage: Storage, uri: str, model: type[C]) -> C | None:
-    """A contract that a stage wrote; None if it is missing or cannot be read."""
+    """Read a contract that a stage wrote; None if the file is missing, damaged or of another format."""
     try:
         return _parse(model, storage.read(uri))
     except FileNotFoundError:
@@ -202,7 +198,7 @@ def _json(model: Contract) -> bytes:
 
 
 def _parse(model: type[C], data: bytes) -> C | None:
-    # A file of an older format, or a damaged one, counts as missing: the stage runs again.
+    # The stage runs again if its file is damaged or has an older format.
     try:
         return model.model_validate_json(data)
     except ValidationError:

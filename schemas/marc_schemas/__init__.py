@@ -1,1 +1,1 @@
-"""The contracts that stages, jobs and readers hand to one another: Arrow schemas and pydantic models."""
+"""Contracts between stages, jobs and readers: Arrow schemas and pydantic models."""

@@ -18,7 +18,7 @@ SCALARS: dict[Any, pa.DataType] = {
 
 
 def arrow_schema(model: type[BaseModel]) -> pa.Schema:
-    """Columns of a table with one record of the model per row.
+    """Return the columns of a table with one record of the model per row.
 
     All columns are nullable, because Delta can add only nullable columns to an existing table.
 
@@ -29,7 +29,7 @@ def arrow_schema(model: type[BaseModel]) -> pa.Schema:
 
 
 def arrow_type(annotation: object) -> pa.DataType:
-    """Arrow type of an annotation: a scalar, a model, ``X | None``, ``tuple[X, ...]``, ``dict[str, X]`` or Annotated.
+    """Return the Arrow type of a scalar, a model, ``X | None``, ``tuple[X, ...]``, ``dict[str, X]`` or Annotated.
 
     Raises:
         TypeError: the annotation has no Arrow type.
@@ -51,12 +51,12 @@ def arrow_type(annotation: object) -> pa.DataType:
 
 
 def to_arrow(records: Sequence[BaseModel], model: type[BaseModel]) -> pa.Table:
-    """A table with one row per record."""
+    """Return a table with one row per record."""
     return pa.Table.from_pylist([record.model_dump() for record in records], schema=arrow_schema(model))
 
 
 def from_arrow(table: pa.Table) -> list[dict[str, Any]]:
-    """Rows of a table as dictionaries that the model validates; a column that the table lacks is left out."""
+    """Return the rows of a table as dictionaries for the model to validate; missing columns are left out."""
     rows: list[dict[str, Any]] = table.to_pylist(maps_as_pydicts="strict")
     return rows
 

@@ -12,26 +12,28 @@ Pooling = Literal["mean", "last", "cls"]
 
 
 class CompressorCard(Contract):
-    """Which compressor ``compressor.safetensors`` holds, and the arguments that build it."""
+    """Kind of the compressor in ``compressor.safetensors``, and the arguments that build it."""
 
     kind: str
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
 class BundleCard(Contract):
-    """Everything that is known of a bundle besides its weights.
+    """All facts of a bundle except the weights.
 
     Attributes:
-        backbone: name or path that the backbone was taken from (provenance; the weights are in the bundle).
-        layers_kept: number of blocks of the truncated backbone; backbone_layers: of the original.
+        backbone: name or path of the original backbone; its weights are in the bundle.
+        layers_kept: number of blocks of the truncated backbone.
+        backbone_layers: number of blocks of the original backbone.
         pooling: how token states become one vector.
-        max_tokens: longer texts are truncated, special tokens included.
-        width: D, of the pooled hidden state; dim: d, of the shipped vector.
-        normalised: whether shipped vectors have unit length.
-        template: text template that the training texts were rendered with.
+        max_tokens: longest text in tokens, special tokens included; longer texts are truncated.
+        width: dimension D of the pooled hidden state.
+        dim: dimension d of the published vectors.
+        normalised: whether published vectors have unit length.
+        template: text template of the training texts.
         compressor: kind and arguments.
         training: regime, data fingerprint, number of texts, seed.
-        metrics: what training measured.
+        metrics: measurements of the training.
         files: SHA-256 of every other file of the folder, by relative path.
     """
 

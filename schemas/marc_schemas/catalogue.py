@@ -1,4 +1,4 @@
-"""What the plan makes of a catalogue: planned items per bucket, and the quarantine."""
+"""Result of planning a catalogue: items of each bucket, and quarantined rows."""
 
 from enum import StrEnum
 
@@ -6,7 +6,7 @@ import pyarrow as pa
 
 
 class Change(StrEnum):
-    """How an item stands against the release that a plan was compared with."""
+    """State of an item compared with the base release."""
 
     NEW = "new"
     CHANGED = "changed"
@@ -14,15 +14,15 @@ class Change(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a catalogue row is not in the table."""
+    """Reason for which a catalogue row is quarantined."""
 
-    MALFORMED = "malformed"  # the record itself cannot be parsed
-    NULL_ID = "null_id"  # no id, or a blank one
-    UNDECODABLE = "undecodable"  # bytes that are no UTF-8 in the id or the text
+    MALFORMED = "malformed"  # the record cannot be parsed
+    NULL_ID = "null_id"  # the id is missing or blank
+    UNDECODABLE = "undecodable"  # the id or the text is not valid UTF-8
     EMPTY_TEXT = "empty_text"  # every column of the template is null or blank
-    OLDER_DUPLICATE = "older_duplicate"  # another row of the same id is newer
-    ROW_ID_COLLISION = "row_id_collision"  # a different id hashes to the same 63 bits
-    UNENCODABLE = "unencodable"  # the tokenizer or the model fails on the text, also alone; or gives NaN
+    OLDER_DUPLICATE = "older_duplicate"  # a newer row has the same id
+    ROW_ID_COLLISION = "row_id_collision"  # a different id has the same 63-bit hash
+    UNENCODABLE = "unencodable"  # tokenizer or model fails on the text alone, or returns NaN
 
 
 ITEMS = pa.schema(
@@ -41,7 +41,7 @@ QUARANTINE = pa.schema(
         pa.field("item_id", pa.string()),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("row", pa.string(), nullable=False),  # the row as JSON, or the raw record
-        pa.field("source", pa.string(), nullable=False),  # file it came from
+        pa.field("source", pa.string(), nullable=False),  # name of the file
     ]
 )
-"""Rows that could not be used, each with its reason."""
+"""Quarantined rows, each with its reason."""

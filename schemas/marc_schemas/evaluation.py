@@ -1,4 +1,4 @@
-"""Evaluation: what the yardstick measured for every system, dimension and seed, and what follows from it."""
+"""Evaluation: click-model scores of every system, dimension and seed, their means and the findings."""
 
 from typing import Literal
 
@@ -11,21 +11,23 @@ Family = Literal["reference", "layer", "baseline", "ablation", "marc", "bundle"]
 
 
 class SystemScore(Contract):
-    """One system at one dimension with one seed, as the click model that read its vectors scored.
+    """Score of the click model on the vectors of one system, at one dimension with one seed.
 
     Attributes:
         system: identifier, for example ``pca-layer-3``, ``marc``.
-        family: what the system is compared as; ``reference`` systems (ID embeddings alone, random vectors, full-width
-            final layer) are no rivals at the same dimension.
-        layer: block whose hidden state the vectors come from, 0 for the embeddings; None where there is none.
-        dim: numbers per vector, 0 for none.
-        seed: of the click model and of the training of the vectors.
-        auc: area under the ROC curve on the test tenth; cold_auc: on its items with fewer than five training ratings;
-            warm_auc: on the others. NaN where those rows are none or all of one label.
-        log_loss: on the test tenth, nats.
-        validation_auc: of the chosen epoch.
+        family: group of the system; ``reference`` systems (ID embeddings alone, random vectors, full-width final
+            layer) do not compete at the same dimension.
+        layer: block whose hidden state the vectors come from, 0 for the embeddings; None for other vectors.
+        dim: dimension of the vectors, 0 for none.
+        seed: seed of the click model and of the training of the vectors.
+        auc: area under the ROC curve on the test part, the last tenth of the ratings.
+        cold_auc, warm_auc: AUC on test items with fewer than five training ratings, and on the others; NaN where an
+            AUC is undefined, because there are no rows or only one label.
+        log_loss: log loss on the test part, in nats.
+        validation_auc: validation AUC of the chosen epoch.
         epoch: the chosen epoch of the click model, from 1.
-        train_seconds: to fit or train the vectors; score_seconds: to train the click model.
+        train_seconds: time to fit or train the vectors.
+        score_seconds: time to train the click model.
     """
 
     system: str
@@ -47,15 +49,16 @@ class Summary(Contract):
     """Mean and sample standard deviation over seeds of one system at one dimension; the deviation of one seed is NaN.
 
     Attributes:
-        bytes_per_item: of the vector as float32.
-        compared_with: the comparison system at the same dimension; for a reference system whose dimension it lacks, at
-            its largest one. None, as are the figures below, for the comparison system itself and where there is none.
-        difference: mean over common seeds of test AUC minus the comparison system's with the same seed.
+        bytes_per_item: size of a float32 vector.
+        compared_with: the comparison system at the same dimension; at its largest dimension for a reference system
+            without a counterpart. The comparison system itself has None here and in the figures below, and so has
+            every system when there is no comparison system.
+        difference: mean over common seeds of the test AUC minus that of the comparison system.
         low, high: 95 % interval of that mean (Student's t over seeds); None with fewer than two seeds.
-        p_value: paired t-test, two-sided; None with fewer than two seeds.
-        cold_difference: as ``difference``, of the AUC on cold items.
-        user_low, user_high: 95 % interval of the difference when the test users are drawn anew (bootstrap by user
-            of the predictions averaged over seeds): how far the figure depends on who happened to be in the test.
+        p_value: two-sided paired t-test; None with fewer than two seeds.
+        cold_difference: ``difference`` of the AUC on cold items.
+        user_low, user_high: 95 % interval of the difference over test users, by a bootstrap by user of the predictions
+            averaged over seeds.
         train_seconds: mean over seeds.
     """
 
@@ -84,14 +87,16 @@ class Summary(Contract):
 
 
 class Evaluation(Contract):
-    """Everything one evaluation found; the report is drawn from this alone.
+    """Result of one evaluation; the report needs no other input.
 
     Attributes:
-        training_id: of the training set: catalogue texts, interactions, backbone.
-        backbone: name of the model whose layers were judged; layers: its blocks; width: D.
-        rows: interactions in training, validation and test part; cold_rows: test rows of cold items.
-        chosen_layer: that systems read; decision: what chose it.
-        findings: one sentence each: what came out, in words and figures.
+        training_id: id of the training set: catalogue texts, interactions, backbone.
+        backbone: name of the backbone; ``layers`` is its number of blocks, ``width`` its dimension D.
+        rows: number of interactions in the training, validation and test part.
+        cold_rows: number of test rows of cold items.
+        chosen_layer: layer that the systems read.
+        decision: basis of that choice.
+        findings: results as sentences with figures.
     """
 
     training_id: str

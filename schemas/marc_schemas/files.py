@@ -1,4 +1,4 @@
-"""A published file, with the checksums that readers verify it against."""
+"""A published file with its checksums, and the base class of all contracts."""
 
 from typing import Annotated
 
@@ -9,15 +9,15 @@ BLOCK_DIGEST_CHARS = 16
 
 
 class Contract(BaseModel):
-    """Base of every model that is written down: immutable, unknown keys refused."""
+    """Base of every stored model: immutable, unknown keys refused."""
 
-    # NaN as a string: null would not be read back.
+    # NaN is written as a string, because null could not be read back.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 def _stays_inside(path: str) -> str:
     if path.startswith("/") or ".." in path.split("/"):
-        raise ValueError(f"{path!r} leaves its folder")
+        raise ValueError(f"{path!r} leads out of its folder")
     return path
 
 
@@ -28,11 +28,11 @@ class PublishedFile(Contract):
     """One immutable file of a release.
 
     Attributes:
-        path: relative to the root of its kind (table, index or bundle folder).
+        path: path relative to the table, index or bundle folder.
         bytes: size of the file.
-        rows: rows or vectors in it, 0 where that has no meaning.
-        sha256: of the whole file, hex.
-        blocks: xxh3-64 of every 256 KiB block, 16 hex digits each: a reader verifies just what it touches.
+        rows: number of rows or vectors; 0 for other files.
+        sha256: SHA-256 of the whole file, hexadecimal.
+        blocks: xxh3-64 of every 256 KiB block, 16 hexadecimal digits each, so that readers can verify single blocks.
     """
 
     path: RelativePath

@@ -1,4 +1,4 @@
-"""The judgement of a model's layers: metrics, downstream AUC and cost of every layer, and the layer to keep."""
+"""Report on the layers of a model: metrics, downstream AUC and cost of every layer, and the layer to keep."""
 
 from datetime import datetime
 from typing import Literal
@@ -10,22 +10,22 @@ from marc_schemas.files import Contract
 
 Basis = Literal["clicks", "metrics"]
 Decision = Literal["configuration", "adopted", "clicks", "all"]
-"""What decides how many layers a bundle keeps: a person's file, an adopted report, the training part; or none does."""
+"""Basis for the number of layers: the configuration, an adopted report, AUC within the training part, or none (all)."""
 
 
 class JudgedLayer(Contract):
     """One layer of one model.
 
     Attributes:
-        layer: blocks behind it, 0 for the embeddings.
-        depth: layer / layers of the model.
-        metrics: by name; NaN where it is undefined.
-        seconds: of one worker for 1,000 texts or images, up to here.
-        weights_bytes: of the model truncated here, in the type that it was run in.
-        test_auc: of the click model on the layer's whitened PCA, fitted on the training part, one per seed; empty
+        layer: number of blocks up to this layer, 0 for the embeddings.
+        depth: ``layer`` divided by the layers of the model.
+        metrics: values by name; NaN where a metric is undefined.
+        seconds: time of one worker for 1,000 texts or images up to this layer.
+        weights_bytes: size of the model truncated at this layer, in the number type that it ran in.
+        test_auc: AUC of the click model on the layer's whitened PCA, fitted on the training part, one per seed; empty
             without interactions.
-        fold_auc: what the choice goes by: AUC within the training part, one per group of users; empty for layer 0,
-            which cannot be kept, and without interactions.
+        fold_auc: AUC within the training part, one per group of users, which the choice is based on; empty for layer
+            0, which cannot be kept, and without interactions.
     """
 
     layer: int = Field(ge=0)
@@ -38,14 +38,15 @@ class JudgedLayer(Contract):
 
 
 class MetricChoice(Contract):
-    """What a metric would choose, and what that costs.
+    """Layer that a metric would choose, and the AUC that this choice loses.
 
     Attributes:
-        metric: its name.
-        better: which end of it is taken for the better one.
-        layer: where it is best, among the layers that can be kept; None where it is undefined.
-        correlation: Spearman's, with the mean test AUC over all layers; None without interactions or variation.
-        lost_auc: mean test AUC of the best layer that can be kept minus that of this one; None without interactions.
+        metric: name of the metric.
+        better: whether high or low values count as better.
+        layer: best layer among those that can be kept; None where the metric is undefined.
+        correlation: Spearman's correlation with the mean test AUC over all layers; None without interactions or
+            variation.
+        lost_auc: mean test AUC of the best layer that can be kept minus that of this layer; None without interactions.
     """
 
     metric: str
@@ -56,11 +57,11 @@ class MetricChoice(Contract):
 
 
 class Recommendation(Contract):
-    """Where to cut a backbone, and how to pool.
+    """Recommended number of layers and pooling of a backbone.
 
     Attributes:
-        layers: blocks to keep.
-        basis: ``clicks`` where interactions chose, else ``metrics``.
+        layers: number of blocks to keep.
+        basis: ``clicks`` for a choice by interactions, else ``metrics``.
         reason: one sentence.
     """
 
@@ -75,13 +76,14 @@ class JudgedModel(Contract):
     """Every layer of one backbone under one pooling.
 
     Attributes:
-        sweep_id: names backbone, pooling, texts and settings.
-        backbone: name of the model; layers: its blocks; width: D.
-        pooling, max_tokens, dtype, device: how they were run; images have no max_tokens.
-        inputs: texts or images that were judged; left_out: those that could not be run, with the reason of one.
-        judged: layer by layer, the embeddings first.
-        choices: of every metric.
-        keep: layer to keep under this pooling; basis: what chose it.
+        sweep_id: digest of backbone, pooling, texts and settings.
+        backbone: name of the backbone; ``layers`` is its number of blocks, ``width`` its dimension D.
+        pooling, max_tokens, dtype, device: how the model ran; images have no max_tokens.
+        inputs: number of texts or images.
+        left_out: number of inputs that failed; ``left_out_because`` is the reason of one of them.
+        judged: one entry per layer, the embeddings first.
+        choices: one entry per metric.
+        keep: layer to keep under this pooling; ``basis`` is the basis of the choice.
     """
 
     sweep_id: str
@@ -102,17 +104,17 @@ class JudgedModel(Contract):
 
 
 class LayerReport(Contract):
-    """What a sweep found; pages and plots are drawn from this alone.
+    """Result of a comparison of layers; pages and plots need no other input.
 
     Attributes:
-        report_id: names all that went in.
-        kind: what was judged.
+        report_id: digest of all inputs.
+        kind: kind of the inputs.
         ds: date of the catalogue; empty for images.
-        dim: d of the PCA behind the test AUC; 0 without interactions.
+        dim: dimension d of the PCA for the test AUC; 0 without interactions.
         sample, views, probability, block, order, temperature: settings of the metrics.
-        models: one per backbone and pooling.
-        recommendations: one per backbone.
-        findings: one sentence each.
+        models: one entry per backbone and pooling.
+        recommendations: one entry per backbone.
+        findings: results as sentences.
     """
 
     report_id: str
@@ -131,13 +133,13 @@ class LayerReport(Contract):
 
 
 class Adopted(Contract):
-    """The recommendation that somebody reviewed and made the default of trainings with its backbone.
+    """A recommendation that a user adopted; trainings with its backbone use it by default.
 
     Attributes:
         recommendation: layers and pooling.
-        report_id: where it comes from.
-        ds: date of the catalogue that it was found on.
-        adopted_at: when.
+        report_id: report with the recommendation.
+        ds: date of the report's catalogue.
+        adopted_at: time of the adoption.
     """
 
     recommendation: Recommendation

@@ -1,4 +1,4 @@
-"""Moments: the sums that mean and variance of a set of vectors are computed from."""
+"""Moments: sums from which the mean and the variance of a set of vectors are computed."""
 
 from collections.abc import Sequence
 
@@ -10,8 +10,8 @@ class Moments(Contract):
 
     Attributes:
         rows: number of vectors.
-        vector_sum: their sum, length d.
-        square_sum: sum of their squared norms.
+        vector_sum: sum of the vectors, length d.
+        square_sum: sum of the squared norms.
     """
 
     rows: int
@@ -20,16 +20,16 @@ class Moments(Contract):
 
     @classmethod
     def of(cls, rows: int, mean: Sequence[float], variance: float) -> "Moments":
-        """Moments of ``rows`` vectors with this mean (length d) and this trace of the covariance."""
+        """Return the moments of ``rows`` vectors with this mean (length d) and this trace of the covariance."""
         square = variance + sum(x * x for x in mean)
         return cls(rows=rows, vector_sum=tuple(rows * x for x in mean), square_sum=rows * square)
 
     def __add__(self, other: "Moments") -> "Moments":
-        """Moments of both sets together."""
+        """Return the moments of the union of two disjoint sets."""
         return self._combined(other, 1)
 
     def __sub__(self, other: "Moments") -> "Moments":
-        """Moments of the set without a subset of it."""
+        """Return the moments of the set without a subset."""
         return self._combined(other, -1)
 
     def _combined(self, other: "Moments", sign: int) -> "Moments":

@@ -1,4 +1,4 @@
-"""A plan: what one run will do, bucket by bucket."""
+"""A plan: the work of one run, bucket by bucket."""
 
 import math
 from datetime import datetime
@@ -20,13 +20,13 @@ class BucketPlan(Contract):
     """The work of one bucket.
 
     Attributes:
-        bucket: number, ``0 <= bucket < plan.buckets``.
-        items: rows that the bucket's file will hold = new + changed + unchanged.
-        new, changed, unchanged, deleted: against the base release.
-        tokens: tokens that the new and changed texts cost, special tokens included, truncated at the
-            bundle's maximum; estimated from a sample in large buckets.
-        tokens_error: half-width of the estimate's 95 % interval, in tokens; 0 where ``tokens`` is exact.
-        previous: files of the base release that unchanged vectors are carried over from.
+        bucket: number of the bucket, ``0 <= bucket < plan.buckets``.
+        items: rows of the new file = new + changed + unchanged.
+        new, changed, unchanged, deleted: items, compared with the base release.
+        tokens: tokens of the new and changed texts, special tokens included, truncated at the bundle's maximum;
+            estimated from a sample in large buckets.
+        tokens_error: half-width of the estimate's 95 % interval, in tokens; 0 if ``tokens`` is exact.
+        previous: files of the base release with the vectors to carry over.
     """
 
     bucket: int
@@ -41,32 +41,30 @@ class BucketPlan(Contract):
 
 
 class Plan(Contract):
-    """What a run will do; everything written before the release is keyed by its ``plan_id``.
+    """The work of a run; all files written before the release are keyed by its ``plan_id``.
 
     Attributes:
-        plan_id: hash of ds, catalogue, bundle, template, table settings, chosen buckets, and of the release that is to
-            be computed anew.
+        plan_id: hash of ds, catalogue, bundle, template, table settings, chosen buckets, and of the release to
+            recompute.
         ds: date of the snapshot, ``YYYY-MM-DD``.
-        created_at: when the plan was made.
-        catalogue: files that were read, with digests.
+        created_at: time of the plan.
+        catalogue: files of the catalogue, with digests.
         bundle: version of the bundle that encodes.
         bundle_uri: folder of that bundle.
         dim: length d of the vectors.
-        template: text template that was rendered.
+        template: text template.
         buckets: number of buckets of the table.
-        mantissa_bits: that vectors are rounded to when they are written.
-        chosen: buckets of a backfill, which leaves all others as they are; None for the whole day.
-        base_release: release that the catalogue was compared with; None on the first night.
-        live_release: the last release of this ds when the plan was made, also one that withdrew it: what it will
-            supersede.
-        rows_read: rows in the catalogue, good or not.
-        quarantined: rows in the quarantine, by reason.
-        work: one entry per bucket that holds or held items.
-        tokens_exact: False where ``tokens`` is estimated from a sample.
-        tokens_per_second: measured by the largest run that encoded with this bundle; None before the first.
-        start_seconds: what starting the encode stage took in the latest runs, loading the model in its workers
-            included.
-        parallel: buckets that are encoded at a time.
+        mantissa_bits: precision of the stored vectors.
+        chosen: buckets of a backfill, which keeps all others; None for the whole date.
+        base_release: release that the catalogue was compared with; None in the first run.
+        live_release: last release of this date when the plan was made, possibly a withdrawal; the run supersedes it.
+        rows_read: rows of the catalogue, usable or not.
+        quarantined: quarantined rows by reason.
+        work: one entry per bucket that has or had items.
+        tokens_exact: False if ``tokens`` is estimated from a sample.
+        tokens_per_second: throughput of the largest run with this bundle; None before the first run.
+        start_seconds: start-up time of the encode stage in the latest runs, including loading the model.
+        parallel: number of buckets that are encoded at the same time.
     """
 
     format_version: int = FORMAT_VERSION
@@ -92,18 +90,23 @@ class Plan(Contract):
     parallel: int = 1
 
     @property
+    def header(self) -> "Plan":
+        """The plan without catalogue files and buckets, small enough for every Spark task to carry."""
+        return self.model_copy(update={"catalogue": (), "work": ()})
+
+    @property
     def items(self) -> int:
-        """Items that the planned buckets will hold."""
+        """Items in the planned buckets."""
         return sum(b.items for b in self.work)
 
     @property
     def new(self) -> int:
-        """Items that the base release does not hold."""
+        """Items that the base release lacks."""
         return sum(b.new for b in self.work)
 
     @property
     def changed(self) -> int:
-        """Items whose text or bundle changed, or whose vector is not precise enough to be carried over."""
+        """Items whose text or bundle changed, or whose stored vector is not precise enough."""
         return sum(b.changed for b in self.work)
 
     @property
@@ -113,17 +116,17 @@ class Plan(Contract):
 
     @property
     def deleted(self) -> int:
-        """Items of the base release that are gone from the catalogue."""
+        """Items of the base release that the catalogue lacks."""
         return sum(b.deleted for b in self.work)
 
     @property
     def tokens(self) -> int:
-        """Tokens that will be encoded."""
+        """Tokens to encode."""
         return sum(b.tokens for b in self.work)
 
     @property
     def tokens_error(self) -> float:
-        """Half-width of the 95 % interval of ``tokens``; buckets are sampled independently: their variances add up."""
+        """Half-width of the 95 % interval of ``tokens``, whose variances add up over buckets."""
         return math.hypot(*(b.tokens_error for b in self.work))
 
     @property
@@ -131,6 +134,6 @@ class Plan(Contract):
         """Estimated time of the encode stage from measured throughput; None before the first measurement."""
         if not self.tokens_per_second:
             return None
-        # The largest bucket takes its time, also where nothing else is left to do.
+        # The stage takes at least as long as its largest bucket.
         tokens = max(self.tokens, self.parallel * max((b.tokens for b in self.work), default=0))
         return self.start_seconds + tokens / self.tokens_per_second if tokens else 0.0

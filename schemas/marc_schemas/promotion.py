@@ -1,18 +1,18 @@
-"""The comparison of a candidate bundle with the current one, which the promotion gate reads."""
+"""Comparison of a candidate bundle with the current one, for the promotion gate."""
 
 from marc_schemas.evaluation import SystemScore
 from marc_schemas.files import Contract
 
 
-class Comparison(Contract):
-    """A candidate bundle beside the current one, on the same split with the same seeds.
+class BundleComparison(Contract):
+    """Scores of a candidate bundle and of the current bundle, on the same split with the same seeds.
 
     Attributes:
-        candidate, current: versions; no current one before the first promotion.
+        candidate, current: bundle versions; ``current`` is None before the first promotion.
         auc, current_auc: mean test AUC over seeds.
-        tolerance: that the candidate may fall behind.
-        scores: all of them.
-        problems: why the candidate may not be promoted; empty when it may.
+        tolerance: AUC by which the candidate may be worse.
+        scores: scores of both bundles.
+        problems: reasons against the promotion; empty if the gate passes.
     """
 
     training_id: str

@@ -21,7 +21,7 @@ class Receipt(Contract):
         encoded: texts that the model encoded; identical texts count once.
         reused: vectors carried over from the base release, or shared with an identical text.
         quarantined: items whose texts cannot be encoded, each with its change; they are not in the file.
-        quarantine: name of the quarantine file that holds them; None without such items.
+        quarantine: name of their quarantine file; None without such items.
         tokens: encoded tokens.
         padded_tokens: encoded tokens and padding.
         seconds: wall time of the bucket.
@@ -112,7 +112,7 @@ class IndexReceipt(Contract):
 
     Attributes:
         plan_id: the plan that it was made for.
-        files_digest: identifies the set of table files that it holds.
+        files_digest: identifies the set of table files in the index.
         index: the index, as the release repeats it.
         seconds: wall time of build and measurement.
     """

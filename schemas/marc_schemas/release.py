@@ -51,7 +51,7 @@ class BundleFacts(Contract):
     Attributes:
         version: hash of the bundle's content.
         uri: folder of the bundle.
-        card_file: its ``bundle.json``, which holds the checksums of all other files of the folder.
+        card_file: its ``bundle.json``, which contains the checksums of all other files.
     """
 
     version: str

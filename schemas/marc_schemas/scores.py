@@ -1,4 +1,4 @@
-"""Benchmark scores of every layer of a model, and what follows from them."""
+"""Benchmark scores of every layer of a model, their means, and the best layers."""
 
 from typing import Annotated
 
@@ -6,7 +6,7 @@ from pydantic import Field, FiniteFloat
 
 from marc_schemas.files import Contract
 
-# Far beyond every model and every score: what exceeds them is a mistake, and nothing is to be counted up to it.
+# Limits far above every real model and score; a larger value is a mistake in the file.
 MOST_LAYERS, LARGEST_SCORE = 99_999, 1e9
 
 LayerNumber = Annotated[int, Field(ge=0, le=MOST_LAYERS)]
@@ -16,8 +16,8 @@ class LayerScore(Contract):
     """The main score of one task on the vectors of one layer.
 
     Attributes:
-        family: of the model, for example ``Pythia``.
-        size: of the model in the family, for example ``410m``; empty where there is one size.
+        family: family of the model, for example ``Pythia``.
+        size: size of the model, for example ``410m``; empty if the family has one size.
         layer: block whose states were pooled, 0 for the embeddings.
         task: name of the task.
         score: the task's main score; higher is better.
@@ -34,9 +34,9 @@ class LayerMean(Contract):
     """The mean score of one layer.
 
     Attributes:
-        tasks: that the layer has a score of.
-        mean: over those.
-        same_tasks_mean: over the tasks that all layers have which count; None for a layer that does not count.
+        tasks: number of tasks with a score of this layer.
+        mean: mean score over these tasks.
+        same_tasks_mean: mean score over the tasks that all counted layers have; None for a layer that does not count.
     """
 
     layer: LayerNumber
@@ -45,17 +45,17 @@ class LayerMean(Contract):
     same_tasks_mean: FiniteFloat | None
 
 
-class Comparison(Contract):
-    """The best layer beside the final one, of those layers that count.
+class LayerComparison(Contract):
+    """Comparison of the best layer with the final one, among the layers that count.
 
     Attributes:
-        layers: that were compared.
-        final_layer: the highest of them; whether the model has higher ones, the scores do not say.
-        final: its mean score, over ``final_tasks`` tasks.
-        best_layer: that with the highest mean, the lowest of equals.
-        best: its mean score, over ``best_tasks`` tasks.
-        gain: ``best`` minus ``final``, never below 0.
-        percent: the gain in percent of ``final``; None unless that is above 0.
+        layers: number of compared layers.
+        final_layer: highest compared layer; the model may have higher layers without scores.
+        final: mean score of the final layer, over ``final_tasks`` tasks.
+        best_layer: layer with the highest mean; the lowest of equal ones.
+        best: mean score of the best layer, over ``best_tasks`` tasks.
+        gain: ``best`` minus ``final``, at least 0.
+        percent: gain in percent of ``final``; None unless ``final`` is above 0.
     """
 
     layers: int
@@ -70,12 +70,12 @@ class Comparison(Contract):
 
 
 class TaskWinner(Contract):
-    """The layer where a task's score is highest.
+    """The layer with the highest score of a task.
 
     Attributes:
-        layer: the lowest of equals.
-        layers: that have a score of the task.
-        final: the task's score at the final layer that counts; None where it lacks it, as is ``gain``.
+        layer: the best layer; the lowest of equal ones.
+        layers: number of layers with a score of the task.
+        final: score of the final layer that counts; None, as is ``gain``, if that layer has no score of the task.
     """
 
     task: str
@@ -87,22 +87,22 @@ class TaskWinner(Contract):
 
 
 class ModelCurve(Contract):
-    """One model: the mean score of each layer, and which one is best.
+    """Mean score of each layer of one model, and the best layer.
 
-    A layer *counts* when it has at least 15 of 16 of the model's tasks.
+    A layer *counts* if it has scores of at least 15 of 16 of the model's tasks.
 
     Attributes:
-        tasks: of which any layer has a score.
-        layers: those present, in order.
-        complete: at least two layers, none absent between the lowest and the highest, and each has every task.
-        absent_layers: between the lowest and the highest.
-        partial_layers: that lack a task.
-        missing_scores: of present layers.
-        as_recorded: the comparison by what each layer has; where the layers' tasks differ, so does what the means are
-            of. None when fewer than two layers count.
-        same_tasks: the comparison by the tasks that every layer has which counts; None when there are no such tasks or
-            layers. Of a complete model the same as ``as_recorded``.
-        winners: by task, in the order of ``tasks``.
+        tasks: tasks with a score of any layer.
+        layers: layers with scores, in order.
+        complete: whether there are at least two layers, without a gap, and each has a score of every task.
+        absent_layers: layers without scores between the lowest and the highest layer.
+        partial_layers: layers that lack scores of some tasks.
+        missing_scores: number of missing scores of the layers with scores.
+        as_recorded: comparison by all scores of each layer, whose tasks may differ; None if fewer than two layers
+            count.
+        same_tasks: comparison by the tasks that all counted layers have; None without such tasks or layers. For a
+            complete model it equals ``as_recorded``.
+        winners: best layer of each task, in the order of ``tasks``.
     """
 
     family: str
@@ -113,8 +113,8 @@ class ModelCurve(Contract):
     absent_layers: list[LayerNumber]
     partial_layers: list[LayerNumber]
     missing_scores: int
-    as_recorded: Comparison | None
-    same_tasks: Comparison | None
+    as_recorded: LayerComparison | None
+    same_tasks: LayerComparison | None
     winners: list[TaskWinner]
 
     @property
@@ -124,16 +124,12 @@ class ModelCurve(Contract):
 
     @property
     def highest_layer(self) -> int:
-        """The highest layer that has any score."""
+        """The highest layer with a score."""
         return self.layers[-1].layer
 
 
 class ScoreReport(Contract):
-    """Every model that there are scores of, ordered by family and size.
-
-    Attributes:
-        tasks: of all models.
-    """
+    """All models with scores, ordered by family and size; ``tasks`` are the tasks of all models."""
 
     tasks: list[str]
     models: list[ModelCurve]

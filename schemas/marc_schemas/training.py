@@ -1,4 +1,4 @@
-"""What a training leaves in the work area: the card of its training set, and the run with the bundle it made."""
+"""Records of a training in the work area: the card of its training set, and the finished run."""
 
 from typing import Literal
 
@@ -11,19 +11,19 @@ FORMAT_VERSION: Literal[1] = 1
 
 
 class TrainingSetCard(Contract):
-    """training_set.json: items with texts, interactions, and pooled hidden states of every layer of one backbone.
+    """Content of training_set.json: a training set with the pooled hidden states of every layer of one backbone.
 
-    It is written last: a folder that has a card is complete.
+    The card is written last, so that a folder with a card is complete.
 
     Attributes:
-        training_id: names all that went in; the folder's name.
+        training_id: digest of all inputs, and name of the folder.
         ds: date of the catalogue.
         template: text template of the items.
-        backbone: name of the model; layers: its blocks; width: D.
+        backbone: name of the backbone; ``layers`` is its number of blocks, ``width`` its dimension D.
         pooling, max_tokens: how a text became one vector per layer.
-        dtype, device: what computed the states.
+        dtype, device: number type and device of the computation.
         items, users, interactions, clicks: counts.
-        files: by name, relative to the folder.
+        files: files by name, relative to the folder.
     """
 
     format_version: Literal[1] = FORMAT_VERSION
@@ -48,10 +48,11 @@ class TrainingRun(Contract):
     """A finished training.
 
     Attributes:
-        training_id: the training set; run_id: that and the settings.
-        bundle: version of the bundle that it made.
-        layers: blocks that the bundle keeps; layer_auc: mean AUC of every layer within the training part, where the
-            layer was chosen by it.
+        training_id: id of the training set.
+        run_id: digest of the training set and the settings.
+        bundle: version of the resulting bundle.
+        layers: number of blocks of the bundle.
+        layer_auc: mean AUC of every layer within the training part, if the layer was chosen by it.
         history: one row per validation: epoch, step, loss terms, validation AUC.
     """
 

@@ -19,7 +19,7 @@ Build = Callable[[], dict[str, Any]]
 def ours(order: Order) -> Build:
     """The index stage: reads the table's files, builds or patches, measures the recall, publishes with checksums."""
     from marc_pipeline.config import IndexSettings
-    from marc_pipeline.index import make_index
+    from marc_pipeline.index.make import make_index
     from marc_pipeline.storage import Storage
     from marc_schemas.files import PublishedFile
     from marc_schemas.moments import Moments

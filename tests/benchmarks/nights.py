@@ -83,7 +83,7 @@ def prepare(folder: Path, items: int) -> None:
 
 
 def marc(folder: Path, *arguments: str, elsewhere: str = "data") -> dict[str, Any]:
-    command = [sys.executable, "-c", "from marc_pipeline.cli import main; main()", *arguments, "--json"]
+    command = [sys.executable, "-c", "from marc_pipeline.cli.app import main; main()", *arguments, "--json"]
     env = {**os.environ, "MARC_CONFIG": str(folder / "marc.yaml"), "HF_HUB_OFFLINE": "1"}
     env |= {"MARC_ROOT": str(folder / elsewhere), "MARC_BUNDLE_URI": str(folder / "data" / "bundles")}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)

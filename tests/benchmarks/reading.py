@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from marc_pipeline.config import IndexSettings
-from marc_pipeline.index import make_index
+from marc_pipeline.index.make import make_index
 from marc_pipeline.reader.release import OpenRelease, open_release
 from marc_pipeline.releases import log as release_log
 from marc_pipeline.table.write import write_bucket_file

@@ -42,7 +42,8 @@ from marc_pipeline.model import batches, compressor, encoder
 from marc_pipeline.model.bundle import Bundle
 from marc_pipeline.nightly.encode import EncodeTask, encode_bucket
 from marc_pipeline.resources import TaskResources
-from marc_pipeline.spark.session import run_buckets, spark_session
+from marc_pipeline.spark.session import spark_session
+from marc_pipeline.spark.tasks import run_buckets
 from marc_pipeline.storage import Storage
 from marc_pipeline.work_area import Workspace
 from marc_schemas.catalogue import ITEMS, Change

@@ -1,4 +1,4 @@
-"""What a training is run with: the text in which a run hands on its decision about layers."""
+"""The decision about layers as a text, which a run passes to its tasks."""
 
 from typing import get_args
 
@@ -17,7 +17,7 @@ from marc_schemas.layers import Decision
     pooling=st.sampled_from(get_args(Pooling)),
     decision=st.sampled_from(get_args(Decision)),
 )
-def test_a_decision_is_read_as_it_was_written(layers: int | None, pooling: Pooling, decision: Decision) -> None:
+def test_a_decision_survives_writing_and_parsing(layers: int | None, pooling: Pooling, decision: Decision) -> None:
     decided = LayerDecision(layers, pooling, decision)
     assert LayerDecision.parse(str(decided)) == decided
 
@@ -31,6 +31,6 @@ def test_no_layers_are_written_as_zero(text: str, layers: int | None) -> None:
 @pytest.mark.parametrize(
     "text", ["", "4", "4:mean", "four:mean:clicks", "4:most:clicks", "4:mean:chance", "4:mean:all:x"]
 )
-def test_any_other_text_is_the_users_mistake(text: str) -> None:
+def test_any_other_text_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is not LAYERS:POOLING:DECISION"):
         LayerDecision.parse(text)

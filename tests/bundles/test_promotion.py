@@ -1,13 +1,13 @@
-"""The gate before promotion, and the pointer: what is worse or unsound stays out, and readers never see half a step."""
+"""The promotion gate refuses worse or unusable bundles, and readers always see a complete pointer."""
 
 import json
-import re
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -37,8 +37,8 @@ from marc_pipeline.storage import Storage, join
 from marc_pipeline.storage.local import LocalObjects
 from marc_pipeline.training.training_set import open_training_set
 from marc_schemas.bundle import BundleCard
-from marc_schemas.promotion import Comparison
-from published import DIM, Site, tiny_bundle
+from marc_schemas.promotion import BundleComparison
+from published import DIM, Site, flip, tiny_bundle
 from rated_shop import DS, ITEMS, ratings
 from tiny_models import save_tiny_backbone
 from training_world import World, make_world
@@ -47,16 +47,14 @@ STORAGE = Storage()
 Weights = dict[str, Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the gate
 
 
 class Gate:
-    """A shop with a current bundle, and bundles made from that one."""
+    """A shop with a current bundle, and bundles derived from it."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -65,7 +63,7 @@ class Gate:
         self.training_id = world.training_id
 
     def variant(self, name: str, alter: Callable[[Weights], None] | None = None) -> str:
-        """Version of a new bundle: the first one under another name, with other weights of the compressor."""
+        """Save the first bundle with another name and changed weights of the compressor, and return its version."""
 
         def write(folder: Path) -> BundleCard:
             shutil.copytree(self.first.uri, folder, dirs_exist_ok=True)
@@ -80,7 +78,7 @@ class Gate:
         return save_bundle(STORAGE, self.settings.bundle_uri, write).version
 
     def worse(self, name: str = "worse") -> str:
-        """A compressor that looks away from what makes users click: the genre leaves no trace in its vectors."""
+        """Save a bundle whose vectors do not contain the genre, which decides the clicks."""
         states = open_training_set(STORAGE, self.settings.work_uri, self.training_id).states(2).astype(np.float64)
         genres = np.stack([states[np.arange(ITEMS) % 5 == genre].mean(axis=0) for genre in range(5)])
         told = np.linalg.svd(genres - genres.mean(axis=0))[2][:4]
@@ -95,23 +93,28 @@ class Gate:
 
         return self.variant(name, alter)
 
-    def compare(self, version: str, settings: Settings | None = None) -> Comparison:
+    def compare(self, version: str, settings: Settings | None = None) -> BundleComparison:
         with spark_session(self.settings.spark, name="tests") as spark:
             return promotion.compare_stage(spark, open_deployment(settings or self.settings), self.training_id, version)
 
-    def promote(self, version: str) -> Comparison:
+    def promote(self, version: str) -> BundleComparison:
         return promotion.promote_stage(open_deployment(self.settings), self.training_id, version)
 
-    def judge(self, version: str) -> Comparison:
-        self.compare(version)
-        return self.promote(version)
+    def refusal(self, version: str, error: type[Exception] = GateRefused) -> str:
+        """Return the reason for which the promotion is refused, in one line, while the current bundle stays."""
+        before = self.pointer
+        with pytest.raises(error) as refused:
+            self.promote(version)
+        assert self.pointer == before
+        assert str(refused.value).isprintable()
+        return str(refused.value)
+
+    def with_evaluate(self, **changes: Any) -> Settings:
+        return self.settings.model_copy(update={"evaluate": self.settings.evaluate.model_copy(update=changes)})
 
     @property
     def pointer(self) -> bytes:
         return Path(self.settings.bundle_uri, POINTER).read_bytes()
-
-    def reset(self) -> None:
-        promote(STORAGE, self.settings.bundle_uri, self.first.version)
 
 
 @pytest.fixture(scope="module")
@@ -122,63 +125,44 @@ def place(tmp_path_factory: pytest.TempPathFactory, spark: Any) -> Gate:
 
 @pytest.fixture
 def gate(place: Gate) -> Gate:
-    """The gate, with the first bundle current whatever ran before."""
-    place.reset()
+    """The gate, with the first bundle as the current one."""
+    promote(STORAGE, place.settings.bundle_uri, place.first.version)
     return place
 
 
 @pytest.mark.spark
-def test_a_worse_bundle_is_refused_and_both_figures_are_named(gate: Gate) -> None:
-    worse, before = gate.worse(), gate.pointer
+def test_a_worse_bundle_is_refused_with_both_figures_unless_tolerated(gate: Gate) -> None:
+    worse = gate.worse()
     found = gate.compare(worse)
     assert found.current_auc is not None
     assert found.auc < found.current_auc - 0.02
-    with pytest.raises(GateRefused) as refused:
-        gate.promote(worse)
-    said = str(refused.value)
-    assert said.startswith(f"bundle {worse} is not promoted: ")
-    assert f"{found.auc:.4f}" in said
-    assert f"{gate.first.version} is {found.current_auc:.4f}" in said
-    assert "evaluate.tolerance is 0" in said
-    assert "\n" not in said
-    assert gate.pointer == before
+    message = gate.refusal(worse)
+    assert message.startswith(f"bundle {worse} is not promoted: ")
+    for part in (f"{found.auc:.4f}", f"{gate.first.version} is {found.current_auc:.4f}", "evaluate.tolerance is 0"):
+        assert part in message
     kept = Path(gate.settings.work_uri, "training", gate.training_id, "comparisons", f"{worse}.json")
-    assert Comparison.model_validate_json(kept.read_bytes()) == found, "the comparison can be read afterwards"
-
-
-@pytest.mark.spark
-def test_a_stated_tolerance_lets_it_pass(gate: Gate) -> None:
-    worse = gate.worse("tolerated")
-    tolerant = gate.settings.model_copy(
-        update={"evaluate": gate.settings.evaluate.model_copy(update={"tolerance": 0.9})}
-    )  # fmt: skip
-    found = gate.compare(worse, tolerant)
+    assert BundleComparison.model_validate_json(kept.read_bytes()) == found
+    found = gate.compare(worse, gate.with_evaluate(tolerance=0.9))
     assert (found.problems, found.tolerance) == ([], 0.9)
     gate.promote(worse)
     assert open_bundle(STORAGE, gate.settings.bundle_uri).version == worse
 
 
 @pytest.mark.spark
-def test_a_bundle_as_good_as_the_current_one_passes_and_demotion_undoes_it(gate: Gate) -> None:
+def test_an_equal_bundle_passes_and_demotion_undoes_the_promotion(gate: Gate) -> None:
     equal = gate.variant("equal")
-    found = gate.compare(equal)
-    assert (found.auc, found.current, found.problems) == (found.current_auc, gate.first.version, [])
-    gate.promote(equal)
+    for version in (gate.first.version, equal):
+        found = gate.compare(version)
+        assert (found.auc, found.current, found.problems) == (found.current_auc, gate.first.version, [])
+        gate.promote(version)
+        assert current_version(STORAGE, gate.settings.bundle_uri) == version
     assert promoted(STORAGE, gate.settings.bundle_uri)[-2:] == [gate.first.version, equal]
     assert gate.world.marc.json("demote") == {"bundle": gate.first.version}
     assert open_bundle(STORAGE, gate.settings.bundle_uri) == gate.first
 
 
 @pytest.mark.spark
-def test_the_current_bundle_beside_itself_stays_current(gate: Gate) -> None:
-    found = gate.compare(gate.first.version)
-    assert (found.auc, found.problems) == (found.current_auc, [])
-    gate.promote(gate.first.version)
-    assert current_version(STORAGE, gate.settings.bundle_uri) == gate.first.version
-
-
-@pytest.mark.spark
-def test_the_command_line_compares_promotes_and_refuses(gate: Gate) -> None:
+def test_the_command_line_promotes_and_refuses(gate: Gate) -> None:
     equal, worse = gate.variant("equal by hand"), gate.worse("worse by hand")
     said = gate.world.marc.json("promote", equal, "--ds", DS)
     assert (said["candidate"], said["current"], said["auc"]) == (equal, gate.first.version, said["current_auc"])
@@ -193,56 +177,42 @@ def test_the_command_line_compares_promotes_and_refuses(gate: Gate) -> None:
 
 
 @pytest.mark.spark
-def test_a_comparison_with_what_is_no_longer_current_does_not_count(gate: Gate) -> None:
+def test_a_bundle_must_be_evaluated_against_the_current_one(gate: Gate) -> None:
     candidate, other = gate.variant("slow"), gate.variant("quick")
+    expected = f"bundle {candidate} was not evaluated on training set {gate.training_id}"
+    assert expected in gate.refusal(candidate, UserError)
     gate.compare(candidate)
     promote(STORAGE, gate.settings.bundle_uri, other)
-    before = gate.pointer
-    with pytest.raises(UserError, match=f"bundle {other} became current since {candidate} was evaluated"):
-        gate.promote(candidate)
-    assert gate.pointer == before
+    assert f"bundle {other} became current since {candidate} was evaluated" in gate.refusal(candidate, UserError)
 
 
-@pytest.mark.spark
-def test_a_bundle_that_was_not_compared_is_not_promoted(gate: Gate) -> None:
-    candidate, before = gate.variant("never compared"), gate.pointer
-    with pytest.raises(UserError, match=f"bundle {candidate} was not evaluated on training set {gate.training_id}"):
-        gate.promote(candidate)
-    assert gate.pointer == before
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+def flip_byte(gate: Gate, version: str, name: str) -> Path:
+    path = Path(gate.settings.bundle_uri) / version / name
+    flip(path, path.stat().st_size // 2, 1)
+    return path
 
 
 def not_finite(weights: Weights) -> None:
     weights["linear.bias"][3] = float("nan")
 
 
+def zeros(weights: Weights) -> None:
+    for weight in weights.values():
+        weight.zero_()
+
+
 def constant(weights: Weights) -> None:
-    for weight in weights.values():
-        weight.zero_()
+    zeros(weights)
     weights["linear.bias"].fill_(1)
-
-
-def nothing(weights: Weights) -> None:
-    for weight in weights.values():
-        weight.zero_()
 
 
 @pytest.mark.spark
 @pytest.mark.parametrize("name", ["compressor.safetensors", "backbone/tokenizer.json"])
-def test_a_bundle_with_a_flipped_byte_is_refused_with_the_file_named(gate: Gate, name: str) -> None:
-    candidate, before = gate.variant(f"flipped {name}"), gate.pointer
-    path = Path(gate.settings.bundle_uri) / candidate / name
-    flip(path)
-    with pytest.raises(GateRefused) as refused:
-        gate.judge(candidate)
-    assert f"{path} does not match its SHA-256" in str(refused.value)
-    assert "\n" not in str(refused.value)
-    assert gate.pointer == before
+def test_a_bundle_with_a_flipped_byte_is_refused_with_the_file(gate: Gate, name: str) -> None:
+    candidate = gate.variant(f"flipped {name}")
+    path = flip_byte(gate, candidate, name)
+    gate.compare(candidate)
+    assert f"{path} does not match its SHA-256" in gate.refusal(candidate)
 
 
 @pytest.mark.spark
@@ -250,36 +220,30 @@ def test_a_bundle_with_a_flipped_byte_is_refused_with_the_file_named(gate: Gate,
     ("alter", "reason"),
     [
         (not_finite, "of 150 sampled texts: the model on cpu gives NaN or infinity for any text"),
-        (nothing, "150 of 150 sampled vectors have no unit length"),
-        (constant, "all sampled vectors are alike"),
+        (zeros, "150 of 150 sampled vectors have no unit length"),
+        (constant, "all sampled vectors are nearly equal: the largest standard deviation of a dimension is "),
     ],
 )
-def test_a_bundle_with_unsound_vectors_is_refused_with_the_reason(
+def test_a_bundle_with_unusable_vectors_is_refused_with_the_reason(
     gate: Gate, alter: Callable[[Weights], None], reason: str
 ) -> None:
-    candidate, before = gate.variant(alter.__name__, alter), gate.pointer
-    with pytest.raises(GateRefused, match=reason):
-        gate.judge(candidate)
-    assert gate.pointer == before
+    candidate = gate.variant(alter.__name__, alter)
+    gate.compare(candidate)
+    assert reason in gate.refusal(candidate)
 
 
 @pytest.mark.spark
-def test_the_audit_alone_finds_what_is_wrong(gate: Gate) -> None:
+def test_the_gate_reports_problems_without_an_evaluation(gate: Gate) -> None:
     texts = open_training_set(STORAGE, gate.settings.work_uri, gate.training_id).texts
-    sampled = gate.settings.model_copy(
-        update={"evaluate": gate.settings.evaluate.model_copy(update={"audit_sample": 50})}
-    )  # fmt: skip
+    sampled = gate.with_evaluate(audit_sample=50)
 
     def found(version: str) -> list[str]:
         return problems(sampled, texts, version, storage=STORAGE, resources=TaskResources())
 
     assert found(gate.first.version) == []
-    assert found(gate.variant("nan", not_finite)) == [
-        "of 50 sampled texts: the model on cpu gives NaN or infinity for any text"
-    ]
-    assert [re.sub(r"\S+$", "", one) for one in found(gate.variant("alike", constant))] == [
-        "all sampled vectors are alike: no number varies by more than "
-    ]
+    expected = "of 50 sampled texts: the model on cpu gives NaN or infinity for any text"
+    assert found(gate.variant("nan", not_finite)) == [expected]
+    assert len(found(gate.variant("alike", constant))) == 1
     cut = gate.variant("cut")
     (Path(gate.settings.bundle_uri) / cut / "backbone/config.json").unlink()
     (reason,) = found(cut)
@@ -287,7 +251,7 @@ def test_the_audit_alone_finds_what_is_wrong(gate: Gate) -> None:
 
 
 @pytest.mark.parametrize(("texts", "limit", "size"), [(150, 50, 50), (150, 80, 80), (1999, 1000, 1000), (10, 1000, 10)])
-def test_the_sample_has_at_most_the_texts_that_the_settings_allow_and_is_spread_evenly(
+def test_the_sample_has_at_most_audit_sample_texts_spread_evenly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: int, limit: int, size: int
 ) -> None:
     settings = Site(tmp_path).settings
@@ -307,18 +271,18 @@ def test_the_sample_has_at_most_the_texts_that_the_settings_allow_and_is_spread_
 
 
 @pytest.mark.spark
-def test_a_sound_bundle_takes_the_place_of_a_damaged_one(gate: Gate) -> None:
-    """What the damage is answered with: train and promote a new one."""
+def test_a_new_bundle_replaces_a_damaged_one(gate: Gate) -> None:
     damaged, sound = gate.variant("to be damaged"), gate.variant("sound")
     promote(STORAGE, gate.settings.bundle_uri, damaged)
-    flip(Path(gate.settings.bundle_uri) / damaged / "compressor.safetensors")
-    gate.judge(sound)
+    flip_byte(gate, damaged, "compressor.safetensors")
+    gate.compare(sound)
+    gate.promote(sound)
     assert current_version(STORAGE, gate.settings.bundle_uri) == sound
 
 
 @pytest.mark.spark
-def test_a_shop_without_cold_items_promotes_as_well(tmp_path: Path, gate: Gate) -> None:
-    """No cold row in the test part: that figure is NaN, and must survive being written down."""
+def test_a_test_part_without_cold_items_does_not_prevent_promotion(tmp_path: Path, gate: Gate) -> None:
+    """The AUC of cold items is NaN, which must survive being written and read."""
     world = make_world(tmp_path, gate.settings.train.backbone)
     world.shop.rated(ratings(cold=False))
     bundle = train.train_bundle(open_deployment(world.shop.settings(train={"layers": 2})), ds=DS)
@@ -330,55 +294,44 @@ def test_a_shop_without_cold_items_promotes_as_well(tmp_path: Path, gate: Gate) 
 
 @pytest.fixture
 def bundles(tmp_path: Path) -> tuple[str, list[Bundle]]:
-    """Three bundles of which none is current."""
+    """Three bundles, none of them current."""
     uri = str(tmp_path / "bundles")
     return uri, [tiny_bundle(uri, weights=f"weights {number}") for number in range(3)]
 
 
-def test_nothing_is_current_until_something_is_promoted(bundles: tuple[str, list[Bundle]]) -> None:
-    uri, (one, *_) = bundles
+def test_demotions_go_back_one_promotion_at_a_time(bundles: tuple[str, list[Bundle]]) -> None:
+    uri, made = bundles
+    one, two, three = (bundle.version for bundle in made)
     assert (current_version(STORAGE, uri), promoted(STORAGE, uri)) == (None, [])
     with pytest.raises(UserError, match="no bundle was current"):
         demote(STORAGE, uri)
-    promote(STORAGE, uri, one.version)
-    assert open_bundle(STORAGE, uri) == one
+    promote(STORAGE, uri, one)
     with pytest.raises(UserError, match=f"no bundle was current at {uri} before this one"):
         demote(STORAGE, uri)
-    assert open_bundle(STORAGE, uri) == one, "a demotion that is refused changes nothing"
-
-
-def test_demotions_go_back_step_by_step(bundles: tuple[str, list[Bundle]]) -> None:
-    uri, made = bundles
-    versions = [bundle.version for bundle in made]
-    for version in versions:
-        promote(STORAGE, uri, version)
-    assert promoted(STORAGE, uri) == versions
-    assert [demote(STORAGE, uri), demote(STORAGE, uri)] == [versions[1], versions[0]]
+    assert open_bundle(STORAGE, uri) == made[0], "a refused demotion changes nothing"
+    promote(STORAGE, uri, two)
+    promote(STORAGE, uri, three)
+    assert promoted(STORAGE, uri) == [one, two, three]
+    assert [demote(STORAGE, uri), demote(STORAGE, uri)] == [two, one]
     with pytest.raises(UserError, match="before this one"):
         demote(STORAGE, uri)
-    promote(STORAGE, uri, versions[2])
-    assert demote(STORAGE, uri) == versions[0]
+    promote(STORAGE, uri, three)
+    assert demote(STORAGE, uri) == one
+    # A bundle that is promoted again is listed once.
+    for version in (two, one, one):
+        promote(STORAGE, uri, version)
+    assert promoted(STORAGE, uri) == [two, one]
+    assert demote(STORAGE, uri) == two
 
 
-def test_a_bundle_that_is_promoted_again_is_remembered_once(bundles: tuple[str, list[Bundle]]) -> None:
-    uri, (one, two, _) = bundles
-    for bundle in (one, two, one, one):
-        promote(STORAGE, uri, bundle.version)
-    assert promoted(STORAGE, uri) == [two.version, one.version]
-    assert demote(STORAGE, uri) == two.version
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"before": []}', "null", '{"bundle": "x", "before": 3}'])
-def test_a_pointer_that_cannot_be_read_is_one_line(bundles: tuple[str, list[Bundle]], content: str) -> None:
+def test_an_unreadable_pointer_and_a_missing_bundle_are_reported_in_one_line(bundles: tuple[str, list[Bundle]]) -> None:
     uri, _ = bundles
-    Path(uri, POINTER).write_text(content)
-    for look in (open_bundle, demote, current_version):
-        with pytest.raises(UserError, match=rf"{POINTER} cannot be read; promote a bundle again"):
-            look(STORAGE, uri)
-
-
-def test_a_pointer_to_nothing_is_one_line(bundles: tuple[str, list[Bundle]]) -> None:
-    uri, _ = bundles
+    for content in ("", "{", "[]", '{"before": []}', "null", '{"bundle": "x", "before": 3}'):
+        Path(uri, POINTER).write_text(content)
+        for look in (open_bundle, demote, current_version):
+            with pytest.raises(UserError, match=rf"{POINTER} cannot be read; promote a bundle again"):
+                look(STORAGE, uri)
+    Path(uri, POINTER).unlink()
     promote(STORAGE, uri, "0123456789abcdef")
     with pytest.raises(UserError, match="which the pointer names; promote one that exists"):
         open_bundle(STORAGE, uri)
@@ -402,7 +355,7 @@ def test_promotion_and_demotion_are_one_write_each(
     assert written == [join(uri, POINTER)] * 3
 
 
-def test_readers_never_see_a_missing_or_a_torn_pointer(bundles: tuple[str, list[Bundle]]) -> None:
+def test_readers_always_see_a_complete_pointer(bundles: tuple[str, list[Bundle]]) -> None:
     uri, made = bundles
     versions = {bundle.version for bundle in made}
     promote(STORAGE, uri, made[0].version)
@@ -427,20 +380,17 @@ def test_readers_never_see_a_missing_or_a_torn_pointer(bundles: tuple[str, list[
         reader.join()
     assert wrong == []
     assert seen <= versions
-    assert len(seen) > 1, "the readers saw it move"
+    assert len(seen) > 1, "the readers saw several bundles"
     assert not [path for path in Path(uri).iterdir() if path.name.startswith(".staged")]
 
 
-def test_a_promotion_that_breaks_off_leaves_the_old_pointer(
+def test_a_failed_promotion_keeps_the_old_pointer(
     bundles: tuple[str, list[Bundle]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri, (one, two, _) = bundles
     promote(STORAGE, uri, one.version)
 
-    def full(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(LocalObjects, "publish", full)
+    monkeypatch.setattr(LocalObjects, "publish", Mock(side_effect=OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         promote(STORAGE, uri, two.version)
     monkeypatch.undo()

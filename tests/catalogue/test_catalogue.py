@@ -1,4 +1,4 @@
-"""Every row of a catalogue becomes an item or is quarantined with its reason, whatever the format."""
+"""Every row of a catalogue, in every format, becomes an item or is quarantined with its reason."""
 
 import csv
 import datetime as dt
@@ -6,7 +6,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,16 @@ from hypothesis import strategies as st
 
 import planning
 from example_counts import examples
-from marc_pipeline.catalogue import source as catalogue
-from marc_pipeline.catalogue import text_records as catalogue_text
+from marc_pipeline.catalogue import text_records
+from marc_pipeline.catalogue.rows import read_catalogue, sample_texts
+from marc_pipeline.catalogue.source import CatalogueSource, find_source, require_unchanged
 from marc_pipeline.catalogue.text_records import csv_records
+from marc_pipeline.config import CatalogueSettings
 from marc_pipeline.errors import UserError
 from marc_pipeline.spark.session import worker_errors
 from marc_schemas.catalogue import Reason
 from marc_schemas.identity import content_hash, row_id
-from planning import Row, read, rendered, texts, write_bytes, write_csv, write_jsonl, write_parquet
+from planning import STORAGE, Row, read, rendered, texts, write_bytes, write_csv, write_jsonl, write_parquet
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -35,27 +37,38 @@ pytestmark = pytest.mark.spark
 
 COLUMNS = ("item_id", "title", "genres")
 BOOKS: list[dict[str, str | None]] = [
-    {"item_id": "plain", "title": "Dune", "genres": "sci-fi"},
-    {"item_id": "comma", "title": "Eats, Shoots & Leaves", "genres": "language, humour"},
-    {"item_id": "quotes", "title": 'The "Best" of', "genres": '"quoted"'},
-    {"item_id": "quote, comma", "title": '"a", "b"', "genres": '","'},
-    {"item_id": "lines", "title": "first\nsecond\n\nfourth", "genres": "\nleading and trailing\n"},
-    {"item_id": "backslash", "title": "C:\\temp\\new \\", "genres": "\\"},
-    {"item_id": "spaces", "title": "  indented", "genres": "tail\t "},
-    {"item_id": " padded id ", "title": "kept as it is", "genres": None},
-    {"item_id": "é😀\u2028", "title": "Ünïcödé 漢字 👩‍👩‍👧", "genres": "\u200fעברית"},
-    {"item_id": "half", "title": None, "genres": "only genres"},
-    {"item_id": "#hash", "title": "# no comment", "genres": "null"},
+    dict(zip(COLUMNS, row, strict=True))
+    for row in [
+        ("plain", "Dune", "sci-fi"),
+        ("comma", "Eats, Shoots & Leaves", "language, humour"),
+        ("quotes", 'The "Best" of', '"quoted"'),
+        ("quote, comma", '"a", "b"', '","'),
+        ("lines", "first\nsecond\n\nfourth", "\nleading and trailing\n"),
+        ("backslash", "C:\\temp\\new \\", "\\"),
+        ("spaces", "  indented", "tail\t "),
+        (" padded id ", "kept as it is", None),
+        ("é😀\u2028", "Ünïcödé 漢字 👩‍👩‍👧", "\u200fעברית"),
+        ("half", None, "only genres"),
+        ("#hash", "# no comment", "null"),
+    ]
 ]
+FORMS = pytest.mark.parametrize("form", ["parquet", "csv", "jsonl"])
 
 
-def as_parquet(path: Path, rows: Sequence[Row]) -> Path:
-    return write_parquet(path, {name: pa.array([row[name] for row in rows], pa.string()) for name in COLUMNS})
+def write_rows(path: Path, rows: Sequence[Row]) -> Path:
+    """Rows with the same columns, in the format of the file's ending."""
+    if path.suffix == ".parquet":
+        return write_parquet(path, {name: pa.array([row[name] for row in rows]) for name in rows[0]})
+    return write_csv(path, rows, list(rows[0])) if path.suffix == ".csv" else write_jsonl(path, rows)
+
+
+def find(wanted: CatalogueSettings) -> CatalogueSource:
+    return find_source(wanted, wanted.uri, ds=planning.DS, storage=STORAGE)
 
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
-    "parquet": lambda folder: as_parquet(folder / "c.parquet", BOOKS),
-    "csv": lambda folder: write_csv(folder / "c.csv", BOOKS, COLUMNS),
+    "parquet": lambda folder: write_rows(folder / "c.parquet", BOOKS),
+    "csv": lambda folder: write_rows(folder / "c.csv", BOOKS),
     "csv, all quoted": lambda folder: write_csv(folder / "c.csv", BOOKS, COLUMNS, quoting=1),
     "csv, CRLF": lambda folder: write_csv(folder / "c.csv", BOOKS, COLUMNS, line_end="\r\n"),
     "csv, BOM": lambda folder: write_csv(folder / "c.csv", BOOKS, COLUMNS, bom=True),
@@ -73,27 +86,42 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_the_same_rows_come_from_every_format(spark: "SparkSession", tmp_path: Path, name: str) -> None:
+def test_every_format_gives_the_same_rows_with_the_hashes_of_the_contract(
+    spark: "SparkSession", tmp_path: Path, name: str
+) -> None:
     rows = read(spark, WRITERS[name](tmp_path), template=planning.TEMPLATE)
     assert texts(rows) == {row["item_id"]: rendered(planning.TEMPLATE, row) for row in BOOKS}
-    assert {row["reason"] for row in rows} == {None}
-
-
-def test_row_ids_and_content_hashes_are_those_of_the_contract(spark: "SparkSession", tmp_path: Path) -> None:
-    for row in read(spark, WRITERS["parquet"](tmp_path), template=planning.TEMPLATE):
-        assert row["row_id"] == row_id(row["item_id"])
+    for row in rows:
+        assert (row["reason"], row["row_id"]) == (None, row_id(row["item_id"]))
         assert row["content_hash"] == content_hash(row["text"])
 
 
-def test_stray_quotes_in_csv_stay_text(spark: "SparkSession", tmp_path: Path) -> None:
-    lines = ["item_id,title", '1,a "b" c', '2,5" disk', '3,"say "hi" now"', '4,"x, ""y"", z"', "5,it's"]
-    path = write_bytes(tmp_path / "c.csv", "\n".join(lines).encode())
-    assert texts(read(spark, path)) == {
-        "1": 'a "b" c', "2": '5" disk', "3": 'say "hi" now', "4": 'x, "y", z', "5": "it's"
-    }  # fmt: skip
+TEXT_FILES: dict[str, tuple[str, str, dict[str, str]]] = {
+    "stray quotes": (
+        "c.csv",
+        'item_id,title\n1,a "b" c\n2,5" disk\n3,"say "hi" now"\n4,"x, ""y"", z"\n5,it\'s',
+        {"1": 'a "b" c', "2": '5" disk', "3": 'say "hi" now', "4": 'x, "y", z', "5": "it's"},
+    ),
+    "mixed line ends": ("c.csv", "title,item_id\na,1\r\nb,2\n", {"1": "a", "2": "b"}),
+    "carriage returns as line ends": ("c.csv", "item_id,title\r1,a\r2,b\r", {"1": "a", "2": "b"}),
+    "line ends in quotes": (
+        "c.csv", 'item_id,title\r\n1,"a\r\nb\rc\nd"\r\n2,"e" \r\n', {"1": "a\r\nb\rc\nd", "2": "e"}
+    ),
+    "columns that differ in case": ("c.csv", "item_id,title,Title\n1,a,b\n", {"1": "a"}),
+    **{f"NUL {n}": ("c.csv", f'item_id,title\n1,"{title.replace(chr(34), chr(34) * 2)}"\n', {"1": title})
+       for n, title in enumerate(['a"\0b', 'a\0"b', "a\0\nb", "\0"])},
+    **{f"separator {mark!a}": ("c.jsonl", f'{{"item_id": "1", "title": "a{mark}b"}}\n', {"1": f"a{mark}b"})
+       for mark in "\u2028\x85"},
+}  # fmt: skip
 
 
-def test_parquet_types_become_text_as_python_writes_them(spark: "SparkSession", tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", TEXT_FILES)
+def test_text_files_are_parsed(spark: "SparkSession", tmp_path: Path, name: str) -> None:
+    file, content, expected = TEXT_FILES[name]
+    assert texts(read(spark, write_bytes(tmp_path / file, content.encode()))) == expected
+
+
+def test_parquet_types_become_text_as_in_python(spark: "SparkSession", tmp_path: Path) -> None:
     columns: dict[str, pa.Array] = {
         "item_id": pa.array([1, 2**62], pa.int64()),
         "int8": pa.array([-7, None], pa.int8()),
@@ -103,11 +131,13 @@ def test_parquet_types_become_text_as_python_writes_them(spark: "SparkSession", 
         "date": pa.array([dt.date(2026, 1, 2), None]),
         "time": pa.array([dt.datetime(2026, 1, 2, 3, 4, 5, 123456), None], pa.timestamp("us")),
         "words": pa.array([["a", None, "b, c"], []], pa.list_(pa.string())),
+        "pair": pa.array([["a", "b"], None], pa.list_(pa.string(), 2)),
         "numbers": pa.array([[1, 2], None], pa.large_list(pa.int32())),
         "dates": pa.array([[dt.date(2026, 1, 2)], []]),
         "category": pa.array(["x", None]).dictionary_encode(),
         "large": pa.array(["y", None], pa.large_string()),
         "binary": pa.array(["é".encode(), None], pa.binary()),
+        "null": pa.nulls(2),
     }
     template = "|".join(f"{{{name}}}" for name in columns)
 
@@ -120,18 +150,14 @@ def test_parquet_types_become_text_as_python_writes_them(spark: "SparkSession", 
         str(item["item_id"]): rendered(template, {n: None if v is None else text(v) for n, v in item.items()})
         for item in pa.table(columns).to_pylist()
     }
+    # A nanosecond column that no setting names, and columns that differ in case, do no harm.
+    columns |= {"seen": pa.array([NAIVE[0]] * 2, pa.timestamp("ns")), "Large": pa.array(["other"] * 2)}
     path = write_parquet(tmp_path / "c.parquet", columns)
     assert texts(read(spark, path, template=template)) == expected
-
-
-@pytest.mark.parametrize("values", [pa.nulls(2), pa.array([True, None])], ids=["null", "bool"])
-def test_nulls_of_any_parquet_type_are_no_text(spark: "SparkSession", tmp_path: Path, values: pa.Array) -> None:
-    columns = {"item_id": ["1", "2"], "title": ["a", "b"], "x": values}
-    found = texts(read(spark, write_parquet(tmp_path / "c.parquet", columns), template="{title}{x}"))
-    assert found == {
-        item_id: title + json.dumps(x).replace("null", "")
-        for item_id, title, x in zip(columns["item_id"], columns["title"], values.to_pylist(), strict=True)
-    }
+    flags = {"item_id": ["1", "2"], "title": ["a", "b"], "flag": [True, None]}
+    assert texts(read(spark, write_parquet(tmp_path / "flags.parquet", flags), template="{title}{flag}")) == {
+        "1": "atrue", "2": "b"
+    }  # fmt: skip
 
 
 def test_json_values_become_text_as_they_are_written(spark: "SparkSession", tmp_path: Path) -> None:
@@ -141,6 +167,9 @@ def test_json_values_become_text_as_they_are_written(spark: "SparkSession", tmp_
     assert texts(read(spark, path, template="{x}|{words}")) == {
         str(n): f"{value}|a, {value}".replace('"', "") for n, value in enumerate(values)
     }
+    mixed = ["word", 7, 1.5, True, ["a", None, 2, False], [], None]
+    path = write_jsonl(tmp_path / "mixed.jsonl", [{"item_id": n, "title": value} for n, value in enumerate(mixed)])
+    assert [row["text"] for row in read(spark, path)] == ["word", "7", "1.5", "true", "a, 2, false", "", ""]
 
 
 # --- templates
@@ -160,19 +189,6 @@ TEMPLATES = [
 ]
 
 
-def _texts_of_templates(spark: "SparkSession", path: Path, templates: Sequence[str]) -> dict[tuple[int, str], str]:
-    frames = []
-    for number, template in enumerate(templates):
-        wanted = planning.catalogue_settings(path, template=template)
-        source = catalogue.find_source(wanted, str(path), ds=planning.DS, storage=planning.STORAGE)
-        rows = catalogue.read_rows(spark, source, wanted, storage=planning.STORAGE)
-        frames.append(rows.selectExpr(f"{number} AS number", "item_id", "text"))
-    union = frames[0]
-    for frame in frames[1:]:
-        union = union.union(frame)
-    return {(row.number, row.item_id): row.text for row in union.collect()}
-
-
 def _templates() -> st.SearchStrategy[str]:
     literal = st.text(HOSTILE, max_size=8).map(lambda text: text.replace("{", "{{").replace("}", "}}"))
     column = st.sampled_from(["{title}", "{genres}"])
@@ -182,15 +198,22 @@ def _templates() -> st.SearchStrategy[str]:
 
 @examples(1, of=2)
 @given(drawn=st.lists(_templates(), min_size=6, max_size=6))
-def test_templates_render_as_python_renders_them(
+def test_templates_render_as_in_python(
     spark: "SparkSession", tmp_path_factory: pytest.TempPathFactory, drawn: list[str]
 ) -> None:
     path = WRITERS["json lines"](tmp_path_factory.mktemp("templates"))
     templates = [*TEMPLATES, *drawn]
-    found = _texts_of_templates(spark, path, templates)
-    assert found == {
+    frames = []
+    for number, template in enumerate(templates):
+        wanted = planning.catalogue_settings(path, template=template)
+        rows = read_catalogue(spark, find(wanted), wanted, storage=STORAGE)
+        frames.append(rows.selectExpr(f"{number} AS number", "item_id", "text"))
+    union = frames[0]
+    for frame in frames[1:]:
+        union = union.union(frame)
+    assert {(row.number, row.item_id): row.text for row in union.collect()} == {
         (number, row["item_id"]): (
-            # A row without any of the template's columns has no text at all, literals or not.
+            # A row that lacks all columns of the template has no text, not even the literals.
             rendered(template, row) if any(row[n] for n in ("title", "genres") if f"{{{n}}}" in template) else ""
         )
         for number, template in enumerate(templates)
@@ -199,6 +222,11 @@ def test_templates_render_as_python_renders_them(
 
 
 # --- quarantine
+
+
+def _reasons(rows: Sequence[Row]) -> list[tuple[str | None, str]]:
+    return [(row["reason"], row["row"]) for row in rows if row["reason"] is not None]
+
 
 BAD_CSV = (
     b"item_id,title,extra\n"
@@ -213,10 +241,6 @@ BAD_CSV = (
     b'blank," \t\n",x\n'
     b"good,text,x\n"
 )
-
-
-def _reasons(rows: Sequence[Row]) -> list[tuple[str | None, str]]:
-    return [(row["reason"], row["row"]) for row in rows if row["reason"] is not None]
 
 
 def test_bad_csv_rows_are_quarantined_with_their_record(spark: "SparkSession", tmp_path: Path) -> None:
@@ -239,6 +263,7 @@ def test_bad_csv_rows_are_quarantined_with_their_record(spark: "SparkSession", t
 
 
 def test_bad_json_lines_are_quarantined_with_their_record(spark: "SparkSession", tmp_path: Path) -> None:
+    record = '{"item_id": "1", "title": "a"}'
     malformed = [
         '{"item_id": "cut", "title":',
         "[1, 2]",
@@ -254,6 +279,7 @@ def test_bad_json_lines_are_quarantined_with_their_record(spark: "SparkSession",
         "\x00",
         "\x0c",
         "{}\ufeff",
+        *(record + more for more in (record, " x", ",", "}", "\x00", "\x0b")),
     ]
     rejected = [
         ({"title": "no id"}, Reason.NULL_ID),
@@ -264,9 +290,9 @@ def test_bad_json_lines_are_quarantined_with_their_record(spark: "SparkSession",
         ({"item_id": "null", "title": None}, Reason.EMPTY_TEXT),
         ({}, Reason.NULL_ID),
     ]
-    lines = [*malformed, *(json.dumps(row) for row, _ in rejected), '{"item_id": "good", "title": "text"}', "", "  "]
+    lines = [*malformed, *(json.dumps(row) for row, _ in rejected), record + " \t\r", "", "  "]
     rows = read(spark, write_bytes(tmp_path / "c.jsonl", "\n".join(lines).encode()))
-    assert texts(rows) == {"good": "text"}
+    assert texts(rows) == {"1": "a"}
     found = _reasons(rows)
     assert found[: len(malformed)] == [(Reason.MALFORMED, line) for line in malformed]
     assert [(reason, json.loads(row)) for reason, row in found[len(malformed) :]] == [
@@ -276,17 +302,15 @@ def test_bad_json_lines_are_quarantined_with_their_record(spark: "SparkSession",
 
 def test_undecodable_json_lines_are_quarantined_and_readable(spark: "SparkSession", tmp_path: Path) -> None:
     lines = [b'{"item_id": "a", "title": "x\xffy"}', b'{"item_id": "\xed\xa0\x80", "title": "b"}', b'{"cut": "\xe2\x82']
-    rows = read(spark, write_bytes(tmp_path / "c.jsonl", b'{"item_id": "ok", "title": "t"}\n' + b"\n".join(lines)))
-    assert texts(rows) == {"ok": "t"}
-    assert [re.sub("\ufffd+", "?", row) for _, row in _reasons(rows)] == [
+    surrogates = [rb'{"item_id": "\ud800", "title": "a"}', rb'{"item_id": "\ud801", "title": "b"}',
+                  rb'{"item_id": "c", "title": "x\udfffy"}']  # fmt: skip
+    good = [b'{"item_id": "ok", "title": "t"}', rb'{"item_id": "d", "title": "\ud83d\ude00"}']
+    rows = read(spark, write_bytes(tmp_path / "c.jsonl", b"\n".join([*lines, *surrogates, *good])))
+    assert texts(rows) == {"ok": "t", "d": "😀"}
+    assert [row["reason"] for row in rows] == [Reason.UNDECODABLE] * 6 + [None] * 2
+    assert [re.sub("\ufffd+", "?", row) for _, row in _reasons(rows)][:3] == [
         re.sub("\ufffd+", "?", line.decode(errors="replace")) for line in lines
     ]
-
-
-def test_undecodable_json_lines_are_called_undecodable(spark: "SparkSession", tmp_path: Path) -> None:
-    data = b'{"item_id": "ok", "title": "t"}\n{"item_id": "a", "title": "x\xffy"}\n'
-    rows = read(spark, write_bytes(tmp_path / "c.jsonl", data))
-    assert [row["reason"] for row in rows] == [None, Reason.UNDECODABLE]
 
 
 BYTES = [b"ok", b"a\xff", b"\xc0\xaf", b"\xed\xa0\x80", b"cut\xe2\x82", "é😀".encode(), b""]
@@ -316,115 +340,78 @@ def test_undecodable_bytes_in_parquet_are_quarantined(
             assert json.loads(record)["item_id"] == number
         else:
             assert (reason, text) == (None if decoded else Reason.EMPTY_TEXT, decoded)
-
-
-def test_undecodable_ids_in_parquet_are_quarantined_without_an_id(spark: "SparkSession", tmp_path: Path) -> None:
-    columns = {"item_id": planning.undecoded_strings([b"a\xff", b"b"]), "title": ["x", "y"]}
-    rows = read(spark, write_parquet(tmp_path / "c.parquet", columns))
-    assert texts(rows) == {"b": "y"}
-    bad = next(row for row in rows if row["reason"])
+    ids = {"item_id": planning.undecoded_strings([b"a\xff", b"b"]), "title": ["x", "y"]}
+    bad, good = read(spark, write_parquet(tmp_path / "ids.parquet", ids))
+    assert (good["item_id"], good["text"], good["reason"]) == ("b", "y", None)
     assert (bad["item_id"], bad["reason"]) == (None, Reason.UNDECODABLE)
     assert json.loads(bad["row"]) == {"item_id": "a\ufffd", "title": "x"}
 
 
-# --- the latest row wins
+# --- times of change
 
 MOMENTS = [dt.datetime(2026, 11, day, hour, tzinfo=dt.UTC) for day, hour in [(1, 0), (1, 1), (9, 23), (10, 0), (20, 5)]]
 NAIVE = [moment.replace(tzinfo=None) for moment in MOMENTS]
-
-
-def _shuffled() -> list[int]:
-    order = [*range(len(MOMENTS)), None, None]
-    planning.chance(4).shuffle(order)
-    return order
-
-
-def _updated_parquet(kind: pa.DataType, value: Callable[[int], object]) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        order = _shuffled()
-        updated = pa.array([None if n is None else value(n) for n in order], kind)
-        columns = {"item_id": ["x"] * len(order), "title": [f"version {n}" for n in order], "at": updated}
-        return write_parquet(folder / "c.parquet", columns)
-
-    return write
-
-
-def _updated_text(write: Callable[[Path, list[Row]], Path], value: Callable[[int], object]) -> Callable[[Path], Path]:
-    def written(folder: Path) -> Path:
-        order = _shuffled()
-        rows = [{"item_id": "x", "title": f"version {n}", "at": None if n is None else value(n)} for n in order]
-        return write(folder, rows)
-
-    return written
-
-
-def _csv(folder: Path, rows: list[Row]) -> Path:
-    return write_csv(folder / "c.csv", rows, ["item_id", "title", "at"])
-
-
-def _jsonl(folder: Path, rows: list[Row]) -> Path:
-    return write_jsonl(folder / "c.jsonl", rows)
 
 
 def _zoned(n: int) -> str:
     return MOMENTS[n].astimezone(dt.timezone(dt.timedelta(hours=(n % 3) * 5 - 7))).isoformat()
 
 
-UPDATED: dict[str, Callable[[Path], Path]] = {
-    "CSV, ISO": _updated_text(_csv, lambda n: NAIVE[n].isoformat()),
-    "CSV, ISO with zones": _updated_text(_csv, _zoned),
-    "CSV, ISO with Z": _updated_text(_csv, lambda n: NAIVE[n].isoformat() + "Z"),
-    "CSV, epoch seconds": _updated_text(_csv, lambda n: int(MOMENTS[n].timestamp())),
-    "CSV, epoch seconds with fractions": _updated_text(_csv, lambda n: 1_700_000_000 + n / 8),
-    "CSV, epoch milliseconds": _updated_text(_csv, lambda n: 1_700_000_000_000 + n),
-    "JSON, ISO": _updated_text(_jsonl, lambda n: NAIVE[n].isoformat(" ")),
-    "JSON, epoch seconds": _updated_text(_jsonl, lambda n: int(MOMENTS[n].timestamp())),
-    "JSON, epoch milliseconds as text": _updated_text(_jsonl, lambda n: str(1_700_000_000_000 + n)),
-    "Parquet, string": _updated_parquet(pa.string(), lambda n: NAIVE[n].isoformat()),
-    "Parquet, int64 seconds": _updated_parquet(pa.int64(), lambda n: int(MOMENTS[n].timestamp())),
-    "Parquet, int64 milliseconds": _updated_parquet(pa.int64(), lambda n: 1_700_000_000_000 + n),
-    "Parquet, double": _updated_parquet(pa.float64(), lambda n: 1_700_000_000 + n / 8),
-    "Parquet, timestamp s": _updated_parquet(pa.timestamp("s"), NAIVE.__getitem__),
-    "Parquet, timestamp ms": _updated_parquet(pa.timestamp("ms", "UTC"), MOMENTS.__getitem__),
-    "Parquet, timestamp us": _updated_parquet(pa.timestamp("us", "Europe/Berlin"), MOMENTS.__getitem__),
-    "Parquet, date": _updated_parquet(pa.date32(), lambda n: dt.date(2026, 11, 1 + n)),
-}
-UPDATED_BROKEN: dict[str, Callable[[Path], Path]] = {
-    "Parquet, timestamp ns": _updated_parquet(pa.timestamp("ns"), NAIVE.__getitem__),
-    "Parquet, timestamp ns UTC": _updated_parquet(pa.timestamp("ns", "UTC"), MOMENTS.__getitem__),
-    "Parquet, int64 microseconds": _updated_parquet(pa.int64(), lambda n: 1_700_000_000_000_000 + n),
-    "CSV, epoch microseconds": _updated_text(_csv, lambda n: 1_700_000_000_000_000 + n),
-    "JSON, epoch nanoseconds": _updated_text(_jsonl, lambda n: 1_700_000_000_000_000_000 + 1000 * n),
+def _iso(n: int) -> str:
+    return NAIVE[n].isoformat()
+
+
+def _epoch(n: int) -> int:
+    return int(MOMENTS[n].timestamp())
+
+
+UPDATED: dict[str, tuple[str | pa.DataType, Callable[[int], object]]] = {
+    "CSV, ISO": ("csv", _iso),
+    "CSV, ISO with zones": ("csv", _zoned),
+    "CSV, ISO with Z": ("csv", lambda n: _iso(n) + "Z"),
+    "CSV, epoch seconds": ("csv", _epoch),
+    "CSV, epoch seconds with fractions": ("csv", lambda n: 1_700_000_000 + n / 8),
+    "CSV, epoch milliseconds": ("csv", lambda n: 1_700_000_000_000 + n),
+    "CSV, epoch microseconds": ("csv", lambda n: 1_700_000_000_000_000 + n),
+    "JSON, ISO": ("jsonl", lambda n: NAIVE[n].isoformat(" ")),
+    "JSON, epoch seconds": ("jsonl", _epoch),
+    "JSON, epoch milliseconds as text": ("jsonl", lambda n: str(1_700_000_000_000 + n)),
+    "JSON, epoch nanoseconds": ("jsonl", lambda n: 1_700_000_000_000_000_000 + 1000 * n),
+    "Parquet, string": (pa.string(), _iso),
+    "Parquet, int64 seconds": (pa.int64(), _epoch),
+    "Parquet, int64 milliseconds": (pa.int64(), lambda n: 1_700_000_000_000 + n),
+    "Parquet, int64 microseconds": (pa.int64(), lambda n: 1_700_000_000_000_000 + n),
+    "Parquet, double": (pa.float64(), lambda n: 1_700_000_000 + n / 8),
+    "Parquet, timestamp s": (pa.timestamp("s"), NAIVE.__getitem__),
+    "Parquet, timestamp ms": (pa.timestamp("ms", "UTC"), MOMENTS.__getitem__),
+    "Parquet, timestamp us": (pa.timestamp("us", "Europe/Berlin"), MOMENTS.__getitem__),
+    "Parquet, timestamp ns": (pa.timestamp("ns"), NAIVE.__getitem__),
+    "Parquet, timestamp ns UTC": (pa.timestamp("ns", "UTC"), MOMENTS.__getitem__),
+    "Parquet, date": (pa.date32(), lambda n: dt.date(2026, 11, 1 + n)),
 }
 
 
-def _versions(spark: "SparkSession", path: Path) -> list[str]:
-    """Texts by ``updated_at``, nulls first."""
+@pytest.mark.parametrize("name", UPDATED)
+def test_updated_at_sorts_rows_by_time_in_every_notation(spark: "SparkSession", tmp_path: Path, name: str) -> None:
+    form, value = UPDATED[name]
+    order = [*range(len(MOMENTS)), None, None]
+    planning.chance(4).shuffle(order)
+    updated = [None if n is None else value(n) for n in order]
+    titles = [f"version {n}" for n in order]
+    if isinstance(form, str):
+        rows = [{"item_id": "x", "title": title, "at": at} for title, at in zip(titles, updated, strict=True)]
+        path = write_rows(tmp_path / f"c.{form}", rows)
+    else:
+        columns = {"item_id": ["x"] * len(order), "title": titles, "at": pa.array(updated, form)}
+        path = write_parquet(tmp_path / "c.parquet", columns)
     wanted = planning.catalogue_settings(path, updated_at_column="at")
-    source = catalogue.find_source(wanted, str(path), ds=planning.DS, storage=planning.STORAGE)
-    rows = catalogue.read_rows(spark, source, wanted, storage=planning.STORAGE)
-    # Among equal times the texts run backwards, so that only the times can bring them into order.
-    return [row.text for row in rows.orderBy("updated_at", rows["text"].desc()).selectExpr("text").collect()]
+    frame = read_catalogue(spark, find(wanted), wanted, storage=STORAGE)
+    # Equal times would put the texts in descending order, so only the times can bring them into this order.
+    found = [row.text for row in frame.orderBy("updated_at", frame["text"].desc()).selectExpr("text").collect()]
+    assert found == ["version None"] * 2 + [f"version {n}" for n in range(len(MOMENTS))]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *UPDATED,
-        *(name for name in UPDATED_BROKEN),
-    ],
-)
-def test_updated_at_sorts_rows_by_time_however_it_is_written(spark: "SparkSession", tmp_path: Path, name: str) -> None:
-    path = (UPDATED | UPDATED_BROKEN)[name](tmp_path)
-    assert _versions(spark, path) == ["version None"] * 2 + [f"version {n}" for n in range(len(MOMENTS))]
-
-
-def test_a_nanosecond_column_that_nothing_uses_does_no_harm(spark: "SparkSession", tmp_path: Path) -> None:
-    columns = {"item_id": ["1"], "title": ["a"], "seen": pa.array([NAIVE[0]], pa.timestamp("ns"))}
-    assert texts(read(spark, write_parquet(tmp_path / "c.parquet", columns))) == {"1": "a"}
-
-
-# --- files of one day that differ
+# --- files of one day
 
 
 def test_files_of_one_day_may_differ_in_columns_and_types(spark: "SparkSession", tmp_path: Path) -> None:
@@ -438,59 +425,30 @@ def test_files_of_one_day_may_differ_in_columns_and_types(spark: "SparkSession",
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl"])
-def test_columns_are_found_by_name_in_every_file(spark: "SparkSession", tmp_path: Path, ending: str) -> None:
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_columns_are_found_by_name_in_every_file(spark: "SparkSession", tmp_path: Path, form: str) -> None:
     orders = [("item_id", "title"), ("title", "item_id"), ("extra", "title", "other", "item_id")]
     for number, columns in enumerate(orders):
-        rows = [{name: f"{name} {number}" for name in columns}]
-        path = tmp_path / f"{number}.{ending}"
-        if ending == "csv":
-            write_csv(path, rows, columns)
-        else:
-            write_jsonl(path, rows)
-    write_bytes(tmp_path / f"empty.{ending}", b"")
+        write_rows(tmp_path / f"{number}.{form}", [{name: f"{name} {number}" for name in columns}])
+    write_bytes(tmp_path / f"empty.{form}", b"")
     rows = read(spark, tmp_path)
     assert texts(rows) == {f"item_id {n}": f"title {n}" for n in range(len(orders))}
-    assert sorted(row["source"] for row in rows) == [f"{n}.{ending}" for n in range(len(orders))]
+    assert sorted(row["source"] for row in rows) == [f"{n}.{form}" for n in range(len(orders))]
 
 
-@pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
-def test_a_file_without_the_updated_at_column_is_an_error_that_names_both(
-    spark: "SparkSession", tmp_path: Path, ending: str
-) -> None:
-    full, short = {"item_id": "1", "title": "a", "at": "2026-11-20"}, {"item_id": "1", "title": "a"}
-    for name, row in [("full", full), ("short", short)]:
-        path = tmp_path / f"{name}.{ending}"
-        if ending == "parquet":
-            write_parquet(path, {column: [value] for column, value in row.items()})
-        elif ending == "csv":
-            write_csv(path, [row], list(row))
-        else:
-            write_jsonl(path, [row])
-    with pytest.raises(UserError, match=r"catalogue\.updated_at_column names column 'at'") as error:
-        read(spark, tmp_path, updated_at_column="at")
-    assert f"short.{ending}" in str(error.value)
-    assert "full." not in str(error.value)
-
-
-def test_hidden_files_are_no_part_of_a_folder(spark: "SparkSession", tmp_path: Path) -> None:
+def test_hidden_files_of_a_folder_are_skipped(spark: "SparkSession", tmp_path: Path) -> None:
     write_csv(tmp_path / "day" / "c.csv", BOOKS, COLUMNS)
     for name in ("_SUCCESS", ".c.csv.crc", "_temporary/c.csv", ".hidden/c.parquet"):
         write_bytes(tmp_path / "day" / name, b"not for us")
     assert len(read(spark, tmp_path / "day")) == len(BOOKS)
 
 
-def test_a_glob_takes_the_files_that_match(spark: "SparkSession", tmp_path: Path) -> None:
-    for name in ("items-1.csv", "items-2.csv", "other.csv", "items-3.txt"):
+def test_a_glob_matches_names_within_its_folder(spark: "SparkSession", tmp_path: Path) -> None:
+    for name in ("items-1.csv", "items-2.csv", "other.csv", "items-3.txt", "archive/items-4.csv"):
         write_bytes(tmp_path / name, f"item_id,title\n{name},a\n".encode())
     assert texts(read(spark, tmp_path / "items-*.csv")).keys() == {"items-1.csv", "items-2.csv"}
     assert texts(read(spark, tmp_path / "items-[23].*", format="csv")).keys() == {"items-2.csv", "items-3.txt"}
-
-
-def test_a_glob_does_not_reach_into_folders(spark: "SparkSession", tmp_path: Path) -> None:
-    write_bytes(tmp_path / "c.csv", b"item_id,title\n1,today\n")
-    write_bytes(tmp_path / "archive" / "c.csv", b"item_id,title\n2,last year\n")
-    assert texts(read(spark, tmp_path / "*.csv")) == {"1": "today"}
+    assert texts(read(spark, tmp_path / "*.csv")).keys() == {"items-1.csv", "items-2.csv", "other.csv"}
 
 
 def test_sample_texts_are_distinct_usable_and_the_same_in_any_order(spark: "SparkSession", tmp_path: Path) -> None:
@@ -499,9 +457,7 @@ def test_sample_texts_are_distinct_usable_and_the_same_in_any_order(spark: "Spar
     found = []
     for name, order in [("a", [*rows, *bad]), ("b", [*bad, *rows[::-1]])]:
         wanted = planning.catalogue_settings(write_jsonl(tmp_path / name / "c.jsonl", order))
-        source = catalogue.find_source(wanted, wanted.uri, ds=planning.DS, storage=planning.STORAGE)
-        for limit in (100, 3):
-            found.append(catalogue.sample_texts(spark, source, wanted, storage=planning.STORAGE, limit=limit))
+        found += [sample_texts(spark, find(wanted), wanted, storage=STORAGE, limit=limit) for limit in (100, 3)]
     every, few = found[:2]
     assert sorted(every) == [f"title {n}" for n in range(7)]
     assert every == sorted(every, key=content_hash)
@@ -509,7 +465,7 @@ def test_sample_texts_are_distinct_usable_and_the_same_in_any_order(spark: "Spar
     assert found[2:] == [every, few]
 
 
-# --- the user's mistakes: one clear line each
+# --- mistakes of the user: one clear line each
 
 
 def _user_error(spark: "SparkSession", uri: Path | str, **changes: Any) -> str:
@@ -521,94 +477,98 @@ def _user_error(spark: "SparkSession", uri: Path | str, **changes: Any) -> str:
     return message
 
 
-def test_nothing_at_the_uri_names_the_date(spark: "SparkSession", tmp_path: Path) -> None:
-    assert planning.DS in _user_error(spark, tmp_path / "absent.csv")
-    assert planning.DS in _user_error(spark, tmp_path / "absent-*.csv")
+def test_a_catalogue_without_files_is_an_error_that_names_the_date(spark: "SparkSession", tmp_path: Path) -> None:
+    for uri in (tmp_path / "absent.csv", tmp_path / "absent-*.csv", tmp_path):
+        assert f"no catalogue for {planning.DS}" in _user_error(spark, uri)
 
 
-def test_an_empty_folder_is_no_catalogue(spark: "SparkSession", tmp_path: Path) -> None:
-    assert planning.DS in _user_error(spark, tmp_path)
+GOOD_CSV = b"item_id,title\n1,a\n"
+BAD_FILES: dict[str, tuple[str, bytes, str]] = {
+    **{f"empty {form}": (f"c.{form}", b"", "0 bytes") for form in ("parquet", "csv", "jsonl")},
+    "doubled CSV header": ("c.csv", b"item_id,title,title\n1,a,b\n", "'title' more than once"),
+    "CSV named Parquet": ("c.parquet", GOOD_CSV, "is no Parquet file"),
+    "cut Parquet": ("c.parquet", b"PAR1", "is no Parquet file"),
+    "damaged Parquet": ("c.parquet", b"PAR1 cut short PAR1", "is no Parquet file"),
+    "unknown ending": ("c.txt", GOOD_CSV, "catalogue.format"),
+    "unclosed quote in the header": ("c.csv", b'item_id,"title\n1,a\n', "header"),
+    **{f"{encoding} CSV": ("c.csv", GOOD_CSV.decode().encode(encoding), "")
+       for encoding in ("utf-16", "utf-16-le", "utf-16-be")},
+    **{f"{encoding} JSON": ("c.jsonl", '{"item_id": "1", "title": "a"}\n'.encode(encoding), "")
+       for encoding in ("utf-16", "utf-16-le", "utf-16-be")},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
-def test_a_zero_byte_file_is_an_empty_catalogue(spark: "SparkSession", tmp_path: Path, ending: str) -> None:
-    assert "0 bytes" in _user_error(spark, write_bytes(tmp_path / f"c.{ending}", b""))
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_an_unreadable_file_is_the_users_error(spark: "SparkSession", tmp_path: Path, name: str) -> None:
+    file, content, message = BAD_FILES[name]
+    assert message in _user_error(spark, write_bytes(tmp_path / file, content))
 
 
-@pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
-def test_a_missing_column_is_named_with_its_setting_and_what_there_is(
-    spark: "SparkSession", tmp_path: Path, ending: str
+def test_a_damaged_gz_file_is_the_users_error(spark: "SparkSession", tmp_path: Path) -> None:
+    plain = tmp_path / "plain.csv.gz"
+    plain.write_bytes(GOOD_CSV)
+    assert "gzip" in _user_error(spark, plain)
+    rows = [{"item_id": str(n), "title": planning.chance(n).randbytes(50).hex()} for n in range(100_000)]
+    cut = write_jsonl(tmp_path / "c.jsonl.gz", rows)
+    cut.write_bytes(cut.read_bytes()[:-100])
+    assert "gzip" in _user_error(spark, cut)
+
+
+def test_a_set_format_decides_where_endings_are_unclear(spark: "SparkSession", tmp_path: Path) -> None:
+    assert texts(read(spark, write_bytes(tmp_path / "c.txt", GOOD_CSV), format="csv")) == {"1": "a"}
+    write_bytes(tmp_path / "mixed" / "c.csv", GOOD_CSV)
+    write_bytes(tmp_path / "mixed" / "c.jsonl", b"{}\n")
+    assert "catalogue.format" in _user_error(spark, tmp_path / "mixed")
+
+
+@FORMS
+def test_a_missing_column_is_named_with_its_setting_and_the_columns(
+    spark: "SparkSession", tmp_path: Path, form: str
 ) -> None:
-    row = {"item_id": "1", "title": "a"}
-    path = tmp_path / f"c.{ending}"
-    if ending == "parquet":
-        write_parquet(path, {name: [value] for name, value in row.items()})
-    elif ending == "csv":
-        write_csv(path, [row], list(row))
-    else:
-        write_jsonl(path, [row])
+    path = write_rows(tmp_path / f"c.{form}", [{"item_id": "1", "title": "a"}])
     no_id = _user_error(spark, path, id_column="sku")
     assert "catalogue.id_column names column 'sku'" in no_id
     assert "item_id, title" in no_id
     no_text = _user_error(spark, path, template="{title} {plot}")
     assert "catalogue.template names column 'plot'" in no_text
     assert "item_id, title" in no_text
-    # Names are exact: a column that only looks alike is not taken for it.
+    # Names are case-sensitive.
     assert "'Title'" in _user_error(spark, path, template="{Title}")
 
 
-@pytest.mark.parametrize(
-    "value", [pa.array([{"en": "a"}]), pa.array([[("en", "a")]], pa.map_(pa.string(), pa.string()))]
-)
-def test_a_nested_column_in_the_template_is_refused(spark: "SparkSession", tmp_path: Path, value: pa.Array) -> None:
+@FORMS
+def test_a_file_without_the_updated_at_column_is_named(spark: "SparkSession", tmp_path: Path, form: str) -> None:
+    write_rows(tmp_path / f"full.{form}", [{"item_id": "1", "title": "a", "at": "2026-11-20"}])
+    write_rows(tmp_path / f"short.{form}", [{"item_id": "1", "title": "a"}])
+    with pytest.raises(UserError, match=r"catalogue\.updated_at_column names column 'at'") as error:
+        read(spark, tmp_path, updated_at_column="at")
+    assert f"short.{form}" in str(error.value)
+    assert "full." not in str(error.value)
+
+
+UNUSABLE: dict[str, tuple[Any, str]] = {
+    "struct": (pa.array([{"en": "a"}]), "nested"),
+    "map": (pa.array([[("en", "a")]], pa.map_(pa.string(), pa.string())), "nested"),
+    "list of lists": ([[["a"]]], "nested"),
+    "list of structs": ([[{"en": "a"}]], "nested"),
+    "half precision": (pa.array([1.5], pa.float16()), "Spark cannot read its type"),
+    "time of day": ([dt.time(1, 2)], "Spark cannot read its type"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_a_parquet_type_that_cannot_become_text_is_refused(spark: "SparkSession", tmp_path: Path, name: str) -> None:
+    value, message = UNUSABLE[name]
     path = write_parquet(tmp_path / "c.parquet", {"item_id": ["1"], "title": value})
-    assert "nested" in _user_error(spark, path)
-    assert texts(read(spark, path, template="{item_id}")) == {"1": "1"}
+    assert message in _user_error(spark, path)
+    if name in {"struct", "map"}:
+        assert texts(read(spark, path, template="{item_id}")) == {"1": "1"}
 
 
-@pytest.mark.parametrize("value", [[[["a"]]], [[{"en": "a"}]]], ids=["list of lists", "list of structs"])
-def test_a_nested_list_in_the_template_is_refused(spark: "SparkSession", tmp_path: Path, value: list[object]) -> None:
-    assert "nested" in _user_error(spark, write_parquet(tmp_path / "c.parquet", {"item_id": ["1"], "title": value}))
-
-
-def test_a_doubled_csv_header_is_named(spark: "SparkSession", tmp_path: Path) -> None:
-    path = write_bytes(tmp_path / "c.csv", b"item_id,title,title\n1,a,b\n")
-    assert "'title' more than once" in _user_error(spark, path)
-
-
-@pytest.mark.parametrize("data", [b"item_id,title\n1,a\n", b"PAR1", b"PAR1 cut short PAR1"])
-def test_a_file_that_is_no_parquet_is_named(spark: "SparkSession", tmp_path: Path, data: bytes) -> None:
-    assert "is no Parquet file" in _user_error(spark, write_bytes(tmp_path / "c.parquet", data))
-
-
-def test_mixed_formats_and_unknown_endings_ask_for_the_format(spark: "SparkSession", tmp_path: Path) -> None:
-    unknown = write_bytes(tmp_path / "c.txt", b"item_id,title\n1,a\n")
-    assert "catalogue.format" in _user_error(spark, unknown)
-    assert texts(read(spark, unknown, format="csv")) == {"1": "a"}
-    write_bytes(tmp_path / "mixed" / "c.csv", b"item_id,title\n1,a\n")
-    write_bytes(tmp_path / "mixed" / "c.jsonl", b"{}\n")
-    assert "catalogue.format" in _user_error(spark, tmp_path / "mixed")
-
-
-def _unusable_parquet() -> Iterator[Any]:
-    half = {"item_id": ["1"], "title": pa.array([1.5], pa.float16())}
-    yield pytest.param(half, {}, id="half precision text")
-    yield pytest.param({"item_id": ["1"], "title": [dt.time(1, 2)]}, {}, id="time of day text")
-    for name, value in [("bool", True), ("list", [1]), ("binary", b"2026-11-20")]:
-        columns = {"item_id": ["1"], "title": ["a"], "at": [value]}
-        yield pytest.param(columns, {"updated_at_column": "at"}, id=f"{name} updated_at")
-
-
-@pytest.mark.parametrize(("columns", "changes"), _unusable_parquet())
-def test_a_parquet_type_that_cannot_be_used_is_the_users_error(
-    spark: "SparkSession", tmp_path: Path, columns: dict[str, object], changes: dict[str, str]
-) -> None:
-    _user_error(spark, write_parquet(tmp_path / "c.parquet", columns), **changes)
-
-
-def test_a_fixed_size_list_is_text_like_any_list(spark: "SparkSession", tmp_path: Path) -> None:
-    columns = {"item_id": ["1"], "title": pa.array([["a", "b"]], pa.list_(pa.string(), 2))}
-    assert texts(read(spark, write_parquet(tmp_path / "c.parquet", columns))) == {"1": "a, b"}
+@pytest.mark.parametrize("value", [True, [1], b"2026-11-20"], ids=["bool", "list", "binary"])
+def test_a_parquet_type_that_is_no_time_is_refused(spark: "SparkSession", tmp_path: Path, value: object) -> None:
+    columns = {"item_id": ["1"], "title": ["a"], "at": [value]}
+    assert "no time" in _user_error(spark, write_parquet(tmp_path / "c.parquet", columns), updated_at_column="at")
 
 
 def test_a_doubled_parquet_column_is_named(spark: "SparkSession", tmp_path: Path) -> None:
@@ -617,31 +577,13 @@ def test_a_doubled_parquet_column_is_named(spark: "SparkSession", tmp_path: Path
     assert "'title'" in _user_error(spark, path)
 
 
-@pytest.mark.parametrize("ending", ["csv", "parquet"])
-def test_columns_that_differ_in_case_are_different_columns(spark: "SparkSession", tmp_path: Path, ending: str) -> None:
-    path, columns = tmp_path / f"c.{ending}", ["item_id", "title", "Title"]
-    if ending == "csv":
-        write_csv(path, [dict(zip(columns, "1ab", strict=True))], columns)
-    else:
-        write_parquet(path, {name: [value] for name, value in zip(columns, "1ab", strict=True)})
-    assert texts(read(spark, path)) == {"1": "a"}
-
-
-def test_a_gz_file_that_is_not_compressed_is_the_users_error(spark: "SparkSession", tmp_path: Path) -> None:
-    path = tmp_path / "c.csv.gz"
-    path.write_bytes(b"item_id,title\n1,a\n")
-    _user_error(spark, path)
-
-
-# --- hostile names and contents
+# --- unusual names and contents
 
 
 @pytest.mark.parametrize("folder", ["my catalogue", "100%25", "ünï"])
-def test_paths_may_hold_spaces_percents_and_letters(spark: "SparkSession", tmp_path: Path, folder: str) -> None:
-    path = write_bytes(tmp_path / folder / f"{folder}.csv", b"item_id,title\n1,a\n")
-    rows = read(spark, path)
-    assert texts(rows) == {"1": "a"}
-    assert rows[0]["source"] == path.name
+def test_paths_may_contain_spaces_percents_and_letters(spark: "SparkSession", tmp_path: Path, folder: str) -> None:
+    path = write_bytes(tmp_path / folder / f"{folder}.csv", GOOD_CSV)
+    assert [(row["text"], row["source"]) for row in read(spark, path)] == [("a", path.name)]
 
 
 def test_names_of_parquet_files_are_given_as_they_are(spark: "SparkSession", tmp_path: Path) -> None:
@@ -657,49 +599,6 @@ def test_a_first_json_line_of_more_than_a_mebibyte_is_read(spark: "SparkSession"
     assert {item_id: len(text) for item_id, text in found.items()} == {"long": 1 << 20, "short": 1}
 
 
-@pytest.mark.parametrize("separator", ["\u2028", "\x85"])
-def test_line_separators_inside_json_strings_are_text(spark: "SparkSession", tmp_path: Path, separator: str) -> None:
-    row = {"item_id": "1", "title": f"a{separator}b"}
-    path = write_jsonl(tmp_path / "c.jsonl", [row], ensure_ascii=False)
-    assert texts(read(spark, path)) == {"1": row["title"]}
-
-
-def test_lone_surrogates_are_undecodable(spark: "SparkSession", tmp_path: Path) -> None:
-    lines = [r'{"item_id": "\ud800", "title": "a"}', r'{"item_id": "\ud801", "title": "b"}',
-             r'{"item_id": "c", "title": "x\udfffy"}', r'{"item_id": "d", "title": "\ud83d\ude00"}']  # fmt: skip
-    rows = read(spark, write_bytes(tmp_path / "c.jsonl", "\n".join(lines).encode()))
-    assert texts(rows) == {"d": "😀"}
-    assert Counter(row["reason"] for row in rows) == {Reason.UNDECODABLE: 3, None: 1}
-
-
-def test_what_follows_a_json_record_on_its_line_is_not_dropped(spark: "SparkSession", tmp_path: Path) -> None:
-    record = '{"item_id": "1", "title": "a"}'
-    malformed = [record + more for more in (record, " x", ",", "}", "\x00", "\x0b")]
-    rows = read(spark, write_bytes(tmp_path / "c.jsonl", "\n".join([record + " \t\r", *malformed]).encode()))
-    assert texts(rows) == {"1": "a"}
-    assert _reasons(rows) == [(Reason.MALFORMED, line) for line in malformed]
-
-
-def test_mixed_line_ends_in_csv_are_no_part_of_an_id(spark: "SparkSession", tmp_path: Path) -> None:
-    path = write_bytes(tmp_path / "c.csv", b"title,item_id\na,1\r\nb,2\n")
-    assert texts(read(spark, path)) == {"1": "a", "2": "b"}
-
-
-def test_csv_with_bare_carriage_returns_is_read(spark: "SparkSession", tmp_path: Path) -> None:
-    assert texts(read(spark, write_bytes(tmp_path / "c.csv", b"item_id,title\r1,a\r2,b\r"))) == {"1": "a", "2": "b"}
-
-
-@pytest.mark.parametrize("title", ['a"\0b', 'a\0"b', "a\0\nb", "\0"])
-def test_nul_in_csv_is_kept(spark: "SparkSession", tmp_path: Path, title: str) -> None:
-    row = {"item_id": "1", "title": title}
-    assert texts(read(spark, write_csv(tmp_path / "c.csv", [row], list(row)))) == {"1": title}
-
-
-def test_line_ends_inside_quotes_are_text(spark: "SparkSession", tmp_path: Path) -> None:
-    path = write_bytes(tmp_path / "c.csv", b'item_id,title\r\n1,"a\r\nb\rc\nd"\r\n2,"e" \r\n')
-    assert texts(read(spark, path)) == {"1": "a\r\nb\rc\nd", "2": "e"}
-
-
 @pytest.mark.parametrize(
     ("broken", "found", "rows_read"),
     [
@@ -711,18 +610,17 @@ def test_line_ends_inside_quotes_are_text(spark: "SparkSession", tmp_path: Path)
         (b'2,"broken\n3,""\n4,"e"', {"4": "e"}, 6),
     ],
 )
-def test_an_unclosed_quote_spoils_its_own_line_only(
-    spark: "SparkSession", tmp_path: Path, broken: bytes, found: dict[str, str], rows_read: int
+def test_an_unclosed_quote_spoils_only_its_own_line(
+    spark: "SparkSession", tmp_path: Path, broken: bytes, found: Mapping[str, str], rows_read: int
 ) -> None:
-    path = write_bytes(tmp_path / "c.csv", b"item_id,title\n1,a\n" + broken + b"\n8,x\n9,y\n")
-    rows = read(spark, path)
+    rows = read(spark, write_bytes(tmp_path / "c.csv", GOOD_CSV + broken + b"\n8,x\n9,y\n"))
     assert texts(rows) == {"1": "a", **found, "8": "x", "9": "y"}
     assert [row for reason, row in _reasons(rows) if reason == Reason.MALFORMED] == [broken.split(b"\n")[0].decode()]
     assert len(rows) == rows_read
 
 
-def test_a_record_of_several_lines_that_is_malformed_is_kept_whole(spark: "SparkSession", tmp_path: Path) -> None:
-    # Its inner lines are text: none of them may become an item, however much it looks like one.
+def test_a_malformed_record_of_several_lines_is_kept_whole(spark: "SparkSession", tmp_path: Path) -> None:
+    # The lines within the quotes are text, although they look like items.
     record = '7,"a\n8,no item\n9,neither",more'
     rows = read(spark, write_bytes(tmp_path / "c.csv", f"item_id,title\n{record}\n1,a\n".encode()))
     assert [(row["item_id"], row["reason"], row["row"]) for row in rows] == [
@@ -731,8 +629,8 @@ def test_a_record_of_several_lines_that_is_malformed_is_kept_whole(spark: "Spark
     ]
 
 
-def test_a_quoted_field_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalogue_text, "QUOTED_BYTES", 100)
+def test_a_quoted_field_above_the_limit_counts_as_unclosed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_records, "QUOTED_BYTES", 100)
     lines = [b'1,"a\n', *(b"%d,plain\n" % n for n in range(2, 100)), b'100,end"\n']
     found = list(csv_records(iter(lines)))
     assert found[0] == (None, b'1,"a')
@@ -743,10 +641,7 @@ FIELDS = st.text(st.sampled_from('ab,"\n\r \t\0é\u2028'), max_size=6)
 
 
 @settings(deadline=None)
-@given(
-    rows=st.lists(st.tuples(FIELDS, FIELDS, FIELDS), max_size=5),
-    line_end=st.sampled_from(["\n", "\r\n"]),
-)
+@given(rows=st.lists(st.tuples(FIELDS, FIELDS, FIELDS), max_size=5), line_end=st.sampled_from(["\n", "\r\n"]))
 def test_csv_of_any_texts_is_read_as_it_was_written(rows: list[tuple[str, ...]], line_end: str) -> None:
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator=line_end, quoting=csv.QUOTE_ALL).writerows(rows)
@@ -764,62 +659,17 @@ def test_no_byte_of_a_csv_file_is_lost(pieces: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 64, 1000])
-def test_json_lines_are_the_same_however_a_file_is_cut(
+def test_json_lines_are_the_same_for_every_size_of_pieces(
     spark: "SparkSession", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
 ) -> None:
-    monkeypatch.setattr(catalogue_text, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(text_records, "PIECE_BYTES", piece_bytes)
     lines = [json.dumps({"item_id": str(n), "title": "é" * (n % 9)}, ensure_ascii=False) for n in range(40)]
-    path = write_bytes(tmp_path / "c.jsonl", "\r\n".join(["\ufeff", *lines, "", "{"]).encode())
-    rows = read(spark, path)
-    assert [(row["item_id"], row["text"]) for row in rows] == [(str(n), "é" * (n % 9)) for n in range(40)] + [
-        (None, "")
-    ]
+    rows = read(spark, write_bytes(tmp_path / "c.jsonl", "\r\n".join(["\ufeff", *lines, "", "{"]).encode()))
+    expected = [*((str(n), "é" * (n % 9)) for n in range(40)), (None, "")]
+    assert [(row["item_id"], row["text"]) for row in rows] == expected
 
 
-def test_a_json_column_may_hold_texts_numbers_and_lists(spark: "SparkSession", tmp_path: Path) -> None:
-    values = ["word", 7, 1.5, True, ["a", None, 2, False], [], None]
-    path = write_jsonl(tmp_path / "c.jsonl", [{"item_id": n, "title": value} for n, value in enumerate(values)])
-    found = {row["item_id"]: row["text"] for row in read(spark, path)}
-    assert list(found.values()) == ["word", "7", "1.5", "true", "a, 2, false", "", ""]
-
-
-@pytest.mark.parametrize("ending", ["csv", "jsonl"])
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_utf_16_is_the_users_error(spark: "SparkSession", tmp_path: Path, ending: str, encoding: str) -> None:
-    text = "item_id,title\n1,a\n" if ending == "csv" else '{"item_id": "1", "title": "a"}\n'
-    _user_error(spark, write_bytes(tmp_path / f"c.{ending}", text.encode(encoding)))
-
-
-def test_a_header_with_an_unclosed_quote_is_the_users_error(spark: "SparkSession", tmp_path: Path) -> None:
-    assert "header" in _user_error(spark, write_bytes(tmp_path / "c.csv", b'item_id,"title\n1,a\n'))
-
-
-def test_a_gz_file_that_was_cut_is_the_users_error(spark: "SparkSession", tmp_path: Path) -> None:
-    rows = [{"item_id": str(n), "title": planning.chance(n).randbytes(50).hex()} for n in range(100_000)]
-    path = write_jsonl(tmp_path / "c.jsonl.gz", rows)
-    path.write_bytes(path.read_bytes()[:-100])
-    assert "gzip" in _user_error(spark, path)
-
-
-# --- a catalogue that is replaced while it is read
-
-
-def test_a_catalogue_that_changes_while_it_is_read_is_the_users_error(tmp_path: Path) -> None:
-    for name in ("a.csv", "b.csv"):
-        write_bytes(tmp_path / name, b"item_id,title\n1,a\n")
-    wanted = planning.catalogue_settings(tmp_path)
-    source = catalogue.find_source(wanted, wanted.uri, ds=planning.DS, storage=planning.STORAGE)
-    catalogue.require_unchanged(source, storage=planning.STORAGE)
-    write_bytes(tmp_path / "b.csv", b"item_id,title\n1,b\n")
-    for _ in range(2):
-        with pytest.raises(UserError, match="replaced or removed") as error:
-            catalogue.require_unchanged(source, storage=planning.STORAGE)
-        assert f"{tmp_path / 'b.csv'} was" in str(error.value)
-        assert "\n" not in str(error.value)
-        (tmp_path / "b.csv").unlink(missing_ok=True)
-
-
-def test_blanks_around_texts_go_and_nothing_else(spark: "SparkSession", tmp_path: Path) -> None:
+def test_only_blanks_around_texts_are_trimmed(spark: "SparkSession", tmp_path: Path) -> None:
     edges = ["", " ", "\t", "\n", "\r", " \n", "\x01", "\x1f ", " \x1f", "\u00a0", "!", "\u200b\t", "é", "\x0b"]
     written = [f"{start}{middle}{end}" for start in edges for middle in ("", "a b", "\n") for end in edges]
     ids = [f"{text}{n}" for n, text in enumerate(written)]
@@ -838,21 +688,29 @@ def test_blanks_around_texts_go_and_nothing_else(spark: "SparkSession", tmp_path
     )
 
 
+# --- a catalogue that changes during a run
+
+
 @pytest.mark.parametrize("uri", ["", "/*.csv"])
-def test_a_part_that_comes_while_the_catalogue_is_read_is_the_users_error(tmp_path: Path, uri: str) -> None:
-    write_bytes(tmp_path / "a.csv", b"item_id,title\n1,a\n")
-    wanted = planning.catalogue_settings(f"{tmp_path}{uri}")
-    source = catalogue.find_source(wanted, wanted.uri, ds=planning.DS, storage=planning.STORAGE)
-    write_bytes(tmp_path / "b.csv", b"item_id,title\n2,b\n")
-    with pytest.raises(UserError, match=r"b\.csv came while the catalogue was read"):
-        catalogue.require_unchanged(source, storage=planning.STORAGE)
+def test_a_catalogue_that_changes_during_a_run_is_the_users_error(tmp_path: Path, uri: str) -> None:
+    for name in ("a.csv", "b.csv"):
+        write_bytes(tmp_path / name, GOOD_CSV)
+    source = find(planning.catalogue_settings(f"{tmp_path}{uri}"))
+    require_unchanged(source, storage=STORAGE)
+    write_bytes(tmp_path / "b.csv", b"item_id,title\n1,b\n")
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"^{tmp_path / 'b.csv'} was replaced or removed [^\n]*$"):
+            require_unchanged(source, storage=STORAGE)
+        (tmp_path / "b.csv").unlink(missing_ok=True)
+    write_bytes(tmp_path / "c.csv", b"item_id,title\n2,b\n")
+    with pytest.raises(UserError, match=r"c\.csv was added while the catalogue was read"):
+        require_unchanged(source, storage=STORAGE)
 
 
-def test_a_file_that_goes_before_it_is_read_is_the_users_error(spark: "SparkSession", tmp_path: Path) -> None:
-    path = write_bytes(tmp_path / "c.csv", b"item_id,title\n1,a\n")
+def test_a_file_that_is_deleted_before_it_is_read_is_the_users_error(spark: "SparkSession", tmp_path: Path) -> None:
+    path = write_bytes(tmp_path / "c.csv", GOOD_CSV)
     wanted = planning.catalogue_settings(path)
-    source = catalogue.find_source(wanted, wanted.uri, ds=planning.DS, storage=planning.STORAGE)
-    rows = catalogue.read_rows(spark, source, wanted, storage=planning.STORAGE)
+    rows = read_catalogue(spark, find(wanted), wanted, storage=STORAGE)
     path.unlink()
     with pytest.raises(UserError, match="is gone"), worker_errors():
         rows.collect()

@@ -1,6 +1,6 @@
-"""Of more than 10,000 hostile rows every one becomes an item, an older duplicate, or is quarantined with its reason.
+"""Each of 10,000 hostile rows becomes an item, an older duplicate, or is quarantined with its reason.
 
-What must become of a row is said here in plain Python when it is written, from the values that it is written from.
+The expected outcome of a row is computed in plain Python from the values that it is written from.
 """
 
 import csv
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.spark
 
 TEMPLATE = "{title}. {genres}"
 FILES, ROWS_PER_FILE, BROKEN_PER_FILE = 4, 520, 120
-"""Of each catalogue; there are six."""
+"""Sizes of one of the six catalogues."""
 
 PIECES = [
     *"abcXYZ019 ,;:'\"\\/{}[]#%$`&<>|", "   ", "\n", "\r", "\r\n", "\t", "\0", "\x01", "\x08", "\x0b", "\x0c", "\x1b",
@@ -41,7 +41,7 @@ PIECES = [
     '""', '","', "\\u0041", "\\N", "null", "NaN",
 ]  # fmt: skip
 SPOILT = ["\ufffd", "\udce9", "caf\udce9", "\udcff\udcfe", "\udced\udca0\udc80", "\udcc0\udcaf", "cut\udce2\udc82"]
-"""Bytes that are no UTF-8 as Python writes them ("surrogateescape"), and what other programs left in their place."""
+"""Invalid UTF-8 as "surrogateescape" represents it, and the replacement character of other programs."""
 HALVES = ["\ud800", "\udfff", "x\ud83dy", "\ude00\ud83d", "\udc00" * 2]
 MOMENTS = [datetime(2026, 11, day, 6 * day % 24, tzinfo=UTC) for day in (1, 2, 3, 9, 20)]
 NO_TIMES = [None, None, "", "yesterday", "2026-13-45", "\0", "12 Nov", "-"]
@@ -53,11 +53,11 @@ class Written:
 
     Attributes:
         source: name of its file.
-        serial: names the row; it is in the file, too.
-        item_id, title, genres: as Python values.
-        moment: what its time says.
-        reason: where the way it was written spoils it, whatever the values.
-        raw: the bytes of the record in text files.
+        serial: unique number of the row, also written to the file.
+        item_id, title, genres: Python values.
+        moment: its time of change.
+        reason: reason by the way in which the row was spoilt, whatever its values.
+        raw: bytes of the record in text files.
     """
 
     source: str
@@ -71,13 +71,11 @@ class Written:
     columns: dict[str, Any] = field(default_factory=dict)
 
     def fate(self) -> tuple[Reason | None, str, str]:
-        """Why it cannot be used, if so; its id and its text."""
+        """Return the expected reason, id and text."""
         if self.reason:
             return self.reason, "", ""
         values = [self.item_id, self.title, self.genres]
-        if any(
-            isinstance(v, dict) or (isinstance(v, list) and any(isinstance(i, list | dict) for i in v)) for v in values
-        ):
+        if any(map(is_nested, values)):
             return Reason.MALFORMED if _is_utf8(self.raw or b"") else Reason.UNDECODABLE, "", ""
         item_id, *texts = map(as_text, values)
         if not all(is_decodable(text) for text in (item_id, *texts)):
@@ -87,6 +85,10 @@ class Written:
         if not any(text.strip(BLANK) for text in texts):
             return Reason.EMPTY_TEXT, "", ""
         return None, item_id, f"{texts[0]}. {texts[1]}".strip(BLANK)
+
+
+def is_nested(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, list | dict) for v in value))
 
 
 def as_text(value: Any) -> str:
@@ -112,7 +114,7 @@ def _is_utf8(data: bytes) -> bool:
 
 
 class Catalogue:
-    """Writes the files of a day and keeps what was written."""
+    """Writes the files of a day and records the rows."""
 
     def __init__(self, seed: int, folder: Path, *, dated: bool) -> None:
         self.random = planning.chance(seed)
@@ -150,7 +152,7 @@ class Catalogue:
         return self.random.choice(["item {}", "{}", " {} ", "é{}", "{}\0"]).format(self.random.randrange(400))
 
     def stamp(self) -> tuple[str | int | float | None, datetime | None]:
-        """A time however it may be written, and which one it is."""
+        """Return a time in one of many notations, and the time."""
         if self.chance(0.3):
             return self.random.choice(NO_TIMES), None
         moment = self.random.choice(MOMENTS)
@@ -173,7 +175,7 @@ class Catalogue:
 
 
 def write_csv_day(day: Catalogue) -> None:
-    """Orders of columns, line ends and quoting that differ, a file of Latin-1, one that ends inside quotes."""
+    """Write files with different columns, line ends and quoting, one in Latin-1, one that ends inside quotes."""
     optional = ["at"] if day.dated else []
     files = [
         ("a.csv", ["item_id", "title", "genres", "at", "serial"], csv.QUOTE_MINIMAL, "\n"),
@@ -193,7 +195,7 @@ def write_csv_day(day: Catalogue) -> None:
         day.random.shuffle(pieces)
         if name == "d.csv.gz":
             pieces.append(_unclosed(day, name, line_end))
-            # No quote follows, so that only the end of the file tells.
+            # No quote follows, so that only the end of the file shows the unclosed quote.
             pieces += [to_csv(day.new(name, item_id=f"last {n}", title="plain"), csv.QUOTE_NONE) for n in range(20)]
         write_bytes(day.folder / name, header + b"".join(pieces))
 
@@ -214,11 +216,11 @@ def _csv_row(day: Catalogue, name: str, *, latin: bool) -> Written:
     written, moment = day.stamp()
     row = day.new(name, item_id=day.item_id(SPOILT), title=day.title(SPOILT), genres=day.title(SPOILT), moment=moment)
     if latin:
-        # As the bytes of Latin-1 look when they are taken for UTF-8.
+        # Bytes of Latin-1, read as UTF-8.
         word = day.random.choice(["café", "naïve", "Grüße", "plain", "años"])
         row.title = word.encode("latin-1").decode("utf-8", "surrogateescape")
         row.genres = None
-    # Columns that nothing is made from may hold anything.
+    # Unused columns may contain anything.
     row.columns = {"at": written, "extra": day.random.choice([None, "\udcff", "x,y"]), "other": day.text()}
     return row
 
@@ -232,21 +234,21 @@ def _unclosed(day: Catalogue, name: str, line_end: str) -> bytes:
 def _csv_spoilt(
     day: Catalogue, name: str, fields: int, to_csv: Callable[[Written, int], bytes], line_end: str
 ) -> bytes:
-    """A record that is malformed, with its line end."""
+    """Return a malformed record with its line end."""
     kind = day.random.randrange(6)
     if kind == 0:
-        # A quote that can only open a field follows: it tells that the one before was not closed.
+        # The following quote can only open a field, which shows that the one before is unclosed.
         guard = to_csv(day.new(name, item_id=f"guard {len(day.rows)}", title="follows"), csv.QUOTE_ALL)
         return _unclosed(day, name, line_end) + guard
     row = day.new(name, reason=Reason.MALFORMED)
     serial = row.serial.encode()
-    row.raw = {
-        1: serial,
-        2: serial + b",x" * (fields - 2),
-        3: serial + b"," * fields,
-        4: b'"' + serial + b'\nitem 1,"",text\n",' + b"x," * fields,
-        5: serial + b"\xff",
-    }[kind]
+    row.raw = [
+        serial,
+        serial + b",x" * (fields - 2),
+        serial + b"," * fields,
+        b'"' + serial + b'\nitem 1,"",text\n",' + b"x," * fields,
+        serial + b"\xff",
+    ][kind - 1]
     if kind == 5:
         row.reason = Reason.UNDECODABLE
     return row.raw + line_end.encode()
@@ -256,7 +258,7 @@ def _csv_spoilt(
 
 
 def write_jsonl_day(day: Catalogue) -> None:
-    """Texts, numbers, lists and objects in the same columns, escaped or not, one file in Latin-1, one compressed."""
+    """Write texts, numbers, lists and objects in the same columns, one file in Latin-1, one compressed."""
     for name in ("a.jsonl", "b.jsonl", "c.jsonl.gz", "d.ndjson"):
         lines = [_json_row(day, name) for _ in range(ROWS_PER_FILE - BROKEN_PER_FILE)]
         lines += [_json_spoilt(day, name) for _ in range(BROKEN_PER_FILE)]
@@ -274,7 +276,7 @@ def _to_json(row: Written, more: dict[str, Any], *, ascii_only: bool) -> bytes:
     members = {"item_id": row.item_id, "title": row.title, "genres": row.genres, "serial": row.serial, **more}
     members = {name: value for name, value in members.items() if value is not None or len(row.serial) % 2}
     text = json.dumps(members, ensure_ascii=ascii_only)
-    # Halves that stand side by side are one character once they are escaped.
+    # Escaping joins adjacent surrogates into one character.
     found = json.loads(text)
     row.item_id, row.title, row.genres = found.get("item_id"), found.get("title"), found.get("genres")
     row.raw = text.encode("utf-8", "surrogatepass")
@@ -308,12 +310,9 @@ def _json_row(day: Catalogue, name: str) -> bytes:
     }
     raw = _to_json(row, more, ascii_only=day.chance(0.7))
     if name == "d.ndjson" and day.chance(0.5):
-        # Only a row that has a letter of Latin-1 tells that it is no UTF-8.
-        row.title, row.item_id = "café", "latin"
-        row.reason = Reason.UNDECODABLE
-        row.raw = raw = json.dumps(
-            {"serial": row.serial, "item_id": row.item_id, "title": row.title}, ensure_ascii=False
-        ).encode("latin-1")
+        row.title, row.item_id, row.reason = "café", "latin", Reason.UNDECODABLE
+        members = {"serial": row.serial, "item_id": row.item_id, "title": row.title}
+        row.raw = raw = json.dumps(members, ensure_ascii=False).encode("latin-1")
     return raw
 
 
@@ -344,15 +343,14 @@ def _json_spoilt(day: Catalogue, name: str) -> bytes:
 
 
 def write_parquet_day(day: Catalogue) -> None:
-    """Another type for the same column in every file, bytes that are no UTF-8, and columns in another order."""
-    times: dict[str, Callable[[datetime], Any]] = {
-        "a": lambda moment: moment.replace(tzinfo=None),
-        "b": lambda moment: int(moment.timestamp()) * 1000,
-        "c": lambda moment: moment.isoformat(),
-        "d": lambda moment: moment,
+    """Write other types and orders of columns in every file, and invalid UTF-8."""
+    times: dict[str, tuple[pa.DataType, Callable[[datetime], Any]]] = {
+        "a": (pa.timestamp("us"), lambda moment: moment.replace(tzinfo=None)),
+        "b": (pa.int64(), lambda moment: int(moment.timestamp()) * 1000),
+        "c": (pa.string(), lambda moment: moment.isoformat()),
+        "d": (pa.timestamp("ns", "UTC"), lambda moment: moment),
     }
-    kinds = {"a": pa.timestamp("us"), "b": pa.int64(), "c": pa.string(), "d": pa.timestamp("ns", "UTC")}
-    for name, to_time in times.items():
+    for name, (kind, to_time) in times.items():
         source = f"{name}.parquet"
         rows = []
         for _ in range(ROWS_PER_FILE):
@@ -369,7 +367,7 @@ def write_parquet_day(day: Catalogue) -> None:
         columns = {
             "title": _parquet_texts([row.title for row in rows], name),
             "genres": _parquet_texts([row.genres for row in rows], "a" if name == "c" else name),
-            "at": pa.array([row.moment and to_time(row.moment) for row in rows], kinds[name]),
+            "at": pa.array([row.moment and to_time(row.moment) for row in rows], kind),
             "serial": pa.array([row.serial for row in rows]),
         }
         if name in "ad":
@@ -386,7 +384,7 @@ def _or_none(day: Catalogue, value: Any) -> Any:
 
 
 def _parquet_texts(values: Sequence[Any], kind: str) -> pa.Array:
-    """Strings, binary, lists of strings, large strings: the bytes as they are."""
+    """Return strings, binary, lists of strings or large strings with exactly these bytes."""
     if kind == "c":
         offsets = [0]
         flat: list[str | None] = []
@@ -404,11 +402,11 @@ def _parquet_texts(values: Sequence[Any], kind: str) -> pa.Array:
     return string.from_buffers(len(array), offsets_buffer, data, array.buffers()[0], array.null_count)
 
 
-# --- what must become of them
+# --- the expected outcome
 
 
 def expected_of(rows: Sequence[Written], *, dated: bool) -> tuple[dict[str, str], Counter[tuple[str, str, str]]]:
-    """Text by item id; file, id and text of the older duplicates."""
+    """Return the text by item id, and file, id and text of the older duplicates."""
     versions: dict[str, list[tuple[str, str, str, str]]] = {}
     for row in rows:
         reason, item_id, text = row.fate()
@@ -418,7 +416,7 @@ def expected_of(rows: Sequence[Written], *, dated: bool) -> tuple[dict[str, str]
             versions.setdefault(item_id, []).append((moment, digest, row.source, text))
     items, older = {}, Counter[tuple[str, str, str]]()
     for item_id, found in versions.items():
-        # Of equal rows that of the first file stands.
+        # Of equal rows, the row of the first file counts.
         latest = max(found)
         latest = min((version for version in found if version[:2] == latest[:2]), key=lambda version: version[2])
         items[item_id] = latest[3]
@@ -428,17 +426,15 @@ def expected_of(rows: Sequence[Written], *, dated: bool) -> tuple[dict[str, str]
 
 
 def check(rows: Sequence[Written], planned: Planned, *, dated: bool) -> None:
-    """Every row that was written is an item, or in the quarantine with its reason, its file and itself; no other is."""
+    """Assert that items and quarantine are exactly the written rows, each with its reason, file and record."""
     items, older = expected_of(rows, dated=dated)
     assert len(rows) == len(planned.items) + len(planned.quarantine) == planned.plan.rows_read
     assert planned.texts.keys() == items.keys()
     assert [item_id for item_id, text in planned.texts.items() if items[item_id] != text] == []
 
     duplicates = [row for row in planned.quarantine if row["reason"] == Reason.OLDER_DUPLICATE]
-    kept = [
-        (row["source"], record["item_id"], record["text"]) for row in duplicates for record in [json.loads(row["row"])]
-    ]
-    assert Counter(kept) == older
+    records = [(row["source"], json.loads(row["row"])) for row in duplicates]
+    assert Counter((source, record["item_id"], record["text"]) for source, record in records) == older
     by_serial = {row.serial: row for row in rows}
     rejected = {row.serial: reason for row in rows if (reason := row.fate()[0])}
     assert planned.reasons == Counter(rejected.values()) + Counter({Reason.OLDER_DUPLICATE: older.total()})
@@ -453,7 +449,7 @@ def check(rows: Sequence[Written], planned: Planned, *, dated: bool) -> None:
 
 
 def check_record(row: Written, record: str) -> None:
-    """The row can be told from what the quarantine holds; where it is no UTF-8, but for those bytes."""
+    """Assert that the quarantined record is the row, apart from invalid UTF-8."""
     if row.raw is not None:
         assert _replaced(record) == _replaced(row.raw.decode(errors="replace"))
     elif row.columns:
@@ -465,7 +461,7 @@ def check_record(row: Written, record: str) -> None:
 
 
 def _replaced(text: str) -> str:
-    """Programs do not agree on how many replacement characters a run of bad bytes makes."""
+    """Join replacement characters, because programs differ in their number for a run of bad bytes."""
     return re.sub("\ufffd+", "\ufffd", text)
 
 
@@ -483,7 +479,7 @@ def test_every_hostile_row_is_an_item_or_quarantined_with_its_reason(
     wanted = settings_at(tmp_path, day.folder, template=TEMPLATE, updated_at_column="at" if dated else None, buckets=5)
     planned = plan_day(spark, wanted)
     check(day.rows, planned, dated=dated)
-    # The generator is hostile enough: every reason, and every kind of survivor.
+    # The generator makes every reason, enough items and long texts.
     reasons = {Reason.NULL_ID, Reason.UNDECODABLE, Reason.EMPTY_TEXT, Reason.OLDER_DUPLICATE}
     assert planned.reasons.keys() == reasons | ({Reason.MALFORMED} if form != "parquet" else set())
     assert len(planned.items) > 400

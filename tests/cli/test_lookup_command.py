@@ -1,4 +1,4 @@
-"""``marc lookup``: items, files of items, vectors and filters from the command line, and what is refused."""
+"""``marc lookup``: items, files of ids, vectors, texts and filters, and refused arguments."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ from release_cases import altered
 from tiny_models import train_tiny_bundle
 
 VECTORS = items(40)
-# Ids that a file of lines must not bend.
+# Ids that a file with one id per line must preserve.
 ODD = {" spaced ": VECTORS["item-0"], "line\u2028separator": VECTORS["item-1"], "Ünïcode": VECTORS["item-2"]}
 
 
@@ -74,7 +74,7 @@ def test_items_come_from_options_files_and_standard_input(
     assert neighbours(look_up("--items", "-", "-k", "4", "--json", stdin=windows.encode())) == wanted
 
 
-def test_vectors_filters_and_candidates_reach_the_release(
+def test_vectors_filters_and_rerank_are_passed_to_the_search(
     release: OpenRelease, look_up: Callable[..., Result], tmp_path: Path
 ) -> None:
     asked = release.vectors(["item-5", "item-6"])
@@ -84,14 +84,14 @@ def test_vectors_filters_and_candidates_reach_the_release(
     found = neighbours(look_up("--vector", str(tmp_path / "q.npy"), *files, "-k", "20", "--rerank", "30", "--json"))
     wanted = expected(release.search(asked, 20, within=within, without=["item-5"], rerank=30))
     assert list(found.values()) == wanted
-    # Places that no item fills are left out.
+    # Missing results are left out.
     assert [len(row) for row in wanted] == [8, 8]
     assert list(found) == [f"row {row} of {tmp_path / 'q.npy'}" for row in range(2)]
     nothing = look_up("--item", "item-3", "--without", lines(tmp_path / "none"), "-k", "60", "--json")
     assert len(neighbours(nothing)["item-3"]) == len(release) - 1
 
 
-def test_people_see_one_table_for_each_query(look_up: Callable[..., Result]) -> None:
+def test_each_query_prints_one_table(look_up: Callable[..., Result]) -> None:
     shown = look_up("--item", "item-3", "--item", "item-4", "-k", "2").stdout
     assert "Nearest to item-3" in shown
     assert "Nearest to item-4" in shown
@@ -102,14 +102,14 @@ BAD: dict[str, tuple[list[str], str]] = {
     "two kinds": (["--item", "item-1", "--text", "x"], "give exactly one of"),
     "a file twice": (["--items", "-", "--within", "-"], "only one of"),
     "no such file": (["--items", "{tmp}/nowhere"], "No such file"),
-    "an empty file": (["--items", "{tmp}/empty"], "holds no item ids; write one a line"),
-    "an empty filter": (["--item", "item-1", "--within", "{tmp}/empty"], "--within {tmp}/empty holds no item ids"),
+    "an empty file": (["--items", "{tmp}/empty"], "has no item ids; write one per line"),
+    "an empty filter": (["--item", "item-1", "--within", "{tmp}/empty"], "--within {tmp}/empty has no item ids"),
     "another encoding": (["--items", "{tmp}/latin"], "is not UTF-8: byte 0xfc in line 2"),
-    "unknown items": (["--items", "{tmp}/unknown"], "holds no item 'nobody', 'no one' (2 missing)"),
+    "unknown items": (["--items", "{tmp}/unknown"], "does not contain item 'nobody', 'no one' (2 missing)"),
     "no array": (["--vector", "{tmp}/latin"], "--vector {tmp}/latin"),
     "an empty array file": (["--vector", "{tmp}/empty"], "--vector {tmp}/empty"),
     "texts for vectors": (["--vector", "{tmp}/texts.npy"], "--vector {tmp}/texts.npy"),
-    "no vectors": (["--vector", "{tmp}/none.npy"], "holds no vectors"),
+    "no vectors": (["--vector", "{tmp}/none.npy"], "has no vectors"),
     "another width": (["--vector", "{tmp}/wide.npy"], "queries have shape (2, 9), the release needs [n, 8]"),
     "few candidates": (["--item", "item-1", "--rerank", "3"], "rerank is 3"),
     "an empty text": (["--text", "lamp", "--text", " "], "text 1 is empty"),
@@ -117,9 +117,11 @@ BAD: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD.values(), ids=BAD.keys())
-def test_mistakes_are_named(look_up: Callable[..., Result], tmp_path: Path, case: tuple[list[str], str]) -> None:
-    arguments, says = case
-    (tmp_path / "empty").write_bytes(b"\n" if "array" not in says else b"")
+def test_invalid_arguments_are_named(
+    look_up: Callable[..., Result], tmp_path: Path, case: tuple[list[str], str]
+) -> None:
+    arguments, message = case
+    (tmp_path / "empty").write_bytes(b"" if "--vector" in arguments else b"\n")
     (tmp_path / "latin").write_bytes(b"item-1\nm\xfcller\n")
     lines(tmp_path / "unknown", "nobody", "item-1", "no one")
     np.save(tmp_path / "texts.npy", np.array(["a", "b"]))
@@ -127,21 +129,18 @@ def test_mistakes_are_named(look_up: Callable[..., Result], tmp_path: Path, case
     np.save(tmp_path / "wide.npy", np.zeros((2, DIM + 1)))
     result = look_up(*(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
     assert isinstance(result.exception, UserError)
-    assert says.replace("{tmp}", str(tmp_path)) in str(result.exception)
-
-
-# --- texts
+    assert message.replace("{tmp}", str(tmp_path)) in str(result.exception)
 
 
 @pytest.fixture(scope="module")
 def with_model(release: OpenRelease, tmp_path_factory: pytest.TempPathFactory) -> OpenRelease:
-    """The release, as if a bundle that can encode had made it."""
+    """The release with a bundle that can encode texts."""
     bundle = train_tiny_bundle(tmp_path_factory.mktemp("bundle"), dim=DIM)
     facts = altered(release.facts, bundle__version=bundle.version, bundle__uri=bundle.uri)
     return OpenRelease(facts, uri=release.files()[0].split("/ds=")[0], storage=release.storage)
 
 
-def test_texts_are_encoded_by_the_releases_own_bundle(with_model: OpenRelease) -> None:
+def test_texts_are_encoded_with_the_bundle_of_the_release(with_model: OpenRelease) -> None:
     texts = ["a red lamp", "two books", "a red lamp", "a"]
     settings = EncodeSettings(device="cpu", dtype="float32")
     found = encode_texts(with_model, texts, settings=settings)
@@ -154,7 +153,7 @@ def test_texts_are_encoded_by_the_releases_own_bundle(with_model: OpenRelease) -
     assert names[0].tolist() == names[2].tolist()
 
 
-def test_a_bundle_that_was_altered_encodes_nothing(with_model: OpenRelease) -> None:
+def test_a_damaged_bundle_is_refused(with_model: OpenRelease) -> None:
     weights = next(Path(with_model.facts.bundle.uri).glob("*.safetensors"))
     load_encoder.cache_clear()
     local_bundle.cache_clear()
@@ -166,15 +165,15 @@ def test_a_bundle_that_was_altered_encodes_nothing(with_model: OpenRelease) -> N
         flip(weights, 100)
 
 
-def test_texts_that_cannot_be_looked_up_are_refused(release: OpenRelease) -> None:
+def test_invalid_texts_are_refused(release: OpenRelease) -> None:
     with pytest.raises(UserError, match="text 1 is empty"):
         encode_texts(release, ["a lamp", "\t"])
-    with pytest.raises(UserError, match="texts is one text, 'a lamp'"):
+    with pytest.raises(UserError, match="texts is the string 'a lamp'; pass a list"):
         encode_texts(release, "a lamp")
     assert encode_texts(release, []).shape == (0, DIM)
 
 
-def test_without_the_model_the_extra_is_named(release: OpenRelease, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_error_names_it(release: OpenRelease, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "marc_pipeline.model.encoder", None)
     with pytest.raises(UserError, match=r"pip install 'marc-pipeline\[model\]'"):
         encode_texts(release, ["a lamp"])

@@ -1,4 +1,4 @@
-"""The jobs on a standalone Spark cluster: one master, two workers, each with one core and one pretended GPU."""
+"""The jobs on a standalone Spark cluster: one master, two workers, each with one core and one simulated GPU."""
 
 import json
 import os
@@ -36,10 +36,11 @@ GPUS = """
 import json, sys, time
 from pathlib import Path
 from marc_pipeline.config import SparkSettings
-from marc_pipeline.spark.session import run_buckets, spark_session
+from marc_pipeline.spark.session import spark_session
+from marc_pipeline.spark.tasks import run_buckets
 
 def address(task, resources):
-    time.sleep(2)  # so that both workers take part
+    time.sleep(2)  # so that both workers run tasks
     return resources.gpu
 
 with spark_session(SparkSettings(), name="gpus", gpu_tasks=True) as spark:
@@ -51,19 +52,12 @@ Path(sys.argv[1]).write_text(json.dumps(found))
 def free_port() -> int:
     with closing(socket.socket()) as sock:
         sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
-def discovery_script(path: Path, address: str) -> Path:
-    path.write_text(f'#!/bin/sh\necho \'{{"name": "gpu", "addresses": ["{address}"]}}\'\n')
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return path
+        return int(sock.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a master with two registered workers."""
+    """The address of a master with two registered workers."""
     folder = tmp_path_factory.mktemp("cluster")
     port = free_port()
     url = f"spark://127.0.0.1:{port}"
@@ -77,13 +71,12 @@ def master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     start("master.Master", "--host", "127.0.0.1", "--port", str(port), "--webui-port", "0", env={})
     for number in ("0", "1"):
-        script = discovery_script(folder / f"gpu-{number}.sh", number)
-        options = (
-            f"-Dspark.worker.resource.gpu.amount=1 -Dspark.worker.resource.gpu.discoveryScript={script} "
-            f"-Dspark.worker.webui.port=0"
-        )
+        script = folder / f"gpu-{number}.sh"
+        script.write_text(f'#!/bin/sh\necho \'{{"name": "gpu", "addresses": ["{number}"]}}\'\n')
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        gpu = f"-Dspark.worker.resource.gpu.amount=1 -Dspark.worker.resource.gpu.discoveryScript={script}"
         place = ("--cores", "1", "--memory", "2g", "--work-dir", str(folder / f"worker-{number}"))
-        start("worker.Worker", *place, url, env={"SPARK_WORKER_OPTS": options})
+        start("worker.Worker", *place, url, env={"SPARK_WORKER_OPTS": f"{gpu} -Dspark.worker.webui.port=0"})
     try:
         wait_for(folder / "cluster.log", b"Registering worker", times=2)
         yield url
@@ -136,11 +129,11 @@ def submit(script: Path, *arguments: str, master: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_jobs_give_the_same_release_on_a_cluster_as_in_one_process(master: str, tmp_path: Path) -> None:
+def test_the_jobs_publish_the_same_release_on_a_cluster_as_in_one_process(master: str, tmp_path: Path) -> None:
     backbone = save_tiny_backbone(tmp_path / "backbone")
     write_catalogue(tmp_path / "catalogue", ds=DS, items=300)
-    (tmp_path / "local").mkdir()
-    (tmp_path / "cluster").mkdir()
+    for name in ("local", "cluster"):
+        (tmp_path / name).mkdir()
     local = load_settings(configured(tmp_path / "local", backbone, tmp_path / "catalogue"))
     train.train_bundle(open_deployment(local), ds=DS)
     shutil.copytree(local.bundle_uri, tmp_path / "cluster" / "data" / "bundles")
@@ -162,17 +155,13 @@ def test_the_jobs_give_the_same_release_on_a_cluster_as_in_one_process(master: s
     vectors = [np.array(table["vector"].to_pylist(), np.float32) for table in rows]
     assert np.array_equal(vectors[0], vectors[1])
 
-    receipts = receipts_of(settings.work_uri, plan_id)
+    folder = Path(settings.work_uri) / "plans" / plan_id / "receipts"
+    receipts = [Receipt.model_validate_json(path.read_bytes()) for path in folder.glob("*.json")]
     assert {receipt.device for receipt in receipts} <= {"cpu", "cuda:0", "cuda:1"}
 
 
-def test_each_task_is_told_the_gpu_of_its_worker(master: str, tmp_path: Path) -> None:
+def test_each_task_gets_the_gpu_of_its_worker(master: str, tmp_path: Path) -> None:
     script, found = tmp_path / "gpus.py", tmp_path / "found.json"
     script.write_text(GPUS)
     submit(script, str(found), master=master)
-    assert set(json.loads(found.read_text())) == {"0", "1"}, "each worker's own pretended GPU did some tasks"
-
-
-def receipts_of(work_uri: str, plan_id: str) -> list[Receipt]:
-    folder = Path(work_uri) / "plans" / plan_id / "receipts"
-    return [Receipt.model_validate_json(path.read_bytes()) for path in sorted(folder.glob("*.json"))]
+    assert set(json.loads(found.read_text())) == {"0", "1"}, "tasks ran on both workers, each with its own GPU"

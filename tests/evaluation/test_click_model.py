@@ -1,4 +1,4 @@
-"""The click model: it tells good vectors from bad ones, by the training part alone, the same way every time."""
+"""The click model: it ranks vectors by their information, trains on the training part only, and is reproducible."""
 
 import itertools
 import math
@@ -11,9 +11,12 @@ import torch
 from numpy.typing import NDArray
 from sklearn.metrics import log_loss, roc_auc_score
 
-from marc_pipeline.evaluation import click_model as ctr
+from marc_pipeline.evaluation import click_model as module
 from marc_pipeline.evaluation.click_model import ClickData, ClickScore, CtrSettings, click_data, score_vectors
-from marc_pipeline.training.interactions import Interactions, Split, split_by_time
+from marc_pipeline.training.interactions import Interactions
+from marc_pipeline.training.time_split import Split, split_by_time
+
+Vectors = NDArray[np.float32]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,8 +24,8 @@ USERS, ITEMS, RARE, ROWS, WIDTH = 40, 200, 100, 5000, 6
 FAST = CtrSettings(learning_rate=3e-3, batch=256, max_epochs=8, hidden=32)
 
 
-def tastes() -> tuple[Interactions, NDArray[np.float32]]:
-    """Users who click what points their way, and the items' directions; the last 100 items are seldom met."""
+def tastes() -> tuple[Interactions, Vectors]:
+    """Users who click items in the direction of their taste, and these directions; the last 100 items are rare."""
     rng = np.random.default_rng(0)
     directions = rng.normal(size=(ITEMS, WIDTH)).astype(np.float32)
     liking = rng.normal(size=(USERS, WIDTH))
@@ -34,7 +37,7 @@ def tastes() -> tuple[Interactions, NDArray[np.float32]]:
 
 
 @pytest.fixture(scope="module")
-def directions() -> NDArray[np.float32]:
+def directions() -> Vectors:
     return tastes()[1]
 
 
@@ -44,7 +47,7 @@ def data() -> ClickData:
     return click_data(interactions, split_by_time(interactions), n_items=ITEMS, history=10)
 
 
-def score(vectors: NDArray[np.float32] | None, data: ClickData, *, seed: int = 0, **changes: Any) -> ClickScore:
+def score(vectors: Vectors | None, data: ClickData, *, seed: int = 0, **changes: Any) -> ClickScore:
     return score_vectors(vectors, data, seed=seed, settings=replace(FAST, **changes))
 
 
@@ -52,26 +55,22 @@ def same(one: ClickScore, other: ClickScore) -> bool:
     return one.predictions.tobytes() == other.predictions.tobytes() and one.epoch == other.epoch
 
 
-def with_labels(data: ClickData, rows: slice, labels: NDArray[np.float32]) -> ClickData:
+def with_labels(data: ClickData, rows: slice, labels: Vectors) -> ClickData:
     changed = data.labels.copy()
     changed[rows] = labels
     return replace(data, labels=changed)
 
 
-# What it is for
-
-
-def test_informative_vectors_beat_random_ones_and_ids_alone(data: ClickData, directions: NDArray[np.float32]) -> None:
+def test_informative_vectors_beat_random_ones_and_ids_alone(data: ClickData, directions: Vectors) -> None:
     noise = np.random.default_rng(1).normal(size=directions.shape).astype(np.float32)
     for seed in range(2):
         good, random, ids = (score(vectors, data, seed=seed) for vectors in (directions, noise, None))
         assert good.auc > max(random.auc, ids.auc) + 0.05
-        # Of a cold item ids know nothing, vectors all.
         assert good.cold_auc > max(random.cold_auc, ids.cold_auc) + 0.1
         assert good.log_loss < min(random.log_loss, ids.log_loss)
 
 
-def test_the_figures_are_those_of_the_predictions(data: ClickData, directions: NDArray[np.float32]) -> None:
+def test_scores_are_computed_from_the_predictions(data: ClickData, directions: Vectors) -> None:
     found = score(directions, data)
     labels, predictions = data.labels[data.split.test], found.predictions
     assert predictions.dtype == np.float32
@@ -84,32 +83,23 @@ def test_the_figures_are_those_of_the_predictions(data: ClickData, directions: N
     assert found.seconds > 0
 
 
-# What it may know
+# The parts
 
 
-def test_labels_of_the_test_part_change_nothing_but_the_figures(
-    data: ClickData, directions: NDArray[np.float32]
-) -> None:
-    test = data.split.test
+def test_each_part_has_its_own_role(data: ClickData, directions: Vectors) -> None:
+    original, test = score(directions, data), data.split.test
     shuffled = with_labels(data, test, np.random.default_rng(0).permutation(data.labels[test]))
-    one, other = score(directions, data), score(directions, shuffled)
-    assert same(one, other)
-    assert one.validation_auc == other.validation_auc
-    assert one.auc != other.auc
+    other = score(directions, shuffled)
+    assert same(original, other), "the test part has no influence on the predictions"
+    assert original.validation_auc == other.validation_auc
+    assert original.auc != other.auc
 
-
-def test_the_validation_part_chooses_the_epoch_and_nothing_else(
-    data: ClickData, directions: NDArray[np.float32]
-) -> None:
     flipped = with_labels(data, data.split.validation, 1 - data.labels[data.split.validation])
     one, other = (score(directions, labels, max_epochs=1) for labels in (data, flipped))
-    assert same(one, other)
+    assert same(one, other), "the validation part chooses the epoch only"
     assert one.validation_auc == pytest.approx(1 - other.validation_auc)
-    # With more epochs to choose from, backwards labels want another one.
-    assert not same(score(directions, data), score(directions, flipped))
+    assert not same(original, score(directions, flipped))
 
-
-def test_the_training_part_does_train(data: ClickData, directions: NDArray[np.float32]) -> None:
     flipped = with_labels(data, data.split.train, 1 - data.labels[data.split.train])
     assert score(directions, flipped).auc < 0.4
 
@@ -117,7 +107,7 @@ def test_the_training_part_does_train(data: ClickData, directions: NDArray[np.fl
 def test_the_epoch_is_the_best_one_before_patience_ends(data: ClickData) -> None:
     noise = np.random.default_rng(1).normal(size=(ITEMS, WIDTH)).astype(np.float32)
     epochs = 14
-    # Fast enough to overfit. The same seed walks the same way: a shorter run is the beginning of a longer one.
+    # Fast enough to overfit. With the same seed, a shorter run is the beginning of a longer one.
     walk = [score(noise, data, seed=1, learning_rate=0.1, max_epochs=n, patience=epochs) for n in range(1, epochs + 1)]
     best = [run.validation_auc for run in walk]
     assert best == sorted(best)
@@ -135,27 +125,29 @@ def test_the_epoch_is_the_best_one_before_patience_ends(data: ClickData) -> None
     assert len(chosen) > 1
 
 
-def test_dropout_is_for_training(data: ClickData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_active_in_training_only(data: ClickData, monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(model: Any, part: Any) -> Any:
         modes.append((torch.is_grad_enabled(), model.training))
         return original(model, part)
 
     modes: list[tuple[bool, bool]] = []
-    original = ctr._ClickModel.forward
-    monkeypatch.setattr(ctr._ClickModel, "forward", forward)
+    original = module._ClickModel.forward
+    monkeypatch.setattr(module._ClickModel, "forward", forward)
     without, with_dropout = (score(None, data, max_epochs=2, dropout=dropout) for dropout in (0.0, 0.5))
     assert not same(without, with_dropout)
     assert set(modes) == {(True, True), (False, False)}
 
 
-# Determinism
+# Reproducibility
 
 
-def test_the_same_seed_gives_the_same_bits(data: ClickData, directions: NDArray[np.float32]) -> None:
+def test_the_seed_alone_decides_the_predictions(data: ClickData, directions: Vectors) -> None:
     one = score(directions, data, seed=3)
     torch.manual_seed(99)
-    torch.rand(5)
+    expected = torch.rand(5)
+    torch.manual_seed(99)
     assert same(one, score(directions, data, seed=3))
+    assert torch.equal(torch.rand(5), expected), "the global generator does not change"
     assert not same(one, score(directions, data, seed=4))
 
 
@@ -168,11 +160,11 @@ def test_the_seed_orders_the_rows(data: ClickData, monkeypatch: pytest.MonkeyPat
                 seen.append(rows.tolist())
             return original(part, rows)
 
-        monkeypatch.setattr(ctr._Part, "take", take)
+        monkeypatch.setattr(module._Part, "take", take)
         score(None, data, seed=seed, max_epochs=2)
         return seen
 
-    original = ctr._Part.take
+    original = module._Part.take
     first, again, other = orders(0), orders(0), orders(1)
     assert first == again != other
     batches = len(first) // 2
@@ -181,19 +173,11 @@ def test_the_seed_orders_the_rows(data: ClickData, monkeypatch: pytest.MonkeyPat
     assert first[:batches] != first[batches:]
 
 
-def test_the_global_generator_is_left_as_it_was(data: ClickData) -> None:
-    torch.manual_seed(7)
-    expected = torch.rand(3)
-    torch.manual_seed(7)
-    score(None, data, max_epochs=1)
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_how_many_rows_are_predicted_at_once_makes_no_difference(
-    data: ClickData, directions: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+def test_predictions_do_not_depend_on_the_block_size(
+    data: ClickData, directions: Vectors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = score(directions, data, max_epochs=1).predictions
-    monkeypatch.setattr(ctr, "PREDICTED_AT_ONCE", 7)
+    monkeypatch.setattr(module, "PREDICTED_AT_ONCE", 7)
     np.testing.assert_allclose(score(directions, data, max_epochs=1).predictions, expected, rtol=1e-5)
 
 
@@ -201,16 +185,16 @@ def test_how_many_rows_are_predicted_at_once_makes_no_difference(
 
 
 @pytest.mark.parametrize("factor", [2.0**-100, 0.25, 2.0**100])
-def test_the_length_of_vectors_says_nothing(data: ClickData, directions: NDArray[np.float32], factor: float) -> None:
+def test_the_length_of_vectors_has_no_influence(data: ClickData, directions: Vectors, factor: float) -> None:
     stretched = directions * np.float32(factor)
     assert np.isfinite(stretched).all()
     assert same(score(directions, data, max_epochs=2), score(stretched, data, max_epochs=2))
 
 
-def test_every_vector_has_length_root_d_and_zeros_stay_zeros(directions: NDArray[np.float32]) -> None:
+def test_every_vector_has_length_root_d_and_zeros_stay_zeros(directions: Vectors) -> None:
     directions = directions.copy()
     directions[5] = 0
-    table = ctr._lookup_table(directions, ITEMS).numpy()
+    table = module._lookup_table(directions, ITEMS).numpy()
     lengths = np.linalg.norm(table, axis=1)
     assert table.dtype == np.float32
     assert np.flatnonzero(lengths == 0).tolist() == [5, ITEMS]
@@ -218,12 +202,10 @@ def test_every_vector_has_length_root_d_and_zeros_stay_zeros(directions: NDArray
     np.testing.assert_allclose(table[0] / directions[0], table[0, 0] / directions[0, 0], rtol=1e-6)
 
 
-def test_a_history_is_the_mean_of_its_vectors_and_zeros_without_one(
-    data: ClickData, directions: NDArray[np.float32]
-) -> None:
-    table = ctr._lookup_table(directions, ITEMS)
+def test_a_history_is_the_mean_of_its_vectors_and_0_without_clicks(data: ClickData, directions: Vectors) -> None:
+    table = module._lookup_table(directions, ITEMS)
     rows = slice(0, 600)
-    means = ctr._part(data, rows, table).means.numpy()
+    means = module._part(data, rows, table).means.numpy()
     lengths = set()
     for row in range(600):
         before = (data.users[:row] == data.users[row]) & (data.labels[:row] == 1)
@@ -234,21 +216,18 @@ def test_a_history_is_the_mean_of_its_vectors_and_zeros_without_one(
     assert lengths == set(range(11))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_vectors_with_nan_or_infinity_are_refused(data: ClickData, directions: NDArray[np.float32], bad: float) -> None:
-    broken = directions.copy()
-    broken[[8, 5], 2] = bad
-    with pytest.raises(ValueError, match=r"2 of 200 vectors hold NaN or infinity; the first is row 5"):
-        score(broken, data)
+def test_vectors_must_be_one_finite_row_per_item(data: ClickData, directions: Vectors) -> None:
+    for bad in (np.nan, np.inf, -np.inf):
+        broken = directions.copy()
+        broken[[8, 5], 2] = bad
+        with pytest.raises(ValueError, match=r"2 of 200 vectors contain NaN or infinity; the first is row 5"):
+            score(broken, data)
+    for shape in ((ITEMS - 1, 4), (ITEMS + 1, 4), (ITEMS,), (ITEMS, 2, 2)):
+        with pytest.raises(ValueError, match=r"vectors must be \[200, d\], one row per item, not \["):
+            score(np.ones(shape, np.float32), data)
 
 
-@pytest.mark.parametrize("shape", [(ITEMS - 1, 4), (ITEMS + 1, 4), (ITEMS,), (ITEMS, 2, 2)])
-def test_vectors_are_one_row_per_item(data: ClickData, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"vectors must be \[200, d\], one row per item, not \["):
-        score(np.ones(shape, np.float32), data)
-
-
-def test_vectors_and_data_are_not_changed(data: ClickData, directions: NDArray[np.float32]) -> None:
+def test_vectors_and_data_are_not_changed(data: ClickData, directions: Vectors) -> None:
     before = directions.copy()
     inputs = {name: value.copy() for name, value in vars(data).items() if isinstance(value, np.ndarray)}
     score(directions, data, max_epochs=1)
@@ -260,7 +239,7 @@ def test_vectors_and_data_are_not_changed(data: ClickData, directions: NDArray[n
 
 
 def test_an_item_is_cold_below_five_ratings_in_the_training_part() -> None:
-    # Item k is rated k times in training, clicked or not; ratings in later parts do not warm it.
+    # Item k has k ratings in the training part. Ratings in later parts do not count.
     items = np.array([*np.repeat(np.arange(8), np.arange(8)), *[4] * 6, *range(8)])
     n = len(items)
     split = Split(train=slice(0, 28), validation=slice(28, 34), test=slice(34, n))
@@ -272,21 +251,21 @@ def test_an_item_is_cold_below_five_ratings_in_the_training_part() -> None:
     assert (data.n_users, data.n_items, data.clicks.shape) == (3, 9, (n, 2))
 
 
-def test_a_part_with_one_label_only_has_no_auc(data: ClickData, directions: NDArray[np.float32]) -> None:
-    nothing_cold = replace(data, cold=np.zeros_like(data.cold))
-    found = score(directions, nothing_cold, max_epochs=1)
+def test_rows_with_one_label_have_no_auc(data: ClickData, directions: Vectors) -> None:
+    def scored(**changes: Any) -> ClickScore:
+        return score(directions, replace(data, **changes), max_epochs=1)
+
+    found = scored(cold=np.zeros_like(data.cold))
     assert math.isnan(found.cold_auc)
     assert found.warm_auc == found.auc
-    labels = np.where(data.cold, 1, data.labels[data.split.test]).astype(np.float32)
-    clicks_only = score(directions, with_labels(data, data.split.test, labels), max_epochs=1)
+    test = data.split.test
+    labels = np.where(data.cold, 1, data.labels[test]).astype(np.float32)
+    clicks_only = scored(labels=with_labels(data, test, labels).labels)
     assert math.isnan(clicks_only.cold_auc)
     assert 0 < clicks_only.warm_auc < 1
-    all_clicks = score(directions, with_labels(data, data.split.test, np.ones_like(labels)), max_epochs=1)
+    all_clicks = scored(labels=with_labels(data, test, np.ones_like(labels)).labels)
     assert math.isnan(all_clicks.auc)
     assert math.isfinite(all_clicks.log_loss)
-
-
-def test_a_validation_part_with_one_label_is_refused(data: ClickData) -> None:
-    rows = data.split.validation
+    validation = np.ones_like(data.labels[data.split.validation])
     with pytest.raises(ValueError, match="needs rows of both labels"):
-        score(None, with_labels(data, rows, np.ones_like(data.labels[rows])))
+        score(None, with_labels(data, data.split.validation, validation))

@@ -1,8 +1,7 @@
-"""Every system of the yardstick: finite vectors, the same every time, and nothing of what lies behind the boundary."""
+"""Systems: finite and reproducible vectors, the intended ablations, and no information from after the boundary."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -10,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from clicks import HISTORY, ITEMS, NEW, WIDTH, before_boundary, clicks, train_settings
-from marc_pipeline.evaluation import systems as module
-from marc_pipeline.evaluation.systems import KEEP, System, build, make_vectors, sweep_systems, systems, tuned_systems
+from marc_pipeline.evaluation import factory
+from marc_pipeline.evaluation.factory import KEEP, make_vectors, new_objective
+from marc_pipeline.evaluation.systems import System, layer_systems, systems, tuned_systems
 from marc_pipeline.training.interactions import Interactions
 from marc_pipeline.training.learning import LearningData, learning_data
 from marc_pipeline.training.marc import Marc
@@ -20,112 +20,82 @@ from marc_pipeline.training.matching import CrossingNetwork, ResidualNetwork
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Vectors = NDArray[np.float32]
-Learn = Callable[[Interactions, slice], LearningData]
 
 DIM = 6
 TRAIN = train_settings(epochs=1, batch=256)
-SYSTEMS = [*systems(1), *sweep_systems(1), *tuned_systems()]
-WITHOUT_FIT = {"ids", "random"}
-SEEDED = {"autoencoder", "mrl", "contrastive"} | {s.name for s in SYSTEMS if s.name.startswith("marc")} | {"random"}
+SYSTEMS = {system.name: system for system in [*systems(1), *layer_systems(1), *tuned_systems()]}
+BASELINES = {"autoencoder", "mrl", "contrastive"}
+SEEDED = {"random", *BASELINES} | {name for name in SYSTEMS if name.startswith("marc")}
 
-every_system = pytest.mark.parametrize("system", [s for s in SYSTEMS if s.name != "ids"], ids=lambda s: s.name)
-every_fitted_system = pytest.mark.parametrize(
-    "system", [s for s in SYSTEMS if s.name not in WITHOUT_FIT], ids=lambda s: s.name
-)
+every_system = pytest.mark.parametrize("name", sorted(SYSTEMS.keys() - {"ids"}))
+every_fitted_system = pytest.mark.parametrize("name", sorted(SYSTEMS.keys() - {"ids", "random"}))
 
 
-def of_the_training_part(interactions: Interactions, part: slice) -> LearningData:
-    return learning_data(interactions.take(part), history=HISTORY, holdout=TRAIN.holdout)
-
-
-def vectors(
-    system: System,
-    interactions: Interactions,
-    states: Vectors,
-    *,
-    part: slice,
-    learn: Learn = of_the_training_part,
-    seed: int = 0,
-) -> Vectors:
-    found = make_vectors(system, states=states, data=learn(interactions, part), dim=DIM, seed=seed, train=TRAIN)
-    assert found is not None
-    return found
-
-
-@lru_cache(maxsize=1)
+@cache
 def made_up() -> tuple[Interactions, Vectors, slice]:
+    """Interactions, states, and the rows before the boundary."""
     interactions, states = clicks()
     return interactions, states, before_boundary(interactions)
 
 
-def own(system: System, *, seed: int = 0) -> Vectors:
-    interactions, states, part = made_up()
-    return vectors(system, interactions, states, part=part, seed=seed)
+def learning(interactions: Interactions) -> LearningData:
+    return learning_data(interactions, history=HISTORY, holdout=TRAIN.holdout)
 
 
-# All of them
+@cache
+def training_part() -> LearningData:
+    interactions, _, part = made_up()
+    return learning(interactions.take(part))
 
 
-def test_every_layer_and_every_family_is_compared() -> None:
+def vectors(name: str, *, data: LearningData | None = None, states: Vectors | None = None, seed: int = 0) -> Vectors:
+    data, states = data or training_part(), made_up()[1] if states is None else states
+    found = make_vectors(SYSTEMS[name], states=states, data=data, dim=DIM, seed=seed, train=TRAIN)
+    assert found is not None
+    return found
+
+
+def test_every_layer_and_family_is_a_system() -> None:
     found = systems(4)
     names = [system.name for system in found]
     assert len(set(names)) == len(names)
     assert [s.layer for s in found if s.family == "layer"] == [0, 1, 2, 3, 4]
     assert {s.family for s in found} == {"reference", "layer", "baseline", "ablation", "marc"}
-    assert {"ids", "random", "final-full", "regression", "autoencoder", "mrl", "contrastive", "marc"} <= set(names)
-
-
-def test_ids_are_no_vectors() -> None:
-    interactions, states, part = made_up()
-    data = of_the_training_part(interactions, part)
-    found = make_vectors(System("ids", "reference", None), states=states, data=data, dim=DIM, seed=0, train=TRAIN)
-    assert found is None
+    assert {"ids", "random", "final-full", "regression", "marc"} | BASELINES <= set(names)
+    ids = System("ids", "reference", None)
+    assert make_vectors(ids, states=made_up()[1], data=training_part(), dim=DIM, seed=0, train=TRAIN) is None
 
 
 @every_system
-def test_a_system_gives_every_item_a_finite_vector_of_its_own(system: System) -> None:
-    found = own(system)
-    assert found.shape == (ITEMS, WIDTH if system.name == "final-full" else DIM)
+def test_a_system_gives_every_item_a_finite_vector_that_the_seed_decides(name: str) -> None:
+    found = vectors(name)
+    assert found.shape == (ITEMS, WIDTH if name == "final-full" else DIM)
     assert found.dtype == np.float32
     assert np.isfinite(found).all()
     assert np.linalg.matrix_rank(found - found.mean(axis=0)) == found.shape[1]
     assert len({row.tobytes() for row in found}) == ITEMS
-
-
-@every_system
-def test_the_same_seed_gives_the_same_bits(system: System) -> None:
-    first = own(system)
     torch.rand(3)
-    np.random.default_rng().random()
-    assert own(system).tobytes() == first.tobytes()
-    assert (own(system, seed=1).tobytes() != first.tobytes()) == (system.name in SEEDED)
+    assert vectors(name).tobytes() == found.tobytes()
+    assert (vectors(name, seed=1).tobytes() != found.tobytes()) == (name in SEEDED)
 
 
 @pytest.mark.parametrize(
-    ("name", "begins_as"),
+    ("name", "initial"),
     [
-        ("autoencoder", System("pca-layer-1", "layer", 1)),
-        ("mrl", System("pca-layer-1", "layer", 1)),
-        ("contrastive", System("pca-layer-1", "layer", 1)),
-        ("marc-pca-start", System("pca-layer-1", "layer", 1)),
-        ("marc", System("regression", "baseline", "chosen")),
-        ("marc-crossing", System("regression", "baseline", "chosen")),
+        *((name, "pca-layer-1") for name in (*sorted(BASELINES), "marc-pca-start")),
+        ("marc", "regression"),
+        ("marc-crossing", "regression"),
     ],
 )
-def test_a_trained_system_begins_as_a_fitted_one_and_moves_on(name: str, begins_as: System) -> None:
-    interactions, states, part = made_up()
-    data = of_the_training_part(interactions, part)
-    start = build(name, states=states, data=data.whole(), dim=DIM, seed=0, train=TRAIN).vectors().numpy()
-    np.testing.assert_allclose(start, own(begins_as), atol=1e-4)
-    start = build(name, states=states, data=data, dim=DIM, seed=0, train=TRAIN).vectors().numpy()
-    assert np.abs(own(System(name, "marc", "chosen")) - start).max() > 0.01
+def test_a_trained_system_starts_from_a_fitted_one_and_changes(name: str, initial: str) -> None:
+    def start(data: LearningData) -> Vectors:
+        states, generator = made_up()[1], torch.get_rng_state()
+        objective = new_objective(name, states=states, data=data, dim=DIM, seed=0, train=TRAIN)
+        assert torch.equal(torch.get_rng_state(), generator), "the global generator does not change"
+        return np.asarray(objective.vectors().numpy())
 
-
-def test_building_leaves_the_global_generator_as_it_was() -> None:
-    interactions, states, part = made_up()
-    before = torch.get_rng_state()
-    build("marc", states=states, data=of_the_training_part(interactions, part), dim=DIM, seed=0, train=TRAIN)
-    assert torch.equal(torch.get_rng_state(), before)
+    np.testing.assert_allclose(start(training_part().whole()), vectors(initial), atol=1e-4)
+    assert np.abs(vectors(name) - start(training_part())).max() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -139,23 +109,24 @@ def test_building_leaves_the_global_generator_as_it_was() -> None:
         ("marc-crossing", 0.0, 0.1, CrossingNetwork),
     ],
 )
-def test_an_ablation_differs_in_what_its_name_says(name: str, keep: float, decouple: float, network: type) -> None:
-    interactions, states, part = made_up()
-    data = of_the_training_part(interactions, part)
-    objective = build(name, states=states, data=data, dim=DIM, seed=0, train=train_settings())
+def test_an_ablation_has_the_intended_constraints_and_network(
+    name: str, keep: float, decouple: float, network: type
+) -> None:
+    data = training_part()
+    objective = new_objective(name, states=made_up()[1], data=data, dim=DIM, seed=0, train=train_settings())
     assert isinstance(objective, Marc)
     assert (objective.constraints.keep, objective.constraints.decouple) == (keep, decouple)
     assert type(objective.matching) is network
-    assert set(objective(data.training[torch.arange(50)])) == {
-        "loss", "click", *(["keep"] if keep else []), *(["decouple"] if decouple else [])
-    }  # fmt: skip
+    terms = {"loss", "click"} | ({"keep"} if keep else set()) | ({"decouple"} if decouple else set())
+    assert set(objective(data.training[torch.arange(50)])) == terms
 
 
-# What lies behind the boundary
+# Leaks from after the boundary
 
 
+@cache
 def scrambled() -> tuple[Interactions, Vectors]:
-    """Other users, items and labels behind the boundary, and other states of items that only occur there."""
+    """Other users, items and labels after the boundary, and other states of items that occur only there."""
     interactions, states, part = made_up()
     later, rng = len(interactions) - part.stop, np.random.default_rng(7)
     assert not set(interactions.items[part].tolist()) & set(range(NEW))
@@ -170,44 +141,33 @@ def scrambled() -> tuple[Interactions, Vectors]:
     return changed, other
 
 
-def leaks(system: System, *, learn: Learn = of_the_training_part) -> bool:
-    """Whether vectors of items from before the boundary change with what lies behind it."""
-    interactions, states, part = made_up()
-    one = vectors(system, interactions, states, part=part, learn=learn)
-    other = vectors(system, *scrambled(), part=part, learn=learn)
-    return one[NEW:].tobytes() != other[NEW:].tobytes()
+def leaks(name: str, learned: tuple[Interactions, Interactions] | None = None) -> bool:
+    """Whether vectors of known items change with rows after the boundary; ``learned`` replaces the training parts."""
+    (interactions, _, part), (changed, states) = made_up(), scrambled()
+    one, other = learned or (interactions.take(part), changed.take(part))
+    found, after = vectors(name, data=learning(one)), vectors(name, data=learning(other), states=states)
+    return found[NEW:].tobytes() != after[NEW:].tobytes()
 
 
 @every_fitted_system
-def test_nothing_behind_the_boundary_has_a_say(system: System) -> None:
-    assert not leaks(system)
+def test_vectors_do_not_depend_on_rows_after_the_boundary(name: str) -> None:
+    assert not leaks(name)
+    assert leaks(name, (made_up()[0], scrambled()[0])), "the check detects a training on all interactions"
 
 
-@every_fitted_system
-def test_a_training_that_sees_all_interactions_is_caught(system: System) -> None:
-    def peeking(interactions: Interactions, _: slice) -> LearningData:
-        return learning_data(interactions, history=HISTORY, holdout=TRAIN.holdout)
+@pytest.mark.parametrize("name", ["mrl", "contrastive", "marc", "regression"])
+def test_the_check_detects_a_training_on_later_labels(name: str) -> None:
+    part = made_up()[2]
 
-    assert leaks(system, learn=peeking)
-
-
-@pytest.mark.parametrize(
-    "system", [s for s in SYSTEMS if s.name in {"mrl", "contrastive", "marc", "regression"}], ids=lambda s: s.name
-)
-def test_a_training_that_sees_labels_alone_is_caught(system: System) -> None:
-    def peeking(interactions: Interactions, part: slice) -> LearningData:
-        """The training part's rows, a few of them with labels from behind the boundary."""
+    def peeking(interactions: Interactions) -> Interactions:
+        """The training part, in which 100 rows have later labels."""
         seen = interactions.take(part)
-        labels = np.append(interactions.labels[part.stop :][:100], seen.labels[100:])
-        return learning_data(replace(seen, labels=labels), history=HISTORY, holdout=TRAIN.holdout)
+        return replace(seen, labels=np.append(interactions.labels[part.stop :][:100], seen.labels[100:]))
 
-    assert leaks(system, learn=peeking)
+    assert leaks(name, (peeking(made_up()[0]), peeking(scrambled()[0])))
 
 
-@pytest.mark.parametrize(
-    "system", [s for s in SYSTEMS if "pca" in s.name or s.name in {"final-full", "autoencoder", "mrl", "contrastive"}],
-    ids=lambda s: s.name,
-)  # fmt: skip
-def test_a_transform_that_is_fitted_on_all_items_is_caught(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "known_states", lambda states, _: states)
-    assert leaks(system)
+@pytest.mark.parametrize("name", sorted({name for name in SYSTEMS if "pca" in name} | {"final-full"} | BASELINES))
+def test_the_check_detects_a_transform_fitted_on_all_items(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factory, "known_states", lambda states, _: states)
+    assert leaks(name)

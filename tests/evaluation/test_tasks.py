@@ -1,4 +1,4 @@
-"""Choosing a layer: where a smooth curve through the scores of all is highest."""
+"""The choice of a layer from scores, and the data of evaluations within the training part."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from clicks import clicks as made_up_clicks
 from marc_pipeline.evaluation import tasks as evaluation
 from marc_pipeline.evaluation.layer_choice import choose_layer
 from marc_pipeline.evaluation.tasks import FOLDS
-from marc_pipeline.training.interactions import histories, split_by_time
+from marc_pipeline.training.time_split import histories, split_by_time
 
 
 @pytest.mark.parametrize(
@@ -27,20 +27,19 @@ from marc_pipeline.training.interactions import histories, split_by_time
         pytest.param({1: [0.7, 0.7]}, 1, id="one layer"),
     ],
 )
-def test_the_layer_where_the_curve_is_highest(scores: dict[int, list[float]], chosen: int) -> None:
+def test_the_layer_with_the_highest_curve_is_chosen(scores: dict[int, list[float]], chosen: int) -> None:
     assert choose_layer(scores) == chosen
 
 
 @given(st.lists(st.lists(st.integers(500, 900), min_size=5, max_size=5), min_size=1, max_size=8), st.integers(-200, 90))
-def test_what_all_layers_have_in_common_does_not_matter(scores: list[list[int]], shift: int) -> None:
+def test_a_constant_added_to_all_scores_does_not_change_the_choice(scores: list[list[int]], shift: int) -> None:
     plain = {layer: [auc / 1000 for auc in aucs] for layer, aucs in enumerate(scores, start=1)}
     moved = {layer: [auc + shift / 1000 for auc in aucs] for layer, aucs in plain.items()}
     assert choose_layer(plain) == choose_layer(moved)
 
 
 @given(st.integers(3, 40), st.floats(0, 1), st.integers(0, 2**32 - 1))
-def test_a_curve_is_found_under_noise_that_hides_it(layers: int, place: float, seed: int) -> None:
-    """Against the curve itself: what the chosen layer falls short of the best one is less than the noise of one."""
+def test_the_choice_is_close_to_the_best_layer_under_noise(layers: int, place: float, seed: int) -> None:
     depth = np.arange(1, layers + 1) / layers
     curve = -((depth - place) ** 2)
     noisy = curve + np.random.default_rng(seed).normal(0, 0.02, layers)
@@ -48,29 +47,22 @@ def test_a_curve_is_found_under_noise_that_hides_it(layers: int, place: float, s
     assert curve.max() - curve[chosen - 1] < 0.1
 
 
-@pytest.mark.parametrize("fold", range(FOLDS))
-def test_a_choice_within_the_training_part_learns_from_other_users_only(fold: int) -> None:
+@pytest.mark.parametrize("fold", [*range(FOLDS), None])
+def test_a_choice_within_the_training_part_learns_from_other_users(fold: int | None) -> None:
     interactions, states = made_up_clicks()
     part = split_by_time(interactions)
     training_set = SimpleNamespace(interactions=interactions, split=part, item_ids=["i"] * len(states))
     data, learned = evaluation._data(training_set, 3, fold=fold)  # type: ignore[arg-type]
+    if fold is None:
+        assert (data.split, len(learned), len(data.labels)) == (part, part.train.stop, len(interactions))
+        return
     held_out = {*data.users[data.split.validation].tolist(), *data.users[data.split.test].tolist()}
     assert held_out
     assert not held_out & set(learned.users.tolist())
     assert set(learned.users.tolist()) == set(data.users[data.split.train].tolist())
-    assert len(data.labels) == part.train.stop  # nothing from behind the boundary
     assert learned.times[-1] <= interactions.times[part.train.stop - 1]
-    # Rows are those of the training part, each with its own history.
-    wanted = histories(interactions.take(part.train), length=3, label=1)
-    shown = interactions.take(part.train)
+    # The rows are those of the training part, each with its own history.
+    wanted, shown = histories(interactions.take(part.train), length=3, label=1), interactions.take(part.train)
     rows = zip(shown.users.tolist(), shown.items.tolist(), shown.labels.tolist(), wanted.tolist(), strict=True)
     found = zip(data.users.tolist(), data.items.tolist(), data.labels.tolist(), data.clicks.tolist(), strict=True)
     assert sorted(found) == sorted(rows)
-
-
-def test_on_everything_the_training_part_is_learned_from() -> None:
-    interactions, states = made_up_clicks()
-    part = split_by_time(interactions)
-    training_set = SimpleNamespace(interactions=interactions, split=part, item_ids=["i"] * len(states))
-    data, learned = evaluation._data(training_set, 3, fold=None)  # type: ignore[arg-type]
-    assert (data.split, len(learned), len(data.labels)) == (part, part.train.stop, len(interactions))

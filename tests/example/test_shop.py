@@ -1,4 +1,4 @@
-"""The example data: deterministic, messy in known ways, and with ratings that the items' content explains."""
+"""The example shop: reproducible catalogues with known messy rows, and ratings that depend on the items' texts."""
 
 import csv
 import hashlib
@@ -16,7 +16,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from marc_pipeline.errors import UserError
-from marc_pipeline.example.ratings import INTERACTIONS_DAYS, INTERACTIONS_END, write_interactions
+from marc_pipeline.example.ratings import INTERACTIONS, INTERACTIONS_DAYS, INTERACTIONS_END, write_interactions
 from marc_pipeline.example.shop import MESSY_ROWS, read_good_items, write_catalogue
 
 DAY, NEXT_DAY, THIRD_DAY = "2026-11-20", "2026-11-21", "2026-11-24"
@@ -26,16 +26,16 @@ Days = tuple[Path, Path, Path]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Every row of a file; bytes that are no UTF-8 become U+FFFD."""
+    """All rows of a file; bytes that are not UTF-8 become U+FFFD."""
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def sort_out(rows: list[Row]) -> tuple[dict[str, Row], Counter[str]]:
-    """Good rows by id and the number of bad ones by reason, told apart by what the reasons mean."""
+def sort_out(path: Path) -> tuple[dict[str, Row], Counter[str]]:
+    """Good rows of a file by id, and the number of bad rows by reason, by independent rules."""
     good: dict[str, Row] = {}
     bad: Counter[str] = Counter()
-    for row in rows:
+    for row in read_rows(path):
         if not row["item_id"].strip():
             bad["null_id"] += 1
         elif "\ufffd" in "".join(row.values()):
@@ -54,9 +54,15 @@ def rendered(row: Row) -> str:
     return ". ".join(row[column] for column in TEXT)
 
 
+def edits(old: dict[str, Row], new: dict[str, Row]) -> tuple[set[str], set[str], set[str]]:
+    """Ids that were edited, added and removed between two days."""
+    edited = {item for item in old.keys() & new.keys() if rendered(old[item]) != rendered(new[item])}
+    return edited, new.keys() - old.keys(), old.keys() - new.keys()
+
+
 @pytest.fixture(scope="module")
 def days(tmp_path_factory: pytest.TempPathFactory) -> Days:
-    """Three days' files of one folder, the last after a gap."""
+    """Files of three days in one folder; the last one follows a gap."""
     folder = tmp_path_factory.mktemp("catalogue")
     first, second, third = (write_catalogue(folder, ds=ds) for ds in (DAY, NEXT_DAY, THIRD_DAY))
     return first, second, third
@@ -65,7 +71,7 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> Days:
 @pytest.fixture(scope="module")
 def good(days: Days) -> dict[str, Row]:
     """Good rows of the first day by id."""
-    return sort_out(read_rows(days[0]))[0]
+    return sort_out(days[0])[0]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +92,7 @@ def test_the_same_arguments_give_the_same_bytes(days: Days, tmp_path: Path) -> N
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in days]
 
 
-def test_a_catalogue_keeps_its_bytes_from_version_to_version(tmp_path: Path) -> None:
+def test_the_bytes_of_a_catalogue_do_not_change_between_releases_of_the_program(tmp_path: Path) -> None:
     digests = [
         hashlib.sha256(write_catalogue(tmp_path, ds=ds, items=50).read_bytes()).hexdigest() for ds in (DAY, NEXT_DAY)
     ]
@@ -97,16 +103,16 @@ def test_a_catalogue_keeps_its_bytes_from_version_to_version(tmp_path: Path) -> 
 
 
 def test_another_seed_gives_another_catalogue(tmp_path: Path) -> None:
-    one = write_catalogue(tmp_path / "1", ds=DAY, items=50, seed=1)
-    two = write_catalogue(tmp_path / "2", ds=DAY, items=50, seed=2)
-    assert one.read_bytes() != two.read_bytes()
+    made = [write_catalogue(tmp_path / str(seed), ds=DAY, items=50, seed=seed).read_bytes() for seed in (1, 2)]
+    assert made[0] != made[1]
 
 
-def test_an_existing_day_is_kept_and_a_new_one_is_the_only_file_of_its_folder(tmp_path: Path) -> None:
-    path = write_catalogue(tmp_path / "new", ds=DAY, items=50)
-    assert list((tmp_path / "new").iterdir()) == [path] == [tmp_path / "new" / f"{DAY}.csv"]
+def test_a_new_day_is_one_file_and_an_existing_file_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    path = write_catalogue(folder, ds=DAY, items=50)
+    assert list(folder.iterdir()) == [path] == [folder / f"{DAY}.csv"]
     path.write_bytes(b"mine\n")
-    assert write_catalogue(tmp_path / "new", ds=DAY, items=50) == path
+    assert write_catalogue(folder, ds=DAY, items=50) == path
     assert path.read_bytes() == b"mine\n"
 
 
@@ -121,16 +127,15 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_day_holds_the_promised_messy_rows(days: Days) -> None:
+def test_every_day_has_the_documented_messy_rows_and_reads_back_without_them(days: Days) -> None:
     for path, expected in zip(days, (5000, 4990, 4980), strict=True):
-        rows = read_rows(path)
-        good, bad = sort_out(rows)
+        good, bad = sort_out(path)
         assert bad == MESSY_ROWS == {"null_id": 3, "empty_text": 3, "older_duplicate": 4, "undecodable": 2}
-        assert len(good) == expected
-        assert len(rows) == expected + sum(MESSY_ROWS.values())
+        assert len(good) == expected == len(read_rows(path)) - sum(MESSY_ROWS.values())
+        assert {item.item_id: item._asdict() for item in read_good_items(path)} == good
 
 
-def test_undecodable_rows_are_latin_1_under_ids_of_their_own(days: Days) -> None:
+def test_undecodable_rows_are_latin_1_and_have_unique_ids(days: Days) -> None:
     with pytest.raises(UnicodeDecodeError):
         days[0].read_bytes().decode()
     rows = read_rows(days[0])
@@ -140,7 +145,7 @@ def test_undecodable_rows_are_latin_1_under_ids_of_their_own(days: Days) -> None
     assert "Crème".encode("latin-1") in days[0].read_bytes()
 
 
-def test_older_duplicates_are_older_and_say_something_else(days: Days) -> None:
+def test_older_duplicates_have_another_time_and_another_text(days: Days) -> None:
     by_id: defaultdict[str, list[Row]] = defaultdict(list)
     for row in read_rows(days[1]):
         by_id[row["item_id"]].append(row)
@@ -151,43 +156,30 @@ def test_older_duplicates_are_older_and_say_something_else(days: Days) -> None:
         assert rendered(one) != rendered(other)
 
 
-def test_good_items_are_read_back_without_the_messy_ones(days: Days) -> None:
-    for path in days:
-        good, _ = sort_out(read_rows(path))
-        assert {item.item_id: item._asdict() for item in read_good_items(path)} == good
-
-
 @pytest.mark.parametrize(("before", "after", "ds"), [(0, 1, NEXT_DAY), (1, 2, THIRD_DAY)])
 def test_a_later_day_edits_50_adds_20_removes_30(days: Days, before: int, after: int, ds: str) -> None:
-    old, _ = sort_out(read_rows(days[before]))
-    new, _ = sort_out(read_rows(days[after]))
-    edited = [i for i in old.keys() & new.keys() if rendered(old[i]) != rendered(new[i])]
-    added = new.keys() - old.keys()
-    assert (len(edited), len(added), len(old.keys() - new.keys())) == (50, 20, 30)
-    assert all(new[i]["updated_at"] == ds for i in [*edited, *added])
-    untouched = old.keys() & new.keys() - set(edited)
-    assert all(old[i] == new[i] for i in untouched)
+    old, new = sort_out(days[before])[0], sort_out(days[after])[0]
+    edited, added, removed = edits(old, new)
+    assert (len(edited), len(added), len(removed)) == (50, 20, 30)
+    assert all(new[i]["updated_at"] == ds for i in edited | added)
+    assert all(old[i] == new[i] for i in old.keys() & new.keys() - edited)
 
 
-def test_removed_ids_never_come_back(tmp_path: Path) -> None:
-    gone: set[str] = set()
-    before: set[str] = set()
+def test_removed_ids_are_never_used_again(tmp_path: Path) -> None:
+    gone, before = set[str](), set[str]()
     for day in range(1, 29):
         path = write_catalogue(tmp_path, ds=f"2026-02-{day:02d}", items=100)
-        now = set(sort_out(read_rows(path))[0])
+        now = set(sort_out(path)[0])
         gone |= before - now
         assert not gone & now
         before = now
     assert len(gone) == 27  # 0.6 % of 100 rounds to one a day
 
 
-def test_the_delta_scales_with_the_catalogue_and_is_never_nothing(tmp_path: Path) -> None:
-    for items, expected in ((2000, (20, 8, 12)), (20, (1, 1, 1))):
-        folder = tmp_path / str(items)
-        old, _ = sort_out(read_rows(write_catalogue(folder, ds=DAY, items=items)))
-        new, _ = sort_out(read_rows(write_catalogue(folder, ds=NEXT_DAY, items=items)))
-        edited = sum(rendered(old[i]) != rendered(new[i]) for i in old.keys() & new.keys())
-        assert (edited, len(new.keys() - old.keys()), len(old.keys() - new.keys())) == expected
+@pytest.mark.parametrize(("items", "expected"), [(2000, (20, 8, 12)), (20, (1, 1, 1))])
+def test_the_changes_of_a_day_scale_with_the_catalogue(tmp_path: Path, items: int, expected: tuple[int, ...]) -> None:
+    old, new = (sort_out(write_catalogue(tmp_path, ds=ds, items=items))[0] for ds in (DAY, NEXT_DAY))
+    assert tuple(map(len, edits(old, new))) == expected
 
 
 def test_a_later_day_follows_the_newest_earlier_one_and_ignores_other_files(tmp_path: Path) -> None:
@@ -196,11 +188,11 @@ def test_a_later_day_follows_the_newest_earlier_one_and_ignores_other_files(tmp_
     (tmp_path / "2026-01-06-notes.csv").write_text("not a day\n")
     write_catalogue(tmp_path, ds="2026-01-09", items=50)
     between = write_catalogue(tmp_path, ds="2026-01-07", items=50)
-    before, after = (set(sort_out(read_rows(path))[0]) for path in (second, between))
-    assert (len(before - after), len(after - before)) == (1, 1)
+    _, added, removed = edits(*(sort_out(path)[0] for path in (second, between)))
+    assert (len(added), len(removed)) == (1, 1)
 
 
-def test_texts_are_distinct_and_of_very_different_length(good: dict[str, Row]) -> None:
+def test_texts_are_distinct_and_have_very_different_lengths(good: dict[str, Row]) -> None:
     assert len({rendered(row) for row in good.values()}) >= 0.99 * len(good)
     words = [len(row["description"].split()) for row in good.values()]
     percentiles = statistics.quantiles(words, n=100)
@@ -210,7 +202,7 @@ def test_texts_are_distinct_and_of_very_different_length(good: dict[str, Row]) -
     assert 300 <= max(words) <= 900
 
 
-def test_fields_hold_what_breaks_careless_readers(days: Days, good: dict[str, Row]) -> None:
+def test_fields_contain_quotes_commas_line_breaks_and_non_ascii_characters(days: Days, good: dict[str, Row]) -> None:
     texts = [rendered(row) for row in good.values()]
     for sign, least in (('"', 500), (",", 2000), ("\n", 200), ("é", 200), ("🌿", 10)):
         assert sum(sign in text for text in texts) >= least, sign
@@ -219,7 +211,7 @@ def test_fields_hold_what_breaks_careless_readers(days: Days, good: dict[str, Ro
     assert b"\r" not in days[0].read_bytes()
 
 
-def test_there_are_a_dozen_categories_with_kinds_below(good: dict[str, Row]) -> None:
+def test_there_are_12_categories_with_48_kinds(good: dict[str, Row]) -> None:
     kinds = {row["category"] for row in good.values()}
     assert len({kind.split(" > ")[0] for kind in kinds}) == 12
     assert len(kinds) == 48
@@ -232,9 +224,7 @@ def test_bad_arguments_are_refused(tmp_path: Path, ds: str, items: int) -> None:
 
 
 @pytest.mark.parametrize(("foreign", "items", "match"), [("id,name\n1,spoon\n", 50, "id,name"), ("", 5000, "10 items")])
-def test_an_earlier_day_of_another_origin_or_size_is_refused(
-    tmp_path: Path, foreign: str, items: int, match: str
-) -> None:
+def test_a_foreign_or_smaller_earlier_day_is_refused(tmp_path: Path, foreign: str, items: int, match: str) -> None:
     earlier = write_catalogue(tmp_path, ds=DAY, items=10)
     if foreign:
         earlier.write_text(foreign)
@@ -242,13 +232,9 @@ def test_an_earlier_day_of_another_origin_or_size_is_refused(
         write_catalogue(tmp_path, ds=NEXT_DAY, items=items)
 
 
-def test_interactions_have_the_promised_columns_in_order_of_time(ratings: pa.Table) -> None:
-    assert {field.name: str(field.type) for field in ratings.schema} == {
-        "user_id": "string",
-        "item_id": "string",
-        "rating": "float",
-        "timestamp": "timestamp[us, tz=UTC]",
-    }
+def test_interactions_have_the_documented_schema_in_order_of_time(ratings: pa.Table) -> None:
+    assert ratings.schema.remove_metadata() == INTERACTIONS
+    assert [str(field.type) for field in INTERACTIONS] == ["string", "string", "float", "timestamp[us, tz=UTC]"]
     assert set(ratings["rating"].to_pylist()) == {half / 2 for half in range(1, 11)}
     times = ratings["timestamp"].to_pylist()
     assert times == sorted(times)
@@ -256,7 +242,7 @@ def test_interactions_have_the_promised_columns_in_order_of_time(ratings: pa.Tab
     assert times[-1] < INTERACTIONS_END
 
 
-def test_interactions_name_good_items_at_most_once_per_user(ratings: pa.Table, good: dict[str, Row]) -> None:
+def test_a_user_rates_good_items_only_and_each_at_most_once(ratings: pa.Table, good: dict[str, Row]) -> None:
     pairs = list(zip(ratings["user_id"].to_pylist(), ratings["item_id"].to_pylist(), strict=True))
     assert {item for _, item in pairs} <= good.keys()
     assert len(set(pairs)) == len(pairs)
@@ -272,11 +258,11 @@ def test_users_and_items_have_long_tails(ratings: pa.Table) -> None:
     assert per_item.most_common(1)[0][1] > 20 * ratings.num_rows / 5000
 
 
-def test_interactions_are_deterministic_and_left_alone(days: Days, tmp_path: Path) -> None:
-    one, two, other = (tmp_path / name / "i.parquet" for name in ("one", "two", "other"))
-    write_interactions(one, days[0], users=20)
-    write_interactions(two, days[0], users=20)
-    write_interactions(other, days[0], users=20, seed=8)
+def test_interactions_are_reproducible_and_an_existing_file_is_kept(days: Days, tmp_path: Path) -> None:
+    one, two, other = (
+        write_interactions(tmp_path / name / "i.parquet", days[0], users=20, seed=seed)
+        for name, seed in (("one", 7), ("two", 7), ("other", 8))
+    )
     assert one.read_bytes() == two.read_bytes() != other.read_bytes()
     two.write_bytes(b"mine")
     assert write_interactions(two, days[0]) == two
@@ -288,25 +274,25 @@ def interactions_of(folder: Path, *, items: int, users: int) -> pa.Table:
     return pq.read_table(write_interactions(folder / "i.parquet", catalogue, users=users))
 
 
-def test_some_items_stay_cold_however_many_users_there_are(tmp_path: Path) -> None:
+def test_some_items_are_never_rated_even_with_many_users(tmp_path: Path) -> None:
     table = interactions_of(tmp_path, items=60, users=600)
     assert table.num_rows > 200 * 60
     assert len(set(table["item_id"].to_pylist())) == 60 - 5
 
 
-def test_a_tiny_catalogue_still_gives_interactions(tmp_path: Path) -> None:
+def test_a_tiny_catalogue_has_interactions(tmp_path: Path) -> None:
     table = interactions_of(tmp_path, items=10, users=3)
     assert Counter(table["user_id"].to_pylist()) == {"u00001": 5, "u00002": 5, "u00003": 5}
 
 
 @pytest.mark.parametrize(("users", "match"), [(600, "no catalogue"), (0, "0 users")])
-def test_interactions_refuse_a_missing_catalogue_and_no_users(tmp_path: Path, users: int, match: str) -> None:
+def test_a_missing_catalogue_and_zero_users_are_refused(tmp_path: Path, users: int, match: str) -> None:
     with pytest.raises(UserError, match=match):
         write_interactions(tmp_path / "i.parquet", tmp_path / "missing.csv", users=users)
 
 
 def past_mean_auc(ratings: pa.Table, value_of: dict[str, str]) -> float:
-    """AUC on the last fifth of time of a user's mean rating per value of the item, from the first four."""
+    """AUC on the last fifth of the rows, of a user's earlier mean rating for items with the same value."""
     rows = list(zip(*(ratings[name].to_pylist() for name in ("user_id", "item_id", "rating")), strict=True))
     cut = len(rows) * 4 // 5
     seen: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
@@ -316,18 +302,18 @@ def past_mean_auc(ratings: pa.Table, value_of: dict[str, str]) -> float:
     return float(roc_auc_score([label for _, label in known], [statistics.fmean(past) for past, _ in known]))
 
 
-def test_the_content_of_items_predicts_what_users_like(ratings: pa.Table, good: dict[str, Row]) -> None:
+def test_the_categories_of_items_predict_what_users_like(ratings: pa.Table, good: dict[str, Row]) -> None:
     positive = [rating >= 4 for rating in ratings["rating"].to_pylist()]
     assert 0.35 <= statistics.fmean(positive) <= 0.60
     category = {item_id: row["category"].split(" > ")[0] for item_id, row in good.items()}
     chance = dict(zip(category, [*list(category.values())[1:], "Pets"], strict=True))  # the neighbour's category
     assert past_mean_auc(ratings, category) > 0.60
-    # The gap is what the category itself tells, beyond how kindly a user rates.
+    # The difference is the effect of the category, without that of generous users.
     assert past_mean_auc(ratings, category) > past_mean_auc(ratings, chance) + 0.08
 
 
 def gap_spread(ratings: pa.Table, has: set[str]) -> float:
-    """How much users differ in what they rate the items of a set above all others."""
+    """Spread between users of the difference in mean rating between a set's items and all others."""
     by_user: defaultdict[tuple[str, bool], list[float]] = defaultdict(list)
     for row in ratings.to_pylist():
         by_user[row["user_id"], row["item_id"] in has].append(row["rating"])
@@ -338,7 +324,7 @@ def gap_spread(ratings: pa.Table, has: set[str]) -> float:
     )
 
 
-def test_users_differ_over_styles_and_not_over_colours(ratings: pa.Table, good: dict[str, Row]) -> None:
+def test_tastes_depend_on_styles_but_not_on_colours(ratings: pa.Table, good: dict[str, Row]) -> None:
     def naming(*words: str) -> set[str]:
         return {i for i, row in good.items() if any(word in row["title"].lower() for word in words)}
 

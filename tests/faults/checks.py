@@ -1,4 +1,4 @@
-"""What a site holds after a trial, and whether that is what the undisturbed run left there."""
+"""Checks of a site after a trial, against the results of the operation without a fault."""
 
 import csv
 import hashlib
@@ -18,13 +18,13 @@ from marc_pipeline.storage import Storage
 from marc_pipeline.table.commit import committed_files
 
 TEXT_COLUMNS = ("title", "brand", "category", "description")
-# Of a bucket: what it holds (ids, texts, bundle), and the same with the bits of the vectors.
+# By bucket: a digest of ids, texts and bundle, and a digest that includes the bits of the vectors.
 Contents = dict[str, list[str]]
 State = dict[str, Contents]
 
 
 def contents_of(rows: pa.Table) -> Contents:
-    """Two digests per bucket of a release's rows, without the moment of encoding."""
+    """Return two digests per bucket of a release's rows, without the time of encoding."""
     found: Contents = {}
     rows = rows.sort_by([("bucket", "ascending"), ("item_id", "ascending")])
     for bucket in rows["bucket"].unique().to_pylist():
@@ -39,10 +39,10 @@ def contents_of(rows: pa.Table) -> Contents:
 
 
 def is_known(contents: Contents, known: Sequence[Contents]) -> bool:
-    """Whether what was read is one of the known states, whole.
+    """Return whether the contents are those of one known state.
 
-    Rows are those of one state in every bucket. Where rivals may carry vectors over from one another, a bucket's
-    vectors are those of any state with the same rows in it.
+    The rows of all buckets must be those of one state. Concurrent runs may carry over each other's vectors, so the
+    vectors of a bucket may be those of any state with the same rows.
     """
     if not any({b: told for b, (told, _) in contents.items()} == {b: t for b, (t, _) in k.items()} for k in known):
         return False
@@ -50,7 +50,7 @@ def is_known(contents: Contents, known: Sequence[Contents]) -> bool:
 
 
 def usable_ids(path: Path) -> set[str]:
-    """Ids of a catalogue's usable rows, by Python's own csv module."""
+    """Return the ids of a catalogue's usable rows, by Python's csv module."""
     found = set()
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         for row in csv.DictReader(file):
@@ -62,7 +62,7 @@ def usable_ids(path: Path) -> set[str]:
 
 @dataclass
 class Findings:
-    """What a site holds, and what is wrong with it."""
+    """Contents and problems of a site."""
 
     state: State = field(default_factory=dict)
     rows: int = 0
@@ -76,18 +76,18 @@ class Findings:
 
 
 def look_at(storage: Storage, table_uri: str, wanted: Mapping[str, Sequence[set[str]]]) -> Findings:
-    """Every live release, byte by byte, the Delta table beside it, and the items that should be there.
+    """Check every live release byte by byte, the Delta table, and the item ids of each date.
 
     Args:
         storage: access to the site.
         table_uri: its feature table.
-        wanted: usable ids of the catalogue by date; where there are several sets, of one of them.
+        wanted: allowed sets of item ids by date.
     """
     found = Findings()
     log = release_log.read_log(storage, table_uri)
     live = release_log.live_releases(log.releases)
     turns = sorted((r for r in log.releases if not r.restores and not r.withdrawn), key=lambda r: (r.ds, r.turn))
-    # A plan may come back after another one; never right after itself.
+    # A plan may be published again after another one, but not right after itself.
     twice = [
         after.plan_id for before, after in pairwise(turns) if (before.ds, before.plan_id) == (after.ds, after.plan_id)
     ]
@@ -97,9 +97,9 @@ def look_at(storage: Storage, table_uri: str, wanted: Mapping[str, Sequence[set[
         problems = verify(storage, release, table_uri=table_uri)
         paths = {file.path for file in release.table.files}
         if committed(storage, table_uri, ds, version=release.table.version) != paths:
-            problems.append(f"version {release.table.version} of the Delta table holds other files")
+            problems.append(f"version {release.table.version} of the Delta table has other files")
         if committed(storage, table_uri, ds) != paths:
-            problems.append("the Delta table's newest version holds other files")
+            problems.append("the newest version of the Delta table has other files")
         found.failed_verifies += bool(problems)
         found.notes += [f"release {release.release_id} of {ds}: {problem}" for problem in problems]
         rows = OpenRelease(release, uri=table_uri, storage=storage).dataset().to_table()
@@ -116,19 +116,19 @@ def look_at(storage: Storage, table_uri: str, wanted: Mapping[str, Sequence[set[
 
 
 def committed(storage: Storage, table_uri: str, ds: str, *, version: int | None = None) -> set[str]:
-    """Paths that the Delta table holds for a date."""
+    """Return the paths of a date's files in the Delta table."""
     table = DeltaTable(table_uri, version=version, storage_options=storage.delta_options())
     return committed_files(table, ds=ds)
 
 
 def files_below(storage: Storage, uris: Sequence[str]) -> frozenset[str]:
-    """Names of data files: of the table, the indexes and the work area, not of the two Delta logs."""
+    """Return the uris of all files below some folders, without the two Delta logs."""
     stored = [item.uri for uri in uris for item in storage.list(uri, hidden=True)]
     return frozenset(uri for uri in stored if "/_delta_log/" not in uri and "/_releases/" not in uri)
 
 
 def judge(found: Findings, known: Sequence[State]) -> None:
-    """Compare with the ways that an undisturbed run can end; what differs is counted and noted."""
+    """Compare the findings with the allowed final states; differences are counted and noted."""
     for ds in sorted({ds for state in known for ds in state} | found.state.keys()):
         contents = found.state.get(ds)
         candidates = [state[ds] for state in known if ds in state]
@@ -138,4 +138,4 @@ def judge(found: Findings, known: Sequence[State]) -> None:
                 found.notes.append(f"{ds} has no release")
         elif not is_known(contents, candidates):
             found.unequal += 1
-            found.notes.append(f"{ds}: the table is not what the undisturbed run left: {contents} of {candidates}")
+            found.notes.append(f"{ds}: the table differs from every run without a fault: {contents} of {candidates}")

@@ -1,7 +1,7 @@
-"""A child of the campaign that goes through ``marc`` commands, one JSON line each: ``spark`` in one session, ``fork``.
+"""A child process of the campaign that runs ``marc`` commands, one JSON line each.
 
-``spark`` keeps a session (and its Python workers) open, so that a command costs what it does and not what a start does.
-``fork`` has everything imported that needs no Spark, and goes through each command in a child of its own.
+``spark`` keeps one session and its Python workers open, so a command has no start-up time. ``fork`` has imported every
+module that needs no Spark, and runs each command in a child process of its own.
 """
 
 import io
@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
-from marc_pipeline.cli import main as marc
+from marc_pipeline.cli.app import main as marc
 from marc_pipeline.config import load_settings
 from marc_pipeline.deployment import open_deployment
 from marc_pipeline.entry import configure_logging, reported_errors
 from marc_pipeline.nightly import stages
 
-# Commands of our own, beside those of ``marc``: CONFIG DS [BUCKET …], and CONFIG PLAN_ID.
+# Commands beside those of ``marc``: CONFIG DS [BUCKET …], and CONFIG PLAN_ID.
 PREPARE, RELEASE = "@prepare", "@release"
 ANSWERS = os.fdopen(os.dup(1), "w", buffering=1)
 
@@ -29,7 +29,7 @@ def answer(**facts: Any) -> None:
 
 
 def perform(arguments: Sequence[str]) -> int:
-    """Exit code of a command; what it has to say goes to standard error."""
+    """Run a command; returns its exit code. Output goes to standard error."""
     try:
         if arguments[0] in {PREPARE, RELEASE}:
             configure_logging()
@@ -47,7 +47,7 @@ def perform(arguments: Sequence[str]) -> int:
 
 
 def prepare(config: str, ds: str, *buckets: str) -> None:
-    """The stages before the index."""
+    """Run the stages before the index."""
     from marc_pipeline.nightly.plan_identity import identify_plan
     from marc_pipeline.spark.session import spark_session
 
@@ -60,7 +60,7 @@ def prepare(config: str, ds: str, *buckets: str) -> None:
 
 
 def release(config: str, plan_id: str) -> None:
-    """Index and release, as the last two tasks of a night."""
+    """Run the index and release stages, as the last two tasks of a nightly run."""
     deployment = open_deployment(load_settings(config))
     stages.index_stage(deployment, plan_id)
     stages.release_stage(deployment, plan_id)
@@ -79,7 +79,7 @@ def serve_spark(config: str) -> None:
 
 
 def serve_forks() -> None:
-    # Imported only: whatever starts threads of its own is used in the children alone.
+    # Only imported here: modules that start threads run in the children.
     from marc_pipeline.reader import verify  # noqa: F401
 
     answer(ready=True)

@@ -1,4 +1,4 @@
-"""The processes of a campaign: those that stay, those that are killed, and what is left of them."""
+"""Processes of the fault campaign: permanent hosts, and attempts at commands that can be killed."""
 
 import json
 import os
@@ -7,16 +7,16 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
+
+from process_table import end_session
 
 HERE = Path(__file__).resolve().parent
-PROC = Path("/proc")
-MARC = "from marc_pipeline.cli import main; main()"
+MARC = "from marc_pipeline.cli.app import main; main()"
 
 
 class Overdue(Exception):
@@ -25,20 +25,20 @@ class Overdue(Exception):
 
 @dataclass(frozen=True)
 class Ended:
-    """How an attempt at a command ended: exit code (negative: a signal; None: it had to be ended), and what it said."""
+    """End of a command: exit code (negative: a signal; None: it had to be killed), and standard error."""
 
     code: int | None
     said: str
 
 
 class Host:
-    """A child that stays, asked and answering by JSON lines.
+    """A permanent child process that receives commands and sends answers as JSON lines.
 
     Args:
-        script: beside this file.
-        arguments: of the script.
-        env: whole environment.
-        log: gets the standard error.
+        script: name of a script in this folder.
+        arguments: arguments of the script.
+        env: its whole environment.
+        log: file for its standard error.
     """
 
     def __init__(self, script: str, *arguments: str, env: Mapping[str, str], log: Path) -> None:
@@ -66,16 +66,21 @@ class Host:
             self._answers.put(line)
         self._answers.put(None)
 
+    @property
+    def answered(self) -> bool:
+        """Whether an answer is waiting."""
+        return not self._answers.empty()
+
     def send(self, **command: Any) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
 
     def receive(self, seconds: float) -> dict[str, Any]:
-        """The next answer.
+        """Return the next answer.
 
         Raises:
-            Overdue: none came; the host is of no use any more.
+            Overdue: no answer came in time, or the process has ended.
         """
         try:
             line = self._answers.get(timeout=seconds)
@@ -95,70 +100,77 @@ class Host:
         end_session(self.pid)
         self._process.wait()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+class Attempt:
+    """One attempt at a command in another process; subclasses fetch its end once."""
+
+    _done: Ended | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether the command has not ended."""
+        raise NotImplementedError
+
+    def wait(self, seconds: float) -> Ended:
+        """Return how the command ended; after so many seconds it is killed."""
+        if self._done is None:
+            self._done = self._end(seconds)
+        return self._done
+
+    def kill(self) -> None:
+        raise NotImplementedError
+
+    def _end(self, seconds: float) -> Ended:
+        raise NotImplementedError
 
 
-class WarmAttempt:
+class WarmAttempt(Attempt):
     """A command in a host's Spark session; it cannot be killed alone."""
 
     def __init__(self, host: Host, arguments: Sequence[str]) -> None:
         self.host = host
-        self._done: Ended | None = None
         host.send(arguments=list(arguments))
 
     @property
     def running(self) -> bool:
-        return self._done is None and self.host._answers.empty()
+        return self._done is None and not self.host.answered
 
-    def wait(self, seconds: float) -> Ended:
-        if self._done is None:
-            answer = self.host.receive(seconds)
-            self._done = Ended(answer["code"], answer["said"])
-        return self._done
-
-    def kill(self) -> None:
-        raise NotImplementedError("a host is not killed")
+    def _end(self, seconds: float) -> Ended:
+        answer = self.host.receive(seconds)
+        return Ended(answer["code"], answer["said"])
 
 
-class ForkAttempt:
-    """A command in a child of a host's own."""
+class ForkAttempt(Attempt):
+    """A command in a child process of a host."""
 
     def __init__(self, host: Host, arguments: Sequence[str], output: Path) -> None:
         self.host, self._output = host, output
-        self._done: Ended | None = None
         host.send(arguments=list(arguments), output=str(output))
         self.pid: int = host.receive(30)["pid"]
 
     @property
     def running(self) -> bool:
-        return self._done is None and self.host._answers.empty()
+        return self._done is None and not self.host.answered
 
-    def wait(self, seconds: float) -> Ended:
-        if self._done is None:
-            try:
-                code = self.host.receive(seconds)["code"]
-            except Overdue:
-                self.kill()
-                self.host.receive(30)
-                code = None
-            self._done = Ended(code, self._output.read_text(errors="replace"))
-        return self._done
+    def _end(self, seconds: float) -> Ended:
+        try:
+            code = self.host.receive(seconds)["code"]
+        except Overdue:
+            self.kill()
+            self.host.receive(30)
+            code = None
+        return Ended(code, self._output.read_text(errors="replace"))
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
 
 
-class ColdAttempt:
-    """``marc`` as its users call it: a process with its own JVM, both in one process group."""
+class ColdAttempt(Attempt):
+    """A ``marc`` process with its own JVM; both are one process group."""
 
     def __init__(self, arguments: Sequence[str], *, env: Mapping[str, str], output: Path) -> None:
         self._output = output
-        self._done: Ended | None = None
         with output.open("wb") as said:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", MARC, *arguments],
@@ -177,73 +189,17 @@ class ColdAttempt:
     def running(self) -> bool:
         return self._process.poll() is None
 
-    def wait(self, seconds: float) -> Ended:
-        if self._done is None:
-            code: int | None
-            try:
-                code = self._process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                self.kill()
-                self._process.wait()
-                code = None
-            self._done = Ended(code, self._output.read_text(errors="replace"))
-        return self._done
+    def _end(self, seconds: float) -> Ended:
+        code: int | None
+        try:
+            code = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self._process.wait()
+            code = None
+        return Ended(code, self._output.read_text(errors="replace"))
 
     def kill(self) -> None:
-        """Driver and JVM at once; their Python workers find out by themselves, as they would on a cluster."""
+        """Kill driver and JVM; Python workers end by themselves, as on a cluster."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-
-
-Attempt = WarmAttempt | ForkAttempt | ColdAttempt
-
-
-@dataclass(frozen=True)
-class Process:
-    """One line of the process table."""
-
-    pid: int
-    parent: int
-    session: int
-    command: str
-
-
-def processes() -> Iterator[Process]:
-    """Every process that is not a zombie."""
-    for folder in PROC.iterdir():
-        if not folder.name.isdigit():
-            continue
-        with suppress(OSError, ValueError):
-            state, parent, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            if state != "Z":
-                yield Process(int(folder.name), int(parent), int(session), command)
-
-
-def python_workers(session: int) -> list[int]:
-    """Python workers of Spark in a session: the children of ``pyspark.daemon``."""
-    found = [p for p in processes() if p.session == session and "pyspark.daemon" in p.command]
-    daemons = {p.pid for p in found}
-    return sorted(p.pid for p in found if p.parent in daemons)
-
-
-def executors(session: int) -> list[int]:
-    """JVMs of executors in a session."""
-    return sorted(
-        p.pid
-        for p in processes()
-        if p.session == session and "CoarseGrainedExecutorBackend" in p.command and "java" in p.command.split(" ")[0]
-    )
-
-
-def end_session(session: int, *, patience: float = 0.0) -> int:
-    """Wait for the processes of a session to go, then end what stays; how many that were."""
-    deadline = time.monotonic() + patience
-    while left := [p.pid for p in processes() if p.session == session]:
-        if time.monotonic() > deadline:
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            return len(left)
-        time.sleep(0.05)
-    return 0

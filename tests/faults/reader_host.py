@@ -1,4 +1,4 @@
-"""A reader of the campaign: opens the newest release in a loop, and some again and again, and checks them whole.
+"""A reader of the campaign: it opens the newest release in a loop, and checks that release and older ones completely.
 
 Commands are JSON lines: ``{"watch": TABLE, "pins": [RELEASE_ID, …]}`` and ``{"report": true}``.
 """
@@ -23,7 +23,7 @@ STORAGE = Storage()
 
 
 class Watch:
-    """What one reader saw of one table."""
+    """Releases that one reader saw of one table, and their problems."""
 
     def __init__(self, table: str, pins: list[str]) -> None:
         self.table = table
@@ -35,7 +35,7 @@ class Watch:
         self.problems: list[str] = []
 
     def look(self) -> None:
-        """The newest release, and those opened before."""
+        """Check the newest release and those opened at the start."""
         try:
             newest = open_release(self.table, storage=STORAGE)
         except Exception as error:
@@ -56,7 +56,7 @@ class Watch:
             self.gone.add(name)
             return
         except Exception as error:
-            # A dataset that was handed out fails as Arrow does: whether the release is gone, the log says.
+            # An open dataset fails with an error of Arrow. The log shows whether the release was deleted.
             if name not in [known.release_id for known in read_releases(STORAGE, self.table)]:
                 self.gone.add(name)
                 return
@@ -70,7 +70,7 @@ class Watch:
 
 
 def whole(release: OpenRelease) -> tuple[list[str], dict[str, Any]]:
-    """What is wrong with a release, and digests of what it holds."""
+    """Return the problems of a release, and digests of its contents."""
     facts = release.facts
     rows = release.dataset().to_table()
     ids = rows["item_id"].to_pylist()
@@ -78,17 +78,17 @@ def whole(release: OpenRelease) -> tuple[list[str], dict[str, Any]]:
     checks = {
         f"{rows.num_rows} rows, the log says {facts.counts.items}": rows.num_rows == facts.counts.items,
         "ids twice": len(set(ids)) == len(ids),
-        "more than one bundle": rows["bundle"].unique().to_pylist() == [facts.bundle.version],
-        "more than one date": rows["ds"].unique().to_pylist() == [facts.ds],
+        "another bundle": rows["bundle"].unique().to_pylist() == [facts.bundle.version],
+        "another date": rows["ds"].unique().to_pylist() == [facts.ds],
         "vectors that are not finite": bool(np.isfinite(vectors).all()),
         "vectors without unit length": bool(np.all(np.abs(np.linalg.norm(vectors, axis=1) - 1) < UNIT_TOLERANCE)),
-        "the index holds other ids than the table": np.array_equal(
+        "the index has other ids than the table": np.array_equal(
             np.sort(release.index_row_ids()), np.sort(rows["row_id"].to_numpy())
         ),
     }
     for place in (0, len(ids) // 2, len(ids) - 1):
         names, scores = release.search(release.vectors([ids[place]]), min(5, len(ids)))
-        # Equal vectors tie: then any of them may come first.
+        # Equal vectors tie, so any of them may come first.
         first = [name for name, score in zip(names[0], scores[0], strict=True) if score >= scores[0][0] - 1e-6]
         checks[f"a look-up of {ids[place]} finds {names[0][0]} first"] = ids[place] in first
     return [problem for problem, good in checks.items() if not good], contents_of(rows)

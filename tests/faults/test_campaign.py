@@ -1,16 +1,17 @@
-"""The short fault campaign: some trials of every kind, seeded; ``make test-faults`` goes through two hundred."""
+"""A short fault campaign with trials of every kind; ``make test-faults`` runs two hundred trials."""
 
 from pathlib import Path
 
 import pytest
-from campaign import run_campaign, table
+from campaign import run_campaign
+from trials import table
 
 pytestmark = [pytest.mark.slow, pytest.mark.spark, pytest.mark.timeout(1800), pytest.mark.xdist_group("s3")]
 
 TRIALS, SEED = 22, 1
 
 
-def test_whatever_is_struck_a_retry_leaves_what_an_undisturbed_run_leaves(tmp_path: Path) -> None:
+def test_after_any_fault_a_retry_ends_as_a_run_without_a_fault(tmp_path: Path) -> None:
     done = run_campaign(TRIALS, seed=SEED, folder=tmp_path)
     lines = "\n".join(trial.line(TRIALS) for trial in done if trial.bad)
     assert not lines, f"{lines}\n{table(done)}"

@@ -1,4 +1,4 @@
-"""The store throttles, fails, stalls and drops connections: everything that talks to it bears that, byte for byte."""
+"""The faulty proxy, and storage, Parquet and Delta on a store that throttles, fails, stalls and drops connections."""
 
 import http.client
 import json
@@ -32,12 +32,12 @@ BUCKET = "faulty-proxy-tests"
 STALL_S = 3.0
 ROUNDS = 4
 COMMITS = 2
-# The default suite sees them mixed.
+# The default suite tests all faults mixed.
 ONE_BY_ONE = [pytest.param((fault,), marks=pytest.mark.slow) for fault in FAULTS]
 
 
 class Echo(BaseHTTPRequestHandler):
-    """Tells what it got; the path chooses the status."""
+    """Answers with the request's body; the path gives the status."""
 
     protocol_version = "HTTP/1.1"
     seen: list[tuple[str, str, list[tuple[str, str]], bytes]]
@@ -73,7 +73,7 @@ def connection(proxy: FaultyProxy) -> http.client.HTTPConnection:
     return http.client.HTTPConnection("127.0.0.1", urlsplit(proxy.url).port, timeout=10)
 
 
-def test_what_is_signed_passes_as_it_is(echo: tuple[str, Any]) -> None:
+def test_signed_requests_pass_unchanged(echo: tuple[str, Any]) -> None:
     target, handler = echo
     path = "/b/a%2Fb//%C3%A9+%26/200?list-type=2&prefix=%2F&x"
     with FaultyProxy(target, rate=0, seed=1) as proxy:
@@ -90,7 +90,7 @@ def test_what_is_signed_passes_as_it_is(echo: tuple[str, Any]) -> None:
         assert proxy.counts == {PASSED: 4}
 
 
-def test_bodies_in_chunks_and_those_that_are_awaited_arrive_whole(echo: tuple[str, Any]) -> None:
+def test_chunked_bodies_and_bodies_after_100_continue_arrive_whole(echo: tuple[str, Any]) -> None:
     target, handler = echo
     with FaultyProxy(target, rate=0, seed=1) as proxy:
         client = connection(proxy)
@@ -107,7 +107,7 @@ def test_bodies_in_chunks_and_those_that_are_awaited_arrive_whole(echo: tuple[st
 
 
 @pytest.mark.parametrize(("method", "status", "length"), [("HEAD", 200, "10"), ("GET", 204, None), ("GET", 304, None)])
-def test_answers_without_a_body_do_not_hold_up_the_connection(
+def test_answers_without_a_body_do_not_block_the_connection(
     method: str, status: int, length: str | None, echo: tuple[str, Any]
 ) -> None:
     with FaultyProxy(echo[0], rate=0, seed=1) as proxy:
@@ -129,7 +129,7 @@ def test_answers_without_a_body_do_not_hold_up_the_connection(
         (CUT_HEAD, 1, "200"),
     ],
 )
-def test_every_fault_is_what_it_is_called(fault: str, forwarded: int, outcome: str, echo: tuple[str, Any]) -> None:
+def test_clients_see_each_fault_as_documented(fault: str, forwarded: int, outcome: str, echo: tuple[str, Any]) -> None:
     target, handler = echo
     with FaultyProxy(target, rate=1, seed=1, faults=[fault], stall_s=0.3) as proxy:
         for _ in range(5):
@@ -148,7 +148,7 @@ def test_every_fault_is_what_it_is_called(fault: str, forwarded: int, outcome: s
         assert len(handler.seen) == 5 * forwarded
 
 
-def test_faults_come_at_their_rate_and_the_same_again_for_the_same_seed() -> None:
+def test_faults_come_at_their_rate_and_are_the_same_for_the_same_seed() -> None:
     drawn = []
     for seed in (1, 1, 2):
         proxy = FaultyProxy("http://127.0.0.1:1", rate=0.2, seed=seed)
@@ -162,7 +162,7 @@ def test_faults_come_at_their_rate_and_the_same_again_for_the_same_seed() -> Non
 @pytest.mark.parametrize(
     "target", ["http://example.com:80", "https://127.0.0.1:1", "http://127.0.0.1", "http://[::1]:1"]
 )
-def test_the_proxy_talks_to_this_machine_only(target: str) -> None:
+def test_the_proxy_forwards_to_this_machine_only(target: str) -> None:
     with pytest.raises(ValueError, match=r"is not http://127\.0\.0\.1:PORT"):
         FaultyProxy(target, rate=0, seed=0)
 
@@ -195,7 +195,7 @@ def uri() -> str:
 
 
 def patient(proxy: FaultyProxy) -> Storage:
-    """As in production, but for how long a stall is waited for."""
+    """The production settings with a shorter timeout."""
     return Storage(endpoint_url=proxy.url, connect_timeout_s=1.0, read_timeout_s=1.0)
 
 
@@ -206,7 +206,7 @@ def disturbed(
 
 
 @pytest.mark.parametrize("faults", [*ONE_BY_ONE, (CUT_HEAD,), FAULTS], ids="+".join)
-def test_objects_are_what_was_written(faults: tuple[str, ...], direct: Storage, uri: str, tmp_path: Path) -> None:
+def test_objects_read_back_as_written(faults: tuple[str, ...], direct: Storage, uri: str, tmp_path: Path) -> None:
     with disturbed(direct, 0.3, 1, faults) as proxy:
         storage = patient(proxy)
         for turn in range(ROUNDS):
@@ -229,7 +229,7 @@ def test_objects_are_what_was_written(faults: tuple[str, ...], direct: Storage, 
         assert sum(proxy.counts[fault] for fault in faults) >= ROUNDS
 
 
-def test_who_created_an_object_knows_although_the_answer_was_lost(direct: Storage, uri: str) -> None:
+def test_one_of_four_concurrent_creators_succeeds_although_answers_are_lost(direct: Storage, uri: str) -> None:
     with disturbed(direct, 0.3, 2, (LOST, RESET)) as proxy, ThreadPoolExecutor(4) as pool:
         storage = patient(proxy)
         for turn in range(10):
@@ -242,14 +242,14 @@ def test_who_created_an_object_knows_although_the_answer_was_lost(direct: Storag
 
 
 @pytest.mark.parametrize("faults", [FAULTS, (CUT_HEAD,)], ids="+".join)
-def test_a_large_object_goes_there_and_back_in_parts(
+def test_a_large_object_is_uploaded_and_fetched_in_parts(
     faults: tuple[str, ...], direct: Storage, uri: str, tmp_path: Path
 ) -> None:
     from s3_server import client_of
 
     data = os.urandom(100 << 20)
     assert len(data) > MULTIPART_BYTES
-    # A head that is cut costs the whole upload: more of them than there are tries could be met.
+    # A cut head fails the whole upload, so there must be fewer of them than attempts.
     most = direct.attempts - 2 if faults == (CUT_HEAD,) else None
     with disturbed(direct, 0.3, 4, faults, most=most) as proxy:
         storage = patient(proxy)
@@ -265,14 +265,14 @@ def test_a_large_object_goes_there_and_back_in_parts(
     assert found is not None
     assert found.etag is not None
     assert "-" in found.etag
-    # What a lost answer left begun is there to be aborted.
+    # Lost answers leave unfinished uploads, which are aborted.
     direct.abort_uploads(f"s3://{BUCKET}", before=time.time() + 60)
     environment = {name: os.environ[name] for name in os.environ if name.startswith("AWS_")}
     assert "Uploads" not in client_of(environment).list_multipart_uploads(Bucket=BUCKET)
 
 
 @pytest.mark.parametrize("faults", [*ONE_BY_ONE, FAULTS], ids="+".join)
-def test_parquet_is_read_and_written_by_arrow(faults: tuple[str, ...], direct: Storage, uri: str) -> None:
+def test_arrow_reads_and_writes_parquet(faults: tuple[str, ...], direct: Storage, uri: str) -> None:
     table = pa.table({"a": [random.Random(i).randbytes(30) for i in range(20_000)]})  # noqa: S311
     with disturbed(direct, 0.25, 3, faults) as proxy:
         filesystem, path = patient(proxy).filesystem(uri)
@@ -285,9 +285,7 @@ def test_parquet_is_read_and_written_by_arrow(faults: tuple[str, ...], direct: S
 
 
 @pytest.mark.parametrize("faults", [*ONE_BY_ONE, FAULTS], ids="+".join)
-def test_a_delta_table_is_made_committed_to_once_each_and_opened(
-    faults: tuple[str, ...], direct: Storage, uri: str
-) -> None:
+def test_every_commit_to_a_delta_table_is_made_once(faults: tuple[str, ...], direct: Storage, uri: str) -> None:
     schema = pa.schema([("a", pa.int64())])
     with disturbed(direct, 0.25, 5, faults) as proxy:
         storage = patient(proxy)

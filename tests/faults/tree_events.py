@@ -1,4 +1,4 @@
-"""What happens below a folder, event by event, as the kernel tells it (inotify): moments to strike at."""
+"""Events below a folder, from the kernel's inotify: each is a moment for a fault."""
 
 import ctypes
 import os
@@ -16,12 +16,12 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class TreeEvents:
-    """Counts files that appear, are written or go away below a folder, and calls back at one of them.
+    """Counts files that are created, written or deleted below a folder, and calls back at one of these events.
 
     Args:
-        root: the folder; folders that appear in it are followed.
-        at: number of the event that ``action`` is called at, from 1; None: only count.
-        action: what to do then, at once.
+        root: the folder; new folders in it are followed.
+        at: number of the event of the call, from 1; None: only count.
+        action: function that is called at that event.
     """
 
     url = ""
@@ -32,7 +32,7 @@ class TreeEvents:
         self._folders: dict[int, Path] = {}
         self._queue = LIBC.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
         if self._queue < 0:
-            raise OSError(ctypes.get_errno(), "inotify cannot be had")
+            raise OSError(ctypes.get_errno(), "inotify is not available")
         self._ended, self._end = os.pipe()
         self._follow(root, seen=True)
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -56,7 +56,7 @@ class TreeEvents:
         with suppress(OSError):
             for entry in list(os.scandir(folder)):
                 if not seen:
-                    # It came between the folder and our look at it.
+                    # The entry was created before the watch.
                     self._happened()
                 if entry.is_dir(follow_symlinks=False):
                     self._follow(Path(entry.path), seen=seen)

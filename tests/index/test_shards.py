@@ -1,4 +1,4 @@
-"""An index in shards: as one over all vectors, resumed where it was, merged up to a size, patched shard by shard."""
+"""Sharded indexes: equal to one index, resumed after a crash, merged if small, patched by shard; tombstones."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,12 +8,14 @@ import faiss
 import numpy as np
 import pytest
 
-from marc_pipeline import index
+from exact_search import ids_and_rows
 from marc_pipeline.config import AuditSettings, IndexSettings
 from marc_pipeline.deployment import open_deployment
+from marc_pipeline.index.choice import predict
 from marc_pipeline.index.faiss_index import fill, new_index
+from marc_pipeline.index.make import satisfies
 from marc_pipeline.index.search import IndexSearch
-from marc_pipeline.index.shards import files_of, shard_of
+from marc_pipeline.index.shards import shard_files, shard_of
 from marc_pipeline.nightly.stages import index_stage
 from marc_pipeline.reader.release import open_release
 from marc_pipeline.reader.verify import verify
@@ -28,13 +30,13 @@ from published import BUCKETS, DIM, Encoded, Site, Vectors, flip, in_buckets, it
 
 VECTORS = items(2000)
 LAX = AuditSettings(max_deleted_fraction=1, max_drift=99)
-# A shard of every two of the four buckets; 2,000 × (32 + 8) bytes are .08 MiB.
+# Two shards of two buckets each; 2,000 × (32 + 8) bytes are .08 MiB.
 SHARDS = {"shard_mib": 0.05, "merge_mib": 0.0}
 LISTS = IndexSettings(factory="IVF16,Flat", recall_queries=4000, **SHARDS)
 
 
 class Tasks:
-    """Runs tasks in turn, and says which; ``fails`` after so many."""
+    """Runs tasks one after the other and records them; is interrupted after ``fails`` tasks."""
 
     def __init__(self, *, fails: int | None = None) -> None:
         self.done: list[Any] = []
@@ -54,18 +56,12 @@ class Tasks:
 
 
 def made(encoded: Encoded, settings: IndexSettings, tasks: Tasks | None = None) -> IndexReceipt:
-    """The index stage on a runner of our own."""
     return encoded.index(settings, run=tasks or Tasks())
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return Site(tmp_path)
 
 
 def in_two(settings: IndexSettings) -> IndexSettings:
     """Two shards of the index of all items."""
-    whole = index.predict(settings.factory, len(VECTORS), DIM).index_bytes / 2**20
+    whole = predict(settings.factory, len(VECTORS), DIM).index_bytes / 2**20
     return settings.model_copy(update={"shard_mib": 0.6 * whole, "merge_mib": 0.0})
 
 
@@ -73,14 +69,23 @@ def files_below(folder: str) -> set[str]:
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def release_of(site: Site, vectors: Vectors, settings: IndexSettings, **given: Any) -> Release:
+def audited(site: Site, vectors: Vectors, **given: Any) -> Encoded:
     encoded = site.encoded(vectors, **given)
     assert encoded.audit(LAX).problems == ()
+    return encoded
+
+
+def release_of(site: Site, vectors: Vectors, settings: IndexSettings, **given: Any) -> Release:
+    encoded = audited(site, vectors, **given)
     encoded.index(settings)
     return encoded.release()
 
 
-def test_shards_hold_buckets_in_order_and_every_bucket_once() -> None:
+def assert_intact(site: Site, release: Release) -> None:
+    assert verify(site.storage, release, table_uri=site.table_uri) == []
+
+
+def test_every_bucket_is_in_one_shard_and_shards_have_similar_sizes() -> None:
     for buckets, shards in ((4, 2), (16, 5), (7, 7), (64, 3), (5, 1)):
         numbers = [shard_of(bucket, buckets, shards) for bucket in range(buckets)]
         assert numbers == sorted(numbers)
@@ -89,13 +94,13 @@ def test_shards_hold_buckets_in_order_and_every_bucket_once() -> None:
 
 
 @pytest.mark.parametrize("factory", ["IVF16,Flat", "IVF16,SQ8", "Flat", "HNSW16", "PCA4,IVF8,Flat"])
-def test_an_index_in_shards_answers_as_one_over_all_vectors(site: Site, factory: str) -> None:
+def test_a_sharded_index_answers_like_a_single_one(site: Site, factory: str) -> None:
     several = release_of(site, VECTORS, in_two(IndexSettings(factory=factory, target_recall=0.01, recall_queries=4000)))
     assert len(several.index.files) == 2
     assert sum(file.rows for file in several.index.files) == 2000
     release = open_release(site.table_uri)
     assert sorted(release.index_row_ids()) == sorted(map(row_id, VECTORS))
-    assert verify(site.storage, several, table_uri=site.table_uri) == []
+    assert_intact(site, several)
     queries = np.random.default_rng(4).standard_normal((30, DIM)).astype(np.float32)
     shards = [faiss.read_index(f"{several.index.uri}/{file.path}") for file in several.index.files]
     for shard in shards:
@@ -107,15 +112,15 @@ def test_an_index_in_shards_answers_as_one_over_all_vectors(site: Site, factory:
     np.testing.assert_allclose(same, scores, rtol=1e-6)
     assert [{by_row[row] for row in rows} for rows in found.tolist()] == [set(row) for row in names]
     if "IVF" in factory:
-        # The same lists, filled with everything.
+        # The same lists, filled with all vectors.
         whole = shards[0]
         whole.reset()
-        rows, ids = np.stack(list(VECTORS.values())), np.array([row_id(item) for item in VECTORS])
+        ids, rows = ids_and_rows(VECTORS)
         fill(whole, lambda: [(ids, rows)])
         np.testing.assert_allclose(whole.search(queries, 10)[0], scores, rtol=1e-6)
 
 
-def test_shards_up_to_a_size_are_merged_into_one_file_and_leave_nothing(site: Site) -> None:
+def test_small_shards_are_merged_into_one_file_and_deleted(site: Site) -> None:
     encoded = site.encoded(VECTORS)
     tasks = Tasks()
     merged = made(encoded, LISTS.model_copy(update={"merge_mib": 1.0}), tasks)
@@ -135,7 +140,7 @@ def test_shards_up_to_a_size_are_merged_into_one_file_and_leave_nothing(site: Si
     assert one.ntotal == 2000
 
 
-def test_a_build_that_was_killed_goes_on_with_the_shards_that_are_missing(site: Site) -> None:
+def test_an_interrupted_build_resumes_with_the_missing_shards(site: Site) -> None:
     encoded = site.encoded(VECTORS)
     settings = LISTS.model_copy(update={"shard_mib": 0.025})
     with pytest.raises(KeyboardInterrupt):
@@ -152,13 +157,13 @@ def test_a_build_that_was_killed_goes_on_with_the_shards_that_are_missing(site: 
 
 
 @pytest.mark.parametrize("what", ["shard", "note", "trained"])
-def test_what_an_earlier_attempt_left_counts_only_whole(site: Site, what: str) -> None:
+def test_damaged_files_of_an_earlier_attempt_are_not_reused(site: Site, what: str) -> None:
     encoded = site.encoded(VECTORS)
     work = Path(encoded.workspace.uri) / "index"
     first = made(encoded, LISTS)
     if what == "shard":
         flip(Path(site.index_uri) / first.index.files[0].path, 4000)
-        assert not index.satisfies(first, LISTS, dim=DIM, storage=site.storage)
+        assert not satisfies(first, LISTS, dim=DIM, storage=site.storage)
     elif what == "note":
         (path,) = work.glob("shard-0000*.npz")
         path.write_bytes(b"torn")
@@ -166,11 +171,11 @@ def test_what_an_earlier_attempt_left_counts_only_whole(site: Site, what: str) -
         (path,) = work.glob("trained/*.faiss")
         flip(path, 300)
     again = made(encoded, LISTS)
-    assert index.satisfies(again, LISTS, dim=DIM, storage=site.storage)
+    assert satisfies(again, LISTS, dim=DIM, storage=site.storage)
     assert again.index.recall >= 0.95
 
 
-def test_shards_of_other_vectors_or_settings_are_not_taken_for_done(site: Site) -> None:
+def test_shards_of_other_settings_are_not_reused(site: Site) -> None:
     encoded = site.encoded(VECTORS)
     first = made(encoded, LISTS)
     for other in ({"factory": "IVF8,Flat"}, {"k": 5}, {"seed": 9}):
@@ -180,71 +185,66 @@ def test_shards_of_other_vectors_or_settings_are_not_taken_for_done(site: Site) 
     assert made(encoded, LISTS).index.files == first.index.files
 
 
-def test_a_backfilled_bucket_changes_the_shard_that_holds_it_and_no_other(site: Site) -> None:
+def test_a_backfilled_bucket_changes_only_its_shard(site: Site) -> None:
     base = release_of(site, VECTORS, LISTS)
     assert len(base.index.files) == 2
     fresh = {item: -vector for item, vector in list(in_buckets(VECTORS, 3).items())[:40]}
-    encoded = site.encoded(in_buckets(VECTORS, 3) | fresh, plan_id="again", base=base, chosen=(3,))
-    assert encoded.audit(LAX).problems == ()
+    encoded = audited(site, in_buckets(VECTORS, 3) | fresh, plan_id="again", base=base, chosen=(3,))
     tasks = Tasks()
     receipt = made(encoded, LISTS, tasks)
     assert receipt.index.build.changed == 80
     assert receipt.index.files[0] == base.index.files[0]
     assert receipt.index.files[1] != base.index.files[1]
     release = encoded.release()
-    assert verify(site.storage, release, table_uri=site.table_uri) == []
+    assert_intact(site, release)
     reader = open_release(site.table_uri)
     for item, vector in fresh.items():
         assert reader.search(vector, 1)[0].item() == item
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_night_without_a_change_has_the_index_of_the_night_before_in_files_of_its_own(
-    site: Site, shards: int
-) -> None:
+def test_a_night_without_changes_copies_the_previous_index(site: Site, shards: int) -> None:
     settings = LISTS if shards == 2 else LISTS.model_copy(update={"shard_mib": 9})
     base = release_of(site, VECTORS, settings, ds="2026-11-19")
     night = release_of(site, VECTORS, settings, base=base)
     assert len(base.index.files) == shards
     assert [file.sha256 for file in night.index.files] == [file.sha256 for file in base.index.files]
     assert not {file.path for file in night.index.files} & {file.path for file in base.index.files}
-    assert verify(site.storage, night, table_uri=site.table_uri) == []
+    assert_intact(site, night)
 
 
-def test_a_patch_whose_vectors_moved_too_many_is_given_up_at_the_first_bucket_that_says_so(site: Site) -> None:
+def test_too_many_changes_stop_the_patch_and_rebuild_the_index(site: Site) -> None:
     base = release_of(site, VECTORS, LISTS, ds="2026-11-19")
-    encoded = site.encoded({item: -vector for item, vector in VECTORS.items()}, base=base)
-    assert encoded.audit(LAX).problems == ()
+    encoded = audited(site, {item: -vector for item, vector in VECTORS.items()}, base=base)
     receipt = made(encoded, LISTS)
     assert (receipt.index.build.changed, receipt.index.build.items) == (0, 2000)
 
 
 @pytest.mark.parametrize("damaged", [0, 1])
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_damaged_index_is_made_anew_by_the_backfill_of_any_bucket(site: Site, shards: int, damaged: int) -> None:
+def test_a_backfill_of_any_bucket_rebuilds_a_damaged_index(site: Site, shards: int, damaged: int) -> None:
     settings = LISTS if shards == 2 else LISTS.model_copy(update={"shard_mib": 9.0})
     base = release_of(site, VECTORS, settings)
     flip(Path(base.index.uri) / base.index.files[damaged % shards].path, 4000)
-    encoded = site.encoded(in_buckets(VECTORS, 0), plan_id="again", base=base, chosen=(0,))
-    assert encoded.audit(LAX).problems == ()
+    encoded = audited(site, in_buckets(VECTORS, 0), plan_id="again", base=base, chosen=(0,))
     receipt = made(encoded, settings)
     assert (receipt.index.build.changed, len(receipt.index.files)) == (0, shards)
-    assert verify(site.storage, encoded.release(), table_uri=site.table_uri) == []
+    assert_intact(site, encoded.release())
 
 
 @pytest.mark.parametrize("factory", ["IVF4,Flat", "Flat", "HNSW8"])
-def test_a_shard_without_an_item_is_searched_and_verified(site: Site, factory: str) -> None:
+def test_an_empty_shard_is_searched_and_verified(site: Site, factory: str) -> None:
     vectors = {item: vector for item, vector in items(60).items() if row_id(item) % BUCKETS != 2}
     settings = IndexSettings(factory=factory, target_recall=0.5, shard_mib=1e-4, merge_mib=0)
     release = release_of(site, vectors, settings)
     assert [file.rows > 0 for file in release.index.files] == [True, True, False, True]
-    assert verify(site.storage, release, table_uri=site.table_uri) == []
+    assert_intact(site, release)
     reader = open_release(site.table_uri)
     some = list(vectors)[:5]
     assert set(reader.search(vectors[some[0]], 5, within=some)[0].ravel()) == set(some)
 
 
-def test_parts_that_a_rival_tidied_up_are_made_once_more(site: Site) -> None:
+def test_shards_deleted_by_a_competing_run_are_built_again(site: Site) -> None:
     encoded, settings = site.encoded(VECTORS), LISTS.model_copy(update={"merge_mib": 1.0})
     tasks = Tasks()
 
@@ -257,18 +257,15 @@ def test_parts_that_a_rival_tidied_up_are_made_once_more(site: Site) -> None:
 
     receipt = encoded.index(settings, run=tidied)
     assert len(tasks.done) == 4
-    assert index.satisfies(receipt, settings, dim=DIM, storage=site.storage)
+    assert satisfies(receipt, settings, dim=DIM, storage=site.storage)
     assert not list(Path(encoded.workspace.uri, "index").rglob("shard-*.faiss"))
-
-
-# --- tombstones
 
 
 GRAPH = IndexSettings(factory="HNSW16", recall_queries=4000, max_changed=1, max_drift=9)
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_what_leaves_a_graph_is_marked_counted_and_never_found(site: Site, shards: int) -> None:
+def test_items_removed_from_a_graph_become_tombstones_and_are_never_found(site: Site, shards: int) -> None:
     settings = GRAPH if shards == 1 else in_two(GRAPH)
     base = release_of(site, VECTORS, settings, ds="2026-11-18")
     assert len(base.index.files) == shards
@@ -280,13 +277,13 @@ def test_what_leaves_a_graph_is_marked_counted_and_never_found(site: Site, shard
     assert night.index.recall >= 0.95
     release = open_release(site.table_uri)
     assert sorted(release.index_row_ids()) == sorted(map(row_id, day))
-    assert verify(site.storage, night, table_uri=site.table_uri) == []
+    assert_intact(site, night)
     names, _ = release.search(np.stack([VECTORS[item] for item in gone]), 10)
     assert not set(names.ravel()) & set(gone)
     assert None not in set(names.ravel())
     for item in changed:
         assert release.search(day[item], 1)[0].item() == item
-    # Counted on and on, until the index is built anew.
+    # Tombstones accumulate until the index is rebuilt.
     rest = dict(list(day.items())[100:])
     third = release_of(site, rest, settings, ds="2026-11-20", base=night)
     assert third.index.build.tombstones == 190
@@ -299,7 +296,7 @@ def index_size(release: Release) -> int:
     return sum(faiss.read_index(f"{release.index.uri}/{file.path}").ntotal for file in release.index.files)
 
 
-def test_a_roll_back_finds_what_a_later_night_had_marked(site: Site) -> None:
+def test_a_rollback_restores_items_that_a_later_night_removed(site: Site) -> None:
     base = release_of(site, VECTORS, GRAPH, ds="2026-11-19")
     release_of(site, dict(list(VECTORS.items())[50:]), GRAPH, ds="2026-11-20", base=base)
     roll_back(site.storage, site.table_uri, base.release_id)
@@ -308,12 +305,9 @@ def test_a_roll_back_finds_what_a_later_night_had_marked(site: Site) -> None:
     assert release.search(VECTORS[first], 1)[0].item() == first
 
 
-# --- the pieces
-
-
 @pytest.mark.parametrize("factory", ["IVF16,Flat", "IVF16,SQ8", "OPQ4,IVF16,PQ4x4", "PCA4,IVF16,Flat", "Flat", "SQ8"])
-def test_an_index_that_is_filled_in_batches_is_the_one_that_faiss_fills_at_once(factory: str) -> None:
-    ids, rows = np.array([row_id(item) for item in VECTORS]), np.stack(list(VECTORS.values()))
+def test_filling_in_batches_equals_filling_at_once(factory: str) -> None:
+    ids, rows = ids_and_rows(VECTORS)
     filled = new_index(factory, DIM)
     if not filled.is_trained:
         filled.train(rows)
@@ -329,28 +323,26 @@ def test_an_index_that_is_filled_in_batches_is_the_one_that_faiss_fills_at_once(
     assert found[:, 0].tolist() == expected.search(rows[:100], 10)[1][:, 0].tolist()
 
 
-def test_files_of_a_shard_are_those_of_its_buckets(site: Site) -> None:
+def test_a_shard_has_the_files_of_its_buckets(site: Site) -> None:
     encoded = site.encoded(VECTORS)
     files = day_files(encoded.plan, encoded.receipts, None)
-    parts = [files_of(files, number, buckets=BUCKETS, of=3) for number in range(3)]
+    parts = [shard_files(files, number, buckets=BUCKETS, of=3) for number in range(3)]
     assert [file for part in parts for file in part] == list(files)
     assert [[bucket_number(file.path) for file in part] for part in parts] == [[0, 1], [2], [3]]
 
 
 @pytest.mark.spark
-def test_shards_are_made_by_spark_tasks(site: Site, spark: Any) -> None:
-    encoded = site.encoded(VECTORS)
-    assert encoded.audit(LAX).problems == ()
+def test_spark_tasks_build_and_patch_shards(site: Site, spark: Any) -> None:
+    encoded = audited(site, VECTORS)
     settings = site.settings.model_copy(update={"index": LISTS})
     receipt = index_stage(open_deployment(settings), encoded.plan.plan_id)
     assert len(receipt.index.files) == 2
     assert spark.sparkContext.statusTracker().getJobIdsForGroup(None)
     release = encoded.release()
-    assert verify(site.storage, release, table_uri=site.table_uri) == []
-    # A night later both are patched by tasks as well.
+    assert_intact(site, release)
+    # The next night patches both shards in Spark tasks.
     day = {item: -vector if number < 20 else vector for number, (item, vector) in enumerate(VECTORS.items())}
-    encoded = site.encoded(day, ds="2026-11-21", base=release)
-    assert encoded.audit(LAX).problems == ()
+    encoded = audited(site, day, ds="2026-11-21", base=release)
     receipt = index_stage(open_deployment(settings), encoded.plan.plan_id)
     assert (len(receipt.index.files), receipt.index.build.changed) == (2, 40)
-    assert verify(site.storage, encoded.release(), table_uri=site.table_uri) == []
+    assert_intact(site, encoded.release())

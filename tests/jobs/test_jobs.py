@@ -1,25 +1,26 @@
-"""The Spark jobs: each file calls the function of its name, which explains itself."""
+"""Each job file runs the function of its name, whose docstring is the help."""
 
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
-from pipeline.jobs import nightly, training
 
-JOBS = sorted((Path(__file__).resolve().parent.parent / "jobs").glob("*.py"))
+from marc_pipeline.jobs import nightly, training
+
+NIGHTLY = ("plan", "encode", "audit", "index", "release", "backfill")
+TRAINING = ("hidden_states", "evaluate_layers", "train_marc", "evaluate_marc")
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", [*NIGHTLY, *TRAINING])
 def test_a_job_file_runs_the_function_of_its_name(
-    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
-    with pytest.raises(SystemExit) as left:
-        runpy.run_path(str(path), run_name="__main__")
-    assert left.value.code == 0
+    assert {path.stem for path in (repository / "jobs").glob("*.py")} == {*NIGHTLY, *TRAINING}
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(repository / "jobs" / f"{name}.py"), run_name="__main__")
+    assert stop.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
-    function = getattr(nightly, path.stem, None) or getattr(training, path.stem)
-    assert function.__doc__ in printed
-    announced = "--plan-id" if hasattr(nightly, path.stem) else "--training-id"
-    assert all(name in printed for name in ("--config", "--ds", announced))
+    module, announced = (nightly, "--plan-id") if name in NIGHTLY else (training, "--training-id")
+    assert all(text in printed for text in (getattr(module, name).__doc__, "--config", "--ds", announced))

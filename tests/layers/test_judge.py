@@ -241,7 +241,7 @@ def test_the_stage_gives_the_same_report_for_the_announced_training(judged: Judg
     settings, report = twin().settings, report_of(judged[1])
     announced = identify_training(open_deployment(settings), ds=DS).training_id
     assert judge_layers(open_deployment(settings), ds=DS, expected=announced) == report
-    with pytest.raises(UserError, match="changed while the training was under way"):
+    with pytest.raises(UserError, match="changed during the training"):
         judge_layers(open_deployment(settings), ds=DS, expected="0" * 32)
     folder = Path(publish_report(open_deployment(settings), report))
     assert folder == Path(report_folder(settings, report.report_id))

@@ -317,7 +317,7 @@ def test_one_seed_gives_no_interval_and_no_deviation() -> None:
         layers_of(GOOD, test=[[0.5], [0.6], [0.7], [0.65], [0.5]], folds=[[0.9], [0.8], [0.7], [0.6]])
     )
     assert sentences[0] == (
-        "The mid-layer advantage is not confirmed (there is no interval to judge by): layer 1, chosen without "
+        "The mid-layer advantage is not confirmed (there is no interval): layer 1, chosen without "
         "the test part, has test AUC 0.6000, the final layer 0.5000, +0.1000 (one seed)."
     )
     assert any("is 0.1000 above layer 1; it cannot be known" in sentence for sentence in sentences)

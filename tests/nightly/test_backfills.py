@@ -1,4 +1,4 @@
-"""Ten backfills of one date at once, each ``marc`` in a process of its own, while a reader watches."""
+"""Ten concurrent backfills of one date, each a process of ``marc``, while a reader reads."""
 
 import os
 import re
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.spark, pytest.mark.timeout(900)]
 
 DS, ITEMS, BUCKETS = "2026-11-20", 600, 10
 CHOSEN = (0, 1, 2, 3, 4, 5, 6, 7, 3, 3)
-MARC = [sys.executable, "-c", "from marc_pipeline.cli import main; main()"]
+MARC = [sys.executable, "-c", "from marc_pipeline.cli.app import main; main()"]
 
 
 def marc(*arguments: str, config: Path) -> "subprocess.Popen[str]":
@@ -28,17 +28,17 @@ def marc(*arguments: str, config: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen([*MARC, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
 
 
-def done(process: "subprocess.Popen[str]") -> str:
-    _, said = process.communicate()
-    assert process.returncode == 0, said[-3000:]
-    return said
+def call(*arguments: str, config: Path) -> None:
+    process = marc(*arguments, config=config)
+    _, log = process.communicate()
+    assert process.returncode == 0, log[-3000:]
 
 
 def rows_of(table: Path) -> pa.Table:
     return open_release(table).dataset().to_table().sort_by("item_id")
 
 
-def test_eight_backfills_of_different_buckets_and_two_more_of_one_at_once(tmp_path: Path) -> None:
+def test_concurrent_backfills_of_different_buckets_succeed_and_those_of_one_bucket_supersede(tmp_path: Path) -> None:
     catalogue = write_catalogue(tmp_path / "catalogue", ds=DS, items=ITEMS)
     backbone = save_tiny_backbone(tmp_path / "backbone")
     for name in ("site", "whole"):
@@ -55,8 +55,8 @@ index: {{factory: "IVF8,Flat"}}
 spark: {{master: "local[1,4]"}}
 """)
     config, table = tmp_path / "site.yaml", tmp_path / "site" / "item_vectors"
-    done(marc("train", "--ds", DS, config=config))
-    done(marc("run", "--ds", DS, config=config))
+    call("train", "--ds", DS, config=config)
+    call("run", "--ds", DS, config=config)
     before, old = open_release(table), rows_of(table)
     corrected(catalogue).replace(catalogue)
 
@@ -82,27 +82,23 @@ spark: {{master: "local[1,4]"}}
     assert problems == []
     assert len(seen) > 1
     codes = [attempt.returncode for attempt in attempts]
-    clean = [
-        code == 0 or re.search(r" ERROR superseded: [^\n]+\n\Z", said)
-        for code, said in zip(codes, answers, strict=True)
-    ]
-    assert all(clean), answers
+    superseded = re.compile(r" ERROR superseded: [^\n]+\n\Z")
+    assert all(code == 0 or superseded.search(log) for code, log in zip(codes, answers, strict=True)), answers
     assert {bucket for bucket, code in zip(CHOSEN, codes, strict=True) if code == 0} == set(range(8))
 
-    done(marc("verify", "--ds", DS, config=config))
+    call("verify", "--ds", DS, config=config)
     made = open_release(table)
     kept = {file for file in before.facts.table.files if re.search(r"/bucket=[89]/", file.path)}
     assert len(kept) == 2
     assert kept == set(before.facts.table.files) & set(made.facts.table.files)
-    # Once more, undisturbed, and every bucket of the day at once.
-    done(marc("run", "--ds", DS, config=tmp_path / "whole.yaml"))
+    # The expected rows come from one run of the whole day.
+    call("run", "--ds", DS, config=tmp_path / "whole.yaml")
     new = rows_of(tmp_path / "whole" / "item_vectors").to_pylist()
-    expected = [
-        row if row["row_id"] % BUCKETS < 8 else untouched for row, untouched in zip(new, old.to_pylist(), strict=True)
-    ]
+    rows = zip(new, old.to_pylist(), strict=True)
+    expected = [row if row["row_id"] % BUCKETS < 8 else unchanged for row, unchanged in rows]
     found = rows_of(table).to_pylist()
     for name in ("item_id", "row_id", "content_hash", "bundle", "bucket"):
         assert [row[name] for row in found] == [row[name] for row in expected]
     np.testing.assert_allclose([row["vector"] for row in found], [row["vector"] for row in expected], atol=1e-5)
-    # Reading what was there before goes on.
+    # The release that was opened first is still readable.
     assert before.dataset().to_table().sort_by("item_id").equals(old)

@@ -1,4 +1,4 @@
-"""The whole way of the data through the command line: nights, bad input, altered files. Real Spark, real model."""
+"""The pipeline through the command line, with Spark and a real model: runs, bad input, altered files."""
 
 import csv
 import itertools
@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ import pytest
 from numpy.typing import NDArray
 
 from marc_command import Marc
+from marc_pipeline.errors import CorruptFile
 from marc_pipeline.example.shop import MESSY_ROWS, write_catalogue
 from marc_pipeline.model.bundle import local_bundle
 from marc_pipeline.model.encoder import load_encoder
 from marc_pipeline.reader.release import open_release
+from marc_pipeline.releases.log import read_releases
+from marc_pipeline.storage import Storage
 from marc_pipeline.table.precision import round_mantissas
-from marc_schemas.release import Release
+from published import flip
 from tiny_models import cosines
 
 pytestmark = [pytest.mark.spark, pytest.mark.usefixtures("spark")]
@@ -42,7 +45,7 @@ train: {{layers: 2, dim: 16, max_tokens: 64}}
 
 
 def good_rows(path: Path) -> dict[str, str]:
-    """Id to rendered text of the rows that can be used, read with Python's own csv module."""
+    """Rendered text by item id of the usable rows, read with Python's csv module."""
     newest: dict[str, tuple[str, str]] = {}
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         for row in csv.DictReader(file):
@@ -53,109 +56,104 @@ def good_rows(path: Path) -> dict[str, str]:
     return {item: text for item, (_, text) in newest.items()}
 
 
-@pytest.fixture(scope="module")
-def nights(tmp_path_factory: pytest.TempPathFactory, spark: Any) -> "Nights":
-    """Two nights, the first run twice."""
-    root = tmp_path_factory.mktemp("nights")
-    marc = Marc(root, CONFIG)
-    write_catalogue(root / "catalogue", ds=FIRST, items=ITEMS)
-    write_catalogue(root / "catalogue", ds=SECOND, items=ITEMS)
-    bundle = marc.json("train", "--compressor", "pca", "--ds", FIRST)
-    planned = marc.json("plan", "--ds", FIRST)
-    first, again = marc.json("run", "--ds", FIRST), marc.json("run", "--ds", FIRST)
-    second = marc.json("run", "--ds", SECOND)
-    return Nights(marc, bundle, planned, first, again, second)
+class Runs:
+    """Two dates, and the answers of their runs; the first date runs twice."""
 
-
-class Nights:
-    """What the two nights said."""
-
-    def __init__(self, marc: Marc, bundle: dict[str, Any], planned: dict[str, Any], *runs: dict[str, Any]) -> None:
-        self.marc, self.bundle, self.planned = marc, bundle, planned
-        self.first, self.again, self.second = runs
+    def __init__(self, root: Path) -> None:
+        self.marc = Marc(root, CONFIG)
+        for ds in (FIRST, SECOND):
+            write_catalogue(root / "catalogue", ds=ds, items=ITEMS)
+        self.bundle = self.marc.json("train", "--compressor", "pca", "--ds", FIRST)
+        self.planned = self.marc.json("plan", "--ds", FIRST)
+        self.first, self.again, self.second = (self.marc.json("run", "--ds", ds) for ds in (FIRST, FIRST, SECOND))
 
     def open(self, ds: str) -> Any:
         return open_release(self.marc.table, ds=ds)
 
+    def rows(self, ds: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.open(ds).dataset().to_table().to_pylist()
+        return found
 
-def test_the_first_night_publishes_every_usable_item_and_quarantines_the_rest(nights: Nights) -> None:
-    wanted = good_rows(nights.marc.root / "catalogue" / f"{FIRST}.csv")
-    assert nights.first["items"] == nights.first["new"] == len(wanted) == ITEMS
-    assert nights.first["quarantined"] == sum(MESSY_ROWS.values())
-    assert nights.planned["quarantined"] == MESSY_ROWS
-    assert set(nights.open(FIRST).dataset().to_table()["item_id"].to_pylist()) == set(wanted)
-    assert nights.first["bundle"] == nights.bundle["bundle"]
-    assert nights.first["recall"] >= 0.95
+    def usable(self, ds: str) -> dict[str, str]:
+        return good_rows(self.marc.root / "catalogue" / f"{ds}.csv")
+
+    def release_ids(self) -> list[str]:
+        return [release.release_id for release in read_releases(Storage(), str(self.marc.table))]
 
 
-def test_the_json_of_a_run_holds_what_the_design_promises(nights: Nights) -> None:
-    promised = {
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, spark: Any) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+def test_the_first_run_publishes_the_usable_items_and_quarantines_the_others(runs: Runs) -> None:
+    wanted, first = runs.usable(FIRST), runs.first
+    assert first["items"] == first["new"] == len(wanted) == ITEMS
+    assert first["quarantined"] == sum(MESSY_ROWS.values())
+    assert runs.planned["quarantined"] == MESSY_ROWS
+    assert {row["item_id"] for row in runs.rows(FIRST)} == set(wanted)
+    assert first["bundle"] == runs.bundle["bundle"]
+    assert first["recall"] >= 0.95
+    assert first["tokens"] == runs.planned["tokens"], "a plan of this size counts tokens exactly"
+    assert first.keys() >= {
         "release_id", "ds", "table_version", "bundle", "items", "new", "changed", "reused", "deleted", "quarantined",
         "tokens", "seconds",
     }  # fmt: skip
-    assert promised <= nights.first.keys()
-    assert {"plan", "encode", "audit", "index"} <= nights.first["seconds"].keys()
-    assert nights.first["tokens"] == nights.planned["tokens"], "the plan counts tokens exactly at this size"
+    assert first["seconds"].keys() >= {"plan", "encode", "audit", "index"}
 
 
-def test_a_second_run_of_the_same_night_makes_no_second_release(nights: Nights) -> None:
-    assert nights.again["release_id"] == nights.first["release_id"]
-    assert (nights.first["fresh"], nights.again["fresh"]) == (True, False)
-    assert len(nights.marc.json("releases", "--ds", FIRST)["releases"]) == 1
+def test_a_second_run_of_the_same_date_publishes_no_second_release(runs: Runs) -> None:
+    assert runs.again["release_id"] == runs.first["release_id"]
+    assert (runs.first["fresh"], runs.again["fresh"]) == (True, False)
+    assert len(runs.marc.json("releases", "--ds", FIRST)["releases"]) == 1
 
 
-def test_the_next_night_encodes_only_what_changed(nights: Nights) -> None:
-    before = good_rows(nights.marc.root / "catalogue" / f"{FIRST}.csv")
-    after = good_rows(nights.marc.root / "catalogue" / f"{SECOND}.csv")
-    changed = {item for item in before.keys() & after.keys() if before[item] != after[item]}
-    counts = {name: nights.second[name] for name in ("new", "changed", "reused", "deleted")}
+def test_the_next_run_encodes_only_new_and_changed_items(runs: Runs) -> None:
+    before, after = runs.usable(FIRST), runs.usable(SECOND)
+    same = {item for item in before.keys() & after.keys() if before[item] == after[item]}
+    counts = {name: runs.second[name] for name in ("new", "changed", "reused", "deleted")}
     assert counts == {
         "new": len(after.keys() - before.keys()),
-        "changed": len(changed),
-        "reused": len(before.keys() & after.keys()) - len(changed),
+        "changed": len(before.keys() & after.keys()) - len(same),
+        "reused": len(same),
         "deleted": len(before.keys() - after.keys()),
     }
     assert min(counts.values()) > 0
-    old, new = (nights.open(ds).dataset().to_table().to_pylist() for ds in (FIRST, SECOND))
-    then = {row["item_id"]: row for row in old}
-    for row in new:
-        same = row["item_id"] in then and row["item_id"] not in changed
-        assert (row["encoded_at"] == then[row["item_id"]]["encoded_at"]) if same else True
-        if same:
-            assert row["vector"] == then[row["item_id"]]["vector"]
+    old, new = ({row["item_id"]: row for row in runs.rows(ds)} for ds in (FIRST, SECOND))
+    for item in same:
+        for name in ("vector", "encoded_at"):
+            assert new[item][name] == old[item][name]
 
 
-def test_removed_items_leave_table_and_index(nights: Nights) -> None:
-    old, new = nights.open(FIRST), nights.open(SECOND)
-    gone = set(old.dataset().to_table()["item_id"].to_pylist()) - set(new.dataset().to_table()["item_id"].to_pylist())
-    names, _ = new.search(old.vectors(sorted(gone)), 20)
+def test_deleted_items_are_absent_from_table_and_index(runs: Runs) -> None:
+    gone = {row["item_id"] for row in runs.rows(FIRST)} - {row["item_id"] for row in runs.rows(SECOND)}
+    names, _ = runs.open(SECOND).search(runs.open(FIRST).vectors(sorted(gone)), 20)
     assert not gone & set(names.ravel().tolist())
 
 
-def test_a_pinned_reader_keeps_its_release_when_the_next_night_is_published(nights: Nights) -> None:
-    pinned = nights.open(FIRST)
+def test_an_open_release_is_kept_when_another_is_published(runs: Runs) -> None:
+    pinned = runs.open(FIRST)
     assert len(pinned) == ITEMS
     assert pinned.dataset().count_rows() == ITEMS
-    assert open_release(nights.marc.table).facts.ds == SECOND
+    assert open_release(runs.marc.table).facts.ds == SECOND
 
 
-def test_files_of_a_moment_are_those_that_readers_saw_then(nights: Nights) -> None:
-    """Of the moment when the first night was published, whatever came later."""
-    first = min(nights.marc.json("releases")["releases"], key=lambda release: str(release["created_at"]))
-    then = nights.marc.json("files", "--at", first["created_at"])
+def test_files_of_a_moment_are_those_of_its_release(runs: Runs) -> None:
+    first = min(runs.marc.json("releases")["releases"], key=lambda release: str(release["created_at"]))
+    then = runs.marc.json("files", "--at", first["created_at"])
     assert (then["release_id"], then["ds"]) == (first["release_id"], FIRST)
-    assert then["files"] == open_release(nights.marc.table, release_id=first["release_id"]).files()
-    assert then["files"] != nights.marc.json("files")["files"]
+    assert then["files"] == open_release(runs.marc.table, release_id=first["release_id"]).files()
+    assert then["files"] != runs.marc.json("files")["files"]
 
 
-def test_the_same_rows_come_from_pyarrow_pandas_polars_duckdb_and_spark(nights: Nights, spark: Any) -> None:
+def test_pyarrow_pandas_polars_duckdb_and_spark_read_the_same_rows(runs: Runs, spark: Any) -> None:
     import duckdb
     import pandas as pd
     import polars as pl
 
-    marc = nights.marc
+    marc = runs.marc
     files = marc.call("files", "--ds", SECOND).stdout.split()
-    wanted = nights.open(SECOND).dataset().to_table(columns=["item_id", "vector"]).sort_by("item_id")
+    wanted = runs.open(SECOND).dataset().to_table(columns=["item_id", "vector"]).sort_by("item_id")
     ids, vectors = wanted["item_id"].to_pylist(), np.array(wanted["vector"].to_pylist(), np.float32)
     query = "SELECT item_id, vector FROM read_parquet($files)"
     answers: dict[str, list[Any]] = {
@@ -171,10 +169,10 @@ def test_the_same_rows_come_from_pyarrow_pandas_polars_duckdb_and_spark(nights: 
         assert np.array_equal(np.array([list(row["vector"]) for row in found], np.float32), vectors), engine
 
 
-def test_look_up_by_item_text_and_vector(nights: Nights, tmp_path: Path) -> None:
-    marc, release = nights.marc, nights.open(SECOND)
+def test_look_up_by_item_text_and_vector(runs: Runs, tmp_path: Path) -> None:
+    marc, release = runs.marc, runs.open(SECOND)
     item = release.dataset().head(1)["item_id"][0].as_py()
-    text = good_rows(marc.root / "catalogue" / f"{SECOND}.csv")[item]
+    text = runs.usable(SECOND)[item]
     np.save(tmp_path / "q.npy", release.vectors([item]))
     by_item = marc.json("lookup", "--item", item, "-k", "5")["neighbours"][0]
     by_vector = marc.json("lookup", "--vector", str(tmp_path / "q.npy"), "-k", "6")["neighbours"][0]
@@ -184,148 +182,110 @@ def test_look_up_by_item_text_and_vector(nights: Nights, tmp_path: Path) -> None
     assert by_text[0]["score"] > 0.99
 
 
-@pytest.fixture
-def altered(nights: Nights) -> Iterator[Callable[[Path], None]]:
-    """Flip one byte of a file; mended afterwards."""
-    touched: dict[Path, bytes] = {}
-
-    def alter(path: Path) -> None:
-        data = path.read_bytes()
-        touched[path] = data
-        place = len(data) // 2
-        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-
-    yield alter
-    for path, data in touched.items():
-        path.write_bytes(data)
-    assert nights.marc.call("verify").returncode == 0
+def test_the_program_exits_with_its_code(runs: Runs) -> None:
+    marc = [str(Path(sys.executable).with_name("marc")), "--config", str(runs.marc.config)]
+    call = partial(subprocess.run, capture_output=True, text=True, check=False)
+    verified = call([*marc, "verify"])
+    assert (verified.returncode, verified.stdout.startswith("release ")) == (0, True), verified.stderr
+    refused = call([*marc, "run", "--ds", "2030-01-01", "--json"])
+    assert (refused.returncode, refused.stdout) == (2, "")
 
 
-def facts(nights: Nights) -> Release:
-    found: Release = nights.open(SECOND).facts
-    return found
+@pytest.mark.parametrize(
+    "part", ["table", "index", "compressor.safetensors", "backbone/model.safetensors", "bundle.json"]
+)
+def test_an_altered_file_is_named_and_refused(runs: Runs, part: str) -> None:
+    release = runs.open(SECOND)
+    facts, item = release.facts, release.dataset().head(1)["item_id"][0].as_py()
+    paths = {
+        "table": runs.marc.table / facts.table.files[1].path,
+        "index": Path(facts.index.uri) / facts.index.files[0].path,
+    }
+    path = paths.get(part, Path(facts.bundle.uri) / part)
+    offset = path.stat().st_size // 2
+    flip(path, offset, mask=1)
+    try:
+        # This process has loaded the bundle before the damage.
+        load_encoder.cache_clear()
+        local_bundle.cache_clear()
+        verified = runs.marc.call("verify")
+        assert (verified.returncode, str(path) in verified.stdout) == (1, True)
+        if part == "table":
+            with pytest.raises(CorruptFile, match="differs from its checksum"):
+                runs.open(SECOND).dataset().to_table()
+        elif part == "index":
+            done = runs.marc.call("lookup", "--item", item)
+            assert (done.returncode, "differs from its checksum" in done.stderr) == (1, True)
+        else:
+            assert runs.marc.call("lookup", "--text", "a lamp").returncode != 0
+    finally:
+        flip(path, offset, mask=1)
+    assert runs.marc.call("verify").returncode == 0
 
 
-def test_the_command_starts_as_a_program_and_exits_with_its_code(nights: Nights) -> None:
-    marc = [str(Path(sys.executable).with_name("marc")), "--config", str(nights.marc.config)]
-    whole = subprocess.run([*marc, "verify"], capture_output=True, text=True, check=False)
-    assert (whole.returncode, whole.stdout.startswith("release ")) == (0, True), whole.stderr
-    mistaken = subprocess.run(
-        [*marc, "run", "--ds", "2030-01-01", "--json"], capture_output=True, text=True, check=False
-    )
-    assert (mistaken.returncode, mistaken.stdout) == (2, "")
+RUN = f"run --ds {FIRST}"
 
 
-def test_an_altered_table_file_is_named_and_refused(nights: Nights, altered: Callable[[Path], None]) -> None:
-    path = nights.marc.table / facts(nights).table.files[1].path
-    altered(path)
-    done = nights.marc.call("verify")
-    assert (done.returncode, str(path) in done.stdout) == (1, True)
-    with pytest.raises(Exception, match="differs from its checksum"):
-        nights.open(SECOND).dataset().to_table()
-
-
-def test_an_altered_index_file_is_named_and_refused(nights: Nights, altered: Callable[[Path], None]) -> None:
-    path = Path(facts(nights).index.uri) / facts(nights).index.files[0].path
-    altered(path)
-    assert str(path) in nights.marc.call("verify").stdout
-    item = nights.open(SECOND).dataset().head(1)["item_id"][0].as_py()
-    done = nights.marc.call("lookup", "--item", item)
-    assert (done.returncode, "differs from its checksum" in done.stderr) == (1, True)
-
-
-@pytest.mark.parametrize("name", ["compressor.safetensors", "backbone/model.safetensors", "bundle.json"])
-def test_an_altered_bundle_file_is_named_and_refused(
-    nights: Nights, altered: Callable[[Path], None], name: str
+@pytest.mark.parametrize(
+    ("old", "new", "arguments", "message"),
+    [
+        ("", "", "run --ds 2030-01-01", "no catalogue for 2030-01-01"),
+        ("", "", "run --ds yesterday", "no date"),
+        ("{description}", "{colour}", RUN, "'colour'"),
+        ("  updated_at_column", "  id_column: sku\n  updated_at_column", RUN, "'sku'"),
+        ("buckets", "bukets", RUN, "unknown key bukets"),
+        ("{title}. {brand}. {category}. {description}", "item", RUN, "template"),
+        ("buckets", "bundle_uri: /nonexistent/bundles\nbuckets", RUN, "no bundle at"),
+        ("{ds}.csv", "empty.csv", RUN, "is empty"),
+        ("{ds}.csv", "header.csv", RUN, "is empty"),
+        ("", "", "lookup --item nobody", "'nobody'"),
+        ("", "", "files --ds 2020-01-01", "no release of 2020-01-01"),
+        ("", "", "files --at 2020-01-01T00:00:00+00:00", "existed at 2020-01-01T00:00:00"),
+        ("", "", "lookup --item a --at yesterday", "'yesterday' is not a time"),
+        ("", "", "files --at 2026-11-20T06:00", "has no time zone"),
+        ("", "", "lookup --item a --text b", "exactly one"),
+    ],
+)
+def test_a_user_error_has_exit_code_2_and_one_line(
+    runs: Runs, old: str, new: str, arguments: str, message: str, tmp_path: Path
 ) -> None:
-    path = Path(facts(nights).bundle.uri) / name
-    altered(path)
-    # A process that loaded the bundle before keeps what it verified then; a new one must refuse.
-    load_encoder.cache_clear()
-    local_bundle.cache_clear()
-    assert str(path) in nights.marc.call("verify").stdout
-    assert nights.marc.call("lookup", "--text", "a lamp").returncode != 0
-
-
-BAD: dict[str, tuple[str, str, list[str], str]] = {
-    "no catalogue": ("", "", ["run", "--ds", "2030-01-01"], "no catalogue for 2030-01-01"),
-    "no date": ("", "", ["run", "--ds", "yesterday"], "no date"),
-    "missing text column": ("{description}", "{colour}", ["run", "--ds", FIRST], "'colour'"),
-    "missing id column": (
-        "  updated_at_column",
-        "  id_column: sku\n  updated_at_column",
-        ["run", "--ds", FIRST],
-        "'sku'",
-    ),
-    "unknown key": ("buckets", "bukets", ["run", "--ds", FIRST], "unknown key bukets"),
-    "template without column": (
-        "{title}. {brand}. {category}. {description}",
-        "item",
-        ["run", "--ds", FIRST],
-        "template",
-    ),
-    "no bundle": ("buckets", "bundle_uri: /nonexistent/bundles\nbuckets", ["run", "--ds", FIRST], "no bundle at"),
-    "empty catalogue": ("{{ds}}.csv", "empty.csv", ["run", "--ds", FIRST], "is empty"),
-    "header only": ("{{ds}}.csv", "header.csv", ["run", "--ds", FIRST], "is empty"),
-    "unknown item": ("", "", ["lookup", "--item", "nobody"], "'nobody'"),
-    "no release of the date": ("", "", ["files", "--ds", "2020-01-01"], "no release of 2020-01-01"),
-    "a moment before all": ("", "", ["files", "--at", "2020-01-01T00:00:00+00:00"], "was there at 2020-01-01T00:00:00"),
-    "no moment": ("", "", ["lookup", "--item", "a", "--at", "yesterday"], "'yesterday' is no moment"),
-    "a moment without a time zone": ("", "", ["files", "--at", "2026-11-20T06:00"], "has no time zone"),
-    "two queries": ("", "", ["lookup", "--item", "a", "--text", "b"], "exactly one"),
-}
-
-
-@pytest.mark.parametrize("case", BAD.values(), ids=BAD.keys())
-def test_a_users_mistake_gives_exit_code_2_and_one_clear_line(
-    nights: Nights, case: tuple[str, str, list[str], str], tmp_path: Path
-) -> None:
-    old, new, arguments, says = case
-    catalogue = nights.marc.root / "catalogue"
+    catalogue = runs.marc.root / "catalogue"
     (catalogue / "empty.csv").write_text("")
     (catalogue / "header.csv").write_text("item_id,title,brand,category,description,updated_at\n")
     marc = Marc(tmp_path, CONFIG)
-    text = CONFIG.format(root=nights.marc.root)
-    wanted = text.replace(old.replace("{{", "{").replace("}}", "}"), new.replace("{{", "{").replace("}}", "}"))
-    assert old == "" or wanted != text
-    marc.config.write_text(wanted)
-    before = [release.release_id for release in releases(nights)]
-    done = marc.call(*arguments)
+    text = CONFIG.format(root=runs.marc.root)
+    assert old in text
+    marc.config.write_text(text.replace(old, new) if old else text)
+    before = runs.release_ids()
+    done = marc.call(*arguments.split())
     lines = [line for line in done.stderr.splitlines() if " ERROR " in line]
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1
-    assert says in lines[0]
+    assert message in lines[0]
     assert "Traceback" not in done.stderr
-    assert [release.release_id for release in releases(nights)] == before
+    assert runs.release_ids() == before
 
 
-def releases(nights: Nights) -> list[Release]:
-    from marc_pipeline.releases.log import read_releases
-    from marc_pipeline.storage import Storage
-
-    return read_releases(Storage(), str(nights.marc.table))
-
-
-def test_a_refused_gate_gives_exit_code_3_and_publishes_nothing(nights: Nights, tmp_path: Path) -> None:
-    before = [release.release_id for release in releases(nights)]
+def test_a_refused_gate_has_exit_code_3_and_publishes_no_release(runs: Runs, tmp_path: Path) -> None:
+    before = runs.release_ids()
     rows = "".join(f"x{number},,,,,2026-01-01\n" for number in range(300))
-    source = nights.marc.root / "catalogue" / f"{SECOND}.csv"
+    source = runs.marc.root / "catalogue" / f"{SECOND}.csv"
     (tmp_path / "2026-11-22.csv").write_bytes(source.read_bytes() + rows.encode())
     marc = Marc(tmp_path, CONFIG)
-    text = CONFIG.format(root=nights.marc.root).replace(f"{nights.marc.root}/catalogue", str(tmp_path))
+    text = CONFIG.format(root=runs.marc.root).replace(f"{runs.marc.root}/catalogue", str(tmp_path))
     marc.config.write_text(text)
     done = marc.call("run", "--ds", "2026-11-22")
     assert done.returncode == 3, done.stderr
     assert "max_quarantined_fraction" in done.stderr
-    assert [release.release_id for release in releases(nights)] == before
+    assert runs.release_ids() == before
 
 
-def test_nights_of_other_precisions_are_other_releases_and_none_mixes_them(nights: Nights, tmp_path: Path) -> None:
-    marc = Marc(tmp_path, CONFIG + f"bundle_uri: {nights.marc.root}/data/bundles\n")
+def test_runs_with_another_precision_publish_other_releases(runs: Runs, tmp_path: Path) -> None:
+    marc = Marc(tmp_path, CONFIG + f"bundle_uri: {runs.marc.root}/data/bundles\n")
     for ds in (FIRST, SECOND):
         write_catalogue(tmp_path / "catalogue", ds=ds, items=ITEMS)
 
-    def night(ds: str, bits: int) -> tuple[dict[str, Any], dict[str, Any], Matrix]:
+    def run(ds: str, bits: int) -> tuple[dict[str, Any], dict[str, Any], Matrix]:
         done = marc.call("run", "--ds", ds, "--json", env={"MARC_MANTISSA_BITS": str(bits)})
         assert done.returncode == 0, done.stderr
         rows = open_release(marc.table, ds=ds).dataset().to_table().sort_by("item_id")
@@ -333,20 +293,20 @@ def test_nights_of_other_precisions_are_other_releases_and_none_mixes_them(night
         assert np.array_equal(vectors, round_mantissas(vectors, bits))
         return json.loads(done.stdout), dict(zip(rows["item_id"].to_pylist(), vectors, strict=True)), vectors
 
-    first, old, _ = night(FIRST, 10)
-    assert (first["mantissa_bits"], first["encoded"]) == (10, nights.first["encoded"])
-    assert first["bytes_per_item"] < nights.first["bytes_per_item"]
-    second, new, vectors = night(SECOND, 10)
-    assert [second[name] for name in ("reused", "encoded")] == [nights.second[name] for name in ("reused", "encoded")]
+    first, old, _ = run(FIRST, 10)
+    assert (first["mantissa_bits"], first["encoded"]) == (10, runs.first["encoded"])
+    assert first["bytes_per_item"] < runs.first["bytes_per_item"]
+    second, new, vectors = run(SECOND, 10)
+    assert [second[name] for name in ("reused", "encoded")] == [runs.second[name] for name in ("reused", "encoded")]
     assert sum(item in old and np.array_equal(new[item], old[item]) for item in new) >= second["reused"] > 0
 
-    coarser, _, found = night(SECOND, 7)
+    coarser, _, found = run(SECOND, 7)
     assert (coarser["release_id"] != second["release_id"], coarser["encoded"]) == (True, 0)
     assert np.array_equal(found, round_mantissas(vectors, 7))
-    finer, _, found = night(SECOND, 12)
-    # What was stored with fewer bits is no vector of more: all is as the other nights computed it.
+    finer, _, found = run(SECOND, 12)
+    # Vectors with fewer bits cannot be refined, so every item is re-encoded.
     assert (finer["reused"], finer["changed"]) == (0, finer["items"])
-    whole = nights.open(SECOND).dataset().to_table().sort_by("item_id")
+    whole = runs.open(SECOND).dataset().to_table().sort_by("item_id")
     assert cosines(found, np.array(whole["vector"].to_pylist(), np.float32)).min() > 0.9999
     assert not np.array_equal(found, round_mantissas(found, 11))
 
@@ -358,15 +318,13 @@ def test_nights_of_other_precisions_are_other_releases_and_none_mixes_them(night
     assert marc.call("verify", "--ds", SECOND).returncode == 0
 
 
-def test_variables_override_the_configuration(nights: Nights) -> None:
-    done = nights.marc.call("releases", "--json", env={"MARC_TABLE_URI": "/nonexistent/table"})
+def test_variables_override_the_configuration(runs: Runs) -> None:
+    done = runs.marc.call("releases", "--json", env={"MARC_TABLE_URI": "/nonexistent/table"})
     assert json.loads(done.stdout) == {"releases": []}
 
 
 @pytest.mark.parametrize("count", [1500, pytest.param(7787, marks=pytest.mark.slow)])
-def test_the_real_catalogue_goes_through_with_a_configuration_of_ten_lines(
-    netflix: Path, tmp_path: Path, count: int
-) -> None:
+def test_a_real_catalogue_runs_with_a_configuration_of_ten_lines(netflix: Path, tmp_path: Path, count: int) -> None:
     with netflix.open(encoding="utf-8", newline="") as whole, (tmp_path / "c.csv").open("w", encoding="utf-8") as part:
         csv.writer(part).writerows(itertools.islice(csv.reader(whole), 1 + count))
     config = f"""root: {tmp_path}/netflix

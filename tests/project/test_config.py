@@ -1,38 +1,32 @@
-"""Settings and entry points: what is wrong is named in one line, variables win, and paths are the file's."""
+"""Settings and entry points: one line per mistake, variables override the file, paths are relative to the file."""
 
 import datetime
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import NoCredentialsError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from marc_pipeline import entry
-from marc_pipeline.cli import main
-from marc_pipeline.config import (
-    CatalogueSettings,
-    Settings,
-    TrainSettings,
-    absolute_uri,
-    load_settings,
-    parse_ds,
-    placeholders,
-)
+from marc_pipeline.cli.app import main
+from marc_pipeline.config import CatalogueSettings, Settings, TrainSettings, load_settings, parse_ds
+from marc_pipeline.config.sections import placeholders
 from marc_pipeline.errors import CorruptFile, GateRefused, PipelineError, Superseded, UserError
 from marc_pipeline.jobs.arguments import job
-from marc_pipeline.scheduler.tasks import identify_night
+from marc_pipeline.scheduler.tasks import identify_nightly
+from marc_pipeline.uris import absolute_uri
 
 GOOD = 'catalogue: {uri: "in/{ds}.csv", template: "{title}. {genres}"}\n'
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a configuration file goes; no variable of the surroundings counts."""
-    import os
-
+    """Path of the configuration file, without ``MARC_…`` variables in the environment."""
     for name in [name for name in os.environ if name.startswith("MARC_")]:
         monkeypatch.delenv(name)
     return tmp_path / "marc.yaml"
@@ -43,15 +37,15 @@ def load(path: Path, text: str) -> Settings:
     return load_settings(path)
 
 
-def test_every_key_but_the_catalogue_has_a_default(config: Path) -> None:
+def test_every_key_but_the_catalogue_has_a_default_and_cannot_be_changed(config: Path) -> None:
     settings = load(config, GOOD)
     assert (settings.buckets, settings.index.k, settings.audit.max_drift) == (16, 10, 0.25)
     assert settings.catalogue.text_columns == ["title", "genres"]
+    with pytest.raises(ValueError, match="frozen"):
+        settings.buckets = 3  # type: ignore[misc]
 
 
-def test_relative_paths_are_relative_to_the_file_wherever_the_process_runs(
-    config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relative_paths_are_relative_to_the_file(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.write_text(GOOD + "work_uri: ../scratch\nindex_uri: /absolute/index\n")
     elsewhere = config.parent / "elsewhere"
     elsewhere.mkdir()
@@ -64,23 +58,18 @@ def test_relative_paths_are_relative_to_the_file_wherever_the_process_runs(
         assert settings.index_uri == "/absolute/index"
 
 
-def test_uris_follow_the_root_unless_they_are_given(config: Path) -> None:
-    settings = load(config, GOOD + "root: s3://bucket/prefix\nbundle_uri: s3://models/marc/\n")
-    assert settings.table_uri == "s3://bucket/prefix/item_vectors"
-    assert settings.index_uri == "s3://bucket/prefix/indexes"
-    assert settings.work_uri == "s3://bucket/prefix/work"
-    assert settings.bundle_uri == "s3://models/marc"
-
-
-def test_a_root_may_end_in_a_slash(config: Path) -> None:
-    assert load(config, GOOD + "root: s3://bucket/prefix/\n").table_uri == "s3://bucket/prefix/item_vectors"
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_uris_default_below_the_root(config: Path, slash: str) -> None:
+    settings = load(config, GOOD + f"root: s3://bucket/prefix{slash}\nbundle_uri: s3://models/marc/\n")
+    assert (settings.table_uri, settings.index_uri, settings.work_uri, settings.bundle_uri) == (
+        "s3://bucket/prefix/item_vectors", "s3://bucket/prefix/indexes", "s3://bucket/prefix/work", "s3://models/marc"
+    )  # fmt: skip
 
 
 def test_file_uris_and_home_folders_are_local_paths(tmp_path: Path) -> None:
-    assert absolute_uri("file:///a/b/", tmp_path) == "/a/b"
-    assert absolute_uri("~/x", tmp_path) == f"{Path.home()}/x"
-    assert absolute_uri("a/b", tmp_path) == f"{tmp_path}/a/b"
-    assert absolute_uri("s3://a/b/", tmp_path) == "s3://a/b"
+    given = ("file:///a/b/", "~/x", "a/b", "s3://a/b/")
+    expected = ["/a/b", f"{Path.home()}/x", f"{tmp_path}/a/b", "s3://a/b"]
+    assert [absolute_uri(uri, tmp_path) for uri in given] == expected
 
 
 @pytest.mark.parametrize(
@@ -94,17 +83,35 @@ def test_file_uris_and_home_folders_are_local_paths(tmp_path: Path) -> None:
         ("buckets: 3\n", "catalogue is missing"),
         ("", "catalogue is missing"),
         ("catalogue: {uri: x}\n", "catalogue.template is missing"),
-        ('catalogue: {uri: "x/{day}", template: "{t}"}\n', "only {ds} can stand in catalogue.uri, not ['day']"),
+        (
+            'catalogue: {uri: "x/{day}", template: "{t}"}\n',
+            "only the placeholder {ds} is allowed in catalogue.uri, not ['day']",
+        ),
         ("- a\n- b\n", "is no valid YAML mapping"),
         ("catalogue: [\n", "is no valid YAML mapping"),
         ("catalogue:\n\turi: x\n", "is no valid YAML mapping"),
+        (b"\xff\xfe", "is no valid YAML mapping"),
+        *(
+            (f'catalogue: {{uri: x, template: "{template}"}}\n', f"catalogue.template: {message}")
+            for template, message in [
+                ("plain text", "the template names no column"),
+                ("{{title}}", "the template names no column"),
+                ("{title", "expected '}' before end of string"),
+                ("title}", "Single '}' encountered"),
+                *(
+                    (field, f"{field!r}: write plain column names")
+                    for field in ("{}", "{title!r}", "{title:>10}", "{0}")
+                ),
+            ]
+        ),
     ],
 )
-def test_a_bad_configuration_is_refused_in_one_line_that_names_file_and_key(
-    config: Path, text: str, message: str
+def test_a_bad_configuration_is_refused_in_one_line_with_file_and_key(
+    config: Path, text: str | bytes, message: str
 ) -> None:
+    config.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as refused:
-        load(config, text)
+        load_settings(config)
     assert str(refused.value).startswith(str(config))
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -115,38 +122,10 @@ def test_every_bad_key_is_named_at_once(config: Path) -> None:
         load(config, GOOD + "one: 1\ntwo: 2\n")
 
 
-def test_bytes_that_are_no_utf8_are_the_users_mistake(config: Path) -> None:
-    config.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="no valid YAML"):
-        load_settings(config)
-
-
-def test_a_missing_file_is_the_users_mistake(config: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"no configuration at .*marc.yaml; write one, pass --config or set MARC_CONFIG"
-    ):
-        load_settings(config)
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("plain text", "names no column"),
-        ("{{title}}", "names no column"),
-        ("{title", "expected '}' before end of string"),
-        ("title}", "Single '}' encountered"),
-        ("{}", "plain column names"),
-        ("{title!r}", "plain column names"),
-        ("{title:>10}", "plain column names"),
-        pytest.param(
-            "{0}",
-            "plain column names",
-        ),
-    ],
-)
-def test_a_template_that_cannot_be_rendered_is_refused(config: Path, template: str, message: str) -> None:
+def test_a_missing_file_is_the_users_error(config: Path) -> None:
+    message = r"no configuration at .*marc.yaml; write one, pass --config or set MARC_CONFIG"
     with pytest.raises(UserError, match=message):
-        load(config, f'catalogue: {{uri: x, template: "{template}"}}\n')
+        load_settings(config)
 
 
 names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_ ]{0,10}", fullmatch=True)
@@ -162,13 +141,10 @@ def test_the_columns_of_a_template_are_its_placeholders_in_order(parts: list[tup
     assert columns == sorted(set(wanted), key=wanted.index)
 
 
-def test_variables_win_over_the_file_and_leave_their_neighbours_alone(
-    config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MARC_BUCKETS", "8")
-    monkeypatch.setenv("MARC_AUDIT__MAX_DRIFT", "0.5")
-    monkeypatch.setenv("MARC_CATALOGUE__URI", "/other/{ds}.csv")
-    monkeypatch.setenv("MARC_ROOT", "/elsewhere")
+def test_variables_override_single_keys_of_the_file(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = {"BUCKETS": "8", "AUDIT__MAX_DRIFT": "0.5", "CATALOGUE__URI": "/other/{ds}.csv", "ROOT": "/elsewhere"}
+    for name, value in overrides.items():
+        monkeypatch.setenv(f"MARC_{name}", value)
     settings = load(config, GOOD + "buckets: 4\naudit: {max_drift: 0.1, max_deleted_fraction: 0.2}\nroot: here\n")
     assert settings.buckets == 8
     assert (settings.audit.max_drift, settings.audit.max_deleted_fraction) == (0.5, 0.2)
@@ -181,6 +157,7 @@ def test_variables_win_over_the_file_and_leave_their_neighbours_alone(
     [
         ("MARC_BUCKETS", "none", "buckets: Input should be a valid integer"),
         ("MARC_AUDIT__MAX_DRFIT", "1", "unknown key audit.max_drfit"),
+        ("MARC_BUKETS", "4", "MARC_BUKETS overrides no key"),
     ],
 )
 def test_a_bad_variable_is_refused_like_a_bad_key(
@@ -191,33 +168,22 @@ def test_a_bad_variable_is_refused_like_a_bad_key(
         load(config, GOOD)
 
 
-def test_settings_cannot_be_changed(config: Path) -> None:
-    settings = load(config, GOOD)
-    with pytest.raises(ValueError, match="frozen"):
-        settings.buckets = 3  # type: ignore[misc]
-
-
-@given(st.dates())
-def test_every_date_reads_as_itself(day: datetime.date) -> None:
-    assert parse_ds(str(day)) == str(day)
-
-
 @pytest.mark.parametrize(
     "value",
     ["20261120", "2026-W47-5", "2026-2-3", "2026-02-30", "", "2026-11-20T00:00:00", " 2026-11-20", "٢٠٢٦-١١-٢٠", "now"],
 )
-def test_anything_but_a_date_is_refused_with_an_example(value: str) -> None:
+def test_other_notations_of_a_date_are_refused_with_an_example(value: str) -> None:
     with pytest.raises(UserError, match="write YYYY-MM-DD, for example 2026-11-20"):
         parse_ds(value)
 
 
-@given(st.text(max_size=12))
-def test_no_other_text_is_a_date(value: str) -> None:
+@given(st.dates().map(str) | st.text(max_size=12))
+def test_only_dates_are_accepted(value: str) -> None:
     try:
-        expected = datetime.datetime.strptime(value, "%Y-%m-%d").date().isoformat() == value
+        is_date = datetime.datetime.strptime(value, "%Y-%m-%d").date().isoformat() == value
     except ValueError:
-        expected = False
-    if expected:
+        is_date = False
+    if is_date:
         assert parse_ds(value) == value
     else:
         with pytest.raises(UserError):
@@ -226,10 +192,10 @@ def test_no_other_text_is_a_date(value: str) -> None:
 
 @pytest.fixture
 def _logging() -> Iterator[None]:
-    """Puts back what an entry point does to logging."""
+    """Restores the logging that an entry point changes."""
     root, ours = logging.getLogger(), logging.getLogger("marc_pipeline")
     handlers, levels = root.handlers[:], (root.level, ours.level)
-    # basicConfig(force=True) closes what it finds: pytest's own handlers must not be there.
+    # basicConfig(force=True) closes the handlers that it finds, also those of pytest.
     root.handlers.clear()
     yield
     root.handlers[:] = handlers
@@ -238,39 +204,38 @@ def _logging() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(UserError, 2), (GateRefused, 3), (CorruptFile, 1), (Superseded, 4), (PipelineError, 1)]
+    ("error", "code", "message"),
+    [
+        (UserError("wrong"), 2, "wrong"),
+        (GateRefused("wrong"), 3, "wrong"),
+        (CorruptFile("wrong"), 1, "wrong"),
+        (Superseded("wrong"), 4, "wrong"),
+        (PipelineError("wrong"), 1, "wrong"),
+        (NoCredentialsError(), 1, "NoCredentialsError: Unable to locate credentials"),
+    ],
 )
-def test_an_error_on_purpose_becomes_one_line_and_its_exit_code(
-    caplog: pytest.LogCaptureFixture, error: type[PipelineError], code: int
+def test_an_error_becomes_one_line_and_its_exit_code(
+    caplog: pytest.LogCaptureFixture, error: Exception, code: int, message: str
 ) -> None:
     with pytest.raises(SystemExit) as left, entry.reported_errors():
-        raise error("what is wrong")
+        raise error
     assert left.value.code == code
-    assert [(record.levelname, record.message, record.exc_info) for record in caplog.records] == [
-        ("ERROR", "what is wrong", None)
+    assert [(record.levelname, record.message, bool(record.exc_info)) for record in caplog.records] == [
+        ("ERROR", message, False)
     ]
-
-
-def test_an_error_of_the_store_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    from botocore.exceptions import NoCredentialsError
-
-    with pytest.raises(SystemExit) as left, entry.reported_errors():
-        raise NoCredentialsError
-    assert left.value.code == 1
-    assert caplog.messages == ["NoCredentialsError: Unable to locate credentials"]
 
 
 @pytest.mark.parametrize(
     "text", ["spark: {conf: ['spark.hadoop.fs.s3a.secret.key=hunter2']}", "storage: {endpoint_url: [hunter2]}"]
 )
-def test_what_may_be_secret_is_not_repeated(config: Path, text: str) -> None:
+def test_values_of_sections_with_secrets_are_not_repeated(config: Path, text: str) -> None:
     config.write_text(GOOD + text)
     with pytest.raises(UserError, match=r"(spark.conf|storage.endpoint_url): ") as error:
         load_settings(config)
     assert "hunter2" not in str(error.value)
 
 
-def test_any_other_error_keeps_its_traceback() -> None:
+def test_an_unexpected_error_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError), entry.reported_errors():
         raise ZeroDivisionError
 
@@ -280,20 +245,24 @@ def command_line(given: str) -> None:
     main()
 
 
-def spark_job(given: str) -> None:
-    sys.argv = ["job", *(["--config", given] if given else []), "--ds", "2026-11-20", "--plan-id", "p"]
+def run_job(*arguments: str) -> None:
+    sys.argv = ["job", *arguments]
     with job("Does something."):
         pass
+
+
+def spark_job(given: str) -> None:
+    run_job(*(["--config", given] if given else []), "--ds", "2026-11-20", "--plan-id", "p")
 
 
 def scheduler(given: str) -> None:
     entry.configure_logging()
     with entry.reported_errors():
-        identify_night(ds="2026-11-20", config=given)
+        identify_nightly(ds="2026-11-20", config=given)
 
 
 @pytest.mark.usefixtures("_logging")
-@pytest.mark.parametrize("door", [command_line, spark_job, scheduler])
+@pytest.mark.parametrize("entry_point", [command_line, spark_job, scheduler])
 @pytest.mark.parametrize(
     ("given", "variable", "wanted"),
     [
@@ -306,11 +275,11 @@ def scheduler(given: str) -> None:
         ("", None, "marc.yaml"),
     ],
 )
-def test_every_door_finds_the_configuration_by_the_same_rule(
+def test_every_entry_point_finds_the_configuration_by_the_same_rule(
     config: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    door: Callable[[str], None],
+    entry_point: Callable[[str], None],
     given: str,
     variable: str | None,
     wanted: str,
@@ -320,7 +289,7 @@ def test_every_door_finds_the_configuration_by_the_same_rule(
     if variable is not None:
         monkeypatch.setenv("MARC_CONFIG", variable)
     with pytest.raises(SystemExit) as left:
-        door(given)
+        entry_point(given)
     assert left.value.code == 2
     assert f"no configuration at {config.parent / wanted}; write one" in capsys.readouterr().err
 
@@ -335,30 +304,31 @@ def test_a_job_reads_its_arguments_and_its_configuration(config: Path, monkeypat
 
 
 @pytest.mark.usefixtures("_logging")
-@pytest.mark.parametrize("missing", ["--ds", "--plan-id"])
-def test_a_job_without_date_or_plan_exits_with_2(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    given = [word for name in ("--ds", "--plan-id") if name != missing for word in (name, "2026-11-20")]
-    monkeypatch.setattr(sys, "argv", ["job", *given])
-    with pytest.raises(SystemExit) as left, job("Does something."):
-        pass
-    assert left.value.code == 2
-
-
-@pytest.mark.usefixtures("_logging")
-def test_a_job_with_a_bad_date_exits_with_2_and_says_so_on_standard_error(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan-id", "p"], "--ds"),
+        (["--ds", "2026-11-20"], "--plan-id"),
+        (["--ds", "20261120", "--plan-id", "p"], "ERROR '20261120' is no date; write YYYY-MM-DD"),
+    ],
+)
+def test_a_job_with_bad_arguments_exits_with_2(
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
     config.write_text(GOOD)
-    monkeypatch.setattr(sys, "argv", ["job", "--config", str(config), "--ds", "20261120", "--plan-id", "p"])
-    with pytest.raises(SystemExit) as left, job("Does something."):
-        pass
+    monkeypatch.setattr(sys, "argv", [])
+    with pytest.raises(SystemExit) as left:
+        run_job("--config", str(config), *arguments)
     printed = capsys.readouterr()
-    assert left.value.code == 2
-    assert printed.out == ""
-    assert "ERROR '20261120' is no date; write YYYY-MM-DD" in printed.err
+    assert (left.value.code, printed.out) == (2, "")
+    assert message in printed.err
 
 
-def test_a_configuration_behind_a_symbolic_link_belongs_where_the_link_is(config: Path) -> None:
+def test_paths_of_a_linked_configuration_are_relative_to_the_link(config: Path) -> None:
     target = config.parent / "mounted"
     target.mkdir()
     (target / "v1.yaml").write_text(GOOD)
@@ -366,16 +336,8 @@ def test_a_configuration_behind_a_symbolic_link_belongs_where_the_link_is(config
     assert load_settings(config).table_uri == f"{config.parent}/data/item_vectors"
 
 
-def test_a_variable_that_overrides_no_key_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MARC_BUKETS", "4")
-    with pytest.raises(UserError, match="MARC_BUKETS overrides no key"):
-        load(config, GOOD)
-
-
-def test_what_a_section_leaves_open_is_not_taken_for_configured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What somebody adopted may fill it."""
+def test_defaults_of_a_section_do_not_count_as_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An adopted recommendation may fill keys that are not configured.
     path = tmp_path / "marc.yaml"
     path.write_text("catalogue: {uri: x, template: '{title}'}\ntrain: {dim: 8}\n")
     monkeypatch.setenv("MARC_TRAIN__POOLING", "mean")

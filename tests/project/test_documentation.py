@@ -2,12 +2,14 @@
 
 import ast
 import gzip
+import io
 import json
 import random
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,6 @@ import reference_pages
 import typer
 import yaml
 from pydantic import Field, create_model
-from typer.testing import CliRunner
 
 import marc_pipeline
 from marc_pipeline.cli.app import app
@@ -33,7 +34,7 @@ from tiny_models import save_tiny_backbone
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 PAGES = pytest.mark.parametrize("page", pages(ROOT), ids=lambda page: page.stem)
 COMMANDS = (
     "plan", "run", "backfill", "rollback", "vacuum", "train", "evaluate", "layers", "promote", "demote", "scores",
@@ -97,9 +98,9 @@ def test_the_command_page_has_every_command_with_its_options() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(name: str) -> None:
-    said = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "120", "TERM": "dumb"})
-    assert said.exit_code == 0, said.output
-    assert "--json" in said.output
+    with redirect_stdout(io.StringIO()) as said:
+        root_command().commands[name].main(["--help"], prog_name=f"marc {name}", standalone_mode=False)
+    assert "--json" in said.getvalue()
 
 
 def test_the_error_table_has_every_class_with_its_exit_code() -> None:

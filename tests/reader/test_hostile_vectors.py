@@ -20,9 +20,9 @@ from published import DIM, Encoded, Site, Vector, Vectors, items
 FEW = settings(deadline=None, database=None, max_examples=15)
 LAX = AuditSettings(max_drift=1e30)
 ROUNDING = (DIM + 1) * 2.0**-24
-# What is left of a product that is too small for float32, in each of eight.
+# Underflow of a product in float32, in each of eight components.
 UNDERFLOW = DIM * 2.0**-149
-# Everything that can be reached in so few vectors.
+# Index types that find every one of so few vectors.
 EXACT = ["Flat", "IVF1,Flat", "HNSW8"]
 
 SMALLEST, NORMAL = float(np.float32(2.0**-149)), float(np.float32(2.0**-126))
@@ -30,17 +30,12 @@ COMPONENTS = st.sampled_from(
     [0.0, -0.0, SMALLEST, -SMALLEST, 1e-40, NORMAL, -NORMAL, 1e-30, -1e-12, 1e-6, 0.25, -0.25, 0.5, -1.0, 1.0, 1.0]
 )
 ANY = st.lists(COMPONENTS, min_size=DIM, max_size=DIM).filter(lambda row: max(map(abs, row)) > 0.1)
-# Equal ones again and again.
+# With many equal vectors.
 TABLES = st.lists(ANY, min_size=1, max_size=5).flatmap(
     lambda rows: st.lists(st.sampled_from(rows), min_size=1, max_size=12)
 )
 
 ONE: Vector = np.eye(DIM, dtype=np.float32)[0]
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return Site(tmp_path)
 
 
 def named(rows: Sequence[Vector]) -> dict[str, Vector]:
@@ -62,7 +57,7 @@ def published(site: Site, vectors: Vectors, factory: str = "Flat", *, target: fl
 
 
 def assert_whole(opened: OpenRelease, vectors: Vectors) -> None:
-    """Every bit of the vectors, and every item under every item's vector, best first, by ids where scores are equal."""
+    """Check every bit of the vectors, and that each search returns all items, best first, equal scores by id."""
     own = np.stack(list(vectors.values()))
     assert opened.vectors(list(vectors)).tobytes() == own.tobytes()
     rows = opened.dataset().to_table(columns=["item_id", "vector"]).to_pylist()
@@ -84,13 +79,13 @@ def assert_whole(opened: OpenRelease, vectors: Vectors) -> None:
         fewer, best = opened.search(own, k)
         np.testing.assert_array_equal(fewer, names[:, :k])
         np.testing.assert_array_equal(best, scores[:, :k])
-    with pytest.raises(UserError, match=f"k is {len(vectors) + 1}, the release holds {len(vectors)} items"):
+    with pytest.raises(UserError, match=f"k is {len(vectors) + 1}; choose 1 to {len(vectors)}, the number of items"):
         opened.search(own, k=len(vectors) + 1)
 
 
 @FEW
 @given(rows=TABLES, factory=st.sampled_from(EXACT))
-def test_any_unit_vectors_are_read_bit_by_bit_and_find_themselves(
+def test_any_unit_vectors_are_read_exactly_and_find_themselves(
     tmp_path_factory: pytest.TempPathFactory, rows: list[list[float]], factory: str
 ) -> None:
     vectors = named([unit(row) for row in rows])
@@ -103,7 +98,7 @@ def test_any_unit_vectors_are_read_bit_by_bit_and_find_themselves(
 
 @FEW
 @given(rows=TABLES, lengths=st.lists(st.integers(-18, 18), min_size=12, max_size=12), factory=st.sampled_from(EXACT))
-def test_vectors_of_any_length_are_ranked_by_their_inner_products(
+def test_vectors_of_any_length_are_ranked_by_inner_product(
     tmp_path_factory: pytest.TempPathFactory, rows: list[list[float]], lengths: list[int], factory: str
 ) -> None:
     site = Site(tmp_path_factory.mktemp("site"), normalised=False)
@@ -123,7 +118,7 @@ def test_vectors_of_any_length_are_ranked_by_their_inner_products(
         pytest.param(np.full(DIM, np.finfo(np.float32).max), "1 vectors are too long", id="greatest"),
     ],
 )
-def test_vectors_that_have_no_inner_product_are_refused_also_where_any_length_is_allowed(
+def test_zero_and_overflowing_vectors_are_refused_even_without_normalisation(
     tmp_path: Path, row: Vector, problem: str
 ) -> None:
     site = Site(tmp_path, normalised=False)
@@ -134,7 +129,7 @@ def test_vectors_that_have_no_inner_product_are_refused_also_where_any_length_is
 
 @pytest.mark.parametrize("factory", [*EXACT, "SQ8", "IVF1,SQ8"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_table_of_one_item_or_two(site: Site, factory: str, count: int) -> None:
+def test_a_table_of_one_or_two_items_is_searched(site: Site, factory: str, count: int) -> None:
     vectors = named([ONE, -ONE][:count])
     opened = published(site, vectors, factory)
     assert opened.facts.index.recall == 1.0
@@ -145,15 +140,13 @@ def test_a_table_of_one_item_or_two(site: Site, factory: str, count: int) -> Non
         assert_whole(opened, vectors)
 
 
-def test_more_lists_than_items_are_the_users_error(site: Site) -> None:
+def test_more_lists_than_items_are_a_user_error(site: Site) -> None:
     with pytest.raises(UserError, match="'IVF4,Flat' cannot be trained on 2 vectors"):
         published(site, named([ONE, -ONE]), "IVF4,Flat")
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF1,Flat", "IVF4,Flat", "SQ8", "IVF4,SQ8"])
-def test_of_vectors_that_are_all_equal_every_one_is_found_and_the_smallest_ids_come_first(
-    site: Site, factory: str
-) -> None:
+def test_equal_vectors_are_all_found_in_the_order_of_their_ids(site: Site, factory: str) -> None:
     vectors = named([ONE] * 40)
     opened = published(site, vectors, factory)
     assert opened.facts.index.recall == 1.0
@@ -164,7 +157,7 @@ def test_of_vectors_that_are_all_equal_every_one_is_found_and_the_smallest_ids_c
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "IVF4,SQ8"])
-def test_of_equal_vectors_the_one_that_left_is_gone_and_no_other(site: Site, factory: str) -> None:
+def test_removing_one_of_several_equal_vectors_keeps_the_others(site: Site, factory: str) -> None:
     settings = IndexSettings(factory=factory, max_changed=9, max_drift=1e30)
     vectors = named([*[ONE] * 20, *items(20).values()])
     base = site.publish(vectors, ds="2026-11-19", index=settings)
@@ -184,7 +177,7 @@ def laxly(encoded: Encoded, settings: IndexSettings) -> Release:
     return encoded.release()
 
 
-def test_zeros_of_either_sign_are_the_same_neighbour_and_stay_what_they_are(site: Site) -> None:
+def test_zeros_of_either_sign_are_equal_in_search_and_unchanged_in_the_table(site: Site) -> None:
     signed: NDArray[np.float32] = np.where(ONE == 0, np.float32(-0.0), ONE)
     vectors = named([signed, ONE, signed, ONE])
     opened = published(site, vectors)
@@ -193,8 +186,8 @@ def test_zeros_of_either_sign_are_the_same_neighbour_and_stay_what_they_are(site
         assert opened.search(query, k=4)[0].tolist() == [sorted(vectors)]
 
 
-def test_a_graph_that_loses_sight_of_many_equal_vectors_is_refused(site: Site) -> None:
-    """Equal vectors fill one another's links, and the rest of the graph leads to few of them."""
+def test_a_graph_that_cannot_reach_many_equal_vectors_is_refused(site: Site) -> None:
+    """Equal vectors link only to one another, so that few of them are reachable from the rest of the graph."""
     vectors = named([*[ONE] * 300, *items(50).values()])
     with pytest.raises(GateRefused, match=r"recall@10 of HNSW8 is 0\.\d+ over 350 queries"):
         published(site, vectors, "HNSW8")

@@ -1,16 +1,15 @@
-"""What a ranker relies on: the rows, vectors and neighbours of one release, every byte verified."""
+"""Reading a release: rows, vectors, neighbours and batches, damage, pinning, and closing."""
 
-import itertools
 import pickle
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import faiss
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -21,20 +20,17 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
+from exact_search import exact_neighbours
 from marc_pipeline.config import IndexSettings
 from marc_pipeline.errors import CorruptFile, MissingFile, ReleaseGone, UserError
 from marc_pipeline.reader.release import OpenRelease, UnknownItems, open_release
 from marc_pipeline.releases import log as release_log
 from marc_pipeline.releases.roll_back import roll_back
-from marc_pipeline.storage.checksums import describe_file
 from marc_schemas.feature_table import table_schema
-from marc_schemas.files import BLOCK_BYTES
+from marc_schemas.files import BLOCK_BYTES, PublishedFile
 from marc_schemas.identity import row_id
-from marc_schemas.release import Release
-from published import BUCKETS, DIM, DS, Site, Vector, Vectors, bucket_rows, flip, in_buckets, items
-from release_cases import altered
+from published import BUCKETS, DIM, DS, Site, Vectors, bucket_rows, flip, in_buckets, items
 
 QUICK = settings(deadline=None, database=None, max_examples=50)
 
@@ -43,7 +39,7 @@ LARGE_DIM = 32
 LARGE = items(6000, dim=LARGE_DIM)
 LARGE_IDS = list(LARGE)
 
-# Small whole numbers: products are exact in float32, and many scores are equal.
+# Small whole numbers: products are exact in float32.
 DRAWN = np.random.default_rng(3).integers(-4, 5, (300, DIM)).astype(np.float32)
 WHOLE = {f"item-{number:03d}": row for number, row in enumerate(DRAWN)}
 
@@ -68,34 +64,26 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> OpenRelease:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return Site(tmp_path)
-
-
-@pytest.fixture
 def small(site: Site) -> OpenRelease:
     site.publish(items(40))
     return open_release(site.table_uri)
 
 
-def test_a_release_says_what_it_is(large: OpenRelease) -> None:
+def test_repr_and_length_describe_the_release(large: OpenRelease) -> None:
     assert len(large) == 6000
     assert repr(large) == f"<release {large.facts.release_id} of {DS}: 6,000 items × 32>"
 
 
-# --- vectors
-
-
 @QUICK
 @given(st.lists(st.sampled_from(LARGE_IDS), max_size=40))
-def test_vectors_come_in_the_order_asked_repeats_and_all(large: OpenRelease, ids: list[str]) -> None:
+def test_vectors_come_in_the_order_of_the_ids_with_repeats(large: OpenRelease, ids: list[str]) -> None:
     found = large.vectors(ids)
     assert found.shape == (len(ids), LARGE_DIM)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, np.array([LARGE[i] for i in ids], np.float32).reshape(-1, LARGE_DIM))
 
 
-def test_every_vector_is_the_one_that_was_written(large: OpenRelease) -> None:
+def test_every_vector_equals_the_written_one(large: OpenRelease) -> None:
     np.testing.assert_array_equal(large.vectors(LARGE_IDS), np.stack(list(LARGE.values())))
 
 
@@ -105,7 +93,7 @@ def test_every_vector_is_the_one_that_was_written(large: OpenRelease) -> None:
     unknown=st.lists(st.text(max_size=6).filter(lambda i: i not in LARGE), min_size=1, max_size=14),
     order=st.randoms(use_true_random=False),
 )
-def test_every_unknown_id_is_named_and_no_known_one(
+def test_the_error_names_every_unknown_id_and_no_known_one(
     large: OpenRelease, known: list[str], unknown: list[str], order: random.Random
 ) -> None:
     asked = [*known, *unknown]
@@ -115,11 +103,10 @@ def test_every_unknown_id_is_named_and_no_known_one(
     assert sorted(refused.value.ids) == sorted(unknown)
     assert large.facts.release_id in str(refused.value)
     assert f"({len(unknown)} missing)" in str(refused.value)
-    assert isinstance(refused.value, KeyError)
-    assert isinstance(refused.value, UserError)
+    assert {KeyError, UserError} <= set(UnknownItems.__mro__)
 
 
-def test_of_many_unknown_ids_ten_are_shown(small: OpenRelease) -> None:
+def test_the_error_lists_at_most_ten_unknown_ids(small: OpenRelease) -> None:
     asked = [f"x{number}" for number in range(12)]
     with pytest.raises(UnknownItems, match=r", … \(12 missing\)$") as refused:
         small.vectors(asked)
@@ -140,8 +127,7 @@ def test_any_text_can_be_an_id(tmp_path_factory: pytest.TempPathFactory, ids: li
     assert sorted(names[0]) == sorted(ids)
 
 
-def test_a_lookup_of_one_id_opens_one_bucket(tmp_path: Path) -> None:
-    site = Site(tmp_path)
+def test_one_id_is_read_from_its_bucket_only(site: Site) -> None:
     site.publish(items(40))
     release = open_release(site.table_uri)
     bucket = row_id("item-7") % BUCKETS
@@ -151,101 +137,24 @@ def test_a_lookup_of_one_id_opens_one_bucket(tmp_path: Path) -> None:
     np.testing.assert_array_equal(release.vectors(["item-7"]), [items(40)["item-7"]])
 
 
-def test_no_ids_give_no_rows(small: OpenRelease) -> None:
-    assert small.vectors([]).shape == (0, DIM)
-
-
-# --- search
-
-
-def naive(queries: NDArray[np.float32], vectors: Vectors, k: int) -> tuple[list[list[str]], NDArray[np.float64]]:
-    """Exact neighbours, best first, equal scores in the order of their ids."""
-    names = sorted(vectors)
-    rows = np.stack([vectors[name] for name in names]).astype(np.float64)
-    scores = queries.astype(np.float64) @ rows.T
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return [[names[i] for i in row] for row in order], np.take_along_axis(scores, order, axis=1)
-
-
-whole_queries = st.lists(st.lists(st.integers(-4, 4), min_size=DIM, max_size=DIM), min_size=1, max_size=4).map(
-    lambda rows: np.array(rows, np.float32)
-)
-
-
-@QUICK
-@given(queries=whole_queries, k=st.integers(1, len(WHOLE)))
-def test_search_finds_the_best_scores_with_ties_in_the_order_of_ids(
-    whole: OpenRelease, queries: NDArray[np.float32], k: int
-) -> None:
-    names, scores = whole.search(queries, k)
-    expected, best = naive(queries, WHOLE, k)
-    assert names.shape == (len(queries), k)
-    assert scores.dtype == np.float32
-    np.testing.assert_array_equal(scores, best)
-    for row in range(len(queries)):
-        own = [float(queries[row] @ WHOLE[name]) for name in names[row]]
-        assert own == scores[row].tolist()
-        assert len(set(names[row])) == k
-        assert names[row].tolist() == sorted(names[row], key=lambda name: (-float(queries[row] @ WHOLE[name]), name))
-        inside = int((best[row] > best[row, -1]).sum())  # those that the last place does not tie with
-        assert names[row, :inside].tolist() == expected[row][:inside]
-
-
-def test_of_items_that_tie_for_the_last_places_those_with_the_smallest_ids_are_found(site: Site) -> None:
-    same: Vector = np.eye(DIM, dtype=np.float32)[0]
-    site.publish({f"item-{number:02d}": same for number in range(40)})
-    names, _ = open_release(site.table_uri).search(same, k=3)
-    assert names.tolist() == [["item-00", "item-01", "item-02"]]
-
-
 @QUICK
 @given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 20))
-def test_search_equals_naive_search_where_no_two_scores_are_equal(large: OpenRelease, seed: int, k: int) -> None:
+def test_search_equals_naive_search_if_all_scores_differ(large: OpenRelease, seed: int, k: int) -> None:
     queries = np.random.default_rng(seed).standard_normal((2, LARGE_DIM)).astype(np.float32)
     names, scores = large.search(queries, k)
-    expected, best = naive(queries, LARGE, k + 1)
-    np.testing.assert_allclose(scores, best[:, :k], rtol=1e-4, atol=1e-5)
-    for row in range(2):
-        if np.diff(-best[row]).min() > 1e-5:
-            assert names[row].tolist() == expected[row][:k]
+    for query, found, own in zip(queries, names, scores, strict=True):
+        expected, best = zip(*exact_neighbours(query, LARGE, k + 1), strict=True)
+        np.testing.assert_allclose(own, best[:k], rtol=1e-4, atol=1e-5)
+        if np.diff(np.negative(best)).min() > 1e-5:
+            assert tuple(found) == expected[:k]
 
 
-def test_one_vector_is_one_query(whole: OpenRelease) -> None:
+def test_one_vector_equals_a_batch_of_one_query(whole: OpenRelease) -> None:
     names, scores = whole.search(WHOLE["item-007"], k=4)
     again, same = whole.search(WHOLE["item-007"][None].astype(np.float64), k=4)
     assert names.shape == (1, 4)
     np.testing.assert_array_equal(names, again)
     np.testing.assert_array_equal(scores, same)
-
-
-def test_all_items_can_be_asked_for(whole: OpenRelease) -> None:
-    queries = DRAWN[:3]
-    assert whole.search(queries, k=len(WHOLE))[0].tolist() == naive(queries, WHOLE, len(WHOLE))[0]
-
-
-def test_no_queries_have_no_neighbours(whole: OpenRelease) -> None:
-    names, scores = whole.search(np.empty((0, DIM), np.float32), k=3)
-    assert names.shape == scores.shape == (0, 3)
-
-
-@pytest.mark.parametrize("shape", [(DIM + 1,), (2, DIM - 1), (1, 1, DIM), (), (0,)])
-def test_queries_of_another_shape_are_refused(whole: OpenRelease, shape: tuple[int, ...]) -> None:
-    with pytest.raises(UserError, match=r"queries have shape \(.*\), the release needs \[n, 8\]"):
-        whole.search(np.zeros(shape, np.float32))
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_queries_with_nan_or_infinity_are_refused(whole: OpenRelease, value: float) -> None:
-    queries = DRAWN[:2].copy()
-    queries[1, 3] = value
-    with pytest.raises(UserError, match="queries hold NaN or infinity"):
-        whole.search(queries)
-
-
-@pytest.mark.parametrize("k", [0, -1, len(WHOLE) + 1])
-def test_k_out_of_range_is_refused(whole: OpenRelease, k: int) -> None:
-    with pytest.raises(UserError, match=f"k is {k}, the release holds 300 items"):
-        whole.search(DRAWN[:1], k)
 
 
 def test_narrow_lists_leave_the_last_places_empty(site: Site) -> None:
@@ -260,53 +169,6 @@ def test_narrow_lists_leave_the_last_places_empty(site: Site) -> None:
     expected = [float(items(200)["item-3"] @ items(200)[name]) for name in found]
     np.testing.assert_allclose(scores[0, : len(found)], expected, rtol=1e-5)
     assert (np.diff(scores[0, : len(found)]) <= 0).all()
-
-
-@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "HNSW8", "SQ8", "PCA6,Flat"])
-def test_the_index_holds_the_row_ids_of_the_table(site: Site, factory: str) -> None:
-    site.publish(items(50), index=IndexSettings(factory=factory, target_recall=0.01))
-    assert sorted(open_release(site.table_uri).index_row_ids()) == sorted(map(row_id, items(50)))
-
-
-def with_other_index(site: Site, shards: list[dict[str, int]]) -> Release:
-    """A release of 60 items whose index files were made by hand: row ids by item, one dict per file."""
-    vectors = items(60)
-    encoded = site.encoded(vectors)
-    encoded.audit()
-    receipt = encoded.index()
-    files = []
-    for number, shard in enumerate(shards):
-        index = faiss.index_factory(DIM, "IDMap2,Flat", faiss.METRIC_INNER_PRODUCT)
-        index.add_with_ids(np.stack([vectors[i] for i in shard]), np.array(list(shard.values())))
-        path = Path(receipt.index.uri) / f"shard-{number}.faiss"
-        faiss.write_index(index, str(path))
-        files.append(describe_file(path, path=path.name, rows=len(shard)))
-    encoded.workspace.write_index(altered(receipt, index__files=tuple(files)))
-    return encoded.release()
-
-
-def test_several_index_files_are_searched_as_one(site: Site) -> None:
-    ids = {item: row_id(item) for item in items(60)}
-    halves = [dict(itertools.islice(ids.items(), start, start + 30)) for start in (0, 30)]
-    with_other_index(site, halves)
-    release = open_release(site.table_uri)
-    assert sorted(release.index_row_ids()) == sorted(ids.values())
-    queries = np.stack(list(items(60).values()))
-    assert release.search(queries, k=5)[0].tolist() == naive(queries, items(60), 5)[0]
-
-
-@pytest.mark.parametrize("step", [4, -4])
-def test_an_id_of_the_index_that_the_table_lacks_is_no_other_item(site: Site, step: int) -> None:
-    ids = {item: row_id(item) for item in items(60)}
-    for item, number in ids.items():
-        if item not in ("item-3", "item-9"):
-            ids[item] = number + step
-    with_other_index(site, [ids])
-    with pytest.raises(CorruptFile, match="index"):
-        open_release(site.table_uri).search(items(60)["item-30"], k=3)
-
-
-# --- rows
 
 
 def by_id(table: pa.Table) -> pa.Table:
@@ -357,7 +219,7 @@ def test_pyarrow_pandas_polars_and_duckdb_read_the_same_rows_from_the_files(whol
         assert connection.execute("SELECT count(*), min(ds), max(bucket) FROM dataset").fetchall() == [(300, DS, 3)]
 
 
-def test_readers_that_know_partitions_find_ds_and_bucket_in_the_paths(whole: OpenRelease) -> None:
+def test_hive_partitioning_finds_the_bucket_in_the_paths(whole: OpenRelease) -> None:
     root = whole.files()[0].split("/ds=")[0]
     rows = pads.dataset(whole.files(), partition_base_dir=root, partitioning="hive").to_table(
         columns=["row_id", "bucket"]
@@ -365,10 +227,7 @@ def test_readers_that_know_partitions_find_ds_and_bucket_in_the_paths(whole: Ope
     assert rows["bucket"].to_pylist() == [number % BUCKETS for number in rows["row_id"].to_pylist()]
 
 
-# --- everything
-
-
-def test_everything_as_numpy_is_every_row_in_the_order_of_the_files(large: OpenRelease) -> None:
+def test_numpy_returns_every_row_in_file_order(large: OpenRelease) -> None:
     ids, vectors = large.numpy()
     assert ids.to_pylist() == large.dataset().to_table(columns=["item_id"])["item_id"].to_pylist()
     assert sorted(ids.to_pylist()) == sorted(LARGE_IDS)
@@ -378,7 +237,7 @@ def test_everything_as_numpy_is_every_row_in_the_order_of_the_files(large: OpenR
     np.testing.assert_array_equal(large.numpy()[1], np.stack([LARGE[i] for i in ids.to_pylist()]))
 
 
-def test_the_table_is_the_dataset_read_whole(large: OpenRelease) -> None:
+def test_the_table_equals_the_dataset(large: OpenRelease) -> None:
     assert large.table() == large.dataset().to_table()
     columns = ["bucket", "vector", "item_id"]
     assert large.table(columns) == large.dataset().to_table(columns=columns)
@@ -388,7 +247,7 @@ def test_the_table_is_the_dataset_read_whole(large: OpenRelease) -> None:
         large.table(["item_id", "price"])
 
 
-def test_torch_polars_and_numpy_share_the_memory_that_was_read(large: OpenRelease) -> None:
+def test_torch_polars_and_numpy_share_memory(large: OpenRelease) -> None:
     import torch
 
     _, vectors = large.numpy()
@@ -404,7 +263,7 @@ def test_torch_polars_and_numpy_share_the_memory_that_was_read(large: OpenReleas
 
 @QUICK
 @given(size=st.integers(1, 7000), seed=st.none() | st.integers(0, 2**32))
-def test_batches_hold_every_item_once_with_its_own_vector(large: OpenRelease, size: int, seed: int | None) -> None:
+def test_batches_contain_every_item_once_with_its_vector(large: OpenRelease, size: int, seed: int | None) -> None:
     size = max(size, 20)
     sizes, ids = [], []
     for names, vectors in large.batches(size, seed=seed):
@@ -417,22 +276,22 @@ def test_batches_hold_every_item_once_with_its_own_vector(large: OpenRelease, si
     assert (ids == large.numpy()[0].to_pylist()) == (seed is None)
 
 
-def test_the_same_seed_gives_the_same_order_and_another_another(large_site: Site, large: OpenRelease) -> None:
+def test_the_seed_decides_the_order_of_batches(large_site: Site, large: OpenRelease) -> None:
     def order(release: OpenRelease, seed: int, size: int = 100) -> list[str]:
         return [item for names, _ in release.batches(size, seed=seed) for item in names.to_pylist()]
 
     assert order(large, 7) == order(open_release(large_site.table_uri), 7) == order(large, 7, size=999)
     assert order(large, 7) != order(large, 8)
-    # Bucket after bucket, either of them first.
+    # Either bucket can come first.
     assert {row_id(order(large, seed)[0]) % 2 for seed in range(8)} == {0, 1}
 
 
-def test_batches_of_no_rows_are_refused_at_once(large: OpenRelease) -> None:
-    with pytest.raises(UserError, match="size is 0; a batch has at least one row"):
+def test_a_batch_size_of_zero_is_refused_at_once(large: OpenRelease) -> None:
+    with pytest.raises(UserError, match="size is 0; it must be at least 1"):
         large.batches(0)
 
 
-def test_an_open_release_travels_to_another_process(large: OpenRelease) -> None:
+def test_an_open_release_can_be_pickled(large: OpenRelease) -> None:
     large.vectors(LARGE_IDS[:3])
     large.search(LARGE[LARGE_IDS[0]], k=1)
     there = pickle.loads(pickle.dumps(large))  # noqa: S301
@@ -440,123 +299,109 @@ def test_an_open_release_travels_to_another_process(large: OpenRelease) -> None:
     np.testing.assert_array_equal(there.vectors(LARGE_IDS[:3]), large.vectors(LARGE_IDS[:3]))
 
 
-# --- damage
+@contextmanager
+def flipped(site: Site, file: PublishedFile, offset: int, mask: int = 0xFF) -> Iterator[None]:
+    """A table file with one damaged byte."""
+    path = Path(site.table_uri) / file.path
+    flip(path, offset, mask)
+    try:
+        yield
+    finally:
+        flip(path, offset, mask)
+
+
+def read_batches(release: OpenRelease) -> list[Any]:
+    return list(release.batches(100, seed=1))
+
+
+def assert_refused(site: Site, file: PublishedFile, *reads: Callable[[OpenRelease], Any]) -> None:
+    for read in reads:
+        with pytest.raises(CorruptFile, match=f"{file.path} differs from its checksum in block"):
+            read(open_release(site.table_uri))
 
 
 @QUICK
 @given(file=st.integers(0, 1), place=st.floats(0, 1, exclude_max=True))
-def test_a_flipped_byte_anywhere_in_a_table_file_is_refused_when_all_is_read(
+def test_a_damaged_byte_anywhere_in_a_table_file_is_found_when_all_rows_are_read(
     large_site: Site, large: OpenRelease, file: int, place: float
 ) -> None:
     published = large.facts.table.files[file]
     assert published.bytes > BLOCK_BYTES
-    path, offset = Path(large_site.table_uri) / published.path, int(place * published.bytes)
-    flip(path, offset)
-    try:
-        with pytest.raises(CorruptFile, match=f"{published.path} differs from its checksum in block"):
-            open_release(large_site.table_uri).dataset()
-        for read in (OpenRelease.numpy, OpenRelease.table, lambda release: release.vectors(LARGE_IDS)):
-            with pytest.raises(CorruptFile, match=f"{published.path} differs from its checksum in block"):
-                read(open_release(large_site.table_uri))
-    finally:
-        flip(path, offset)
+    with flipped(large_site, published, int(place * published.bytes)):
+        reads = (OpenRelease.dataset, OpenRelease.numpy, OpenRelease.table, lambda release: release.vectors(LARGE_IDS))
+        assert_refused(large_site, published, *reads)
 
 
 @QUICK
 @given(item=st.sampled_from(LARGE_IDS), place=st.floats(0, 1, exclude_max=True))
-def test_with_a_flipped_byte_a_lookup_gives_the_true_vector_or_refuses(
+def test_with_a_damaged_byte_vectors_are_correct_or_refused(
     large_site: Site, large: OpenRelease, item: str, place: float
 ) -> None:
     published = next(f for f in large.facts.table.files if f"bucket={row_id(item) % 2}/" in f.path)
-    path, offset = Path(large_site.table_uri) / published.path, int(place * published.bytes)
-    flip(path, offset, 1)
-    try:
-        found = open_release(large_site.table_uri).vectors([item])
-    except CorruptFile as error:
-        assert published.path in str(error)  # noqa: PT017 - either outcome is right
-    else:
-        np.testing.assert_array_equal(found[0], LARGE[item])
-    finally:
-        flip(path, offset, 1)
+    with flipped(large_site, published, int(place * published.bytes), 1):
+        try:
+            found = open_release(large_site.table_uri).vectors([item])
+        except CorruptFile as error:
+            assert published.path in str(error)  # noqa: PT017 - either outcome is right
+        else:
+            np.testing.assert_array_equal(found[0], LARGE[item])
 
 
-def test_a_flipped_byte_in_the_other_bucket_disturbs_no_lookup(large_site: Site, large: OpenRelease) -> None:
+def test_damage_in_one_bucket_does_not_affect_vectors_of_another(large_site: Site, large: OpenRelease) -> None:
     ids = [item for item in LARGE_IDS if row_id(item) % 2 == 0][:50]
     published = next(f for f in large.facts.table.files if "bucket=1/" in f.path)
-    flip(Path(large_site.table_uri) / published.path, 100)
-    try:
-        fresh = open_release(large_site.table_uri)
-        np.testing.assert_array_equal(fresh.vectors(ids), np.stack([LARGE[i] for i in ids]))
-    finally:
-        flip(Path(large_site.table_uri) / published.path, 100)
+    with flipped(large_site, published, 100):
+        found = open_release(large_site.table_uri).vectors(ids)
+    np.testing.assert_array_equal(found, np.stack([LARGE[i] for i in ids]))
 
 
-def test_every_way_to_read_everything_verifies_every_byte_that_it_hands_out(
-    large_site: Site, large: OpenRelease
-) -> None:
+def test_every_way_to_read_all_rows_verifies_the_vector_pages(large_site: Site, large: OpenRelease) -> None:
     published = large.facts.table.files[1]
     group = pq.read_metadata(Path(large_site.table_uri) / published.path).row_group(0)
     chunk = next(group.column(n) for n in range(6) if group.column(n).path_in_schema == "vector.list.element")
-    path, offset = Path(large_site.table_uri) / published.path, chunk.data_page_offset + chunk.total_compressed_size - 1
-    flip(path, offset)
-    try:
-        for read in (OpenRelease.numpy, OpenRelease.table, lambda release: list(release.batches(100, seed=1))):
-            with pytest.raises(CorruptFile, match=f"{published.path} differs from its checksum in block"):
-                read(open_release(large_site.table_uri))
-    finally:
-        flip(path, offset)
+    with flipped(large_site, published, chunk.data_page_offset + chunk.total_compressed_size - 1):
+        assert_refused(large_site, published, OpenRelease.numpy, OpenRelease.table, read_batches)
 
 
 def test_a_missing_table_file_is_named(small: OpenRelease) -> None:
     Path(small.files()[2]).unlink()
-    with pytest.raises(CorruptFile, match=r"bucket=2/.* is missing"):
-        small.dataset().to_table()
-    for read in (
-        lambda: small.vectors(list(items(40))),
-        small.numpy,
-        small.table,
-        lambda: list(small.batches(7)),
-    ):
+    reads = (OpenRelease.dataset, OpenRelease.numpy, OpenRelease.table, read_batches)
+    for read in (*reads, lambda release: release.vectors(list(items(40)))):
         with pytest.raises(CorruptFile, match=r"bucket=2/.* is missing"):
+            read(small)
+
+
+@pytest.mark.parametrize("place", [0.0, 0.01, 0.3, 0.77, 0.999, None])
+def test_a_damaged_or_missing_index_file_is_named_before_faiss_reads_it(
+    small: OpenRelease, place: float | None
+) -> None:
+    file = small.facts.index.files[0]
+    path = Path(small.facts.index.uri) / file.path
+    if place is None:
+        path.unlink()
+    else:
+        flip(path, int(place * file.bytes))
+    message = f"{file.path} is missing" if place is None else f"{file.path} differs from its checksum in block"
+    for read in (lambda: small.search(items(40)["item-0"]), small.index_row_ids):
+        with pytest.raises(CorruptFile, match=message):
             read()
 
 
-@pytest.mark.parametrize("place", [0.0, 0.01, 0.3, 0.77, 0.999])
-def test_a_flipped_byte_in_the_index_is_refused_before_faiss_reads_it(small: OpenRelease, place: float) -> None:
-    file = small.facts.index.files[0]
-    flip(Path(small.facts.index.uri) / file.path, int(place * file.bytes))
-    with pytest.raises(CorruptFile, match=f"{file.path} differs from its checksum in block"):
-        small.search(items(40)["item-0"])
-    with pytest.raises(CorruptFile, match=file.path):
-        small.index_row_ids()
-
-
-def test_a_missing_index_file_is_named(small: OpenRelease) -> None:
-    file = small.facts.index.files[0]
-    (Path(small.facts.index.uri) / file.path).unlink()
-    with pytest.raises(CorruptFile, match=f"{file.path} is missing"):
-        small.search(items(40)["item-0"])
-
-
-# --- which release
-
-
-def test_an_open_release_stays_what_it_was_while_others_are_published(site: Site) -> None:
+def test_a_new_release_does_not_change_an_open_one(site: Site) -> None:
     old = items(40)
     site.publish(old, plan_id="one")
     opened = open_release(site.table_uri)
-    site.publish(items(30, seed=9, prefix="new-"), plan_id="two")
-    np.testing.assert_array_equal(opened.vectors(list(old)), np.stack(list(old.values())))
-    assert opened.dataset().count_rows() == 40
-    assert opened.search(old["item-5"], k=1)[0].tolist() == [["item-5"]]
+    new = items(30, seed=9, prefix="new-")
+    site.publish(new, plan_id="two")
+    assert_holds(opened, old)
     newest = open_release(site.table_uri)
-    assert newest.search(items(30, seed=9)["item-5"], k=1)[0].tolist() == [["new-5"]]
+    assert_holds(newest, new)
     with pytest.raises(UnknownItems):
         newest.vectors(["item-5"])
 
 
 def assert_holds(opened: OpenRelease, vectors: Vectors) -> None:
-    """Every way to read gives exactly these vectors."""
+    """Check that every way to read returns exactly these vectors."""
     ids = list(vectors)
     assert len(opened) == opened.dataset().count_rows() == len(ids)
     np.testing.assert_array_equal(opened.vectors(ids), np.stack(list(vectors.values())))
@@ -566,7 +411,7 @@ def assert_holds(opened: OpenRelease, vectors: Vectors) -> None:
 
 
 @pytest.mark.parametrize("warm", [False, True])
-def test_an_open_release_stays_what_it_was_while_buckets_are_replaced_and_rolled_back(site: Site, warm: bool) -> None:
+def test_backfill_and_rollback_do_not_change_an_open_release(site: Site, warm: bool) -> None:
     old = items(200)
     first = site.publish(old)
     opened = open_release(site.table_uri)
@@ -585,7 +430,7 @@ def test_an_open_release_stays_what_it_was_while_buckets_are_replaced_and_rolled
     assert [one.facts for one in (opened, between, open_release(site.table_uri))] == [first, second, back]
 
 
-def test_an_open_release_stays_what_it_was_when_its_date_is_withdrawn(site: Site) -> None:
+def test_withdrawing_a_date_does_not_change_an_open_release(site: Site) -> None:
     yesterday = site.publish(items(30), ds="2026-11-19")
     today = site.publish(items(40, seed=1))
     opened = open_release(site.table_uri)
@@ -598,68 +443,73 @@ def test_an_open_release_stays_what_it_was_when_its_date_is_withdrawn(site: Site
     assert_holds(open_release(site.table_uri, release_id=today.release_id), items(40, seed=1))
 
 
-def remove_files(release: OpenRelease, *, index: bool = True) -> None:
-    for path in release.files():
-        Path(path).unlink()
-    if index:
-        (Path(release.facts.index.uri) / release.facts.index.files[0].path).unlink()
-
-
-WAYS_TO_READ = {
-    "vectors": lambda release: release.vectors(["item-0"]),
-    "dataset": lambda release: release.dataset(),
-    "search": lambda release: release.search(items(40)["item-0"]),
-    "numpy": lambda release: release.numpy(),
-    "table": lambda release: release.table(["item_id"]),
-    "batches": lambda release: list(release.batches(5)),
+READS: dict[str, Callable[[OpenRelease], Any]] = {
+    "dataset": OpenRelease.dataset,
+    "first_item": OpenRelease.first_item,
+    "vectors": lambda release: release.vectors(["item-1"]),
+    "numpy": OpenRelease.numpy,
+    "table": OpenRelease.table,
+    "batches": read_batches,
+    "search": lambda release: release.search(np.ones((1, DIM), np.float32), 3),
+    "similar": lambda release: release.similar(["item-1"], 3),
+    "index_row_ids": OpenRelease.index_row_ids,
 }
 
 
-@pytest.mark.parametrize("read", WAYS_TO_READ.values(), ids=WAYS_TO_READ.keys())
-def test_a_release_that_retention_gave_up_is_gone_and_not_damaged(
-    site: Site, read: Callable[[OpenRelease], Any]
-) -> None:
+def superseded(site: Site) -> tuple[OpenRelease, Callable[[], None]]:
+    """An open release with a newer one beside it, and a function that deletes its row from the log."""
     site.publish(items(40), plan_id="old")
     opened = open_release(site.table_uri)
     newer = site.publish(items(30), plan_id="new")
+
+    def retire() -> None:
+        assert release_log.replace(site.storage, release_log.read_log(site.storage, site.table_uri), [newer])
+
+    return opened, retire
+
+
+def remove_files(release: OpenRelease) -> None:
+    index = release.facts.index
+    for path in (*release.files(), f"{index.uri}/{index.files[0].path}"):
+        Path(path).unlink()
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_a_release_deleted_by_retention_is_gone_and_not_damaged(site: Site, read: Callable[[OpenRelease], Any]) -> None:
+    opened, retire = superseded(site)
     remove_files(opened)
-    # The row first: while the log names it, files that are missing are lost.
+    # While the log lists the release, missing files are damage.
     with pytest.raises(MissingFile, match="is missing"):
         read(opened)
-    found = release_log.read_log(site.storage, site.table_uri)
-    assert release_log.replace(site.storage, found, [newer])
-    with pytest.raises(ReleaseGone, match=f"release {opened.facts.release_id} of {DS} is gone: retention gave it up"):
+    retire()
+    with pytest.raises(ReleaseGone, match=f"release {opened.facts.release_id} of {DS} is gone: retention deleted it"):
         read(opened)
     with pytest.raises(UserError, match=f"no release {opened.facts.release_id}"):
         open_release(site.table_uri, release_id=opened.facts.release_id)
 
 
-def test_a_dataset_is_not_handed_out_again_of_files_that_are_gone(site: Site) -> None:
-    site.publish(items(40), plan_id="old")
-    opened = open_release(site.table_uri)
+def test_a_second_dataset_checks_again_that_files_exist(site: Site) -> None:
+    opened, retire = superseded(site)
     assert opened.dataset().count_rows() == 40
-    newer = site.publish(items(30), plan_id="new")
     remove_files(opened)
     with pytest.raises(MissingFile, match="is missing"):
         opened.dataset()
-    release_log.replace(site.storage, release_log.read_log(site.storage, site.table_uri), [newer])
+    retire()
     with pytest.raises(ReleaseGone):
         opened.dataset()
 
 
-def test_a_damaged_file_of_a_release_that_is_gone_is_damaged(site: Site) -> None:
-    site.publish(items(40), plan_id="old")
-    opened = open_release(site.table_uri)
-    newer = site.publish(items(30), plan_id="new")
+def test_a_damaged_file_of_a_deleted_release_is_reported_as_damage(site: Site) -> None:
+    opened, retire = superseded(site)
     for path in opened.files():
         flip(path, Path(path).stat().st_size // 2)
-    release_log.replace(site.storage, release_log.read_log(site.storage, site.table_uri), [newer])
+    retire()
     with pytest.raises(CorruptFile, match="differs from its checksum") as refused:
         opened.dataset()
     assert not isinstance(refused.value, MissingFile)
 
 
-def test_releases_open_by_day_by_id_from_a_path_and_from_a_relative_one(
+def test_a_release_opens_by_date_or_id_from_an_absolute_or_relative_path(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = site.publish(items(5), ds="2026-11-19")
@@ -674,7 +524,7 @@ def test_releases_open_by_day_by_id_from_a_path_and_from_a_relative_one(
         open_release("elsewhere")
 
 
-def test_days_may_have_other_dimensions_and_other_numbers_of_buckets(site: Site) -> None:
+def test_dates_may_have_different_dimensions_and_bucket_counts(site: Site) -> None:
     site.publish(items(20), ds="2026-11-19")
     wide = Site(site.root, dim=12)
     wide.publish(items(20, dim=12), buckets=3)
@@ -703,29 +553,13 @@ def test_reading_needs_no_torch_no_spark_and_no_airflow(small: OpenRelease, repo
     assert ran.stdout == "item-3 40 []\n"
 
 
-# --- closing
-
-
-READS: dict[str, Callable[[OpenRelease], Any]] = {
-    "dataset": lambda release: release.dataset(),
-    "first_item": lambda release: release.first_item(),
-    "vectors": lambda release: release.vectors(["item-1"]),
-    "numpy": lambda release: release.numpy(),
-    "table": lambda release: release.table(),
-    "batches": lambda release: list(release.batches(7)),
-    "search": lambda release: release.search(np.ones((1, DIM), np.float32), 3),
-    "similar": lambda release: release.similar(["item-1"], 3),
-    "index_row_ids": lambda release: release.index_row_ids(),
-}
-
-
 def test_every_way_to_read_is_tried_on_a_closed_release() -> None:
-    told = {"close", "facts", "files", "storage"}
-    assert {name for name in dir(OpenRelease) if not name.startswith("_")} - told == READS.keys()
+    usable = {"close", "facts", "files", "storage"}
+    assert {name for name in dir(OpenRelease) if not name.startswith("_")} - usable == READS.keys()
 
 
 @pytest.mark.parametrize("name", READS)
-def test_a_closed_release_says_so_and_keeps_its_facts(small: OpenRelease, name: str) -> None:
+def test_a_closed_release_refuses_to_read_and_keeps_its_facts(small: OpenRelease, name: str) -> None:
     with small as opened:
         READS[name](opened)
     small.close()
@@ -736,7 +570,7 @@ def test_a_closed_release_says_so_and_keeps_its_facts(small: OpenRelease, name: 
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "HNSW8"])
-def test_closing_gives_maps_and_files_back_and_what_was_read_stays(site: Site, factory: str) -> None:
+def test_closing_releases_maps_and_files_and_keeps_returned_data(site: Site, factory: str) -> None:
     site.publish(items(600), index=IndexSettings(factory=factory))
 
     def held() -> int:
@@ -759,5 +593,5 @@ def test_closing_gives_maps_and_files_back_and_what_was_read_stays(site: Site, f
         assert read["numpy"][0].equals(release.numpy()[0])
 
 
-def test_the_first_item_is_that_of_the_dataset(large: OpenRelease) -> None:
+def test_the_first_item_is_the_first_of_the_dataset(large: OpenRelease) -> None:
     assert large.first_item() == large.dataset().head(1, columns=["item_id"])["item_id"][0].as_py()

@@ -52,13 +52,8 @@ print(json.dumps(answer))
 def test_the_reader_works_with_only_its_own_extra_installed(python: Path, tmp_path: Path) -> None:
     vectors = items(40)
     Site(tmp_path).publish(vectors)
-    done = subprocess.run(
-        [str(python), "-c", READ, str(tmp_path / "item_vectors")],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
+    command = [str(python), "-c", READ, str(tmp_path / "item_vectors")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["ids"] == sorted(vectors)

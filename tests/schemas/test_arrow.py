@@ -54,7 +54,7 @@ EXPECTED = {
 }
 
 
-def test_every_column_of_the_release_log_has_its_type() -> None:
+def test_columns_of_the_release_log_have_these_types() -> None:
     assert {field.name: str(field.type) for field in RELEASES} == EXPECTED
     # Delta can add only nullable columns to the log of an older format.
     assert all(field.nullable for field in RELEASES)
@@ -93,7 +93,7 @@ def test_an_annotation_without_an_arrow_type_is_refused(annotation: object) -> N
         arrow_type(annotation)
 
 
-def test_a_model_with_a_field_of_no_arrow_type_is_refused() -> None:
+def test_a_model_with_a_field_without_an_arrow_type_is_refused() -> None:
     class Odd(BaseModel):
         inner: tuple[bytes, ...]
 
@@ -142,7 +142,7 @@ def test_releases_read_back_from_arrow_as_they_were(releases: list[Release]) -> 
     assert [Release.model_validate(row) for row in from_arrow(table)] == releases
 
 
-def test_numbers_of_any_kind_read_back() -> None:
+def test_nested_maps_and_models_read_back() -> None:
     class Row(BaseModel):
         shares: dict[str, tuple[float, ...]]
         parts: tuple[Moments, ...] | None

@@ -1,4 +1,4 @@
-"""A published file as memory: every byte that is handed out was verified once, and fetched in few reads."""
+"""The verified memory map: every returned byte is verified once and fetched in few requests."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +44,7 @@ def published(folder: Path) -> PublishedFile:
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """A folder of the test's own with the same file."""
+    """A folder with the same file that the test may change."""
     (tmp_path / "folder").mkdir()
     (tmp_path / NAME).write_bytes(CONTENT)
     return tmp_path
@@ -52,7 +52,7 @@ def own(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def verified(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of the blocks that were verified."""
+    """Numbers of the verified blocks."""
     seen: list[int] = []
     verify = mapped_file.require_block
 
@@ -71,7 +71,7 @@ def mapped(root: Path, published: PublishedFile, kind: str) -> MappedFile:
 @pytest.mark.parametrize("kind", ROOTS)
 @QUICK
 @given(places=ranges)
-def test_any_range_reads_as_it_lies(
+def test_any_range_is_read_correctly(
     folder: Path, published: PublishedFile, kind: str, places: list[tuple[int, int]]
 ) -> None:
     file = mapped(folder, published, kind)
@@ -85,7 +85,7 @@ def test_any_range_reads_as_it_lies(
 @pytest.mark.parametrize("kind", ROOTS)
 @QUICK
 @given(begin=st.lists(st.integers(0, SIZE - 300), min_size=1, max_size=50), size=st.integers(1, 300))
-def test_records_at_any_offset_are_the_bytes_that_lie_there(
+def test_records_at_any_offset_are_the_bytes_of_the_file(
     folder: Path, published: PublishedFile, kind: str, begin: list[int], size: int
 ) -> None:
     file = mapped(folder, published, kind)
@@ -95,7 +95,7 @@ def test_records_at_any_offset_are_the_bytes_that_lie_there(
 
 
 @pytest.mark.parametrize("kind", ROOTS)
-def test_a_block_is_verified_when_it_is_first_touched_and_not_again(
+def test_a_block_is_verified_on_its_first_access_only(
     folder: Path, published: PublishedFile, kind: str, verified: list[int]
 ) -> None:
     file = mapped(folder, published, kind)
@@ -106,16 +106,14 @@ def test_a_block_is_verified_when_it_is_first_touched_and_not_again(
     file.require([5, 30 * BLOCK_BYTES], [9, 31 * BLOCK_BYTES])
     assert verified == [0, 1, 30]
     file.view(0, SIZE)
-    # A store may be asked for a block again that lies in a gap between others.
+    # A block in a gap between others may be fetched again from S3.
     assert set(verified) == set(range(BLOCKS + 1))
     assert kind == "s3" or len(verified) == BLOCKS + 1
 
 
 @pytest.mark.parametrize("kind", ROOTS)
 @pytest.mark.parametrize("offset", [0, BLOCK_BYTES - 1, 40 * BLOCK_BYTES + 7, SIZE - 1])
-def test_a_flipped_byte_is_refused_by_its_block_and_named_every_time(
-    own: Path, published: PublishedFile, kind: str, offset: int
-) -> None:
+def test_every_read_of_a_damaged_block_is_refused(own: Path, published: PublishedFile, kind: str, offset: int) -> None:
     flip(own / NAME, offset)
     file = mapped(own, published, kind)
     hit = offset // BLOCK_BYTES
@@ -131,40 +129,37 @@ def test_a_flipped_byte_is_refused_by_its_block_and_named_every_time(
 
 
 @pytest.mark.parametrize("kind", ROOTS)
-def test_a_file_that_is_missing_or_of_another_size_is_refused(own: Path, published: PublishedFile, kind: str) -> None:
-    (own / NAME).write_bytes(CONTENT[:-1])
-    with pytest.raises(CorruptFile, match=f"has {SIZE - 1:,} bytes, the release says {SIZE:,}"):
-        mapped(own, published, kind)
-    (own / NAME).unlink()
-    with pytest.raises(MissingFile, match=r"blocks.bin is missing"):
-        mapped(own, published, kind)
-
-
-@pytest.mark.parametrize("kind", ROOTS)
-def test_what_was_opened_is_read_on_when_its_name_goes(own: Path, published: PublishedFile, kind: str) -> None:
+def test_a_missing_or_resized_file_is_refused_unless_it_is_open_already(
+    own: Path, published: PublishedFile, kind: str
+) -> None:
     file = mapped(own, published, kind)
     (own / NAME).unlink()
     assert file.view(0, SIZE) == CONTENT
+    with pytest.raises(MissingFile, match=r"blocks.bin is missing"):
+        mapped(own, published, kind)
+    (own / NAME).write_bytes(CONTENT[:-1])
+    with pytest.raises(CorruptFile, match=f"has {SIZE - 1:,} bytes, the release says {SIZE:,}"):
+        mapped(own, published, kind)
 
 
 @pytest.mark.parametrize("kind", ROOTS)
-@pytest.mark.parametrize("held", [False, True], ids=["nothing held", "a view held"])
-def test_closing_releases_the_map_and_the_files_and_views_stay_valid(
-    own: Path, published: PublishedFile, kind: str, held: bool
+@pytest.mark.parametrize("has_view", [False, True], ids=["no view", "a view"])
+def test_close_releases_map_and_files_and_views_stay_valid(
+    own: Path, published: PublishedFile, kind: str, has_view: bool
 ) -> None:
     before = set(Path("/proc/self/fd").iterdir())
     file = mapped(own, published, kind)
-    view = file.view(0, SIZE) if held else b""
+    view = file.view(0, SIZE) if has_view else b""
     for _ in range(2):
         file.close()
-    assert view == (CONTENT if held else b"")
-    if not held:
+    assert view == (CONTENT if has_view else b"")
+    if not has_view:
         assert set(Path("/proc/self/fd").iterdir()) == before
         with pytest.raises(ValueError, match="closed"):
             file.view(0, 1)
 
 
-def test_threads_read_one_file_at_once(folder: Path, published: PublishedFile) -> None:
+def test_threads_may_read_the_same_file(folder: Path, published: PublishedFile) -> None:
     file = mapped(folder, published, "s3")
     together = threading.Barrier(4)
 
@@ -176,25 +171,25 @@ def test_threads_read_one_file_at_once(folder: Path, published: PublishedFile) -
         assert list(pool.map(read, range(4))) == [True] * 4
 
 
-# --- what a store is asked for
+# --- requests to S3
 
 
 @QUICK
 @given(st.sets(st.integers(0, 400), min_size=1))
-def test_requests_hold_every_block_once_in_few_pieces(wanted: set[int]) -> None:
+def test_requests_contain_every_block_once_in_few_ranges(wanted: set[int]) -> None:
     blocks = np.array(sorted(wanted))
     asked = requests(blocks)
-    held = [block for one in asked for block in one]
-    assert len(held) == len(set(held))
-    assert wanted <= set(held)
+    seen = [block for one in asked for block in one]
+    assert len(seen) == len(set(seen))
+    assert wanted <= set(seen)
     assert all(0 < len(one) <= REQUEST_BLOCKS for one in asked)
     for before, after in pairwise(asked):
         assert len(before) == REQUEST_BLOCKS or after.start - before.stop >= GAP_BLOCKS
-    # What is read in vain lies in narrow gaps.
-    assert all({*range(block - GAP_BLOCKS, block)} & wanted for block in set(held) - wanted)
+    # Only blocks in narrow gaps are read in addition.
+    assert all({*range(block - GAP_BLOCKS, block)} & wanted for block in set(seen) - wanted)
 
 
-def test_a_thousand_places_are_a_few_requests_and_none_is_fetched_twice(
+def test_a_thousand_ranges_are_few_requests_without_repetition(
     folder: Path, published: PublishedFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched: list[range] = []
@@ -209,14 +204,14 @@ def test_a_thousand_places_are_a_few_requests_and_none_is_fetched_twice(
     starts = np.random.default_rng(1).integers(0, SIZE - 256, 1000)
     file.require(starts, starts + 256)
     assert len(fetched) <= -(-BLOCKS // REQUEST_BLOCKS) + 1
-    held = [block for one in fetched for block in one]
-    assert len(held) == len(set(held)) <= BLOCKS + 1
+    seen = [block for one in fetched for block in one]
+    assert len(seen) == len(set(seen)) <= BLOCKS + 1
     count = len(fetched)
     file.require(starts, starts + 256)
     assert len(fetched) == count
 
 
-def test_a_full_disk_is_said_and_does_not_end_the_process(
+def test_a_full_disk_is_an_error_that_names_the_temporary_copy(
     folder: Path, published: PublishedFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> int:
@@ -228,9 +223,7 @@ def test_a_full_disk_is_said_and_does_not_end_the_process(
         file.view(0, 10)
 
 
-def test_an_object_that_was_removed_since_is_missing_and_one_that_cannot_be_read_is_not(
-    own: Path, published: PublishedFile
-) -> None:
+def test_a_deleted_object_is_missing_and_an_unreadable_one_is_not(own: Path, published: PublishedFile) -> None:
     class Broken:
         def read_at(self, *_: Any) -> bytes:
             raise OSError("AWS Error NO_SUCH_KEY during GetObject operation")

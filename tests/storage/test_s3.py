@@ -22,7 +22,7 @@ FIRST, SECOND = "2026-11-20", "2026-11-21"
 CHOSEN = 2
 
 # One process, one Spark session: its Python workers inherit the credentials from the environment.
-WAY = """
+SCRIPT = """
 import json, sys
 from marc_pipeline.bundles.run import train_bundle
 from marc_pipeline.config import load_settings
@@ -81,10 +81,10 @@ print(json.dumps({
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", [pytest.param(0.0, id="undisturbed"), pytest.param(0.05, id="disturbed")])
-def test_nights_backfill_roll_back_vacuum_and_look_up_with_every_uri_on_s3(
+def test_runs_backfill_roll_back_vacuum_and_look_up_with_every_uri_on_s3(
     s3_server: dict[str, str], tmp_path: Path, rate: float
 ) -> None:
-    client, bucket, site = client_of(s3_server), f"marc-nights-{100 * rate:.0f}", "site"
+    client, bucket, site = client_of(s3_server), f"marc-runs-{100 * rate:.0f}", "site"
     client.create_bucket(Bucket=bucket)
     for ds in (FIRST, SECOND):
         client.upload_file(str(write_catalogue(tmp_path, ds=ds, items=400)), bucket, f"{site}/catalogue/{ds}.csv")
@@ -104,7 +104,7 @@ train: {{backbone: {save_tiny_backbone(tmp_path / "backbone")}, dim: 8, max_toke
 retention: {{days: 1, releases_per_day: 1, grace_hours: 0}}
 storage: {{endpoint_url: "{proxy.url if proxy else endpoint}"}}
 """)
-        command = [sys.executable, "-c", WAY, str(config), FIRST, SECOND, f"s3://{bucket}/{site}/corrected.csv"]
+        command = [sys.executable, "-c", SCRIPT, str(config), FIRST, SECOND, f"s3://{bucket}/{site}/corrected.csv"]
         done = subprocess.run(
             [*command, str(CHOSEN)], capture_output=True, text=True, check=False, env={**os.environ, **s3_server}
         )
@@ -123,7 +123,7 @@ storage: {{endpoint_url: "{proxy.url if proxy else endpoint}"}}
     assert 0 < backfill["encoded"] < 200
     assert (back["paths"], back["ds"]) == (first["paths"], FIRST)
     assert (answer["withdrawn"]["ds"], answer["newest"]) == (SECOND, back["release_id"])
-    # The night that was withdrawn stays, so that it can be brought back; what was rolled back from does not.
+    # The withdrawn date stays, so that it can be restored; the replaced release does not.
     assert answer["left"] == []
     assert answer["after"] == {
         "first": [400, True],
@@ -140,7 +140,7 @@ storage: {{endpoint_url: "{proxy.url if proxy else endpoint}"}}
     ]
     parts = {item["Key"].split("/")[1] for item in found}
     assert parts == {"bundles", "catalogue", "corrected.csv", "indexes", "item_vectors", "work"}
-    # Plans, receipts, cards, Delta logs, small Parquet files: everything that is not mere numbers.
+    # Plans, receipts, cards, Delta logs and small Parquet files are searched for the secret.
     small = {item["Key"] for item in found if item["Size"] <= SMALL_BYTES}
     for part in ("plan.json", "/receipts/", "audit.json", "/_delta_log/", "bundle.json", ".parquet"):
         assert any(part in key for key in small), part

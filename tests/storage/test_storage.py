@@ -1,8 +1,9 @@
-"""Storage on a local disk and on S3: the first writer wins, what is published is whole, hidden names are nobody's."""
+"""Storage on a local disk and on S3: the first writer wins, writes are atomic, hidden names are skipped."""
 
 import errno
 import hashlib
 import inspect
+import json
 import logging
 import os
 import pickle
@@ -12,11 +13,12 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,9 +27,7 @@ from marc_pipeline.config import StorageSettings, load_settings
 from marc_pipeline.errors import UserError
 from marc_pipeline.storage import STAGED_PREFIX, Storage, StoredObject, join
 from marc_pipeline.storage.delta import open_table
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
+from s3_server import client_of
 
 STORAGE = Storage()
 THREADS = 16
@@ -35,13 +35,21 @@ MIB = 1 << 20
 SECRET = "s3cr3t"  # noqa: S105
 
 
-def hidden(folder: Path) -> list[str]:
+def staged_names(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob("*") if path.name.startswith(STAGED_PREFIX)]
 
 
-def test_of_sixteen_threads_that_create_an_object_exactly_one_wins_and_its_content_stands(tmp_path: Path) -> None:
+def uris(stored: Iterable[StoredObject]) -> list[str]:
+    return [one.uri for one in stored]
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_exactly_one_of_sixteen_concurrent_creators_wins(
+    tmp_path: Path, request: pytest.FixtureRequest, place: str
+) -> None:
+    root = str(tmp_path / "new") if place == "local" else request.getfixturevalue("bucket")
     for attempt in range(5):
-        uri = str(tmp_path / "new" / f"object-{attempt}")
+        uri = join(root, f"object-{attempt}")
         barrier = threading.Barrier(THREADS)
 
         def create(number: int, uri: str = uri, barrier: threading.Barrier = barrier) -> bool:
@@ -52,25 +60,22 @@ def test_of_sixteen_threads_that_create_an_object_exactly_one_wins_and_its_conte
             created = list(pool.map(create, range(THREADS)))
         assert created.count(True) == 1
         assert STORAGE.read(uri) == f"written by {created.index(True)}".encode() * 1000
-    assert hidden(tmp_path) == []
+    assert staged_names(tmp_path) == []
+    # Even equal content of another writer does not count as created.
+    assert STORAGE.create(join(root, "same"), b"same") is True
+    assert STORAGE.create(join(root, "same"), b"same") is False
 
 
-def test_create_leaves_an_object_that_exists_as_it_is(tmp_path: Path) -> None:
-    uri = str(tmp_path / "object")
-    STORAGE.write(uri, b"first")
-    assert STORAGE.create(uri, b"second") is False
-    assert STORAGE.read(uri) == b"first"
-    assert hidden(tmp_path) == []
-
-
-def test_write_replaces_an_object(tmp_path: Path) -> None:
+def test_write_replaces_and_create_keeps_an_existing_object(tmp_path: Path) -> None:
     uri = str(tmp_path / "a" / "b" / "object")
-    STORAGE.write(uri, b"first, and longer")
-    STORAGE.write(uri, b"second")
-    assert STORAGE.read(uri) == b"second"
+    for content in (b"first, and longer", b"second"):
+        STORAGE.write(uri, content)
+        assert STORAGE.create(uri, b"third") is False
+        assert STORAGE.read(uri) == content
+    assert staged_names(tmp_path) == []
 
 
-def test_a_reader_sees_the_old_or_the_new_content_and_nothing_between(tmp_path: Path) -> None:
+def test_a_reader_never_sees_a_partial_write(tmp_path: Path) -> None:
     uri = str(tmp_path / "object")
     versions = [letter * 500_000 for letter in (b"a", b"b")]
     STORAGE.write(uri, versions[0])
@@ -92,62 +97,39 @@ def test_a_reader_sees_the_old_or_the_new_content_and_nothing_between(tmp_path: 
     assert torn == 0
 
 
-def test_a_staged_file_is_removed_when_its_writer_fails_and_nothing_is_published(tmp_path: Path) -> None:
+def test_publishing_renames_a_staged_file_which_is_removed_when_its_writer_fails(tmp_path: Path) -> None:
     uri = str(tmp_path / "object")
     with pytest.raises(ZeroDivisionError), STORAGE.staged(uri) as path:  # noqa: PT012
         path.write_bytes(b"half")
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
     assert STORAGE.stat(uri) is None
-
-
-def test_a_staged_file_lies_beside_its_target_so_that_publishing_is_one_rename(tmp_path: Path) -> None:
-    uri = str(tmp_path / "folder" / "object")
     with STORAGE.staged(uri) as path:
         path.write_bytes(b"whole")
-        assert path.parent == tmp_path / "folder"
+        assert path.parent == tmp_path
         inode = path.stat().st_ino
         assert STORAGE.list(str(tmp_path)) == []
         STORAGE.publish(path, uri)
     assert Path(uri).stat().st_ino == inode
-    assert [o.uri for o in STORAGE.list(str(tmp_path))] == [uri]
+    assert uris(STORAGE.list(str(tmp_path))) == [uri]
 
 
-def test_list_gives_every_visible_file_sorted_with_its_size(tmp_path: Path) -> None:
+def test_list_returns_every_visible_file_sorted_with_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["b", "a/1", "a/.hidden", "a/_hidden", "_log/1", ".staged-1", "c/d/e", "c/_d/e", "a0", "z_visible.x"]
     for name in names:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
-    expected = []
-    for folder, _, files in os.walk(tmp_path):
-        for file in files:
-            relative = os.path.relpath(f"{folder}/{file}", tmp_path)
-            if not relative.startswith((".", "_")) and "/." not in relative and "/_" not in relative:
-                expected.append((f"{tmp_path}/{relative}", len(relative)))
-    found = [(o.uri, o.bytes) for o in STORAGE.list(str(tmp_path))]
-    assert found == sorted(expected)
-    assert [uri.removeprefix(f"{tmp_path}/") for uri, _ in found] == ["a/1", "a0", "b", "c/d/e", "z_visible.x"]
-    assert STORAGE.list(f"{tmp_path}/") == STORAGE.list(str(tmp_path))
-
-
-def test_a_hidden_folder_can_be_listed_by_its_own_name(tmp_path: Path) -> None:
-    STORAGE.write(str(tmp_path / "_releases" / "1"), b"x")
-    assert [o.uri for o in STORAGE.list(str(tmp_path / "_releases"))] == [str(tmp_path / "_releases" / "1")]
-
-
-def test_nothing_is_listed_where_nothing_is(tmp_path: Path) -> None:
+        STORAGE.write(str(tmp_path / name), name.encode())
+    visible = ["a/1", "a0", "b", "c/d/e", "z_visible.x"]
+    found = STORAGE.list(str(tmp_path))
+    assert [(o.uri, o.bytes) for o in found] == [(str(tmp_path / name), len(name)) for name in visible]
+    assert STORAGE.list(f"{tmp_path}/") == found
+    # A hidden folder can be listed by its own name.
+    assert uris(STORAGE.list(str(tmp_path / "_log"))) == [str(tmp_path / "_log" / "1")]
     assert STORAGE.list(str(tmp_path / "nowhere")) == []
-
-
-def test_list_hides_names_also_below_a_relative_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    STORAGE.write("d/_hidden", b"x")
-    STORAGE.write("d/visible", b"x")
-    assert [o.uri.rsplit("/", 1)[1] for o in STORAGE.list("./d")] == ["visible"]
+    assert uris(STORAGE.list("./c")) == ["c/d/e"]
 
 
-def test_list_bears_staged_files_that_vanish_while_it_looks(tmp_path: Path) -> None:
+def test_list_skips_staged_files_that_are_deleted_meanwhile(tmp_path: Path) -> None:
     uri = str(tmp_path / "object")
     STORAGE.write(uri, b"x")
     done = threading.Event()
@@ -161,33 +143,24 @@ def test_list_bears_staged_files_that_vanish_while_it_looks(tmp_path: Path) -> N
         writer = pool.submit(stage)
         try:
             for _ in range(5000):
-                assert [o.uri for o in STORAGE.list(str(tmp_path))] == [uri]
+                assert uris(STORAGE.list(str(tmp_path))) == [uri]
         finally:
             done.set()
         writer.result()
 
 
-def test_stat_tells_the_size_of_a_file_and_that_there_is_none(tmp_path: Path) -> None:
-    uri = str(tmp_path / "object")
-    assert STORAGE.stat(uri) is None
-    assert STORAGE.stat(str(tmp_path)) is None
-    STORAGE.write(uri, b"12345")
-    assert STORAGE.stat(uri) == StoredObject(uri=uri, bytes=5, modified=Path(uri).stat().st_mtime)
-
-
-def test_reading_what_is_not_there_is_a_file_not_found(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        STORAGE.read(str(tmp_path / "object"))
-
-
 @settings(deadline=None, database=None, max_examples=25)
 @given(data=st.binary(max_size=2000))
-def test_what_is_written_is_read_fetched_and_digested(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+def test_written_content_is_read_fetched_and_digested(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     folder = tmp_path_factory.mktemp("storage")
     uri = str(folder / "object")
+    assert STORAGE.stat(uri) is None
+    assert STORAGE.stat(str(folder)) is None
+    with pytest.raises(FileNotFoundError):
+        STORAGE.read(uri)
     assert STORAGE.create(uri, data)
-    stored = STORAGE.stat(uri)
-    assert stored is not None
+    stored = StoredObject(uri=uri, bytes=len(data), modified=Path(uri).stat().st_mtime)
+    assert STORAGE.stat(uri) == stored
     STORAGE.fetch(uri, folder / "copies" / "object")
     filesystem, path = STORAGE.filesystem(uri)
     with filesystem.open_input_file(path) as file:
@@ -205,12 +178,14 @@ def test_join_puts_one_slash_between_parts() -> None:
     assert join("/", "a") == "/a"
 
 
-def test_storage_travels_to_workers() -> None:
+def test_storage_is_picklable_and_has_the_defaults_of_its_settings() -> None:
     storage = Storage(endpoint_url="http://localhost:7480", region="default")
     assert pickle.loads(pickle.dumps(storage)) == storage  # noqa: S301
+    assert Storage(**StorageSettings().model_dump()) == Storage()
+    assert set(inspect.signature(Storage).parameters) == set(StorageSettings.model_fields)
 
 
-def test_delta_allows_plain_http_only_for_an_endpoint_that_is_plain_http() -> None:
+def test_delta_allows_plain_http_only_for_a_plain_http_endpoint() -> None:
     assert not [name for name in Storage().delta_options() if name.startswith("AWS_")]
     assert {k: v for k, v in Storage(endpoint_url="http://x:1", region="r").delta_options().items() if "AWS" in k} == {
         "AWS_ENDPOINT_URL": "http://x:1",
@@ -221,7 +196,7 @@ def test_delta_allows_plain_http_only_for_an_endpoint_that_is_plain_http() -> No
 
 
 @pytest.mark.parametrize("name", [name for name in STORAGE.delta_options() if not name.startswith("AWS_")])
-def test_delta_understands_every_option_that_it_is_given(name: str, bucket: str) -> None:
+def test_delta_knows_every_option(name: str, bucket: str) -> None:
     class Wrong(Storage):
         def delta_options(self) -> dict[str, str]:
             return {**super().delta_options(), name: "nonsense"}
@@ -231,14 +206,9 @@ def test_delta_understands_every_option_that_it_is_given(name: str, bucket: str)
         open_table(Wrong(attempts=1), join(bucket, "no-table"))
 
 
-def test_an_s3_uri_without_a_bucket_is_the_users_mistake() -> None:
-    with pytest.raises(UserError, match="names no bucket"):
+def test_an_s3_uri_without_a_bucket_is_the_users_error() -> None:
+    with pytest.raises(UserError, match="has no bucket"):
         STORAGE.read("s3:///key")
-
-
-def test_settings_and_storage_agree_on_how_patient_they_are() -> None:
-    assert Storage(**StorageSettings().model_dump()) == Storage()
-    assert set(inspect.signature(Storage).parameters) == set(StorageSettings.model_fields)
 
 
 @pytest.mark.parametrize(
@@ -254,12 +224,8 @@ def test_an_endpoint_with_credentials_is_refused_and_not_repeated(
     uri = "s3://bucket/key"
     with monkeypatch.context() as patch:
         patch.setenv(variable, url)
-        attempts: list[Callable[[], object]] = [
-            lambda: STORAGE.read(uri),
-            lambda: STORAGE.filesystem(uri),
-            lambda: open_table(STORAGE, uri),
-        ]
-        messages = [refusal(attempt) for attempt in attempts]
+        messages = [refusal(use) for use in (lambda: STORAGE.read(uri), lambda: STORAGE.filesystem(uri))]
+        messages.append(refusal(lambda: open_table(STORAGE, uri)))
     messages += [refusal(lambda: load_settings(config)), refusal(lambda: Storage(endpoint_url=url))]
     config.write_text(f'catalogue: {{uri: x.csv, template: "{{title}}"}}\nstorage: "{url}"\n')
     messages.append(refusal(lambda: load_settings(config)))
@@ -281,12 +247,12 @@ def test_a_uri_with_credentials_is_refused_and_not_repeated(uri: str, caplog: py
 
 
 def refusal(attempt: Callable[[], object]) -> str:
-    with pytest.raises(UserError, match=r"storage must be a mapping|credentials|bare address") as caught:
+    with pytest.raises(UserError, match=r"storage must be a mapping|credentials|without user") as caught:
         attempt()
     return str(caught.value)
 
 
-def test_what_a_killed_process_left_is_listed_by_request_with_its_age(tmp_path: Path) -> None:
+def test_hidden_files_are_listed_on_request_with_their_age(tmp_path: Path) -> None:
     names = ["a", f"{STAGED_PREFIX}1", "_log/1", "d/.x/y"]
     for age, name in enumerate(names):
         STORAGE.write(str(tmp_path / name), b"x")
@@ -295,10 +261,10 @@ def test_what_a_killed_process_left_is_listed_by_request_with_its_age(tmp_path: 
     assert {o.uri.removeprefix(f"{tmp_path}/"): o.modified - 1_000_000 for o in found} == {
         name: age for age, name in enumerate(names)
     }
-    assert [o.uri for o in STORAGE.list(str(tmp_path))] == [str(tmp_path / "a")]
+    assert uris(STORAGE.list(str(tmp_path))) == [str(tmp_path / "a")]
 
 
-def test_removing_files_removes_the_folders_that_they_leave_empty_but_not_those_above(tmp_path: Path) -> None:
+def test_removing_files_removes_two_levels_of_empty_folders(tmp_path: Path) -> None:
     names = ["work/plans/1/receipts/0", "work/plans/1/plan", "work/plans/2/receipts/0", "work/plans/2/plan"]
     for name in names:
         STORAGE.write(str(tmp_path / name), b"x")
@@ -311,14 +277,14 @@ def test_removing_files_removes_the_folders_that_they_leave_empty_but_not_those_
     STORAGE.remove([str(tmp_path / names[3])])
 
 
-def test_writers_bear_that_their_folder_is_removed_whenever_it_is_empty(tmp_path: Path) -> None:
+def test_writers_recreate_a_folder_that_is_removed_as_empty(tmp_path: Path) -> None:
     rounds = 300
     done = threading.Event()
 
     def prune() -> None:
         while not done.is_set():
             STORAGE.remove([str(tmp_path / "a" / "b" / "nothing")])
-            time.sleep(0.0002)  # else no other thread of this process ever goes on
+            time.sleep(0.0002)  # lets the other threads run
 
     def write(number: int) -> None:
         for turn in range(rounds):
@@ -342,7 +308,7 @@ def test_writers_bear_that_their_folder_is_removed_whenever_it_is_empty(tmp_path
 
 @pytest.fixture(params=["tmpfs", "limit"])
 def full_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A folder on which one mebibyte fits and two do not, beside a file of two."""
+    """A folder with space for one mebibyte, beside a file of two mebibytes."""
     (tmp_path / "source").write_bytes(os.urandom(2 * MIB))
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -359,10 +325,7 @@ def full_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_an_error_that_names_the_uri_and_leaves_the_old_content(full_disk: Path, tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def test_a_full_disk_is_an_error_with_the_uri_and_keeps_the_old_content(full_disk: Path, tmp_path: Path) -> None:
     uri = str(full_disk / "folder" / "object")
     STORAGE.write(uri, b"old")
 
@@ -396,11 +359,11 @@ def test_a_full_disk_is_an_error_that_names_the_uri_and_leaves_the_old_content(f
         assert caught.value.errno in {errno.ENOSPC, errno.EFBIG}
         assert caught.value.filename.startswith(uri)
         assert STORAGE.read(uri) == b"old"
-        assert [o.uri for o in STORAGE.list(str(full_disk), hidden=True)] == [uri]
+        assert uris(STORAGE.list(str(full_disk), hidden=True)) == [uri]
     assert len(tried) == 1
 
 
-def test_fetching_what_is_not_there_leaves_the_file_that_is(tmp_path: Path) -> None:
+def test_fetching_a_missing_object_keeps_the_local_file(tmp_path: Path) -> None:
     (tmp_path / "copy").write_bytes(b"old")
     with pytest.raises(FileNotFoundError):
         STORAGE.fetch(str(tmp_path / "nothing"), tmp_path / "copy")
@@ -409,7 +372,7 @@ def test_fetching_what_is_not_there_leaves_the_file_that_is(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("failures", "calls"), [(0, 1), (3, 4), (4, 4)])
-def test_what_may_pass_is_tried_again_so_many_times(
+def test_temporary_errors_are_retried_up_to_the_limit(
     failures: int, calls: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pauses: list[float] = []
@@ -438,24 +401,18 @@ def test_what_may_pass_is_tried_again_so_many_times(
 @pytest.fixture
 def bucket(s3_environment: dict[str, str]) -> str:
     """A fresh prefix on the real server."""
-    s3_client(s3_environment).create_bucket(Bucket="storage-tests")
+    client_of(s3_environment).create_bucket(Bucket="storage-tests")
     return f"s3://storage-tests/{uuid.uuid4().hex}"
 
 
-def s3_client(environment: dict[str, str]) -> "S3Client":
-    from s3_server import client_of
-
-    return client_of(environment)
-
-
-def test_objects_are_written_listed_found_and_removed(bucket: str, tmp_path: Path) -> None:
+def test_s3_objects_are_written_listed_found_and_removed(bucket: str, tmp_path: Path) -> None:
     names = ["a", "b/c d&<é>+%", ".staged-1", "_x/y"]
     before = time.time() - 2
     for name in names:
         STORAGE.write(join(bucket, name), name.encode())
-    assert [o.uri for o in STORAGE.list(bucket)] == [join(bucket, name) for name in names[:2]]
+    assert uris(STORAGE.list(bucket)) == [join(bucket, name) for name in names[:2]]
     found = STORAGE.list(bucket, hidden=True)
-    assert sorted(o.uri for o in found) == sorted(join(bucket, name) for name in names)
+    assert sorted(uris(found)) == sorted(join(bucket, name) for name in names)
     for stored in found:
         assert before < stored.modified < time.time() + 2
         head = STORAGE.stat(stored.uri)
@@ -465,7 +422,7 @@ def test_objects_are_written_listed_found_and_removed(bucket: str, tmp_path: Pat
         )  # fmt: skip
         STORAGE.fetch(stored.uri, tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() == STORAGE.read(stored.uri) == stored.uri[len(bucket) + 1 :].encode()
-    STORAGE.remove([*(o.uri for o in found), join(bucket, "nothing"), join(bucket, "a")])
+    STORAGE.remove([*uris(found), join(bucket, "nothing"), join(bucket, "a")])
     assert STORAGE.list(bucket, hidden=True) == []
     assert STORAGE.stat(join(bucket, "a")) is None
     for missing in (lambda: STORAGE.read(join(bucket, "a")), lambda: STORAGE.fetch(join(bucket, "a"), tmp_path / "c")):
@@ -474,41 +431,37 @@ def test_objects_are_written_listed_found_and_removed(bucket: str, tmp_path: Pat
 
 
 def test_more_objects_are_removed_than_one_request_takes(bucket: str) -> None:
-    uris = [join(bucket, f"{number:04d}") for number in range(1003)]
+    many = [join(bucket, f"{number:04d}") for number in range(1003)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda uri: STORAGE.write(uri, b""), uris))
-    STORAGE.remove(uris[:-2])
-    assert [o.uri for o in STORAGE.list(bucket)] == uris[-2:]
+        list(pool.map(lambda uri: STORAGE.write(uri, b""), many))
+    STORAGE.remove(many[:-2])
+    assert uris(STORAGE.list(bucket)) == many[-2:]
 
 
-def test_what_may_not_be_removed_is_said_in_one_line_and_the_rest_is_gone(
+def test_an_object_that_cannot_be_removed_is_named_and_the_others_are_gone(
     bucket: str, s3_environment: dict[str, str]
 ) -> None:
-    import json
-
-    uris = [join(bucket, name) for name in ("free", "held")]
-    for uri in uris:
+    free, denied = join(bucket, "free"), join(bucket, "denied")
+    for uri in (free, denied):
         STORAGE.write(uri, b"x")
-    denied = {
-        "Effect": "Deny",
-        "Principal": "*",
-        "Action": "s3:DeleteObject",
-        "Resource": f"arn:aws:s3:::{uris[1].removeprefix('s3://')}",
-    }
-    client = s3_client(s3_environment)
+    statement = {
+        "Effect": "Deny", "Principal": "*", "Action": "s3:DeleteObject",
+        "Resource": f"arn:aws:s3:::{denied.removeprefix('s3://')}",
+    }  # fmt: skip
+    client = client_of(s3_environment)
     client.put_bucket_policy(
-        Bucket="storage-tests", Policy=json.dumps({"Version": "2012-10-17", "Statement": [denied]})
+        Bucket="storage-tests", Policy=json.dumps({"Version": "2012-10-17", "Statement": [statement]})
     )
     try:
-        with pytest.raises(OSError, match=rf"^1 objects could not be deleted, the first one: {uris[1]}: AccessDenied"):
-            STORAGE.remove(uris)
+        with pytest.raises(OSError, match=rf"^1 objects could not be deleted, the first one: {denied}: AccessDenied"):
+            STORAGE.remove([free, denied])
     finally:
         client.delete_bucket_policy(Bucket="storage-tests")
-    assert [o.uri for o in STORAGE.list(bucket)] == uris[1:]
+    assert uris(STORAGE.list(bucket)) == [denied]
 
 
 def test_only_old_uploads_below_a_folder_are_aborted(bucket: str, s3_environment: dict[str, str]) -> None:
-    client = s3_client(s3_environment)
+    client = client_of(s3_environment)
     prefix = bucket.rsplit("/", 1)[1]
     for key in ("in/a", "in/b", "inside/c"):
         client.create_multipart_upload(Bucket="storage-tests", Key=f"{prefix}/{key}")
@@ -519,26 +472,6 @@ def test_only_old_uploads_below_a_folder_are_aborted(bucket: str, s3_environment
     assert [upload["Key"] for upload in left] == [f"{prefix}/inside/c"]
     assert STORAGE.abort_uploads(bucket, before=now + 60) == 1
     assert STORAGE.abort_uploads("/local", before=now) == 0
-
-
-def test_of_sixteen_threads_that_create_an_s3_object_exactly_one_wins(bucket: str) -> None:
-    for attempt in range(5):
-        uri = join(bucket, str(attempt))
-        barrier = threading.Barrier(THREADS)
-
-        def create(number: int, uri: str = uri, barrier: threading.Barrier = barrier) -> bool:
-            barrier.wait()
-            return STORAGE.create(uri, f"written by {number}".encode())
-
-        with ThreadPoolExecutor(THREADS) as pool:
-            created = list(pool.map(create, range(THREADS)))
-        assert created.count(True) == 1
-        assert STORAGE.read(uri) == f"written by {created.index(True)}".encode()
-
-
-def test_create_says_no_when_a_rival_wrote_the_same(bucket: str) -> None:
-    assert STORAGE.create(join(bucket, "a"), b"same") is True
-    assert STORAGE.create(join(bucket, "a"), b"same") is False
 
 
 FORKS = """
@@ -571,9 +504,7 @@ sys.exit(sum(os.waitpid(child, 0)[1] != 0 for child in children))
 """
 
 
-def test_clients_that_were_made_before_a_fork_serve_parent_and_children_at_once(
-    bucket: str, s3_environment: dict[str, str]
-) -> None:
+def test_clients_made_before_a_fork_serve_parent_and_children(bucket: str, s3_environment: dict[str, str]) -> None:
     env = {**os.environ, **s3_environment}
     command = [sys.executable, "-W", "ignore", "-c", FORKS, bucket]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=120)

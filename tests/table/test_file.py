@@ -1,4 +1,4 @@
-"""One file of the table: the same rows, bit for bit, in whatever layout it was written."""
+"""One file of the table: the same rows, bit for bit, in every layout."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,19 +38,19 @@ def present(root: Path, rows: pa.Table, group: int) -> PublishedFile:
 
 
 def older(root: Path, rows: pa.Table, group: int, *, footer: dict[str, str] | None = None) -> PublishedFile:
-    """As files were written before their vectors lay bare: everything packed, no mark."""
+    """Write a file in the earlier layout: all columns compressed, no footer entry."""
     path = root / f"older-{footer}.parquet"
     rows = rows.replace_schema_metadata(footer or {})
     pq.write_table(rows, path, row_group_size=group, compression="zstd", use_dictionary=False)
     return describe_file(path, path=path.name, rows=rows.num_rows)
 
 
-def untrue(root: Path, rows: pa.Table, group: int) -> PublishedFile:
-    """Marked as if its vectors lay bare, which they do not."""
+def mislabelled(root: Path, rows: pa.Table, group: int) -> PublishedFile:
+    """Write a file whose footer claims uncompressed vectors wrongly."""
     return older(root, rows, group, footer={LAYOUT_FOOTER: PLAIN_LAYOUT})
 
 
-LAYOUTS: dict[str, Write] = {"present": present, "older": older, "untrue": untrue}
+LAYOUTS: dict[str, Write] = {"present": present, "older": older, "mislabelled": mislabelled}
 
 
 def opened(root: Path, file: PublishedFile, dim: int) -> TableFile:
@@ -58,7 +58,7 @@ def opened(root: Path, file: PublishedFile, dim: int) -> TableFile:
 
 
 def with_bits(count: int, dim: int, bits: NDArray[np.uint32]) -> pa.Table:
-    """Rows whose vectors have these bits: NaNs of any payload, -0, denormals."""
+    """Rows whose vectors have these bits, among them NaN with any payload, −0 and denormals."""
     rows = bucket_rows(unit_vectors([f"item-{number}" for number in range(count)], dim=dim), bundle="b", dim=dim)
     column = pa.FixedSizeListArray.from_arrays(pa.array(bits.view(np.float32)), type=rows.schema.field("vector").type)
     return rows.set_column(2, rows.schema.field("vector"), column)
@@ -67,7 +67,7 @@ def with_bits(count: int, dim: int, bits: NDArray[np.uint32]) -> pa.Table:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @QUICK
 @given(data=st.data(), count=st.integers(1, 40), dim=st.sampled_from([1, 2, 3, 8, 17]), group=st.integers(1, 50))
-def test_rows_come_back_bit_for_bit(
+def test_rows_read_back_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, layout: str, data: st.DataObject, count: int, dim: int, group: int
 ) -> None:
     special = st.sampled_from([0x80000000, 1, 0x7FC00001, 0xFFFFFFFF, 0x7F800000, 0x3F800000])
@@ -93,7 +93,7 @@ def test_rows_come_back_bit_for_bit(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_long_vectors_in_several_row_groups(tmp_path: Path, layout: str) -> None:
+def test_long_vectors_in_several_row_groups_read_back(tmp_path: Path, layout: str) -> None:
     bits = np.random.default_rng(0).integers(0, 2**32, 2500 * 1024, np.uint32)
     file = opened(tmp_path, LAYOUTS[layout](tmp_path, with_bits(2500, 1024, bits), 1024), 1024)
     np.testing.assert_array_equal(file.vectors().view(np.uint32), bits.reshape(2500, 1024))
@@ -117,12 +117,10 @@ def vector_chunk(path: Path, group: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("group", [0, 1, 2])
-def test_a_flipped_byte_of_a_page_is_refused_where_it_is_touched_and_nowhere_else(
-    tmp_path: Path, large: PublishedFile, group: int
-) -> None:
+def test_a_flipped_byte_is_refused_only_for_rows_of_its_block(tmp_path: Path, large: PublishedFile, group: int) -> None:
     begin, end = vector_chunk(tmp_path / large.path, group)
     offset = (begin + end) // 2
-    # The first row whose bytes lie in the same block, and a row of another row group.
+    # The first row in the damaged block, and a row of another row group.
     hit = int(np.searchsorted(end - np.arange(1024, 0, -1) * 1024, offset // BLOCK_BYTES * BLOCK_BYTES)) + group * 1024
     other = (hit + 1024) % 3000
     flip(tmp_path / large.path, offset, 1)
@@ -136,28 +134,28 @@ def test_a_flipped_byte_of_a_page_is_refused_where_it_is_touched_and_nowhere_els
     np.testing.assert_array_equal(out.view(np.uint32)[0], np.arange(other * 256, (other + 1) * 256))
 
 
-def test_vectors_are_read_without_their_row_groups_where_they_lie_bare(
+def test_only_compressed_vectors_are_read_by_row_group(
     tmp_path: Path, large: PublishedFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bare = opened(tmp_path, large, 256)
-    packed = opened(tmp_path, untrue(tmp_path, with_bits(3, 4, np.arange(12, dtype=np.uint32)), 2), 4)
+    plain = opened(tmp_path, large, 256)
+    compressed = opened(tmp_path, mislabelled(tmp_path, with_bits(3, 4, np.arange(12, dtype=np.uint32)), 2), 4)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a row group is read")
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", refuse)
     out = np.empty((2, 256), np.float32)
-    bare.take_vectors(np.array([2999, 0]), out, np.array([0, 1]))
-    assert bare.vectors().shape == (3000, 256)
+    plain.take_vectors(np.array([2999, 0]), out, np.array([0, 1]))
+    assert plain.vectors().shape == (3000, 256)
     with pytest.raises(AssertionError, match="a row group is read"):
-        packed.take_vectors(np.array([0]), np.empty((1, 4), np.float32), np.array([0]))
+        compressed.take_vectors(np.array([0]), np.empty((1, 4), np.float32), np.array([0]))
 
 
-def test_a_file_that_holds_something_else_than_its_release_says_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_differs_from_its_release_is_refused(tmp_path: Path) -> None:
     rows = bucket_rows(unit_vectors(["a", "b"]), bundle="b")
     file = present(tmp_path, rows, 10)
-    with pytest.raises(CorruptFile, match=r"holds 2 rows of .*, not what its release says"):
+    with pytest.raises(CorruptFile, match=r"has 2 rows with columns .*, not those of its release"):
         opened(tmp_path, file.model_copy(update={"rows": 3}), 8)
-    with pytest.raises(CorruptFile, match="not what its release says"):
+    with pytest.raises(CorruptFile, match="not those of its release"):
         opened(tmp_path, file, 4)
     assert file_schema(8).names == rows.column_names

@@ -1,4 +1,4 @@
-"""Where the values of a column lie: an offset only where they lie bare, whatever a file says of itself."""
+"""Offsets of uncompressed values: found only in the plain layout, whatever the footer claims."""
 
 import io
 from typing import Any
@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 
 from marc_pipeline.table.plain_pages import values_start
 
-BARE: dict[str, Any] = {"compression": "none", "use_dictionary": False, "data_page_size": 1 << 30}
+PLAIN: dict[str, Any] = {"compression": "none", "use_dictionary": False, "data_page_size": 1 << 30}
 ELEMENT = pa.field("element", pa.float32(), nullable=False)
 QUICK = settings(deadline=None, database=None, max_examples=60)
 
 
 def written(column: pa.Array, *, nullable: bool = False, rows: int | None = None, **options: Any) -> bytes:
-    """A file of one column; as it must be, but for the options."""
+    """A file of one column in the plain layout, changed by options."""
     schema = pa.schema([pa.field("x", column.type, nullable=nullable)])
     target = io.BytesIO()
-    given = {**BARE, "row_group_size": rows or max(1, len(column)), **options}
+    given = {**PLAIN, "row_group_size": rows or max(1, len(column)), **options}
     pq.write_table(pa.table([column], schema=schema), target, **given)
     return target.getvalue()
 
@@ -44,7 +44,7 @@ def vectors(count: int, dim: int) -> tuple[pa.Array, bytes]:
 
 @QUICK
 @given(count=st.integers(1, 200), dim=st.sampled_from([1, 2, 7, 8, 9, 64, 1024]), rows=st.integers(1, 200))
-def test_vectors_lie_where_it_says(count: int, dim: int, rows: int) -> None:
+def test_the_offset_of_vectors_is_right(count: int, dim: int, rows: int) -> None:
     column, expected = vectors(count, dim)
     file = written(column, rows=rows)
     found = b""
@@ -56,7 +56,7 @@ def test_vectors_lie_where_it_says(count: int, dim: int, rows: int) -> None:
 
 @QUICK
 @given(values=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=300), statistics=st.booleans())
-def test_numbers_lie_where_it_says(values: list[int], statistics: bool) -> None:
+def test_the_offset_of_numbers_is_right(values: list[int], statistics: bool) -> None:
     file = written(pa.array(values), write_statistics=statistics, write_page_checksum=statistics)
     (start,) = starts(file, 8)
     assert start is not None
@@ -64,26 +64,24 @@ def test_numbers_lie_where_it_says(values: list[int], statistics: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("options", "numbers"),
     [
-        pytest.param({"compression": "zstd"}, id="compressed"),
-        pytest.param({"use_dictionary": True}, id="a dictionary"),
-        pytest.param({"column_encoding": {"x.list.element": "BYTE_STREAM_SPLIT"}}, id="another encoding"),
-        pytest.param({"column_encoding": {"x": "DELTA_BINARY_PACKED"}, "numbers": True}, id="packed differences"),
-        pytest.param({"data_page_version": "2.0"}, id="pages of the second version"),
-        pytest.param({"data_page_size": 4096, "write_batch_size": 16}, id="several pages"),
+        pytest.param({"compression": "zstd"}, False, id="compressed"),
+        pytest.param({"use_dictionary": True}, False, id="a dictionary"),
+        pytest.param({"column_encoding": {"x.list.element": "BYTE_STREAM_SPLIT"}}, False, id="byte stream split"),
+        pytest.param({"column_encoding": {"x": "DELTA_BINARY_PACKED"}}, True, id="packed differences"),
+        pytest.param({"data_page_version": "2.0"}, False, id="data pages v2"),
+        pytest.param({"data_page_size": 4096, "write_batch_size": 16}, False, id="several pages"),
     ],
 )
-def test_values_that_lie_otherwise_have_no_place(other: dict[str, Any]) -> None:
-    numbers = bool(other.get("numbers"))
-    options = {name: value for name, value in other.items() if name != "numbers"}
+def test_other_layouts_have_no_offset(options: dict[str, Any], numbers: bool) -> None:
     column = pa.array(np.random.default_rng(0).integers(0, 100, 4000)) if numbers else vectors(4000, 8)[0]
     size = 8 if numbers else 32
     assert None not in starts(written(column), size)
     assert starts(written(column, **options), size) == [None]
 
 
-def test_missing_values_and_lists_of_other_lengths_have_no_place() -> None:
+def test_missing_values_and_lists_of_other_lengths_have_no_offset() -> None:
     assert starts(written(pa.array([1, None, 3]), nullable=True), 8) == [None]
     assert starts(written(pa.array([1, 2, 3]), nullable=True), 8) != [None]
     ragged = pa.array([[1.0, 2.0], [], [3.0, 4.0]], pa.list_(ELEMENT))
@@ -96,7 +94,7 @@ def test_missing_values_and_lists_of_other_lengths_have_no_place() -> None:
     noise=st.lists(st.tuples(st.integers(0, 79), st.integers(0, 255)), min_size=1, max_size=20),
     cut=st.integers(0, 80),
 )
-def test_a_header_that_is_none_has_no_place_and_is_no_crash(noise: list[tuple[int, int]], cut: int) -> None:
+def test_a_damaged_page_header_has_no_offset(noise: list[tuple[int, int]], cut: int) -> None:
     file = bytearray(written(vectors(50, 4)[0]))
     truth = starts(bytes(file), 16)
     metadata = pq.read_metadata(io.BytesIO(bytes(file)))

@@ -1,4 +1,4 @@
-"""The files of one release, many at a time: old layouts and new, local or on S3, by item id or by row id."""
+"""Reader of one release: files in both layouts, local or on S3, by item id and by row id."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +35,7 @@ BUCKETS = 3
 
 
 def write_older(storage: Storage, table_uri: str, tables: Any, *, ds: str, bucket: int, **_: Any) -> PublishedFile:
-    """As files were written before their vectors lay bare."""
+    """Write a file in the earlier layout with compressed vectors."""
     (rows,) = tables
     path = f"{partition_path(ds, bucket)}/part-{'0' * 16}-{bucket:016x}.parquet"
     target = Path(table_uri) / path
@@ -83,7 +83,7 @@ def table_at(place: str, site: Site, facts: Release) -> TableReader:
 
 @QUICK
 @given(ids=st.lists(st.sampled_from(IDS), max_size=60))
-def test_vectors_by_item_id_and_by_row_id_are_those_that_were_written(reader: TableReader, ids: list[str]) -> None:
+def test_vectors_by_item_id_and_by_row_id_are_those_written(reader: TableReader, ids: list[str]) -> None:
     expected = np.array([VECTORS[item] for item in ids], np.float32).reshape(-1, DIM)
     np.testing.assert_array_equal(reader.vectors(ids), expected)
     row_ids = np.array([row_id(item) for item in ids], np.int64)
@@ -91,7 +91,7 @@ def test_vectors_by_item_id_and_by_row_id_are_those_that_were_written(reader: Ta
     assert reader.item_ids(row_ids).tolist() == ids
 
 
-def test_everything_is_read_from_every_layout_and_place(reader: TableReader) -> None:
+def test_all_rows_are_read_from_every_layout_and_place(reader: TableReader) -> None:
     ids, vectors = reader.numpy()
     np.testing.assert_array_equal(vectors, np.stack([VECTORS[item] for item in ids.to_pylist()]))
     assert sorted(ids.to_pylist()) == sorted(IDS)
@@ -110,13 +110,13 @@ def test_everything_is_read_from_every_layout_and_place(reader: TableReader) -> 
     )
 
 
-def test_missing_ids_are_named_in_the_order_asked(reader: TableReader) -> None:
+def test_missing_ids_are_named_in_the_given_order(reader: TableReader) -> None:
     with pytest.raises(UnknownItems) as refused:
         reader.vectors(["z", IDS[0], "y", "", IDS[1], "z"])
     assert refused.value.ids == ["z", "y", "", "z"]
 
 
-def test_names_of_row_ids_keep_their_shape_and_the_places_of_none(reader: TableReader) -> None:
+def test_item_ids_of_row_ids_keep_their_shape_and_give_none_for_minus_one(reader: TableReader) -> None:
     rows = np.array([[row_id(IDS[0]), -1], [-1, row_id(IDS[9])], [row_id(IDS[0]), row_id(IDS[5])]])
     assert reader.item_ids(rows).tolist() == [[IDS[0], None], [None, IDS[9]], [IDS[0], IDS[5]]]
     assert reader.item_ids(np.full((2, 3), -1)).tolist() == [[None] * 3] * 2
@@ -124,15 +124,15 @@ def test_names_of_row_ids_keep_their_shape_and_the_places_of_none(reader: TableR
 
 
 @pytest.mark.parametrize("other", [-1, 0, row_id(IDS[0]) + BUCKETS, row_id(IDS[0]) + 1, 2**63 - 1])
-def test_row_ids_that_the_table_lacks_are_damage(reader: TableReader, other: int) -> None:
-    with pytest.raises(CorruptFile, match="holds ids that its table lacks; run `marc verify`"):
+def test_unknown_row_ids_are_an_error_of_the_index(reader: TableReader, other: int) -> None:
+    with pytest.raises(CorruptFile, match="contains ids that its table lacks; run `marc verify`"):
         reader.vectors_of_rows(np.array([row_id(IDS[0]), other]))
     if other >= 0:
-        with pytest.raises(CorruptFile, match="holds ids that its table lacks"):
+        with pytest.raises(CorruptFile, match="contains ids that its table lacks"):
             reader.item_ids(np.array([other, row_id(IDS[0])]))
 
 
-def test_an_unknown_id_whose_hash_is_that_of_an_item_is_unknown(
+def test_an_unknown_id_with_the_hash_of_an_item_is_unknown(
     reader: TableReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table_reader, "row_id", lambda item: row_id(IDS[3] if item == "forged" else item))
@@ -144,7 +144,7 @@ def test_an_unknown_id_whose_hash_is_that_of_an_item_is_unknown(
 # --- how much is read
 
 
-def test_a_lookup_in_the_present_layout_touches_few_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lookup_fetches_few_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = Site(tmp_path, dim=512)
     wide.publish(items(4000, dim=512), buckets=2)
     facts = open_release(wide.table_uri).facts
@@ -159,14 +159,14 @@ def test_a_lookup_in_the_present_layout_touches_few_blocks(tmp_path: Path, monke
     reader = table_at("s3", wide, facts)
     reader.vectors(["item-7"])
     assert {uri.split("bucket=")[1][0] for uri, _ in touched} == {str(row_id("item-7") % 2)}
-    # Of 16: the ids, where the page of vectors begins, and one row.
+    # Of 16 blocks: the ids, the header of the page of vectors, and one row.
     assert len(touched) <= 6
     before = len(touched)
     reader.vectors(["item-7"])
     assert len(touched) == before
 
 
-def test_what_is_read_whole_from_s3_is_not_kept_on_the_disk(site: Site, facts: Release) -> None:
+def test_files_that_are_read_whole_from_s3_are_not_kept_on_disk(site: Site, facts: Release) -> None:
     reader = table_at("s3", site, facts)
     reader.numpy()
     for _ in reader.batches(500):
@@ -176,7 +176,7 @@ def test_what_is_read_whole_from_s3_is_not_kept_on_the_disk(site: Site, facts: R
     assert len(reader._opened) == 1
 
 
-def test_a_release_of_files_in_both_layouts_is_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_release_may_have_files_in_both_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(tmp_path)
     old = items(300)
     monkeypatch.setattr(published, "write_bucket_file", write_older)

@@ -109,12 +109,6 @@ def test_training_histories_do_not_contain_held_out_rows() -> None:
     assert torch.equal(data.known, other.known)
 
 
-def test_the_holdout_has_about_the_configured_share() -> None:
-    for share in (0.1, 0.25, 0.5):
-        data, _ = learnable(holdout=share)
-        assert len(data.holdout) / (len(data.training) + len(data.holdout)) == pytest.approx(share, abs=0.01)
-
-
 def test_known_states_are_those_of_training_items() -> None:
     data, states = learnable()
     assert not set(data.known.tolist()) & set(range(NEW))
@@ -123,8 +117,10 @@ def test_known_states_are_those_of_training_items() -> None:
     assert all(np.array_equal(row, states[item]) for row, item in zip(found, data.known.tolist(), strict=True))
 
 
-def test_whole_trains_on_every_row() -> None:
-    data, _ = learnable()
+def test_the_holdout_has_the_configured_share_and_whole_trains_on_every_row() -> None:
+    for share in (0.1, 0.25, 0.5):
+        data, _ = learnable(holdout=share)
+        assert len(data.holdout) / (len(data.training) + len(data.holdout)) == pytest.approx(share, abs=0.01)
     whole = data.whole()
     assert torch.equal(whole.training.items, torch.cat([data.training.items, data.holdout.items]))
     assert torch.equal(whole.training.clicked, torch.cat([data.training.clicked, data.holdout.clicked]))

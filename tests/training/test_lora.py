@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -98,17 +99,15 @@ def adapted(training: TinyTraining, *, layers: int = KEPT, states: Tensor | None
 
 
 @EVERY_ARCHITECTURE
-@pytest.mark.parametrize("layers", [1, KEPT, LAYERS])
-def test_tuning_starts_from_the_states_of_the_original_backbone(
-    trainings: Trainings, architecture: str, layers: int
-) -> None:
+def test_tuning_starts_from_the_states_of_the_original_backbone(trainings: Trainings, architecture: str) -> None:
     training = trainings[architecture]
-    blank = torch.zeros(len(TEXTS), WIDTH)
-    source = adapted(training, layers=layers, states=blank)
-    # Tuning pads texts; the pass over all layers packs them.
-    expected = torch.from_numpy(training.training_set.states(layers))
-    torch.testing.assert_close(source.all_states(), expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(blank, torch.zeros_like(blank)), "the caller's tensor is unchanged"
+    for layers in (1, KEPT, LAYERS):
+        blank = torch.zeros(len(TEXTS), WIDTH)
+        source = adapted(training, layers=layers, states=blank)
+        # Tuning pads texts; the pass over all layers packs them.
+        expected = torch.from_numpy(training.training_set.states(layers))
+        torch.testing.assert_close(source.all_states(), expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(blank, torch.zeros_like(blank)), "the caller's tensor is unchanged"
 
 
 @EVERY_ARCHITECTURE
@@ -178,22 +177,8 @@ def test_candidates_are_encoded_and_other_items_read_from_the_bank(trainings: Tr
 def test_states_do_not_depend_on_the_token_budget(trainings: Trainings) -> None:
     source = adapted(trainings["llama"], layers=LAYERS)
     whole = source.all_states().clone()
-    for budget in (1, 48, 10_000):
-        source.token_budget = budget
+    for source.token_budget in (1, 48, 10_000):
         torch.testing.assert_close(source.all_states(), whole, atol=1e-5, rtol=1e-5)
-
-
-@EVERY_ARCHITECTURE
-def test_tuning_changes_the_states_and_updates_the_bank(
-    trainings: Trainings, tuned: TunedOf, architecture: str
-) -> None:
-    before = torch.from_numpy(trainings[architecture].training_set.states(KEPT))
-    after = tuned(architecture).states
-    assert torch.isfinite(after).all()
-    assert ((after - before).abs().amax(dim=1) > 1e-3).all(), "every item's state changes"
-    source = tuned(architecture).trained.objective.source
-    assert isinstance(source, TunedStates)
-    assert torch.equal(source.bank, source.all_states())
 
 
 @EVERY_ARCHITECTURE
@@ -213,10 +198,17 @@ def test_a_backbone_with_merged_adapters_gives_the_same_states(trainings: Traini
 
 
 @EVERY_ARCHITECTURE
-def test_a_tuned_bundle_gives_the_vectors_of_the_training(tuned: TunedOf, architecture: str) -> None:
-    found = encoded(tuned(architecture).bundle, TEXTS)
-    assert cosines(found, unit(tuned(architecture).vectors)).min() >= 0.9999
-    backbone = load_file(Path(tuned(architecture).bundle.uri) / "backbone" / "model.safetensors")
+def test_tuning_changes_the_states_and_the_bundle_gives_their_vectors(
+    trainings: Trainings, tuned: TunedOf, architecture: str
+) -> None:
+    before, made = torch.from_numpy(trainings[architecture].training_set.states(KEPT)), tuned(architecture)
+    assert torch.isfinite(made.states).all()
+    assert ((made.states - before).abs().amax(dim=1) > 1e-3).all(), "every item's state changes"
+    source = made.trained.objective.source
+    assert isinstance(source, TunedStates)
+    assert torch.equal(source.bank, source.all_states())
+    assert cosines(encoded(made.bundle, TEXTS), unit(made.vectors)).min() >= 0.9999
+    backbone = load_file(Path(made.bundle.uri) / "backbone" / "model.safetensors")
     assert not [name for name in backbone if "lora" in name or "base_layer" in name]
 
 
@@ -233,11 +225,12 @@ def test_a_tuned_bundle_of_the_whole_backbone_keeps_pooling_and_final_norm(
 
 
 def test_the_card_of_a_tuned_bundle_names_the_regime(tuned: TunedOf) -> None:
-    card = tuned("bert").bundle.card
+    made = tuned("bert")
+    card = made.bundle.card
     assert (card.training["regime"], card.training["settings"]["regime"]) == ("tuned", "tuned")
-    assert card.training["interactions"] == tuned("bert").trained.interactions
+    assert card.training["interactions"] == made.trained.interactions
     assert (card.layers_kept, card.backbone_layers, card.compressor.kind) == (KEPT, LAYERS, "bottleneck")
-    assert check_bundle(STORAGE, tuned("bert").bundle) == []
+    assert check_bundle(STORAGE, made.bundle) == []
 
 
 @pytest.mark.parametrize("regime", ["frozen", "tuned"])
@@ -258,16 +251,11 @@ def test_user_texts_are_encoded_after_the_items(tmp_path: Path, regime: str) -> 
 
 
 def test_processes_do_not_synchronise_states_and_banks(trainings: Trainings, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted: dict[str, Any] = {}
-
-    def group(objective: Marc, **options: Any) -> Marc:
-        wanted.update(options)
-        return objective
-
+    group = Mock(side_effect=lambda objective, **_: objective)
     monkeypatch.setattr(fit, "place", lambda: (0, 2))
     monkeypatch.setattr(fit, "DistributedDataParallel", group)
     trainings["bert"].trained(max_steps=1)
-    assert False in {wanted.get("forward_sync_buffers"), wanted.get("broadcast_buffers")}
+    assert False in {group.call_args.kwargs.get(name) for name in ("forward_sync_buffers", "broadcast_buffers")}
 
 
 class Killed(BaseException):
@@ -294,7 +282,7 @@ def test_a_killed_training_resumes_with_bit_identical_results(
         training.trained(**wanted, checkpoint=Checkpoint(KilledAfter(), uri, "run"))
     with caplog.at_level(logging.INFO, logger="marc_pipeline"):
         resumed = training.trained(**wanted, checkpoint=Checkpoint(STORAGE, uri, "run"))
-    assert "goes on from the checkpoint of step 2" in caplog.text
+    assert "resumes from the checkpoint of step 2" in caplog.text
     assert resumed.progress.history == whole.progress.history
     states, others = resumed.objective.state_dict(), whole.objective.state_dict()
     assert states.keys() == others.keys()
@@ -312,15 +300,11 @@ def frozen(request: pytest.FixtureRequest, trainings: Trainings) -> Frozen:
     return training, trained, training.saved(trained)
 
 
-def test_a_frozen_bundle_gives_the_vectors_of_the_training(frozen: Frozen) -> None:
-    _, trained, bundle = frozen
+def test_a_frozen_bundle_gives_the_vectors_of_the_training_and_the_original_backbone(frozen: Frozen) -> None:
+    training, trained, bundle = frozen
     found = encoded(bundle, TEXTS)
     assert cosines(found, unit(trained.objective.vectors())).min() >= 0.99999
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
-
-
-def test_a_frozen_training_does_not_change_the_backbone(frozen: Frozen) -> None:
-    training, trained, bundle = frozen
     assert trained.backbone is None
     original = truncate(load_backbone(training.train.backbone), KEPT).state_dict()
     kept = load_backbone(str(Path(bundle.uri) / "backbone")).state_dict()
@@ -334,10 +318,8 @@ def test_the_card_contains_the_facts_of_the_training(frozen: Frozen) -> None:
     assert (card.layers_kept, card.backbone_layers, card.width, card.dim) == (KEPT, LAYERS, WIDTH, DIM)
     assert (card.pooling, card.max_tokens, card.normalised, card.template) == ("mean", MAX_TOKENS, True, TEMPLATE)
     assert card.backbone == training.train.backbone
-    assert (card.compressor.kind, card.compressor.arguments) == (
-        "bottleneck",
-        {"width": WIDTH, "dim": DIM, "hidden": 16},
-    )
+    arguments = {"width": WIDTH, "dim": DIM, "hidden": 16}
+    assert (card.compressor.kind, card.compressor.arguments) == ("bottleneck", arguments)
     boundary = training.training_set.split.train.stop
     assert (card.training["training_id"], card.training["regime"]) == ("tiny", "frozen")
     assert card.training["until"] == rows.times[boundary - 1] < rows.times[boundary]
@@ -398,12 +380,19 @@ def test_rows_after_the_boundary_do_not_change_the_bundle(trainings: Trainings) 
     assert versions[0] == versions[1]
 
 
-def test_more_dimensions_than_the_width_are_refused(trainings: Trainings) -> None:
-    for regime in ("frozen", "tuned"):
-        with pytest.raises(UserError, match=r"train\.dim is 33"):
-            trainings["bert"].trained(dim=WIDTH + 1, regime=regime)
-
-
-def test_a_loss_that_is_not_finite_raises_a_user_error(trainings: Trainings) -> None:
-    with pytest.raises(UserError, match=r"the loss is not finite at step \d+; lower train.learning_rate"):
-        trainings["bert"].trained(learning_rate=1e20, max_steps=None, epochs=5)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": WIDTH + 1, "regime": "frozen"}, r"train\.dim is 33"),
+        ({"dim": WIDTH + 1, "regime": "tuned"}, r"train\.dim is 33"),
+        (
+            {"learning_rate": 1e20, "max_steps": None, "epochs": 5},
+            r"the loss is not finite at step \d+; lower train.learning_rate",
+        ),
+    ],
+)
+def test_too_many_dimensions_and_a_loss_that_is_not_finite_are_refused(
+    trainings: Trainings, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        trainings["bert"].trained(**changes)

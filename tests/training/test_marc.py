@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from clicks import HISTORY, WIDTH, learnable, train_settings
 from hsic_reference import Kind, all_kinds
-from marc_pipeline.evaluation.systems import new_compressor
+from marc_pipeline.evaluation.factory import new_compressor
 from marc_pipeline.model.compressor import Bottleneck
 from marc_pipeline.training.hsic import nhsic
 from marc_pipeline.training.marc import Constraints, Marc
@@ -57,13 +57,16 @@ def naive_pooling(module: HistoryPooling, candidate: Tensor, vectors: Tensor, hi
     return torch.stack([odd / sum(odds) * vector for odd, vector in zip(odds, named, strict=True)]).sum(dim=0)
 
 
-def test_pooling_equals_a_naive_loop() -> None:
+def test_pooling_equals_a_naive_loop_for_any_order_of_the_history() -> None:
     torch.manual_seed(0)
     module, vectors, candidates = pooling(), 2 * torch.randn(20, DIM), 2 * torch.randn(36, DIM)
     history = histories(36, 20)
     rows = zip(candidates, history.tolist(), strict=True)
     expected = torch.stack([naive_pooling(module, candidate, vectors, row) for candidate, row in rows])
     torch.testing.assert_close(module(candidates, vectors, history), expected, atol=1e-5, rtol=1e-5)
+    for _ in range(3):
+        shuffled = history[:, torch.randperm(HISTORY)]
+        torch.testing.assert_close(module(candidates, vectors, shuffled), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_padding_of_a_history_has_no_influence() -> None:
@@ -92,16 +95,6 @@ def test_only_users_without_a_history_have_the_learned_vector() -> None:
     assert torch.equal(module.nothing.grad, torch.full((DIM,), 4.0))
     history[:, 0] = 3
     torch.testing.assert_close(module(torch.randn(4, DIM), vectors, history), vectors[3].expand(4, DIM))
-
-
-def test_pooling_is_invariant_to_the_order_of_a_history() -> None:
-    torch.manual_seed(0)
-    module, vectors, candidates = pooling(), torch.randn(20, DIM), torch.randn(36, DIM)
-    history = histories(36, 20)
-    found = module(candidates, vectors, history)
-    for _ in range(3):
-        shuffled = history[:, torch.randperm(HISTORY)]
-        torch.testing.assert_close(module(candidates, vectors, shuffled), found, atol=1e-6, rtol=1e-5)
 
 
 def test_initial_weights_are_the_softmax_of_the_cosines() -> None:
@@ -238,11 +231,12 @@ def test_the_loss_equals_a_naive_recomputation(states: Tensor, batch: Clicks, ki
     torch.testing.assert_close(found["loss"], total, atol=1e-4, rtol=1e-4)
 
 
-def test_click_and_decouple_include_rows_with_short_histories(states: Tensor, batch: Clicks) -> None:
-    objective = marc(states, decouple=0.3)
+def test_terms_include_rows_with_short_histories_and_items_without_padding(states: Tensor, batch: Clicks) -> None:
+    assert 0 not in torch.cat([batch.items, batch.clicked.flatten(), batch.skipped.flatten()]).tolist()
+    objective = marc(states, keep=1.0, decouple=0.3)
     found, expected = objective(batch), naive_terms(objective, states, batch)
-    torch.testing.assert_close(found["click"], expected["click"], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found["decouple"], expected["decouple"], atol=1e-4, rtol=1e-4)
+    for name in ("click", "keep", "decouple"):
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4)
 
 
 def test_a_text_about_the_user_is_a_third_vector(states: Tensor, batch: Clicks) -> None:
@@ -261,19 +255,11 @@ def test_a_text_about_the_user_is_a_third_vector(states: Tensor, batch: Clicks) 
     torch.testing.assert_close(keeping(everybody)["keep"], expected["keep"], atol=1e-5, rtol=1e-5)
 
 
-def test_keep_uses_the_items_of_the_batch_without_padding(states: Tensor, batch: Clicks) -> None:
-    objective = marc(states, keep=1.0)
-    assert 0 not in torch.cat([batch.items, batch.clicked.flatten(), batch.skipped.flatten()]).tolist()
-    expected = naive_terms(objective, states, batch)["keep"]
-    torch.testing.assert_close(objective(batch)["keep"], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_a_term_without_weight_is_not_computed(states: Tensor, batch: Clicks) -> None:
-    assert set(marc(states)(batch)) == {"loss", "click"}
-    assert set(marc(states, keep=0.5)(batch)) == {"loss", "click", "keep"}
-    assert set(marc(states, decouple=0.5)(batch)) == {"loss", "click", "decouple"}
-    plain = marc(states)(batch)
-    assert torch.equal(plain["loss"], plain["click"])
+@pytest.mark.parametrize("weights", [{}, {"keep": 0.5}, {"decouple": 0.5}])
+def test_a_term_without_weight_is_not_computed(states: Tensor, batch: Clicks, weights: dict[str, float]) -> None:
+    found = marc(states, **weights)(batch)
+    assert set(found) == {"loss", "click", *weights}
+    assert torch.equal(found["loss"], found["click"]) == (not weights)
 
 
 def test_an_estimate_uses_at_most_the_configured_rows(

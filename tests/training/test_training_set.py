@@ -1,6 +1,7 @@
-"""The training set: items, ratings and states, named by what went in, made once, whole or not at all."""
+"""The training set: its id depends on all inputs, it is written once and completely, and its files are verified."""
 
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from folder_as_s3 import BUCKET, FolderAsS3
-from marc_pipeline.bundles import stages as training_run
+from marc_pipeline.bundles.stages import states_stage
 from marc_pipeline.config import Settings
 from marc_pipeline.deployment import Deployment, open_deployment
 from marc_pipeline.errors import CorruptFile, UserError
@@ -31,7 +32,7 @@ STORAGE = Storage()
 
 
 class Backbone:
-    """Stands for the pass over the backbone: states that tell layer and text, and how often it was asked."""
+    """Replaces the pass over the backbone: numbered states, and a record of all calls."""
 
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
@@ -51,9 +52,8 @@ def identify(settings: Settings, ds: str = DS) -> TrainingIdentity:
 def make(
     spark: Any, settings: Settings, backbone: Callable[[list[str], Path], StatesFacts] | None = None
 ) -> TrainingSet:
-    return make_training_set(
-        spark, settings, identify(settings), storage=STORAGE, write_states=backbone or Backbone()
-    )  # fmt: skip
+    found = identify(settings)
+    return make_training_set(spark, settings, found, storage=STORAGE, write_states=backbone or Backbone())
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def shop(tmp_path: Path) -> Shop:
     return Shop(tmp_path)
 
 
-# --- the name
+# --- the id
 
 
 CHANGES: dict[str, Callable[[Shop], Settings]] = {
@@ -72,7 +72,7 @@ CHANGES: dict[str, Callable[[Shop], Settings]] = {
     "tokens": lambda shop: shop.settings(train={"max_tokens": 47}),
     "sample": lambda shop: shop.settings(train={"sample": 10}),
     "dtype": lambda shop: shop.settings(encode={"dtype": "bfloat16"}),
-    "what a click is": lambda shop: shop.settings(interactions={"positive_rating": 3.0}),
+    "threshold of clicks": lambda shop: shop.settings(interactions={"positive_rating": 3.0}),
     "user texts": lambda shop: shop.settings(interactions={"user_text_column": "about"}),
     "unknown items": lambda shop: shop.settings(interactions={"max_unknown_fraction": 0.5}),
     "one more item": lambda shop: _with(shop, catalogue=[item(number) for number in range(ITEMS + 1)]),
@@ -89,26 +89,22 @@ def _with(shop: Shop, **rows: list[dict[str, Any]]) -> Settings:
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_whatever_the_states_or_the_rows_depend_on_makes_another_training_set(
-    shop: Shop, change: Callable[[Shop], Settings]
-) -> None:
+def test_all_inputs_of_states_and_rows_change_the_id(shop: Shop, change: Callable[[Shop], Settings]) -> None:
     before = identify(shop.settings()).training_id
     assert identify(change(shop)).training_id != before
 
 
-def test_other_weights_in_the_backbones_folder_make_another_training_set(shop: Shop) -> None:
-    folder = shop.root / "backbone"
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(b"weights")
-    settings = shop.settings(train={"backbone": str(folder)})
-    before = identify(settings).training_id
-    (folder / "model.safetensors").write_bytes(b"others!")
-    assert identify(settings).training_id != before
-
-
-def test_another_date_is_another_training_set(shop: Shop) -> None:
+def test_the_date_and_other_weights_in_the_backbones_folder_change_the_id(shop: Shop) -> None:
     shop.catalogue([item(number) for number in range(ITEMS)], ds="2026-11-21")
     assert identify(shop.settings(), "2026-11-21").training_id != identify(shop.settings()).training_id
+    folder = shop.root / "backbone"
+    folder.mkdir()
+    settings = shop.settings(train={"backbone": str(folder)})
+    found = set()
+    for content in (b"weights", b"others!"):
+        (folder / "model.safetensors").write_bytes(content)
+        found.add(identify(settings).training_id)
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize(
@@ -121,26 +117,22 @@ def test_another_date_is_another_training_set(shop: Shop) -> None:
         {"evaluate": {"seeds": 9}},
         {"audit": {"max_drift": 0.5}},
     ],
-    ids=lambda changes: "-".join(key for keys in changes.values() for key in keys),
 )
-def test_how_the_training_goes_leaves_the_training_set_as_it_is(shop: Shop, changes: dict[str, dict[str, Any]]) -> None:
+def test_settings_of_the_training_do_not_change_the_id(shop: Shop, changes: dict[str, dict[str, Any]]) -> None:
     assert identify(shop.settings(**changes)).training_id == identify(shop.settings()).training_id
 
 
-def test_where_files_lie_has_no_part_in_the_name(tmp_path: Path) -> None:
+def test_the_location_of_files_does_not_change_the_id(tmp_path: Path) -> None:
     shops = [Shop(tmp_path / name) for name in ("here", "there")]
     assert len({identify(shop.settings()).training_id for shop in shops}) == 1
 
 
-def test_a_training_set_that_nobody_made_is_the_users_mistake(shop: Shop) -> None:
+def test_missing_inputs_are_reported_before_spark_starts(shop: Shop) -> None:
     with pytest.raises(UserError, match=r"no training set nobody under .*; make it with `marc train`"):
         open_training_set(STORAGE, shop.settings().work_uri, "nobody")
-
-
-def test_no_interactions_and_no_catalogue_show_before_spark_starts(shop: Shop) -> None:
     with pytest.raises(UserError, match=r"interactions\.uri is not set; name Parquet or CSV files"):
         identify(shop.settings(interactions={"uri": None}))
-    with pytest.raises(UserError, match=r"interactions\.uri: nothing at .*nowhere\.csv"):
+    with pytest.raises(UserError, match=r"interactions\.uri: there is no file at .*nowhere\.csv"):
         identify(shop.settings(interactions={"uri": str(shop.root / "nowhere.csv")}))
     with pytest.raises(UserError, match="no catalogue for 2030-01-01"):
         identify(shop.settings(), "2030-01-01")
@@ -151,58 +143,45 @@ def test_no_interactions_and_no_catalogue_show_before_spark_starts(shop: Shop) -
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, spark: Any) -> tuple[Shop, TrainingSet]:
-    """A training set that no test changes."""
+    """A training set that tests only read."""
     shop = Shop(tmp_path_factory.mktemp("shop"))
     return shop, make(spark, shop.settings())
 
 
 @pytest.mark.spark
-def test_items_have_their_texts_in_one_order_and_the_ratings_point_to_them(made: tuple[Shop, TrainingSet]) -> None:
-    _, found = made
+def test_a_training_set_has_texts_interactions_split_card_and_states(made: tuple[Shop, TrainingSet]) -> None:
+    shop, found = made
+    rows = ratings()
     assert found.item_ids == [f"i{number:03d}" for number in range(ITEMS)]
     assert found.texts == ["{title}. {genres}".format(**item(number)) for number in range(ITEMS)]
-    rows = ratings()
     assert [found.item_ids[place] for place in found.interactions.items] == [row["item_id"] for row in rows]
     assert found.interactions.labels.tolist() == [float(row["rating"] == "5") for row in rows]
     numbers: dict[str, int] = {}
     assert found.interactions.users.tolist() == [numbers.setdefault(row["user_id"], len(numbers)) for row in rows]
     assert (found.interactions.times // 1_000_000).tolist() == [int(row["timestamp"]) for row in rows]
-
-
-@pytest.mark.spark
-def test_the_split_is_80_10_and_10_percent_by_time(made: tuple[Shop, TrainingSet]) -> None:
-    split = made[1].split
+    split = found.split
     assert (split.train, split.validation, split.test) == (slice(0, 2400), slice(2400, 2700), slice(2700, RATINGS))
 
-
-@pytest.mark.spark
-def test_the_card_counts_what_is_there(made: tuple[Shop, TrainingSet]) -> None:
-    shop, found = made
-    card, rows = found.card, ratings()
+    card = found.card
     assert card.training_id == identify(shop.settings()).training_id == found.folder.name
     assert (card.items, card.users, card.interactions) == (ITEMS, USERS, RATINGS)
     assert card.clicks == Counter(row["rating"] for row in rows)["5"]
     assert (card.ds, card.template, card.backbone) == (DS, "{title}. {genres}", shop.settings().train.backbone)
     assert (card.layers, card.width, card.max_tokens, card.dtype) == (LAYERS, WIDTH, 48, "float32")
-    names = {path.name for path in found.folder.iterdir()}
-    assert names == {"training_set.json", *card.files}
+    assert {path.name for path in found.folder.iterdir()} == {"training_set.json", *card.files}
     assert {"states.npy", "items.parquet", "interactions.parquet"} <= card.files.keys()
 
-
-@pytest.mark.spark
-def test_the_states_of_a_layer_are_a_copy_that_may_be_changed(made: tuple[Shop, TrainingSet]) -> None:
-    _, found = made
     whole = np.load(found.folder / "states.npy")
     for layer in range(LAYERS + 1):
         states = found.states(layer)
         assert np.array_equal(states, whole[layer])
         states[:] = -1
-    assert np.array_equal(np.load(found.folder / "states.npy"), whole)
+    assert np.array_equal(np.load(found.folder / "states.npy"), whole), "states are copies"
 
 
 @pytest.mark.spark
 @pytest.mark.parametrize("sample", [2, 12, 10_000])
-def test_items_that_nobody_rated_are_sampled(shop: Shop, spark: Any, sample: int) -> None:
+def test_unrated_items_are_sampled(shop: Shop, spark: Any, sample: int) -> None:
     settings = shop.settings(train={"sample": sample})
     backbone = Backbone()
     found = make(spark, settings, backbone)
@@ -217,7 +196,7 @@ def test_items_that_nobody_rated_are_sampled(shop: Shop, spark: Any, sample: int
 
 
 @pytest.mark.spark
-def test_texts_of_users_come_after_those_of_the_items(shop: Shop, spark: Any) -> None:
+def test_user_texts_follow_the_item_texts(shop: Shop, spark: Any) -> None:
     shop.rated([{**row, "about": _about(row["user_id"])} for row in ratings()])
     backbone = Backbone()
     settings = shop.settings(interactions={"user_text_column": "about"})
@@ -235,13 +214,13 @@ def test_texts_of_users_come_after_those_of_the_items(shop: Shop, spark: Any) ->
 
 
 def _about(user: str) -> str:
-    """What is known of a user; of every seventh nothing but a blank."""
+    """Text about a user; blank for every seventh user."""
     number = int(user[1:])
     return " " if number % 7 == 0 else f"likes {_GENRES[number % 5]}"
 
 
 @pytest.mark.spark
-def test_ratings_of_unknown_items_are_left_out_with_one_warning(
+def test_ratings_of_unknown_items_are_skipped_with_one_warning(
     shop: Shop, spark: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     known = ratings()
@@ -252,43 +231,41 @@ def test_ratings_of_unknown_items_are_left_out_with_one_warning(
     (warning,) = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert "250 (7.69%) of the 3,250 rows" in warning
     assert "items that the catalogue lacks, for example 'gone-" in warning
-    assert warning.endswith("left out")
+    assert warning.endswith("skipped")
     assert (len(found.interactions), found.card.interactions) == (RATINGS, RATINGS)
     assert not [name for name in found.item_ids if name.startswith("gone")]
 
 
 @pytest.mark.spark
-def test_too_many_unknown_items_stop_before_the_long_pass(shop: Shop, spark: Any) -> None:
+def test_unusable_inputs_are_reported_before_the_long_pass(shop: Shop, spark: Any) -> None:
     known = ratings()
-    shop.rated([{**row, "item_id": "gone"} if number % 5 == 0 else row for number, row in enumerate(known)])
     backbone = Backbone()
+    shop.rated([{**row, "item_id": "gone"} if number % 5 == 0 else row for number, row in enumerate(known)])
     with pytest.raises(UserError, match=r"600 \(20\.00%\) of the 3,000 rows.*max_unknown_fraction"):
         make(spark, shop.settings(), backbone)
     shop.rated([{**row, "rating": "5"} if number >= 2700 else row for number, row in enumerate(known)])
     with pytest.raises(UserError, match="leaves test with clicks only"):
         make(spark, shop.settings(), backbone)
+    shop.catalogue([{"item_id": "", "title": "No id", "genres": "Dramas"}])
+    with pytest.raises(UserError, match="has no usable row; `marc plan` reports the reasons"):
+        make(spark, shop.settings(), backbone)
     assert backbone.calls == []
 
 
-@pytest.mark.spark
-def test_a_catalogue_without_a_usable_row_is_the_users_mistake(shop: Shop, spark: Any) -> None:
-    shop.catalogue([{"item_id": "", "title": "No id", "genres": "Dramas"}])
-    with pytest.raises(UserError, match="has no usable row; `marc plan` says why"):
-        make(spark, shop.settings())
-
-
-# --- once, whole, verified
+# --- written once, completely, and verified
 
 
 @pytest.mark.spark
-def test_the_pass_over_the_texts_is_done_once(shop: Shop, spark: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_existing_training_set_is_opened_without_another_pass(
+    shop: Shop, spark: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     backbone = Backbone()
     first = make(spark, shop.settings(), backbone)
     written = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
     with caplog.at_level(logging.INFO, logger="marc_pipeline"):
         again = make(spark, shop.settings(train={"learning_rate": 0.5}), backbone)
     assert len(backbone.calls) == 1
-    assert "stands already" in caplog.text
+    assert "exists already" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in again.folder.iterdir()} == written
     assert (again.card, again.item_ids, again.texts) == (first.card, first.item_ids, first.texts)
     for name in ("users", "items", "labels", "times"):
@@ -296,14 +273,14 @@ def test_the_pass_over_the_texts_is_done_once(shop: Shop, spark: Any, caplog: py
 
 
 @pytest.mark.spark
-def test_a_pass_that_breaks_off_leaves_no_training_set_and_the_next_one_makes_it(shop: Shop, spark: Any) -> None:
-    def breaks(texts: list[str], path: Path) -> StatesFacts:
+def test_a_failed_pass_leaves_no_training_set_and_can_be_repeated(shop: Shop, spark: Any) -> None:
+    def fails(texts: list[str], path: Path) -> StatesFacts:
         path.write_bytes(b"half")
         raise OSError("disk full")
 
     settings = shop.settings()
     with pytest.raises(OSError, match="disk full"):
-        make(spark, settings, breaks)
+        make(spark, settings, fails)
     folder = Path(training_uri(settings.work_uri, identify(settings).training_id))
     assert list(folder.iterdir()) == []
     with pytest.raises(UserError, match="no training set"):
@@ -315,9 +292,7 @@ def test_a_pass_that_breaks_off_leaves_no_training_set_and_the_next_one_makes_it
 
 @pytest.fixture
 def copied(made: tuple[Shop, TrainingSet], tmp_path: Path) -> tuple[str, Path]:
-    """A work area that a test may spoil, and the folder of its training set."""
-    import shutil
-
+    """A work area that a test may damage, and the folder of its training set."""
     folder = made[1].folder
     copy = tmp_path / "work" / "training" / folder.name
     shutil.copytree(folder, copy)
@@ -326,35 +301,30 @@ def copied(made: tuple[Shop, TrainingSet], tmp_path: Path) -> tuple[str, Path]:
 
 @pytest.mark.spark
 @pytest.mark.parametrize("name", ["states.npy", "items.parquet", "interactions.parquet"])
-@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
-def test_a_flipped_byte_is_noticed_and_named_in_one_line(copied: tuple[str, Path], name: str, place: float) -> None:
+def test_a_damaged_or_missing_file_is_reported_in_one_line(copied: tuple[str, Path], name: str) -> None:
     work, folder = copied
-    data = bytearray((folder / name).read_bytes())
-    data[int(place * (len(data) - 1))] ^= 1
-    (folder / name).write_bytes(data)
-    with pytest.raises(CorruptFile) as refused:
-        open_training_set(STORAGE, work, folder.name)
-    assert str(refused.value).startswith(f"{folder / name} does not match its SHA-256 ")
-    assert str(refused.value).endswith("train again")
-    assert "\n" not in str(refused.value)
-
-
-@pytest.mark.spark
-@pytest.mark.parametrize("name", ["states.npy", "items.parquet", "interactions.parquet"])
-def test_a_cut_or_a_missing_file_is_noticed(copied: tuple[str, Path], name: str) -> None:
-    work, folder = copied
-    data = (folder / name).read_bytes()
-    (folder / name).write_bytes(data[:-1])
+    path, whole = folder / name, (folder / name).read_bytes()
+    for place in (0.0, 0.5, 1.0):
+        data = bytearray(whole)
+        data[int(place * (len(data) - 1))] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(CorruptFile) as refused:
+            open_training_set(STORAGE, work, folder.name)
+        message = str(refused.value)
+        assert message.startswith(f"{path} does not match its SHA-256 ")
+        assert message.endswith("train again")
+        assert "\n" not in message
+    path.write_bytes(whole[:-1])
     with pytest.raises(CorruptFile, match=rf"{name} does not match"):
         open_training_set(STORAGE, work, folder.name)
-    (folder / name).unlink()
+    path.unlink()
     with pytest.raises(CorruptFile, match=rf"{name} is missing"):
         open_training_set(STORAGE, work, folder.name)
 
 
 @pytest.mark.spark
 @pytest.mark.parametrize("name", ["states.npy", "items.parquet", "interactions.parquet", "profiles.parquet"])
-def test_a_local_copy_that_lost_a_file_to_a_cleaner_is_completed(
+def test_a_deleted_file_of_a_local_copy_is_downloaded_again(
     copied: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -367,18 +337,18 @@ def test_a_local_copy_that_lost_a_file_to_a_cleaner_is_completed(
 
 
 @pytest.mark.spark
-@pytest.mark.parametrize("content", ["", "{", '{"training_id": "x"}', "[]"])
-def test_a_card_that_cannot_be_read_is_one_line(copied: tuple[str, Path], content: str) -> None:
+def test_an_unreadable_card_is_reported_in_one_line(copied: tuple[str, Path]) -> None:
     work, folder = copied
-    (folder / "training_set.json").write_text(content)
-    with pytest.raises(CorruptFile, match=r"training_set\.json cannot be read; delete the folder and train again"):
-        open_training_set(STORAGE, work, folder.name)
+    for content in ("", "{", '{"training_id": "x"}', "[]"):
+        (folder / "training_set.json").write_text(content)
+        with pytest.raises(CorruptFile, match=r"training_set\.json cannot be read; delete the folder and train again"):
+            open_training_set(STORAGE, work, folder.name)
 
 
 @pytest.mark.spark
-def test_a_local_training_set_asks_no_object_store(shop: Shop, spark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_training_set_opens_no_object_store(shop: Shop, spark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
-        raise AssertionError("S3 was asked")
+        raise AssertionError("a client of S3 was opened")
 
     for name in ("boto3_s3", "arrow_s3"):
         monkeypatch.setattr(s3, name, never)
@@ -386,10 +356,10 @@ def test_a_local_training_set_asks_no_object_store(shop: Shop, spark: Any, monke
 
 
 @pytest.mark.spark
-def test_what_changed_since_the_run_announced_its_training_set_ends_the_run(shop: Shop, spark: Any) -> None:
+def test_inputs_that_changed_since_the_start_of_the_run_end_it(shop: Shop, spark: Any) -> None:
     announced = identify(shop.settings()).training_id
     shop.rated(ratings()[:-1])
     now = identify(shop.settings())
-    with pytest.raises(UserError, match=f"changed while the training was under way: {announced} is now"):
-        training_run.states_stage(spark, open_deployment(shop.settings()), now, expected=announced)
+    with pytest.raises(UserError, match=f"changed during the training: {announced} is now"):
+        states_stage(spark, open_deployment(shop.settings()), now, expected=announced)
     assert STORAGE.stat(join(training_uri(shop.settings().work_uri, now.training_id), "training_set.json")) is None

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from marc_pipeline.config import TrainSettings
-from marc_pipeline.evaluation.systems import build
+from marc_pipeline.evaluation.factory import new_objective
 from marc_pipeline.training.fit import fit
 from marc_pipeline.training.interactions import Interactions
 from marc_pipeline.training.learning import LearningData, learning_data
@@ -39,7 +39,7 @@ def data(*, texts: bool) -> tuple[np.ndarray, LearningData]:
 
 def auc(*, texts: bool) -> float:
     states, learned = data(texts=texts)
-    objective = build("marc", states=states, data=learned, dim=DIM, seed=0, train=TRAIN)
+    objective = new_objective("marc", states=states, data=learned, dim=DIM, seed=0, train=TRAIN)
     return fit(objective, training=learned.training, validation=learned.holdout, settings=TRAIN, seed=0, label="").best
 
 

@@ -1,1 +1,1 @@
-"""From training data to the current bundle: the stages of `marc train`, the gate, and promotion."""
+"""Bundles: the stages of `marc train`, the promotion gate, and promotion."""

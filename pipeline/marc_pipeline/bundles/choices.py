@@ -1,4 +1,4 @@
-"""What a training is run with: settings with overrides, and the decision about layers and pooling."""
+"""The settings of a training: overrides, and the decision about layers and pooling."""
 
 import hashlib
 import logging
@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LayerDecision:
-    """Layers and pooling as a training decided them when it began. As text: ``LAYERS:POOLING:DECISION``.
+    """Layers and pooling that a training decided at its start. As text: ``LAYERS:POOLING:DECISION``.
 
     Attributes:
-        layers: blocks of the backbone to keep; None where the training part chooses, written as 0.
+        layers: number of layers to keep; None, written as 0, if the training part chooses.
         pooling: how token states become one vector.
-        decision: who decided.
+        decision: what decided.
     """
 
     layers: int | None
@@ -37,7 +37,7 @@ class LayerDecision:
 
     @classmethod
     def parse(cls, text: str) -> "LayerDecision":
-        """The decision in a text.
+        """Return the decision that a text contains.
 
         Raises:
             UserError: the text has another form.
@@ -56,14 +56,14 @@ class LayerDecision:
 
 
 def with_train(settings: Settings, overrides: Mapping[str, object]) -> Settings:
-    """Settings with keys of ``train`` replaced; a value of None keeps the configured one.
+    """Return settings with keys of ``train`` replaced; a value of None keeps the configured one.
 
     Raises:
         UserError: a value is out of range.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
     try:
-        # Keys that the configuration leaves out stay unset: an adopted recommendation may fill them.
+        # Keys that are not configured stay unset, because an adopted recommendation may set them.
         train = TrainSettings.model_validate({**settings.train.model_dump(exclude_unset=True), **given})
     except ValidationError as error:
         raise UserError(f"train: {describe(error)}") from None
@@ -71,23 +71,23 @@ def with_train(settings: Settings, overrides: Mapping[str, object]) -> Settings:
 
 
 def adopted_uri(settings: Settings) -> str:
-    """Uri of the recommendation that a user adopted for the configured backbone."""
+    """Return the uri of the recommendation that a user adopted for the configured backbone."""
     name = hashlib.sha256(settings.train.backbone.encode()).hexdigest()[:16]
     return join(settings.bundle_uri, "adopted", f"{name}.json")
 
 
 def adopted(deployment: Deployment) -> Adopted | None:
-    """The recommendation that a user adopted for the configured backbone."""
+    """Return the recommendation that a user adopted for the configured backbone, or None."""
     return read_contract(deployment.storage, adopted_uri(deployment.settings), Adopted)
 
 
 def reviewed(deployment: Deployment) -> tuple[Deployment, Decision]:
-    """Fill layers and pooling from the adopted recommendation where the configuration leaves them open.
+    """Take layers and pooling that are not configured from the adopted recommendation.
 
-    A run calls this once and passes the answer on: a recommendation that is adopted meanwhile counts for the next run.
+    A run calls this once and passes the result on. A recommendation that is adopted later applies to the next run.
 
     Returns:
-        The deployment with those settings, and who decided.
+        The deployment with these settings, and what decided.
     """
     settings, train = deployment.settings, deployment.settings.train
     if train.layers is not None:
@@ -107,7 +107,7 @@ def reviewed(deployment: Deployment) -> tuple[Deployment, Decision]:
 
 
 def as_decided(deployment: Deployment, decided: LayerDecision | None) -> tuple[Deployment, Decision]:
-    """Apply the decision that the run handed on; a job that runs on its own asks :func:`reviewed`."""
+    """Apply the decision of the run, or that of :func:`reviewed` if there is none."""
     if decided is None:
         return reviewed(deployment)
     overrides = {"layers": decided.layers, "pooling": decided.pooling}
@@ -115,6 +115,6 @@ def as_decided(deployment: Deployment, decided: LayerDecision | None) -> tuple[D
 
 
 def trains_pca(settings: Settings) -> bool:
-    """Whether a training fits a PCA: because it is configured, or because there are no interactions."""
+    """Return whether a training fits a PCA: it is configured, or there are no interactions."""
     kind = settings.train.compressor
     return kind == "pca" or (kind == "auto" and settings.interactions.uri is None)

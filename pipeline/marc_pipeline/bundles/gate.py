@@ -1,4 +1,4 @@
-"""The gate before promotion: a bundle's files verify, and its vectors of a sample of the catalogue are sound."""
+"""The gate before promotion: verifies the files of a bundle, and its vectors of a sample of the catalogue."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ MIN_SPREAD = 1e-3
 
 
 def damage(settings: Settings, version: str, *, storage: Storage) -> list[str]:
-    """What is wrong with the files of a bundle that was promoted once."""
+    """Return what is wrong with the files of a bundle that was promoted before."""
     try:
         return check_bundle(storage, open_bundle(storage, join(settings.bundle_uri, version)))
     except UserError as error:
@@ -24,14 +24,9 @@ def damage(settings: Settings, version: str, *, storage: Storage) -> list[str]:
 def problems(
     settings: Settings, texts: list[str], version: str, *, storage: Storage, resources: TaskResources
 ) -> list[str]:
-    """Reasons against a bundle, with value and limit; none when it may be promoted.
+    """Return reasons against the promotion of a bundle, with value and limit; empty if it may be promoted.
 
-    Args:
-        settings: how to encode, and ``evaluate.audit_sample``, the most texts that are encoded.
-        texts: of the catalogue; the sample is spread evenly over them.
-        version: of the bundle.
-        storage: access to it.
-        resources: cores and GPU.
+    At most ``evaluate.audit_sample`` texts are encoded, spread evenly over the texts of the catalogue.
     """
     bundle = open_bundle(storage, join(settings.bundle_uri, version))
     found = check_bundle(storage, bundle)
@@ -48,11 +43,14 @@ def problems(
     except Unencodable as error:
         return [f"of {len(sample)} sampled texts: {error}"]
     if vectors.shape[1] != bundle.card.dim:
-        found.append(f"vectors have {vectors.shape[1]} numbers, the card says {bundle.card.dim}")
+        found.append(f"vectors have {vectors.shape[1]} dimensions, but the card lists {bundle.card.dim}")
     off = int((np.abs(np.linalg.norm(vectors, axis=1) - 1) > UNIT_TOLERANCE).sum())
     if bundle.card.normalised and off:
         found.append(f"{off} of {len(sample)} sampled vectors have no unit length")
     spread = float(vectors.std(axis=0).max())
     if spread < MIN_SPREAD:
-        found.append(f"all sampled vectors are alike: no number varies by more than {spread:.1e}")
+        found.append(
+            f"all sampled vectors are nearly equal: the largest standard deviation of a dimension is {spread:.1e}, "
+            f"the limit is {MIN_SPREAD:g}"
+        )
     return found

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,13 +14,12 @@ from safetensors.torch import save_file
 
 from marc_pipeline.config import EncodeSettings, TrainSettings
 from marc_pipeline.errors import UserError
-from marc_pipeline.evaluation.systems import build, new_compressor, new_marc
+from marc_pipeline.evaluation.factory import new_compressor, new_marc, new_objective
 from marc_pipeline.model.backbone import HiddenStates, PooledStates, blocks, load_backbone, load_tokenizer, truncate
 from marc_pipeline.model.budget import CPU_TOKENS
 from marc_pipeline.model.bundle import Bundle, save_bundle
 from marc_pipeline.model.compressor import fit_pca, save_compressor
 from marc_pipeline.model.device import choose_device, choose_dtype
-from marc_pipeline.model.encoder import Encoder
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.storage import Storage
 from marc_pipeline.training import lora as tuned
@@ -29,7 +28,7 @@ from marc_pipeline.training.fit import Checkpoint, Progress, learn
 from marc_pipeline.training.learning import LearningData, learning_data
 from marc_pipeline.training.objective import Objective
 from marc_pipeline.training.regression import fit_regression
-from marc_pipeline.training.states import cutting_tokenizer
+from marc_pipeline.training.states import cutting_tokenizer, state_encoder
 from marc_pipeline.training.training_set import TrainingSet
 from marc_schemas.bundle import BundleCard, CompressorCard
 
@@ -44,14 +43,14 @@ MATCHING_PARTS = ("matching.", "clicked.", "skipped.", "profile.")
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained MARC, not yet written.
+    """A trained MARC before it is saved.
 
     Attributes:
-        objective: compressor and matching network, with the weights that validated best.
-        backbone: with its adapters, in the tuned regime; None where it is as it was.
-        progress: how the training went.
-        layers: blocks to keep.
-        interactions: rows that the weights learned from.
+        objective: compressor and matching network with the best weights.
+        backbone: backbone with adapters in the tuned regime; None in the frozen regime.
+        progress: progress of the training.
+        layers: number of layers to keep.
+        interactions: number of training rows.
     """
 
     objective: Objective
@@ -72,20 +71,12 @@ def train_pca(
     resources: TaskResources,
     layers_from: str = "configuration",
 ) -> Bundle:
-    """Fit a whitened PCA on the backbone's pooled hidden states and save the bundle; which one is current stays.
+    """Fit a whitened PCA on the backbone's pooled hidden states, and save the bundle without promoting it.
 
-    Args:
-        texts: rendered texts of the catalogue; identical ones count once.
-        template: what they were rendered with.
-        train: backbone, layers, pooling, dimensions.
-        encode: device, dtype and token budget of the pass over the texts, as in the encode stage.
-        storage: access to ``bundle_uri``.
-        bundle_uri: folder of bundles.
-        resources: cores for the pass.
-        layers_from: what decided how many layers are kept.
+    Identical texts count once. ``layers_from`` is what decided the number of layers, for the card.
 
     Raises:
-        UserError: unknown backbone, too many layers or dimensions, too few texts.
+        UserError: the backbone is unknown, there are too many layers or dimensions, or too few texts.
     """
     distinct = sorted(set(texts))
     if len(distinct) <= train.dim:
@@ -93,33 +84,31 @@ def train_pca(
             f"whitening to {train.dim} dimensions needs more than {train.dim} distinct texts, "
             f"the catalogue has {len(distinct)}"
         )
-    hidden, facts = _final_states(distinct, train=train, encode=encode, resources=resources)
+    backbone = load_backbone(train.backbone)
+    tokenizer, max_tokens = cutting_tokenizer(backbone, train)
+    total = len(blocks(backbone)[2])
+    layers = train.layers or total
+    truncate(backbone, layers)
+    log.info("train: %d distinct texts through %d of %d layers of %s", len(distinct), layers, total, train.backbone)
+    pooled = PooledStates(HiddenStates(backbone, whole=layers == total), train.pooling)
+    hidden = state_encoder(pooled, tokenizer, encode=encode, resources=resources).encode(distinct).vectors
     compressor, explained = fit_pca(hidden, dim=train.dim)
-    log.info("train: %d of %d dimensions hold %.1f %% of the variance", train.dim, hidden.shape[1], 100 * explained)
+    log.info("train: %d of %d dimensions explain %.1f %% of the variance", train.dim, hidden.shape[1], 100 * explained)
 
     def write(folder: Path) -> BundleCard:
-        # Read again: the encoder may have cast its copy, and a bundle keeps the weights it was given.
-        _write_backbone(folder, truncate(load_backbone(train.backbone), facts.layers), train.backbone)
+        # Loaded again, because the encoder may have cast its copy, and a bundle contains the original weights.
+        _write_backbone(folder, truncate(load_backbone(train.backbone), layers), train.backbone)
         save_compressor(compressor, folder)
-        return BundleCard(
-            backbone=train.backbone,
-            layers_kept=facts.layers,
-            backbone_layers=facts.total,
-            pooling=train.pooling,
-            max_tokens=facts.max_tokens,
-            width=hidden.shape[1],
-            dim=train.dim,
-            normalised=True,
+        facts = {"regime": "pca", "layers_from": layers_from, "texts": len(distinct)}
+        return _card(
+            train,
+            layers=layers,
+            of=total,
+            max_tokens=max_tokens,
             template=template,
             compressor=CompressorCard(kind="pca", arguments={"width": hidden.shape[1], "dim": train.dim}),
-            training={
-                "regime": "pca",
-                "layers_from": layers_from,
-                "texts": len(distinct),
-                "fingerprint": fingerprint(distinct),
-            },
+            training={**facts, "fingerprint": fingerprint(distinct)},
             metrics={"explained_variance": round(explained, 6)},
-            files={},
         )
 
     return save_bundle(storage, bundle_uri, write)
@@ -137,17 +126,10 @@ def train_marc(
 ) -> Trained:
     """Train MARC on the training part of a training set.
 
-    Args:
-        training_set: items, interactions and hidden states; what lies behind its 80 % boundary is not looked at.
-        layers: blocks of the backbone to keep.
-        train: regime, dimensions, losses, optimiser.
-        encode: device, dtype and token budget of passes through the backbone.
-        history: length of the users' histories.
-        resources: cores and GPU.
-        checkpoint: where a run that may be killed leaves its state.
+    Rows after the 80 % boundary of the training set are not used. A killed run resumes from ``checkpoint``.
 
     Raises:
-        UserError: more dimensions than the backbone has, too few items, or a loss that is not finite.
+        UserError: there are more dimensions than the width, or too few items, or the loss is not finite.
     """
     if resources.cpus:
         torch.set_num_threads(encode.threads or resources.cpus)
@@ -163,7 +145,7 @@ def train_marc(
     def made(rows: LearningData) -> Objective:
         nonlocal backbone
         if train.regime == "frozen":
-            return build("marc", states=states, data=rows, dim=train.dim, seed=train.seed, train=train)
+            return new_objective("marc", states=states, data=rows, dim=train.dim, seed=train.seed, train=train)
         objective, backbone = _tuned(
             training_set, rows, states, layers=layers, train=train, encode=encode, resources=resources
         )
@@ -184,15 +166,9 @@ def save_marc(
     bundle_uri: str,
     layers_from: str = "configuration",
 ) -> Bundle:
-    """Write a trained MARC as a bundle; which one is current does not change.
+    """Save a trained MARC as a bundle without promoting it.
 
-    Args:
-        trained: from :func:`train_marc`.
-        training_set: what it was trained on.
-        train: the settings that it was trained with.
-        storage: access to ``bundle_uri``.
-        bundle_uri: folder of bundles.
-        layers_from: what decided how many layers are kept.
+    ``training_set`` and ``train`` are those of the training; ``layers_from`` is what decided the number of layers.
     """
     card, objective, layers, progress = training_set.card, trained.objective, trained.layers, trained.progress
 
@@ -205,19 +181,14 @@ def save_marc(
         save_compressor(objective.compressor, folder)
         rest = {name: value for name, value in objective.state_dict().items() if name.startswith(MATCHING_PARTS)}
         save_file({name: value.contiguous() for name, value in rest.items()}, folder / matching.WEIGHTS)
-        return BundleCard(
-            backbone=train.backbone,
-            layers_kept=layers,
-            backbone_layers=card.layers,
-            pooling=card.pooling,
+        arguments = {"width": card.width, "dim": train.dim, "hidden": train.hidden}
+        return _card(
+            train,
+            layers=layers,
+            of=card.layers,
             max_tokens=card.max_tokens,
-            width=card.width,
-            dim=train.dim,
-            normalised=True,
             template=card.template,
-            compressor=CompressorCard(
-                kind="bottleneck", arguments={"width": card.width, "dim": train.dim, "hidden": train.hidden}
-            ),
+            compressor=CompressorCard(kind="bottleneck", arguments=arguments),
             training={
                 "regime": train.regime,
                 "layers_from": layers_from,
@@ -228,43 +199,38 @@ def save_marc(
                 "settings": train.model_dump(exclude={"processes", "checkpoint_every", "backbone"}),
             },
             metrics={"validation_auc": round(progress.best, 6), "steps": progress.best_step},
-            files={},
         )
 
     return save_bundle(storage, bundle_uri, write)
 
 
-@dataclass(frozen=True)
-class _Truncated:
-    """Layers kept and layers there are, and the tokens that a text may have."""
-
-    layers: int
-    total: int
-    max_tokens: int
-
-
-def _final_states(
-    texts: Sequence[str], *, train: TrainSettings, encode: EncodeSettings, resources: TaskResources
-) -> tuple[NDArray[np.float32], _Truncated]:
-    """Pooled states [texts, D] of the last kept layer, computed as the nights will."""
-    backbone = load_backbone(train.backbone)
-    cutter, max_tokens = cutting_tokenizer(backbone, train)
-    total = len(blocks(backbone)[2])
-    layers = train.layers or total
-    truncate(backbone, layers)
-    log.info("train: %d distinct texts through %d of %d layers of %s", len(texts), layers, total, train.backbone)
-    if encode.threads or resources.cpus:
-        torch.set_num_threads(encode.threads or resources.cpus)
-    device = choose_device(encode, resources)
-    encoder = Encoder(
-        PooledStates(HiddenStates(backbone, whole=layers == total), train.pooling),
-        cutter,
-        head=torch.nn.Identity(),
-        device=device,
-        dtype=choose_dtype(encode, device),
-        token_budget=encode.token_budget,
+def _card(
+    train: TrainSettings,
+    *,
+    layers: int,
+    of: int,
+    max_tokens: int,
+    template: str,
+    compressor: CompressorCard,
+    training: dict[str, Any],
+    metrics: dict[str, float],
+) -> BundleCard:
+    """Return the card of a bundle with ``layers`` of the backbone's layers."""
+    return BundleCard(
+        backbone=train.backbone,
+        layers_kept=layers,
+        backbone_layers=of,
+        pooling=train.pooling,
+        width=compressor.arguments["width"],
+        dim=train.dim,
+        normalised=True,
+        max_tokens=max_tokens,
+        template=template,
+        compressor=compressor,
+        training=training,
+        metrics=metrics,
+        files={},
     )
-    return encoder.encode(texts).vectors, _Truncated(layers, total, max_tokens)
 
 
 def _tuned(
@@ -277,7 +243,7 @@ def _tuned(
     encode: EncodeSettings,
     resources: TaskResources,
 ) -> "tuple[Objective, PeftModel]":
-    """MARC over a backbone with LoRA adapters, which comes as well; states [items, D] of the untouched one."""
+    """Return MARC over a backbone with LoRA adapters, and this backbone; ``states`` [items, D] are the original."""
     backbone = load_backbone(train.backbone)
     cutter, _ = cutting_tokenizer(backbone, train)
     tokens = [np.array(one.ids, dtype=np.int32) for one in cutter.encode_batch(training_set.encoded_texts)]
@@ -306,7 +272,7 @@ def _write_backbone(folder: Path, model: "PreTrainedModel", name: str) -> None:
 
 
 def fingerprint(texts: Sequence[str]) -> str:
-    """Hash of the training texts in order."""
+    """Return a hash of the training texts in order."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())

@@ -1,4 +1,4 @@
-"""Promotion: compare a bundle with the current one, and make it current by one atomic write if the gate passes it."""
+"""Promotion: evaluate a bundle beside the current one, and make it current by one atomic write behind the gate."""
 
 import logging
 import math
@@ -12,7 +12,7 @@ from marc_pipeline.resources import machine
 from marc_pipeline.storage import join
 from marc_pipeline.training.training_set import open_training_set, training_uri
 from marc_pipeline.work_area import read_contract
-from marc_schemas.promotion import Comparison
+from marc_schemas.promotion import BundleComparison
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def compare_stage(spark: "SparkSession", deployment: Deployment, training_id: str, candidate: str) -> Comparison:
-    """Compare a bundle with the current one on the same split, audit its vectors and verify its checksums."""
+def compare_stage(spark: "SparkSession", deployment: Deployment, training_id: str, candidate: str) -> BundleComparison:
+    """Evaluate a bundle and the current one on the same split, verify its checksums and audit its vectors."""
     from marc_pipeline.bundles import gate
     from marc_pipeline.evaluation.tasks import bundle_task, run_tasks
     from marc_pipeline.model.bundle import current_version
@@ -29,15 +29,15 @@ def compare_stage(spark: "SparkSession", deployment: Deployment, training_id: st
     settings, storage = deployment.settings, deployment.storage
     current = current_version(storage, settings.bundle_uri)
     training_set = open_training_set(storage, settings.work_uri, training_id)
-    # First, because a damaged bundle, or one with infinite weights, has no vectors to compare.
+    # The gate runs first, because a damaged bundle, or one with infinite weights, has no vectors to evaluate.
     problems = gate.problems(settings, training_set.texts, candidate, storage=storage, resources=machine())
     rival = current if current != candidate else None
     damage = gate.damage(settings, rival, storage=storage) if rival else []
     if damage:
-        log.warning("compare: the current bundle is damaged and not compared: %s", "; ".join(damage))
+        log.warning("promote: the current bundle is damaged and not evaluated: %s", "; ".join(damage))
     versions = [] if problems else [candidate, *([rival] if rival and not damage else [])]
-    tasks = [bundle_task(settings, training_set, storage=storage, version=version) for version in versions]
-    scores = [score for found in run_tasks(spark, tasks, label="compare") for score in found.scores]
+    tasks = [bundle_task(deployment, training_set, version=version) for version in versions]
+    scores = [score for found in run_tasks(spark, tasks, label="promote") for score in found.scores]
     means = {version: fmean(s.auc for s in scores if s.system == f"bundle:{version}") for version in versions}
     auc, current_auc = means.get(candidate, math.nan), means.get(current) if current else None
     if current_auc is not None and auc < current_auc - settings.evaluate.tolerance:
@@ -45,7 +45,7 @@ def compare_stage(spark: "SparkSession", deployment: Deployment, training_id: st
             f"its mean test AUC over {settings.evaluate.seeds} seeds is {auc:.4f}, that of the current "
             f"bundle {current} is {current_auc:.4f}; evaluate.tolerance is {settings.evaluate.tolerance:g}"
         )
-    comparison = Comparison(
+    comparison = BundleComparison(
         training_id=training_id,
         candidate=candidate,
         current=current,
@@ -56,26 +56,22 @@ def compare_stage(spark: "SparkSession", deployment: Deployment, training_id: st
         problems=problems,
     )
     storage.write(_comparison_uri(settings, training_id, candidate), comparison.model_dump_json(indent=1).encode())
-    beside = (
-        "there is no bundle to compare it with"
-        if current_auc is None
-        else f"the current one, {current}, {current_auc:.4f}"
-    )
-    log.info("compare: bundle %s has AUC %.4f, %s", candidate, comparison.auc, beside)
+    beside = "there is no current bundle" if current_auc is None else f"the current {current} has {current_auc:.4f}"
+    log.info("promote: bundle %s has AUC %.4f; %s", candidate, comparison.auc, beside)
     return comparison
 
 
-def promote_stage(deployment: Deployment, training_id: str, candidate: str) -> Comparison:
-    """Make a bundle the current one: one atomic write, behind the gate.
+def promote_stage(deployment: Deployment, training_id: str, candidate: str) -> BundleComparison:
+    """Make a bundle the current one by one atomic write, if the gate passes it.
 
     Raises:
         GateRefused: the comparison found a reason against the bundle.
-        UserError: the bundle was not compared, or not with the bundle that is current now.
+        UserError: the bundle was not evaluated, or another bundle became current since then.
     """
     from marc_pipeline.model.bundle import current_version, promote
 
     settings, storage = deployment.settings, deployment.storage
-    comparison = read_contract(storage, _comparison_uri(settings, training_id, candidate), Comparison)
+    comparison = read_contract(storage, _comparison_uri(settings, training_id, candidate), BundleComparison)
     if comparison is None:
         raise UserError(f"bundle {candidate} was not evaluated on training set {training_id}; evaluate it first")
     if comparison.problems:
@@ -84,7 +80,7 @@ def promote_stage(deployment: Deployment, training_id: str, candidate: str) -> C
     if current not in {comparison.current, candidate}:
         raise UserError(f"bundle {current} became current since {candidate} was evaluated; evaluate again")
     promote(storage, settings.bundle_uri, candidate)
-    log.info("promote: bundle %s is current; the next night re-encodes every item", candidate)
+    log.info("promote: bundle %s is current; the next nightly run re-encodes every item", candidate)
     return comparison
 
 

@@ -1,4 +1,4 @@
-"""Whole trainings in one process: train, evaluate, promote. Each opens one Spark session and runs its stages."""
+"""Whole trainings, evaluations and promotions: each opens one Spark session and runs its stages in one process."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,23 +12,20 @@ from marc_pipeline.storage import join
 from marc_pipeline.training.training_set import identify_training
 from marc_schemas.evaluation import Evaluation
 from marc_schemas.layers import Decision
-from marc_schemas.promotion import Comparison
+from marc_schemas.promotion import BundleComparison
 
 if TYPE_CHECKING:
     from marc_pipeline.model.bundle import Bundle
 
 
 def train_bundle(deployment: Deployment, *, ds: str, promote: bool = True) -> "Bundle":
-    """Train a bundle on the catalogue of a date: MARC where there are interactions, else a whitened PCA.
+    """Train a bundle on the catalogue of a date: MARC if there are interactions, else a whitened PCA.
 
-    Args:
-        deployment: settings and storage; see :func:`marc_pipeline.bundles.choices.with_train`.
-        ds: date of the catalogue.
-        promote: make the bundle current; a MARC bundle must pass the gate.
+    ``promote`` makes the bundle current; a MARC bundle must pass the gate.
 
     Raises:
-        UserError: catalogue, interactions or settings cannot be used.
-        GateRefused: the new bundle is worse than the current one, or its vectors are not sound.
+        UserError: the catalogue, the interactions or the settings cannot be used.
+        GateRefused: the new bundle is worse than the current one, or its vectors are not usable.
     """
     from marc_pipeline.model.bundle import open_bundle
     from marc_pipeline.spark.session import configured_session
@@ -50,14 +47,15 @@ def train_bundle(deployment: Deployment, *, ds: str, promote: bool = True) -> "B
 
 def _train_pca(deployment: Deployment, *, ds: str, promote: bool, decision: Decision) -> "Bundle":
     from marc_pipeline.bundles.making import train_pca
-    from marc_pipeline.catalogue import source as catalogue
+    from marc_pipeline.catalogue.rows import sample_texts
+    from marc_pipeline.catalogue.source import find_source
     from marc_pipeline.model import bundle
     from marc_pipeline.spark.session import configured_session
 
     settings, storage = deployment.settings, deployment.storage
-    source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
+    source = find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
     with configured_session(settings, name=f"marc train {ds}") as spark:
-        texts = catalogue.sample_texts(spark, source, settings.catalogue, storage=storage, limit=settings.train.sample)
+        texts = sample_texts(spark, source, settings.catalogue, storage=storage, limit=settings.train.sample)
     made = train_pca(
         texts,
         template=settings.catalogue.template,
@@ -74,15 +72,10 @@ def _train_pca(deployment: Deployment, *, ds: str, promote: bool, decision: Deci
 
 
 def evaluate(deployment: Deployment, *, ds: str, wanted: Sequence[str] = ()) -> Evaluation:
-    """Compare MARC with all baselines on the catalogue and the interactions of a date.
-
-    Args:
-        deployment: storage, and settings of dimensions, seeds and training.
-        ds: date of the catalogue.
-        wanted: names of systems; empty for all.
+    """Evaluate MARC and all baselines, or the ``wanted`` systems, on the catalogue and the interactions of a date.
 
     Raises:
-        UserError: catalogue, interactions or settings cannot be used, or a system is unknown.
+        UserError: the catalogue, the interactions or the settings cannot be used, or a system is unknown.
     """
     from marc_pipeline.evaluation import tasks as evaluation
     from marc_pipeline.evaluation.systems import require_known, tuned_systems
@@ -98,15 +91,13 @@ def evaluate(deployment: Deployment, *, ds: str, wanted: Sequence[str] = ()) -> 
         names = {system.name for system in tuned_systems()}
         tuned = settings.evaluate.tuned_steps > 0 and (not wanted or not names.isdisjoint(wanted))
         tuned_uri = tuned_stage(deployment, identity.training_id) if tuned else ""
-        tasks = evaluation.evaluation_tasks(
-            settings, training_set, storage=deployment.storage, chosen=chosen, tuned_uri=tuned_uri, wanted=wanted
-        )
+        tasks = evaluation.evaluation_tasks(deployment, training_set, chosen=chosen, tuned_uri=tuned_uri, wanted=wanted)
         found = evaluation.run_tasks(spark, tasks, label="evaluate")
-        return evaluation.judge(settings, training_set, found, chosen=chosen, decision=decision)
+        return evaluation.evaluation_result(settings, training_set, found, chosen=chosen, decision=decision)
 
 
-def evaluate_and_promote(deployment: Deployment, version: str, *, ds: str) -> Comparison:
-    """Compare a bundle with the current one on the interactions of a date, and make it current behind the gate."""
+def evaluate_and_promote(deployment: Deployment, version: str, *, ds: str) -> BundleComparison:
+    """Evaluate a bundle on the interactions of a date, and make it current if the gate passes it."""
     from marc_pipeline.spark.session import configured_session
 
     deployment, _ = reviewed(deployment)

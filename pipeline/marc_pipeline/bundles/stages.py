@@ -1,10 +1,11 @@
-"""The stages of a training: training set, layer to keep, bundle. Each reads and writes the work area."""
+"""The stages of a training: training set, number of layers, bundle. Each reads and writes the work area."""
 
 import io
 import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -49,13 +50,13 @@ log = logging.getLogger(__name__)
 
 
 def run_id(settings: Settings, training_id: str) -> str:
-    """Names a training run by its data and settings, so that a retry continues the same run."""
+    """Return the id of a training run. It depends on data and settings only, so that a retry resumes the same run."""
     parts = [training_id, settings.interactions.history, settings.train.model_dump(exclude={"checkpoint_every"})]
     return digest(parts, chars=16)
 
 
 def run_uri(settings: Settings, training_id: str) -> str:
-    """Folder of a training run."""
+    """Return the uri of a training run's folder."""
     return join(training_uri(settings.work_uri, training_id), "runs", run_id(settings, training_id))
 
 
@@ -67,18 +68,13 @@ def states_stage(
     dims: Sequence[int] = (),
     expected: str | None = None,
 ) -> TrainingSet:
-    """Make the training set: items, interactions, hidden states of every layer; once.
+    """Write the training set to the work area, unless it exists: items, interactions, hidden states of every layer.
 
-    Args:
-        spark: reads the catalogue.
-        deployment: settings and storage.
-        identity: from :func:`pipeline.training_set.identify_training`.
-        dims: lengths of vectors that will be wanted.
-        expected: training_id that an earlier task of the same run announced.
+    ``dims`` are the dimensions of vectors that will be made; ``expected`` is the id that an earlier task found.
 
     Raises:
-        UserError: catalogue or interactions cannot be used or changed since the id was announced, or the backbone has
-            too few layers or numbers.
+        UserError: the catalogue or the interactions cannot be used or changed since then, or the backbone has too few
+            layers or too small a width.
     """
     if expected is not None:
         require_announced(identity, expected)
@@ -95,26 +91,24 @@ def states_stage(
 
 
 def fold_scores(spark: "SparkSession", deployment: Deployment, training_id: str) -> dict[int, list[float]]:
-    """AUC of every layer within the training part, one per group of users; computed once."""
+    """Return the AUC of every layer within the training part, one per group of users; computed once."""
     from marc_pipeline.evaluation import tasks as evaluation
 
-    def tasks(training_set: TrainingSet) -> "list[EvaluateTask]":
-        return evaluation.sweep_tasks(deployment.settings, training_set, storage=deployment.storage)
-
-    return _layer_scores(spark, deployment, training_id, LAYERS, tasks)
+    return _layer_scores(spark, deployment, training_id, LAYERS, partial(evaluation.layer_tasks, deployment))
 
 
 def tested_layers(spark: "SparkSession", deployment: Deployment, training_id: str) -> dict[int, list[float]]:
-    """Test AUC of every layer's PCA at the dimensions of a training, one per seed; computed once."""
+    """Return the test AUC of every layer's PCA at the dimension of a training, one per seed; computed once."""
     from marc_pipeline.evaluation import tasks as evaluation
 
     settings = deployment.settings
     dims, seeds = (settings.train.dim,), settings.evaluate.seeds
-    asked = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"dims": dims})})
+    update = {"evaluate": settings.evaluate.model_copy(update={"dims": dims})}
+    one_dim = deployment.with_settings(settings.model_copy(update=update))
 
     def tasks(training_set: TrainingSet) -> "list[EvaluateTask]":
         wanted = [f"pca-layer-{layer}" for layer in range(training_set.card.layers + 1)]
-        return evaluation.evaluation_tasks(asked, training_set, storage=deployment.storage, chosen=0, wanted=wanted)
+        return evaluation.evaluation_tasks(one_dim, training_set, chosen=0, wanted=wanted)
 
     return _layer_scores(spark, deployment, training_id, f"layers_tested_{seeds}.json", tasks)
 
@@ -126,7 +120,7 @@ def _layer_scores(
     name: str,
     tasks: "Callable[[TrainingSet], list[EvaluateTask]]",
 ) -> dict[int, list[float]]:
-    """AUC of every layer, computed once and kept in a file of the training run."""
+    """Return the AUC of every layer from a file of the training run, which the first call writes."""
     from marc_pipeline.evaluation import tasks as evaluation
 
     settings, storage = deployment.settings, deployment.storage
@@ -140,7 +134,7 @@ def _layer_scores(
 
 
 def layer_stage(spark: "SparkSession", deployment: Deployment, training_id: str) -> int:
-    """The layer to keep: as configured, or as the training part chooses."""
+    """Return the number of layers to keep, from the configuration or chosen on the training part."""
     from marc_pipeline.evaluation.layer_choice import choose_layer
 
     if deployment.settings.train.layers is not None:
@@ -148,23 +142,19 @@ def layer_stage(spark: "SparkSession", deployment: Deployment, training_id: str)
     scores = fold_scores(spark, deployment, training_id)
     chosen = choose_layer(scores)
     means = ", ".join(f"{layer} {fmean(aucs):.4f}" for layer, aucs in scores.items())
-    log.info("layers: %s; kept: %d", means, chosen)
+    log.info("layers: mean AUC by layer: %s; %d layers are kept", means, chosen)
     return chosen
 
 
 def train_stage(
     spark: "SparkSession", deployment: Deployment, training_id: str, *, decision: Decision = "configuration"
 ) -> TrainingRun:
-    """Choose the layer, train, and save the bundle. A finished run is not repeated.
+    """Choose the number of layers, train, and save the bundle. A finished run is not repeated.
 
-    Args:
-        spark: runs click models side by side, and several processes of the training.
-        deployment: settings and storage, as :func:`marc_pipeline.bundles.choices.reviewed` returns them.
-        training_id: the training set.
-        decision: what decides the layers, for the bundle's card.
+    ``decision`` is what decided the layers, for the bundle's card. The settings are those of ``choices.reviewed``.
 
     Raises:
-        UserError: there is too little to learn from, or the loss is not finite.
+        UserError: there are too few interactions, or the loss is not finite.
     """
     from marc_pipeline.model.bundle import CARD
     from marc_pipeline.report.training_curves import training_curves
@@ -175,12 +165,12 @@ def train_stage(
     if done is not None and storage.stat(join(settings.bundle_uri, done.bundle, CARD)):
         log.info("train: bundle %s exists already", done.bundle)
         return done
-    # Checked here: a Spark task would find the same error later and report it in many lines.
+    # Checked before Spark, which would report the same error in many lines.
     card = read_card(storage, settings.work_uri, training_id)
     require_shape(settings.train, (settings.train.dim,), layers=card.layers, width=card.width)
     layers = layer_stage(spark, deployment, training_id)
     if settings.train.processes > 1:
-        from marc_pipeline.spark.session import distribute
+        from marc_pipeline.spark.tasks import distribute
 
         bundle, history = distribute(
             spark, train_member, deployment, training_id, layers, decision, processes=settings.train.processes
@@ -206,10 +196,10 @@ def train_stage(
 
 
 def trained_bundle(deployment: Deployment, training_id: str) -> str:
-    """Version of the bundle that the training with these settings made.
+    """Return the version of the bundle that the training with these settings made.
 
     Raises:
-        UserError: it has not finished.
+        UserError: the training has not finished.
     """
     run = read_contract(deployment.storage, join(run_uri(deployment.settings, training_id), RUN), TrainingRun)
     if run is None:
@@ -220,10 +210,10 @@ def trained_bundle(deployment: Deployment, training_id: str) -> str:
 def train_process(
     deployment: Deployment, training_id: str, layers: int, decision: Decision
 ) -> tuple[str, list[dict[str, float]]]:
-    """One process of a training. Of several processes, each trains on its share and the first one writes the bundle.
+    """Train in one process, or as one of several processes, of which the first one writes the bundle.
 
     Returns:
-        Version of the bundle, and the history of the training.
+        Version of the bundle, and history of the training; empty in all other processes.
     """
     from marc_pipeline.bundles.making import save_marc
     from marc_pipeline.training.distributed import place
@@ -246,7 +236,7 @@ def train_process(
 def train_member(
     deployment: Deployment, training_id: str, layers: int, decision: Decision
 ) -> tuple[str, list[dict[str, float]]]:
-    """:func:`train_process` as a member of a process group."""
+    """Run :func:`train_process` as a member of a process group."""
     from marc_pipeline.training.distributed import process_group
 
     with process_group():
@@ -254,10 +244,10 @@ def train_member(
 
 
 def tuned_stage(deployment: Deployment, training_id: str) -> str:
-    """Tune the whole backbone for a bounded number of steps, once, and leave its final layer's states [items, D].
+    """Tune the whole backbone for ``evaluate.tuned_steps``, unless this was done before.
 
     Returns:
-        Uri of the states, a ``.npy`` file.
+        Uri of a ``.npy`` file with the states of its final layer [items, D].
     """
     storage, settings, wanted = deployment.storage, deployment.settings, deployment.settings.evaluate
     layers = read_card(storage, settings.work_uri, training_id).layers

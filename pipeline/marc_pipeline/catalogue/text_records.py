@@ -1,6 +1,7 @@
-"""CSV and JSON lines, record by record: no byte of a file is dropped, what is no record is malformed.
+"""Parser of CSV and JSON lines. Every byte of a file belongs to a record; an unparsable record is malformed.
 
-Values stay bytes. Whether they are UTF-8 is asked where the rows of all formats are, and nothing is altered before.
+Values stay bytes, unchanged; :mod:`marc_pipeline.catalogue.rows` checks the UTF-8 of all formats. The parser is our
+own, because library parsers drop or repair malformed records, and the quarantine needs their exact bytes.
 """
 
 import gzip
@@ -27,27 +28,27 @@ PIECE_BYTES = 16 * 1024 * 1024
 BATCH_BYTES = 16 * 1024 * 1024
 BATCH_RECORDS = 2000
 QUOTED_BYTES = 64 * 1024 * 1024
-"""A quoted CSV field that goes on for longer was not closed."""
+"""A quoted CSV field that is longer counts as unclosed."""
 
 BOM = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 INSIDE_QUOTES = re.compile(rb'(?:[^"]++|""|"(?![ \t]*+(?:,|\r?\n?\Z)))*+')
-# The same where a doubled quote may be one of text and the one that ends the field: exporters write such lines.
+# The same for exporters that do not double quotes: a doubled quote may be a quote of the text and the closing quote.
 INSIDE_ODD_QUOTES = re.compile(rb'(?:[^"]++|"(?![ \t]*+(?:,|\r?\n?\Z)))*+')
 CLOSING_QUOTE = re.compile(rb'"[ \t]*+')
 BLANK_LINE = b" \t\r\n"
-# What follows the columns in a batch; no catalogue has columns of these names.
+# Columns of a batch after those of the catalogue; the names must not occur in a catalogue.
 MALFORMED, RECORD, SOURCE = "_malformed_", "_record_", "_source_"
 
 LineEnd = Literal["\n", "\r"]
 Values = Sequence[bytes | None]
 Record = tuple[Values | None, bytes | None]
-"""Values of a record, None where it is malformed, and its bytes where the values do not tell all of them."""
+"""Values of a record, None if it is malformed; and its bytes, None if the values contain all of them."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The lines of a file that begin at one of the bytes from ``start`` to before ``end``."""
+    """The lines of a file that begin at a byte in [``start``, ``end``)."""
 
     uri: str
     start: int = 0
@@ -56,24 +57,22 @@ class Piece:
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How the files of a group are read: their columns in order, and what ends a line."""
+    """Format of the files of a group: columns in order, and the line end."""
 
     form: Literal["csv", "jsonl"]
     columns: tuple[str, ...]
     line_end: LineEnd
 
     def pieces(self, uri: str, size: int) -> list[Piece]:
-        """What of a file can be read on its own: JSON lines can be cut anywhere, a quoted CSV field may hold lines."""
+        """Split a file into pieces for tasks. CSV is not split, because a quoted field may contain line ends."""
         if self.form == "csv" or self.line_end == "\r" or _is_gzipped(uri):
             return [Piece(uri)]
         return [Piece(uri, start, start + PIECE_BYTES) for start in range(0, size, PIECE_BYTES)]
 
     def records(self, lines: Iterator[bytes]) -> Iterator[Record]:
-        """Every record of a file's lines."""
+        """Parse the lines of a file into records."""
         if self.form == "csv":
-            found = csv_records(lines)
-            next(found, None)  # the header
-            for fields, record in found:
+            for fields, record in islice(csv_records(lines), 1, None):  # without the header
                 good = fields is not None and len(fields) == len(self.columns)
                 yield (fields, None) if good else (None, record)
             return
@@ -84,19 +83,19 @@ class TextFormat:
 
 
 def find_format(form: Literal["csv", "jsonl"], uri: str, storage: Storage) -> TextFormat:
-    """What the beginning of a file says: the columns of its header, or of its first JSON objects.
+    """Read the format from the beginning of a file: the columns of its header, or of its first JSON objects.
 
     Raises:
-        UserError: the file is UTF-16 or no gzip file, a name is there twice, a quote in the header is not closed.
+        UserError: the file is UTF-16, gzip is damaged, a column is duplicated or a quote of the header is unclosed.
     """
     with _opened(uri, storage) as stream:
         head = read = stream.read(HEAD_BYTES)
-        # The first record may be longer than the rest of them.
+        # The first record may be longer than HEAD_BYTES.
         while read and not re.search(rb"[\r\n]", read):
             read = stream.read(HEAD_BYTES)
             head += read
     if head.startswith(UTF16_MARKS):
-        raise UserError(f"{uri} is UTF-16; only UTF-8 is read")
+        raise UserError(f"{uri} is UTF-16; export it as UTF-8")
     line_end: LineEnd = "\r" if b"\r" in head[:-1] and b"\n" not in head else "\n"
     lines = _lines(io.BytesIO(head), line_end)
     names = _csv_columns(lines, uri) if form == "csv" else _json_columns(lines)
@@ -104,7 +103,7 @@ def find_format(form: Literal["csv", "jsonl"], uri: str, storage: Storage) -> Te
 
 
 def refuse_doubled(names: Sequence[str], uri: str) -> None:
-    """Raise UserError where a name is there more than once."""
+    """Raise UserError if a column name occurs more than once."""
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise UserError(f"{uri} has column {doubled[0]!r} more than once")
@@ -125,17 +124,12 @@ def _json_columns(lines: Iterator[bytes]) -> list[str]:
 
 
 def _is_gzipped(uri: str) -> bool:
-    """Whether the name of a file says that it is compressed."""
     return uri.lower().endswith(".gz")
 
 
 @contextmanager
 def _opened(uri: str, storage: Storage) -> Iterator[IO[bytes]]:
-    """The content of a file, decompressed.
-
-    Raises:
-        UserError: the file is gone, or no gzip file although its name says so.
-    """
+    """Open a file, decompressed if its name ends in ``.gz``; a missing or damaged file is a UserError."""
     filesystem, path = storage.filesystem(uri)
     try:
         with filesystem.open_input_file(path) as file:
@@ -148,9 +142,9 @@ def _opened(uri: str, storage: Storage) -> Iterator[IO[bytes]]:
 
 
 def _lines(stream: IO[bytes], line_end: str) -> Iterator[bytes]:
-    """Lines with what ends them, a byte order mark at the front left out."""
+    """Yield lines with their line ends, without a byte order mark at the front."""
     if line_end == "\r":
-        # One character per byte and back: the only reader of the standard library that can end lines there.
+        # Only text streams can end lines at \r; Latin-1 maps every byte to one character and back.
         wrapped = io.TextIOWrapper(stream, "latin-1", newline=line_end)
         lines: Iterator[bytes] = (line.encode("latin-1") for line in wrapped)
     else:
@@ -164,9 +158,9 @@ def _lines(stream: IO[bytes], line_end: str) -> Iterator[bytes]:
 def batch_reader(
     text: TextFormat, pieces: Sequence[Piece], storage: Storage
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """A function for Spark's Python workers: numbers of pieces in, their records out.
+    """Return a function for ``mapInArrow``: batches of piece numbers in, batches of records out.
 
-    The columns that come out are those of the format, whether the record is malformed, its bytes, name of the file.
+    Columns of the output: the values, whether the record is malformed, its bytes, and the name of the file.
     """
 
     def read(numbers: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -198,7 +192,7 @@ def _piece_lines(stream: IO[bytes], piece: Piece, line_end: str) -> Iterator[byt
         return
     position = piece.start
     if position:
-        # The line that the byte before belongs to is the previous piece's.
+        # The line with the byte before belongs to the previous piece.
         stream.seek(position - 1)
         position += len(stream.readline()) - 1
     for line in stream:
@@ -209,20 +203,20 @@ def _piece_lines(stream: IO[bytes], piece: Piece, line_end: str) -> Iterator[byt
 
 
 def _batch(rows: Sequence[Record], text: TextFormat, source: str) -> pa.RecordBatch:
-    nothing = (None,) * len(text.columns)
-    values = zip(*(nothing if found is None else found for found, _ in rows), strict=True)
+    empty = (None,) * len(text.columns)
+    values = zip(*(empty if found is None else found for found, _ in rows), strict=True)
     arrays = [pa.array(column, pa.binary()) for column in values]
     arrays.append(pa.array([found is None for found, _ in rows]))
     arrays.append(pa.array([record for _, record in rows], pa.binary()))
     arrays.append(pa.array([source] * len(rows)))
-    # Spark goes by place; a name of the catalogue may be any.
+    # Spark matches these columns by position, so names may repeat or be unusual.
     return pa.RecordBatch.from_arrays(arrays, names=[*text.columns, MALFORMED, RECORD, SOURCE])
 
 
 def _object(members: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(members)
     if len(found) < len(members):
-        raise ValueError("a name is there twice")
+        raise ValueError("duplicate name")
     return found
 
 
@@ -230,9 +224,9 @@ JSON = json.JSONDecoder(object_pairs_hook=_object, parse_int=str, parse_float=st
 
 
 def _json_record(line: bytes) -> dict[str, object] | None:
-    """The JSON object that the bytes are, and nothing else, every name in it once; numbers as they are written.
+    """Parse a line that is one JSON object without duplicate names; None for any other line.
 
-    What is no UTF-8, in bytes or as half of an escaped surrogate pair, stays a lone surrogate.
+    Numbers stay as they are written. Bytes that are not UTF-8, and unpaired escapes, become lone surrogates.
     """
     try:
         found = JSON.decode(line.decode("utf-8", "surrogateescape"))
@@ -258,21 +252,21 @@ def _json_text(value: object) -> bytes | None:
         return b"true" if value else b"false"
     if isinstance(value, list) and not any(isinstance(item, list | dict) for item in value):
         return b", ".join(text for item in value if (text := _json_text(item)) is not None)
-    raise TypeError("an object, or a list of more than texts and numbers, is no text")
+    raise TypeError("an object or a nested list cannot become text")
 
 
 def csv_records(lines: Iterator[bytes]) -> Iterator[tuple[list[bytes] | None, bytes]]:
-    """Fields of every record and its bytes; no fields where a quote was not closed.
+    """Yield the fields of every record and its bytes; the fields are None if a quote is unclosed.
 
-    A quote ends a field only before a comma or the end of a line: any other is text, doubled or not. But a field of
-    several lines with a quote that is not doubled shows, as the end of the file does, that a quote was never closed:
-    then the first line alone is a record, malformed unless a doubled quote in it was meant to end a field, and what
-    follows is read as if the line were not there.
+    A quote closes a field only before a comma or a line end; any other quote is text. A quote counts as unclosed when
+    the file ends first, or when a field of several lines contains a quote that is not doubled. Then the first line
+    alone is the record, and parsing continues with the next line. That record is malformed, unless its doubled quotes
+    can also be read as a quote of the text and the closing quote.
     """
-    again: deque[bytes] = deque()
+    pushed_back: deque[bytes] = deque()
 
     def next_line() -> bytes:
-        return again.popleft() if again else next(lines, b"")
+        return pushed_back.popleft() if pushed_back else next(lines, b"")
 
     while line := next_line():
         if b'"' not in line:
@@ -282,7 +276,7 @@ def csv_records(lines: Iterator[bytes]) -> Iterator[tuple[list[bytes] | None, by
         taken = [line]
         fields = _quoted_fields(taken, next_line)
         if fields is None:
-            again.extendleft(reversed(taken[1:]))
+            pushed_back.extendleft(reversed(taken[1:]))
             del taken[1:]
             fields = _quoted_fields(taken, lambda: b"", inside_quotes=INSIDE_ODD_QUOTES)
         yield fields, _without_end(b"".join(taken))
@@ -291,7 +285,7 @@ def csv_records(lines: Iterator[bytes]) -> Iterator[tuple[list[bytes] | None, by
 def _quoted_fields(
     taken: list[bytes], next_line: Callable[[], bytes], *, inside_quotes: re.Pattern[bytes] = INSIDE_QUOTES
 ) -> list[bytes] | None:
-    """Fields of a record that begins with the line taken; lines that it goes on with are taken, too."""
+    """Return the fields of the record that begins with the only line of ``taken``; append its other lines to it."""
     fields = []
     position = 0
     while True:
@@ -313,7 +307,7 @@ def _quoted_fields(
 def _quoted_field(
     taken: list[bytes], position: int, next_line: Callable[[], bytes], inside_quotes: re.Pattern[bytes]
 ) -> tuple[bytes, int] | None:
-    """Text of a quoted field and the place behind it, in the last of the lines taken; None if it is not closed."""
+    """Return the text of a quoted field and the position after it in the last line taken; None if unclosed."""
     parts: list[bytes] = []
     size, is_stray = 0, False
     while inside := inside_quotes.match(taken[-1], position):

@@ -1,5 +1,1 @@
-"""The command line ``marc``."""
-
-from marc_pipeline.cli.app import main
-
-__all__ = ["main"]
+"""The command line ``marc``: one module per group of commands, and their shared options and output."""

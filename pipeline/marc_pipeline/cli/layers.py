@@ -1,4 +1,4 @@
-"""Commands that judge layers: on the catalogue and its clicks, and by benchmark scores, read or made."""
+"""Commands that compare the layers of a model: layers, scores, mteb."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from marc_pipeline.report.sections import ReportTable
 
 Out = Annotated[Path, typer.Option(help="Folder for tables and plots.")]
-# Below the folder of the results; mteb writes its own beside it.
+# Subfolder of the results for hidden states; mteb writes its own files beside it.
 STATES = "states"
 
 log = logging.getLogger(__name__)
@@ -24,22 +24,22 @@ log = logging.getLogger(__name__)
 
 def layers(
     context: typer.Context,
-    ds: Annotated[str, typer.Option("--ds", help="Date whose catalogue is used.")] = "",
-    images: Annotated[Path | None, typer.Option(help="Folder of images to judge a vision model on, instead.")] = None,
+    ds: Annotated[str, typer.Option("--ds", help="Date of the catalogue.")] = "",
+    images: Annotated[Path | None, typer.Option(help="Folder of images: evaluate a vision model instead.")] = None,
     backbone: Annotated[
-        list[str] | None, typer.Option(help="Models to judge (repeatable); default: train.backbone.")
+        list[str] | None, typer.Option(help="Model to evaluate (repeatable); default: train.backbone.")
     ] = None,
     pooling: Annotated[
-        list[str] | None, typer.Option(help="Poolings to judge (repeatable); default: train.pooling.")
+        list[str] | None, typer.Option(help="Pooling to evaluate (repeatable); default: train.pooling.")
     ] = None,
     sample: Annotated[int | None, typer.Option(min=2, help="Overrides layers.sample.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for page, table and plots.")] = Path("layers"),
+    out: Annotated[Path, typer.Option(help="Folder for the report, tables and plots.")] = Path("layers"),
     adopt: Annotated[
-        bool, typer.Option("--adopt", help="Make the recommendation the default of trainings with this backbone.")
+        bool, typer.Option("--adopt", help="Make the recommendation the default for training with this backbone.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Evaluate every layer of a model, and recommend one. Shows metrics, downstream AUC and cost by layer."""
+    """Evaluate every layer of a model, and recommend one. Shows metrics, downstream AUC and cost per layer."""
     from marc_pipeline.layers import judge as stages
     from marc_pipeline.layers.report import choice_table, layer_table, write_layer_report
 
@@ -65,21 +65,21 @@ def layers(
         return
     for model in report.models:
         _print(f"{model.backbone}, {model.pooling} pooling (* layer to keep)", layer_table(model, brief=True))
-        _print("What every metric would choose", choice_table(model))
+        _print("Choice of each metric", choice_table(model))
     print_table("Findings", [""], [[sentence] for sentence in report.findings])
     advice = [
         [f"layer {one.layers} of {one.backbone}, {one.pooling} pooling", one.reason] for one in report.recommendations
     ]
-    print_table("Adopted" if adopted else "Recommended (--adopt makes it the default of trainings)", ["", ""], advice)
+    print_table("Adopted" if adopted else "Recommended (--adopt makes it the default for training)", ["", ""], advice)
     print_table("Written", [""], [[path] for path in written])
 
 
 def scores(
-    paths: Annotated[list[Path], typer.Argument(help="CSV or Parquet tables, or folders of mteb's result files.")],
+    paths: Annotated[list[Path], typer.Argument(help="CSV or Parquet tables, or folders with result files of mteb.")],
     out: Out = Path("scores"),
     as_json: Json = False,
 ) -> None:
-    """Compare layers by benchmark scores, published or your own. Says which layer is best, and by how much."""
+    """Compare layers by benchmark scores, published or your own. Shows the best layer and its lead."""
     _report(paths, out, as_json=as_json)
 
 
@@ -87,17 +87,18 @@ def mteb(
     context: typer.Context,
     backbone: Annotated[str | None, typer.Option(help="Overrides train.backbone.")] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="Only these tasks (repeatable); default: the 32 of the paper.")
+        list[str] | None, typer.Option(help="Run only this task (repeatable); default: the 32 tasks of the paper.")
     ] = None,
     layer: Annotated[
-        list[int] | None, typer.Option(min=0, help="Only these layers (repeatable), 0: embeddings; default: all.")
+        list[int] | None,
+        typer.Option(min=0, help="Evaluate only this layer (repeatable); 0 is the embeddings; default: all."),
     ] = None,
     pooling: Annotated[str | None, typer.Option(help="mean, last or cls; overrides train.pooling.")] = None,
-    results: Annotated[Path, typer.Option(help="Folder for mteb's results and the states.")] = Path("mteb"),
+    results: Annotated[Path, typer.Option(help="Folder for results of mteb and hidden states.")] = Path("mteb"),
     out: Out = Path("scores"),
     as_json: Json = False,
 ) -> None:
-    """Run MTEB's tasks on every layer of a backbone. Each text is encoded once; the scores are compared by layer."""
+    """Run MTEB tasks on every layer of a backbone. Compares the scores by layer. Each text is encoded once."""
     from marc_pipeline.bundles.choices import with_train
     from marc_pipeline.layers.mteb import PAPER_TASKS, EveryLayer, find_tasks, run_tasks
     from marc_pipeline.resources import machine
@@ -119,7 +120,7 @@ def mteb(
 def _tell(run: "TaskRun") -> None:
     place = run.task if run.layer is None else f"{run.task}, layer {run.layer}"
     if run.skipped:
-        log.warning("mteb: %s is skipped: %s", place, run.skipped)
+        log.warning("mteb: %s skipped: %s", place, run.skipped)
     else:
         log.info("mteb: %s: %.4f", place, run.score)
 
@@ -141,6 +142,9 @@ def _report(paths: Iterable[Path], out: Path, *, as_json: bool, more: dict[str, 
 
 
 def _print(title: str, table: "ReportTable") -> None:
-    """A table of a report on standard output; nothing if it has no rows."""
+    """Print a table of a report; print nothing if it has no rows."""
     if table.rows:
         print_table(title, list(table.header), [list(row) for row in table.rows], right=tuple(table.numbers))
+
+
+COMMANDS = (layers, scores, mteb)

@@ -1,4 +1,4 @@
-"""The command that looks items up: ``marc lookup``."""
+"""The command that finds neighbours: ``marc lookup``."""
 
 import sys
 from pathlib import Path
@@ -8,10 +8,9 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from marc_pipeline.cli.item_texts import item_texts, shortened
 from marc_pipeline.cli.options import At, Json, MaybeDs, State, print_json, print_table
-from marc_pipeline.cli.read import open_chosen
-from marc_pipeline.cli.texts import item_texts, shortened
-from marc_pipeline.config import EncodeSettings
+from marc_pipeline.cli.releases import open_chosen
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import UserError
 
@@ -20,20 +19,23 @@ if TYPE_CHECKING:
 
 STANDARD_INPUT = Path("-")
 
-ItemIds = Annotated[list[str] | None, typer.Option("--item", help="Neighbours of this item; may be repeated.")]
+ItemIds = Annotated[list[str] | None, typer.Option("--item", help="Find neighbours of this item (repeatable).")]
 IdFile = Annotated[
-    Path | None, typer.Option("--items", help="Neighbours of items: ids in a file, one a line; - for standard input.")
+    Path | None,
+    typer.Option("--items", help="Find neighbours of the items in this file, one id per line; - reads standard input."),
 ]
 Texts = Annotated[
-    list[str] | None, typer.Option("--text", help="Neighbours of a text (needs the extra 'model'); may be repeated.")
+    list[str] | None, typer.Option("--text", help="Find neighbours of this text (repeatable); needs the extra 'model'.")
 ]
 VectorFile = Annotated[
-    Path | None, typer.Option("--vector", help="Neighbours of the vectors in a .npy file, [d] or [n, d].")
+    Path | None, typer.Option("--vector", help="Find neighbours of the vectors in this .npy file, [d] or [n, d].")
 ]
 Within = Annotated[
-    Path | None, typer.Option("--within", help="Find only items whose ids are in this file, one a line.")
+    Path | None, typer.Option("--within", help="Return only items whose ids are in this file, one per line.")
 ]
-Without = Annotated[Path | None, typer.Option("--without", help="Find no item whose id is in this file, one a line.")]
+Without = Annotated[
+    Path | None, typer.Option("--without", help="Return no item whose id is in this file, one per line.")
+]
 
 
 def lookup(
@@ -46,7 +48,12 @@ def lookup(
     without: Without = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Neighbours per query.")] = 10,
     rerank: Annotated[
-        int, typer.Option("--rerank", min=0, help="Candidates of the index that the table's vectors score anew.")
+        int,
+        typer.Option(
+            "--rerank",
+            min=0,
+            help="Number of candidates to rescore with the table's vectors; 0 keeps the index's scores.",
+        ),
     ] = 0,
     ds: MaybeDs = None,
     at: At = None,
@@ -69,7 +76,10 @@ def lookup(
         if ids:
             asked, answer = ids, release.similar(ids, k, **options)
         elif text:
-            asked, answer = text, release.search(_encoded(deployment.settings.encode, release, text), k, **options)
+            from marc_pipeline.reader.texts import encode_texts
+
+            vectors = encode_texts(release, text, settings=deployment.settings.encode)
+            asked, answer = text, release.search(vectors, k, **options)
         else:
             vectors = _load(vector)
             asked = [f"row {row} of {vector}" for row in range(len(vectors))]
@@ -104,7 +114,7 @@ def _print(
 
 
 def _ids(path: Path, option: str, *, may_be_empty: bool = False) -> list[str]:
-    """Item ids of a file, one a line; blank lines are none."""
+    """Item ids of a file, one per line; blank lines are skipped."""
     try:
         data = sys.stdin.buffer.read() if path == STANDARD_INPUT else path.read_bytes()
         text = data.decode("utf-8-sig")
@@ -113,10 +123,10 @@ def _ids(path: Path, option: str, *, may_be_empty: bool = False) -> list[str]:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise UserError(f"{option} {path} is not UTF-8: byte {data[error.start]:#04x} in line {line}") from None
-    # Ids may hold what else splits lines.
+    # Ids may contain other line separators, so str.splitlines would break them.
     ids = [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line]
     if not ids and not may_be_empty:
-        raise UserError(f"{option} {path} holds no item ids; write one a line")
+        raise UserError(f"{option} {path} has no item ids; write one per line")
     return ids
 
 
@@ -127,11 +137,8 @@ def _load(path: Path | None) -> NDArray[np.float32]:
     except (OSError, EOFError, TypeError, ValueError) as error:
         raise UserError(f"--vector {path}: {error}") from None
     if not len(vectors):
-        raise UserError(f"--vector {path} holds no vectors")
+        raise UserError(f"--vector {path} has no vectors")
     return vectors
 
 
-def _encoded(settings: EncodeSettings, release: "OpenRelease", texts: list[str]) -> NDArray[np.float32]:
-    from marc_pipeline.reader.texts import encode_texts
-
-    return encode_texts(release, texts, settings=settings)
+COMMANDS = (lookup,)

@@ -1,4 +1,4 @@
-"""Options and output that the commands share."""
+"""Options and output functions that the commands share."""
 
 import json
 import sys
@@ -16,13 +16,12 @@ from marc_pipeline.config import Settings, load_settings
 from marc_pipeline.deployment import Deployment, open_deployment
 
 Ds = Annotated[str, typer.Option("--ds", help="Date of the snapshot, YYYY-MM-DD.")]
-MaybeDs = Annotated[str | None, typer.Option("--ds", help="Date of the snapshot; default: the newest release.")]
+MaybeDs = Annotated[str | None, typer.Option("--ds", help="Date of the snapshot; default: the newest date.")]
 At = Annotated[
     str | None,
-    typer.Option("--at", help="As readers saw it at this moment: 2026-11-20T06:00:00+00:00."),
+    typer.Option("--at", help="Show the release that was live at this time, such as 2026-11-20T06:00:00+00:00."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-
 
 PIPE_WIDTH = 160
 
@@ -45,12 +44,12 @@ class State:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on standard output."""
+    """Print one JSON object on standard output."""
     sys.stdout.write(json.dumps(value, default=str, ensure_ascii=False) + "\n")
 
 
 def print_lines(lines: list[str]) -> None:
-    """Plain lines on standard output, for pipes."""
+    """Print plain lines on standard output, for pipes."""
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
@@ -62,15 +61,7 @@ def print_table(
     right: tuple[int, ...] = (),
     lines: bool = False,
 ) -> None:
-    """Print a table on standard output.
-
-    Args:
-        title: of the table.
-        columns: their names.
-        rows: of cells.
-        right: columns of numbers, aligned to the right.
-        lines: whether to draw a line between rows.
-    """
+    """Print a table on standard output; ``right`` lists right-aligned columns, ``lines`` separates the rows."""
     table = Table(title=None if title is None else Text(title), title_justify="left", show_lines=lines)
     for place, name in enumerate(columns):
         table.add_column(
@@ -78,6 +69,6 @@ def print_table(
         )
     for row in rows:
         table.add_row(*row)
-    # Into a pipe there is no terminal to fit.
+    # A pipe has no width to fit.
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     console.print(table, markup=False)

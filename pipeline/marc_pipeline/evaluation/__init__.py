@@ -1,1 +1,1 @@
-"""Evaluation: every system of vectors judged by the same click model."""
+"""Evaluation: compares systems of vectors by the AUC of the same click model."""

@@ -1,11 +1,11 @@
-"""The click model that judges vectors: what frozen item vectors are worth to a small network that predicts clicks.
+"""The click model: a small network that predicts clicks from frozen item vectors, to evaluate the vectors.
 
-For a row of user u and item i, with v the frozen vectors and h the mean of v over the clicks that u had before:
+For a row of user u and item i, with v the frozen vectors and h the mean of v over the earlier clicks of u:
 
     p(click) = σ(MLP([v_i, h, v_i ⊙ h, e_u, e_i]))        MLP = Linear, ReLU, dropout, Linear; e = trained id embeddings
 
-Everything but v is the same for every system, so a difference in AUC is a difference between vectors. Inputs, widths
-and training are this project's choice, see ``CtrSettings``.
+All systems share everything but v, so a difference in AUC is a difference between vectors. Inputs, widths and training
+are this project's choice, see ``CtrSettings``.
 """
 
 import copy
@@ -19,7 +19,8 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
-from marc_pipeline.training.interactions import Interactions, Split, histories, training_counts
+from marc_pipeline.training.interactions import Interactions
+from marc_pipeline.training.time_split import Split, histories
 
 COLD_RATINGS = 5
 ID_SPREAD = 0.01
@@ -28,16 +29,14 @@ PREDICTED_AT_ONCE = 8192
 
 @dataclass(frozen=True, eq=False)
 class ClickData:
-    """Interactions as the click model sees them, part by part, each in the order of time.
+    """Interactions and histories for the click model, sorted by time within each part.
 
     Attributes:
-        users: int64 [n].
-        items: int64 [n].
+        users, items: int64 [n].
         labels: float32 [n], 1 for a click, else 0.
-        clicks: int64 [n, k], items that the row's user had clicked strictly before, -1 where there are no more.
+        clicks: int64 [n, k], items that the row's user had clicked strictly before; −1 is padding.
         split: rows of the three parts.
-        n_users: users are numbered below this.
-        n_items: items are numbered below this.
+        n_users, n_items: numbers of users and items.
         cold: bool [test rows], whether the item has fewer than ``COLD_RATINGS`` ratings in the training part.
     """
 
@@ -53,10 +52,9 @@ class ClickData:
 
 @dataclass(frozen=True)
 class CtrSettings:
-    """How the click model is built and trained.
+    """Architecture and training of the click model.
 
-    The values were tuned on the PCA baselines only, for a low spread between seeds: no system that is compared with
-    the baselines had a say in them.
+    The values were tuned on the PCA baselines only, for a low spread between seeds. No other system influenced them.
     """
 
     learning_rate: float = 3e-4
@@ -71,18 +69,16 @@ class CtrSettings:
 
 @dataclass(frozen=True, eq=False)
 class ClickScore:
-    """What the click model made of one set of vectors.
+    """The score of one set of vectors.
 
     Attributes:
-        auc: on the test part; like the two below NaN where the rows are none or all of one label, for then there
-            is no pair to put in order.
-        cold_auc: on the test rows of cold items.
-        warm_auc: on the other test rows.
-        log_loss: on the test part, nats.
-        validation_auc: of the chosen epoch.
-        epoch: the chosen one, from 1.
+        auc: AUC on the test part. Each AUC is NaN if there are no rows, or all have one label.
+        cold_auc, warm_auc: AUC on the test rows of cold items, and on the other test rows.
+        log_loss: log loss on the test part, nats.
+        validation_auc: AUC of the chosen epoch on the validation part.
+        epoch: number of the chosen epoch, from 1.
         predictions: float32 [test rows], probability of a click.
-        seconds: for all of it.
+        seconds: wall time of training and prediction.
     """
 
     auc: float
@@ -106,18 +102,14 @@ def click_data(
     history: int,
     order: NDArray[np.int64] | None = None,
 ) -> ClickData:
-    """Prepare interactions for the click model.
+    """Add histories of at most ``history`` clicks to interactions, and mark cold items.
 
-    Args:
-        interactions: all of them.
-        split: as cut from them.
-        n_items: items of the catalogue, rated or not.
-        history: last clicks before the moment that describe a user.
-        order: rows of the interactions that the split's parts count in; None: as they are.
+    ``n_items`` is the number of items in the catalogue. ``order`` are row numbers in the order of ``split``; None if
+    the split has the order of time.
     """
     rows = np.arange(len(interactions)) if order is None else order
     items = interactions.items[rows]
-    ratings = training_counts(interactions, rows[split.train], n_items)
+    ratings = np.bincount(interactions.items[rows[split.train]], minlength=n_items)
     return ClickData(
         users=interactions.users[rows],
         items=items,
@@ -133,20 +125,19 @@ def click_data(
 def score_vectors(
     vectors: NDArray[np.float32] | None, data: ClickData, *, seed: int, settings: CtrSettings = DEFAULTS
 ) -> ClickScore:
-    """Train the click model on frozen vectors and score it on the test part.
+    """Train the click model on frozen vectors, and evaluate it on the test part.
 
-    It learns from the rows of ``split.train``; the validation part chooses the epoch, the test part nothing. The same
-    seed gives the same bits on the same machine with the same number of threads; torch's global generator is left
-    as it was.
+    The training part trains it, and the validation part chooses the epoch. The same seed gives the same bits on the
+    same machine with the same number of threads. Torch's global generator does not change.
 
     Args:
-        vectors: float32 [n_items, d], scaled here to length √d each (zeros stay zeros); None for id embeddings alone.
+        vectors: float32 [n_items, d], which are scaled to length √d, except zeros; None for id embeddings only.
         data: interactions.
-        seed: of initial weights, dropout and the order of rows.
-        settings: of the click model.
+        seed: seed of initial weights, dropout and the order of rows.
+        settings: architecture and training.
 
     Raises:
-        ValueError: vectors that are not one finite row per item, or a validation part without both labels.
+        ValueError: the vectors are not one finite row per item, or the validation part has one label only.
     """
     started = time.perf_counter()
     if len(np.unique(data.labels[data.split.validation])) < 2:
@@ -164,7 +155,7 @@ def score_vectors(
         auc=_auc(labels, predictions),
         cold_auc=_auc(labels[data.cold], predictions[data.cold]),
         warm_auc=_auc(labels[~data.cold], predictions[~data.cold]),
-        # In float64, whose rounding is what certain predictions are clipped to.
+        # float64, because log_loss clips predictions of 0 and 1 to the rounding of their type.
         log_loss=float(log_loss(labels, predictions.astype(np.float64), labels=[0, 1])),
         validation_auc=validation_auc,
         epoch=epoch,
@@ -175,7 +166,7 @@ def score_vectors(
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Rows of one part: users, items [n], mean vectors of the histories [n, d] and labels [n]."""
+    """Rows of one part: users [n], items [n], mean vectors of the histories [n, d] and labels [n]."""
 
     users: Tensor
     items: Tensor
@@ -187,11 +178,11 @@ class _Part:
 
 
 class _ClickModel(nn.Module):
-    """Logits of rows; ``table`` is frozen and belongs to the caller."""
+    """Returns logits of rows. ``table`` is frozen and not copied."""
 
     def __init__(self, table: Tensor, *, n_users: int, n_items: int, settings: CtrSettings) -> None:
         super().__init__()
-        # Not part of the state: every chosen epoch would copy it.
+        # Not persistent, because every best epoch copies the state.
         self.register_buffer("table", table, persistent=False)
         self.users = nn.Embedding(n_users, settings.id_width)
         self.items = nn.Embedding(n_items, settings.id_width)
@@ -207,7 +198,7 @@ class _ClickModel(nn.Module):
     table: Tensor
 
     def forward(self, part: _Part) -> Tensor:
-        # Looked up and multiplied per batch: as ready rows these would take three times the memory of the means.
+        # Looked up and multiplied per batch, because rows of all inputs would take three times the memory.
         own = functional.embedding(part.items, self.table)
         ids = self.users(part.users), self.items(part.items)
         logits: Tensor = self.net(torch.cat([own, part.means, own * part.means, *ids], dim=1))
@@ -215,15 +206,15 @@ class _ClickModel(nn.Module):
 
 
 def _lookup_table(vectors: NDArray[np.float32] | None, n_items: int) -> Tensor:
-    """Vectors of length √d, and a row of zeros that stands for no item: float32 [n_items + 1, d]."""
+    """Return vectors scaled to length √d, and a row of zeros for padding: float32 [n_items + 1, d]."""
     if vectors is None:
         return torch.zeros(n_items + 1, 0)
     if vectors.ndim != 2 or len(vectors) != n_items:
         raise ValueError(f"vectors must be [{n_items}, d], one row per item, not {[*vectors.shape]}")
-    # In float64: squares of large float32 numbers overflow.
+    # float64, because squares of large float32 numbers overflow.
     lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
     if len(bad := np.flatnonzero(~np.isfinite(lengths))):
-        raise ValueError(f"{len(bad)} of {n_items} vectors hold NaN or infinity; the first is row {bad[0]}")
+        raise ValueError(f"{len(bad)} of {n_items} vectors contain NaN or infinity; the first is row {bad[0]}")
     scale = np.sqrt(vectors.shape[1]) / np.where(lengths > 0, lengths, 1)
     table = torch.zeros(n_items + 1, vectors.shape[1])
     np.multiply(vectors, scale[:, None], out=table[:-1].numpy(), casting="same_kind")
@@ -236,7 +227,7 @@ def _part(data: ClickData, rows: slice, table: Tensor) -> _Part:
     return _Part(
         users=torch.from_numpy(data.users[rows]),
         items=torch.from_numpy(data.items[rows]),
-        # Zeros for a history of nothing but padding.
+        # The mean of padding only is 0.
         means=functional.embedding_bag(
             torch.from_numpy(np.where(clicks < 0, padding, clicks)), table, mode="mean", padding_idx=padding
         ),
@@ -245,10 +236,10 @@ def _part(data: ClickData, rows: slice, table: Tensor) -> _Part:
 
 
 def _fit(model: _ClickModel, train: _Part, validation: _Part, *, seed: int, settings: CtrSettings) -> tuple[int, float]:
-    """Train until the validation AUC has not risen for ``patience`` epochs; the model is left at its best epoch.
+    """Train until the validation AUC has not risen for ``patience`` epochs, and restore the best epoch.
 
     Returns:
-        That epoch, from 1, and its validation AUC.
+        Number of the best epoch, from 1, and its validation AUC.
     """
     optimiser = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     order = torch.Generator().manual_seed(seed)

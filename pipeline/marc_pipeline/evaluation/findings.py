@@ -1,4 +1,4 @@
-"""The findings of an evaluation as sentences: each claim with its numbers, also where a claim fails."""
+"""The findings of an evaluation as sentences: each claim with its numbers, whether it holds or not."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,21 +23,17 @@ ADVANTAGE = ("is confirmed", "is refuted", "is not confirmed")
 
 
 def findings(summaries: Sequence[Summary], scores: Sequence[SystemScore], *, layers: int, comparison: str) -> list[str]:
-    """The results with their numbers, one sentence per claim, also where the claim fails.
+    """Return one sentence per claim with its numbers, whether it holds or not.
 
     The 95 % interval over seeds decides every verdict: a claim is confirmed if the interval excludes 0.
 
-    Args:
-        summaries: of all systems, from ``summarise``.
-        scores: the scores that the summaries were made from.
-        layers: number of blocks of the backbone, which is the number of its final layer.
-        comparison: the system that the claims are about.
+    ``layers`` is the number of the backbone's final layer; the claims are about the ``comparison`` system.
     """
     results = _Results(summaries, runs_of(scores), layers, comparison)
     topics = (_mid_layer_advantage, _rivals, _ablations, _cold_items, _tuned)
     sentences = [sentence for topic in topics for dim in results.dims for sentence in topic(results, dim)]
     if results.get(comparison) is None:
-        sentences.append(f"{comparison} was not evaluated: nothing is claimed about it.")
+        sentences.append(f"{comparison} was not evaluated, so there are no findings about it.")
     return [*sentences, *_storage(results)]
 
 
@@ -52,23 +48,21 @@ class _Results:
 
     @property
     def dims(self) -> list[int]:
-        """Dimensions of layers and of the comparison system: systems are compared at these."""
+        """Return the dimensions at which systems are compared: those of layers and of the comparison system."""
         return sorted({s.dim for s in self.summaries if s.family == "layer" or s.system == self.comparison})
 
     def at(self, dim: int, *families: Family) -> list[Summary]:
         return [s for s in self.summaries if s.dim == dim and s.family in families]
 
     def get(self, system: str, dim: int | None = None) -> Summary | None:
-        """A system at a dimension, by default its largest."""
+        """Return a system at a dimension, by default its largest."""
         found = [s for s in self.summaries if s.system == system and dim in (None, s.dim)]
         return max(found, key=lambda s: s.dim, default=None)
 
     def best_layer(self, dim: int, *, middle: bool = False) -> Summary | None:
-        """The best by mean test AUC, which cannot be known before the test: it is the hardest rival.
+        """Return the layer with the best mean test AUC, which is the hardest rival.
 
-        Args:
-            dim: dimension of the vectors.
-            middle: leave out the embeddings and the final layer.
+        ``middle`` excludes the embeddings and the final layer.
         """
         layers = (s for s in self.at(dim, "layer") if not middle or 0 < (s.layer or 0) < self.layers)
         return max(layers, key=lambda s: s.auc, default=None)
@@ -99,7 +93,7 @@ def _rivals(results: _Results, dim: int) -> Iterator[str]:
     for rival in [*([best] if best else []), *results.at(dim, "baseline", "bundle")]:
         difference = results.difference(own, rival)
         outcome = verdict(difference, "beats", "loses to", "does not demonstrably beat")
-        # The sentence says that the test part chose this layer: a claim against it is then the strongest possible.
+        # The test part chose this layer, which makes a claim against it the strongest possible.
         apposition = f", the best of {len(layers)} layers by test AUC" if rival is best else ""
         users = _users(rival, difference, sign=-1)
         yield f"At d = {dim} {own.system} {outcome} {rival.system}{apposition}: {difference_text(difference)}{users}."
@@ -169,14 +163,14 @@ def _storage(results: _Results) -> Iterator[str]:
 
 
 def verdict(difference: PairedDifference | None, above: str, below: str, neither: str) -> str:
-    """The words for a difference whose interval over seeds is above 0, below 0, or contains 0 or is missing."""
+    """Return the words for a difference with an interval above 0, below 0, or neither."""
     if difference is None or difference.low is None or difference.high is None:
-        return f"{neither} (there is no interval to judge by)"
+        return f"{neither} (there is no interval)"
     return above if difference.low > 0 else below if difference.high < 0 else neither
 
 
 def difference_text(difference: PairedDifference | None) -> str:
-    """A difference with its interval, p-value and number of seeds."""
+    """Return a difference with its interval, p-value and number of seeds."""
     if difference is None:
         return "without a seed in common"
     mean = signed(difference.mean)
@@ -188,7 +182,7 @@ def difference_text(difference: PairedDifference | None) -> str:
 
 
 def _users(summary: Summary, difference: PairedDifference | None, *, sign: int = 1) -> str:
-    """The interval over test users; ``sign`` is −1 if the summary subtracts the other way round."""
+    """Return the interval over test users; ``sign`` is −1 if the summary subtracts in the other direction."""
     if summary.user_low is None or summary.user_high is None or difference is None:
         return ""
     low, high = sorted((sign * summary.user_low, sign * summary.user_high))

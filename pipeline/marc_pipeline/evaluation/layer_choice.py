@@ -1,23 +1,23 @@
-"""The choice of a layer from AUC scores: a smooth curve over the layers, and its highest point."""
+"""The choice of a layer from AUC scores: the maximum of a smooth curve over the layers."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
 
-# From this number of layers on, the smooth curve is a quartic instead of a parabola.
 MANY_LAYERS = 12
+"""From this number of layers on, the smooth curve is a quartic instead of a parabola."""
 
 
 def smoothed(scores: Mapping[int, Sequence[float]]) -> dict[int, float]:
-    """A smooth curve through the mean scores of all layers: a parabola, or a quartic for a dozen layers or more.
+    """Fit a parabola, or a quartic for many layers, to the mean scores of all layers, and return its values.
 
     The error of one layer's AUC is about as large as the differences between layers, so the best single layer is
-    partly chance. Neighbouring layers are similar, so a curve that falls towards its ends is known more precisely
-    than its points. A parabola would move a peak near one end to the middle; with many layers a quartic does not.
+    partly chance. Neighbouring layers are similar, so the curve is known more precisely than its points. With many
+    layers, a parabola would move a peak near one end to the middle; a quartic does not.
 
     Args:
-        scores: of every layer, one per fold.
+        scores: AUC of every layer, one per fold.
     """
     layers = sorted(scores)
     means = np.array([fmean(scores[layer]) for layer in layers])
@@ -28,10 +28,6 @@ def smoothed(scores: Mapping[int, Sequence[float]]) -> dict[int, float]:
 
 
 def choose_layer(scores: Mapping[int, Sequence[float]]) -> int:
-    """The layer where :func:`smoothed` scores are highest; of equal layers the lowest.
-
-    Args:
-        scores: AUC of every layer, one per fold.
-    """
+    """Return the layer with the highest :func:`smoothed` score; of equal layers the lowest."""
     curve = smoothed(scores)
     return min(curve, key=lambda layer: (-curve[layer], layer))

@@ -1,4 +1,4 @@
-"""From scores to statements: means over seeds, differences with their intervals, and what follows in words."""
+"""Statistics of an evaluation: means over seeds, and differences between systems with intervals."""
 
 import math
 import warnings
@@ -19,19 +19,18 @@ BYTES_PER_NUMBER = 4
 
 Key = tuple[str, int]
 Predictions = Mapping[tuple[str, int, int], NDArray[np.float32]]
-"""By system, dimension and seed: probability of a click, float32 [test rows]."""
+"""Probability of a click, float32 [test rows], by system, dimension and seed."""
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Mean over seeds of one system's figure minus another's with the same seed.
+    """The difference between two systems in one figure, paired by seed.
 
     Attributes:
-        mean: of the differences.
-        low: end of the 95 % interval of that mean (Student's t); None with one seed, as the two below.
-        high: its other end.
-        p_value: paired t-test, two-sided.
-        seeds: that both systems have.
+        mean: mean difference over seeds.
+        low, high: 95 % interval of the mean (Student's t); None with one seed.
+        p_value: paired t-test, two-sided; None with one seed.
+        seeds: number of seeds that both systems have.
     """
 
     mean: float
@@ -42,11 +41,11 @@ class PairedDifference:
 
 
 class WeightedAUC:
-    """AUC of fixed predictions under changing weights of the rows: sorted once, then linear in the rows.
+    """AUC of fixed predictions for varying weights of the rows. It sorts once; each call takes linear time.
 
     Args:
         labels: [n], above 0 for a click.
-        predictions: [n]; equal ones count half.
+        predictions: [n]; a pair of equal predictions counts half.
     """
 
     def __init__(self, labels: NDArray[np.float32], predictions: NDArray[np.float32]) -> None:
@@ -56,33 +55,28 @@ class WeightedAUC:
         self._clicked = labels[self._order] > 0
 
     def __call__(self, weights: NDArray[np.int64] | NDArray[np.float64]) -> float:
-        """Σ w_p w_n ([s_p > s_n] + [s_p = s_n] / 2) / Σ w_p w_n over clicks p and others n; NaN without a pair.
+        """Return Σ w_p w_n ([s_p > s_n] + [s_p = s_n] / 2) / Σ w_p w_n over clicks p and other rows n.
 
-        Args:
-            weights: [n], not negative.
+        The result is NaN without a pair. Weights [n] must not be negative.
         """
         ranked = weights[self._order]
         clicks = np.add.reduceat(np.where(self._clicked, ranked, 0), self._ties)
         others = np.add.reduceat(np.where(self._clicked, 0, ranked), self._ties)
         pairs = float(clicks.sum()) * float(others.sum())
         below = np.cumsum(others) - others
-        # Not @: BLAS takes threads for it, and waiting for them on busy cores took twenty times as long as the rest.
+        # A product with @ would start BLAS threads, which took 20 times as long on busy cores.
         return float((clicks * (below + others / 2)).sum()) / pairs if pairs else math.nan
 
 
 def summarise(
     scores: Sequence[SystemScore], predictions: Predictions, data: ClickData, *, comparison: str
 ) -> list[Summary]:
-    """Means over seeds and differences to the comparison system, in the order in which systems first appear.
+    """Return means over seeds, and differences to the comparison system, in the order of the scores.
 
-    Args:
-        scores: one per system, dimension and seed.
-        predictions: of the same; without those of a system its interval over test users is None.
-        data: what the systems were scored on.
-        comparison: the system that the others are compared with.
+    Predictions may be incomplete; a system without predictions has no interval over test users.
 
     Raises:
-        ValueError: a system, dimension and seed that is there twice.
+        ValueError: there are two scores for one system, dimension and seed.
     """
     runs = runs_of(scores)
     summaries = []
@@ -96,12 +90,7 @@ def summarise(
 
 
 def paired_difference(one: Mapping[int, float], other: Mapping[int, float]) -> PairedDifference | None:
-    """Compare two systems by their figures per seed; None if they share no seed or a figure is NaN.
-
-    Args:
-        one: figure by seed.
-        other: what is subtracted.
-    """
+    """Return the difference of two systems' figures by seed; None if they share no seed, or a figure is NaN."""
     pairs = np.array([(one[seed], other[seed]) for seed in one if seed in other]).reshape(-1, 2)
     mean = float((pairs[:, 0] - pairs[:, 1]).mean()) if len(pairs) else math.nan
     if math.isnan(mean):
@@ -109,26 +98,25 @@ def paired_difference(one: Mapping[int, float], other: Mapping[int, float]) -> P
     if len(pairs) == 1:
         return PairedDifference(mean, None, None, None, 1)
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
-        # All differences may be nearly the same.
+        # All differences may be nearly equal.
         warnings.filterwarnings("ignore", "Precision loss occurred", RuntimeWarning)
         test = stats.ttest_rel(pairs[:, 0], pairs[:, 1])
     interval = test.confidence_interval(CONFIDENCE)
-    # Identical systems: t is 0 / 0.
+    # For identical systems, t is 0 / 0.
     p_value = 1.0 if math.isnan(test.pvalue) else float(test.pvalue)
     return PairedDifference(mean, float(interval.low), float(interval.high), p_value, len(pairs))
 
 
 def user_interval(one: NDArray[np.float32], other: NDArray[np.float32], data: ClickData) -> tuple[float, float] | None:
-    """95 % interval of AUC(one) − AUC(other) when the test users are drawn anew, with replacement, all rows of each.
+    """Return the 95 % interval of AUC(one) − AUC(other) over resampled test users, each with all rows.
 
     Args:
         one: predictions [test rows].
-        other: those of the other system; identical predictions give exactly (0, 0).
-        data: whose test rows they are.
+        other: predictions [test rows] of the other system; identical predictions give exactly (0, 0).
+        data: interactions of the evaluation.
 
     Returns:
-        The interval over 1,000 draws, always the same ones; None where there is one user only, or no draw with
-        both labels.
+        The interval over 1,000 draws with a fixed seed; None if there is one user only, or no draw has both labels.
     """
     users, row_users = np.unique(data.users[data.split.test], return_inverse=True)
     labels = data.labels[data.split.test]
@@ -150,10 +138,10 @@ def user_interval(one: NDArray[np.float32], other: NDArray[np.float32], data: Cl
 
 
 def runs_of(scores: Sequence[SystemScore]) -> dict[Key, dict[int, SystemScore]]:
-    """Scores by system and dimension, and by seed.
+    """Return scores by system and dimension, and by seed.
 
     Raises:
-        ValueError: a system, dimension and seed that is there twice.
+        ValueError: there are two scores for one system, dimension and seed.
     """
     runs: dict[Key, dict[int, SystemScore]] = {}
     for score in scores:
@@ -165,7 +153,7 @@ def runs_of(scores: Sequence[SystemScore]) -> dict[Key, dict[int, SystemScore]]:
 
 
 def _rival(key: Key, runs: Mapping[Key, Mapping[int, SystemScore]], comparison: str) -> Key | None:
-    """What a system is compared with: the comparison system at its dimension, references if need be at its largest."""
+    """Return the comparison system at the same dimension. References may also use its largest dimension."""
     system, dim = key
     dims = [other for name, other in runs if name == comparison]
     if system == comparison or not dims:
@@ -176,6 +164,12 @@ def _rival(key: Key, runs: Mapping[Key, Mapping[int, SystemScore]], comparison: 
 
 
 def _means(key: Key, seeds: Sequence[SystemScore]) -> Summary:
+    def mean(name: str) -> float:
+        return float(np.mean([getattr(score, name) for score in seeds]))
+
+    def deviation(name: str) -> float:
+        return float(np.std([getattr(score, name) for score in seeds], ddof=1)) if len(seeds) > 1 else math.nan
+
     system, dim = key
     return Summary(
         system=system,
@@ -183,40 +177,22 @@ def _means(key: Key, seeds: Sequence[SystemScore]) -> Summary:
         layer=seeds[0].layer,
         dim=dim,
         seeds=len(seeds),
-        auc=_mean([score.auc for score in seeds]),
-        auc_std=_deviation([score.auc for score in seeds]),
-        cold_auc=_mean([score.cold_auc for score in seeds]),
-        cold_auc_std=_deviation([score.cold_auc for score in seeds]),
-        warm_auc=_mean([score.warm_auc for score in seeds]),
-        log_loss=_mean([score.log_loss for score in seeds]),
-        log_loss_std=_deviation([score.log_loss for score in seeds]),
+        **{name: mean(name) for name in ("auc", "cold_auc", "warm_auc", "log_loss", "train_seconds")},
+        **{f"{name}_std": deviation(name) for name in ("auc", "cold_auc", "log_loss")},
         bytes_per_item=BYTES_PER_NUMBER * dim,
-        train_seconds=_mean([score.train_seconds for score in seeds]),
     )
-
-
-def _mean(figures: Sequence[float]) -> float:
-    return float(np.mean(figures))
-
-
-def _deviation(figures: Sequence[float]) -> float:
-    return float(np.std(figures, ddof=1)) if len(figures) > 1 else math.nan
 
 
 def _differences(
     key: Key, rival: Key, runs: Mapping[Key, Mapping[int, SystemScore]], predictions: Predictions, data: ClickData
 ) -> dict[str, object]:
-    """The fields of ``Summary`` that compare."""
+    """Return the fields of ``Summary`` with differences."""
     difference = paired_difference(figures_of(runs[key], "auc"), figures_of(runs[rival], "auc"))
     cold = paired_difference(figures_of(runs[key], "cold_auc"), figures_of(runs[rival], "cold_auc"))
     update: dict[str, object] = {"compared_with": rival[0], "cold_difference": cold.mean if cold else None}
     if difference is not None:
-        update |= {
-            "difference": difference.mean,
-            "low": difference.low,
-            "high": difference.high,
-            "p_value": difference.p_value,
-        }
+        update |= {"difference": difference.mean}
+        update |= {name: getattr(difference, name) for name in ("low", "high", "p_value")}
     common = [seed for seed in runs[key] if (*key, seed) in predictions and (*rival, seed) in predictions]
     if common:
         one, other = (np.mean([predictions[*who, seed] for seed in common], axis=0) for who in (key, rival))
@@ -225,5 +201,5 @@ def _differences(
 
 
 def figures_of(seeds: Mapping[int, SystemScore], name: str) -> dict[int, float]:
-    """One figure of every seed."""
+    """Return one figure by seed."""
     return {seed: getattr(score, name) for seed, score in seeds.items()}

@@ -1,4 +1,4 @@
-"""The yardstick: every system's vectors judged by the same click model; tasks for Spark, and what follows from them."""
+"""Evaluation tasks for Spark: each makes a system's vectors and evaluates them with the click model."""
 
 import io
 import time
@@ -10,20 +10,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from marc_pipeline.config import EncodeSettings, Settings, TrainSettings
+from marc_pipeline.config import Settings
+from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import UserError
 from marc_pipeline.evaluation.click_model import ClickData, click_data, score_vectors
+from marc_pipeline.evaluation.factory import make_vectors
 from marc_pipeline.evaluation.findings import findings
 from marc_pipeline.evaluation.statistics import summarise
-from marc_pipeline.evaluation.systems import System, make_vectors, sweep_systems, systems, tuned_systems
+from marc_pipeline.evaluation.systems import System, layer_systems, systems, tuned_systems
 from marc_pipeline.model.bundle import open_bundle
 from marc_pipeline.model.device import use_threads
 from marc_pipeline.model.encoder import load_encoder
 from marc_pipeline.resources import TaskResources
-from marc_pipeline.spark.session import run_buckets
+from marc_pipeline.spark.tasks import run_buckets
 from marc_pipeline.storage import Storage, join
-from marc_pipeline.training.interactions import Interactions, split_by_user
+from marc_pipeline.training.interactions import Interactions
 from marc_pipeline.training.learning import learning_data
+from marc_pipeline.training.time_split import split_by_user
 from marc_pipeline.training.training_set import TrainingSet, open_training_set
 from marc_schemas.evaluation import Evaluation, SystemScore
 from marc_schemas.layers import Decision
@@ -33,63 +36,59 @@ if TYPE_CHECKING:
 
 COMPARISON = "marc"
 FOLDS = 5
-"""Groups of users that layers are judged on."""
+"""Number of groups of users for the choice of a layer."""
 TRAINED = {"autoencoder", "mrl", "contrastive"}
+FIGURES = ("auc", "cold_auc", "warm_auc", "log_loss", "validation_auc", "epoch")
 
 
 @dataclass(frozen=True)
 class EvaluateTask:
-    """One system at one dimension; travels to Spark's Python workers.
+    """The evaluation of one system at one dimension. It is pickled for Spark's Python workers.
 
     Attributes:
-        training_id: the training set, in the work area.
-        system: what to judge; layer: the block that it reads, None where it reads none.
-        bundle_uri, bundle: of a system that is a bundle.
+        training_id: id of the training set in the work area.
+        system: the system; layer: the layer that it reads, or None.
+        seeds: seeds of the click model and of the training.
+        fold: evaluate within the training part, on this group of its users; None to evaluate on the test part.
+        bundle: version, if the system is a bundle.
         tuned_uri: states of the tuned backbone's final layer [items, D], for the systems that read them.
-        seeds: of the click model and of the training.
-        fold: judge within the training part, on this group of its users, for choices that must not see what lies
-            behind it; None: on everything.
     """
 
-    storage: Storage
-    work_uri: str
+    deployment: Deployment
     training_id: str
     system: System
     layer: int | None
     dim: int
     seeds: tuple[int, ...]
-    train: TrainSettings
-    encode: EncodeSettings
-    history: int
     fold: int | None = None
-    bundle_uri: str = ""
     bundle: str = ""
     tuned_uri: str = ""
 
     @property
     def trained(self) -> bool:
-        """Whether the system's vectors come from a training, which differs from seed to seed."""
+        """Return whether the vectors are trained, and therefore differ between seeds."""
         return self.system.name.startswith("marc") or self.system.name in TRAINED
 
     @property
     def cost(self) -> int:
-        """Rough cost in click models trained: a system that is itself trained counts five times."""
+        """Return the approximate cost in trainings of a click model; training the system costs four more."""
         return len(self.seeds) * (5 if self.trained else 1)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What a task found: one score per seed, and the predictions [test rows] behind it."""
+    """The result of a task: one score per seed, and predictions [test rows] by system, dimension and seed."""
 
     scores: list[SystemScore]
     predictions: dict[tuple[str, int, int], NDArray[np.float32]]
 
 
 def evaluate_task(task: EvaluateTask, resources: TaskResources) -> Scored:
-    """Make a system's vectors from the training part, and judge them with every seed."""
+    """Make a system's vectors from the training part, and evaluate them with every seed."""
     use_threads(resources.cpus)
-    training_set = _training_set(task.storage, task.work_uri, task.training_id)
-    data, rows = _data(training_set, task.history, fold=task.fold)
+    storage, settings = task.deployment.storage, task.deployment.settings
+    training_set = _training_set(storage, settings.work_uri, task.training_id)
+    data, rows = _data(training_set, settings.interactions.history, fold=task.fold)
     scores, predictions = [], {}
     vectors, spent = None, 0.0
     for seed in task.seeds:
@@ -107,12 +106,7 @@ def evaluate_task(task: EvaluateTask, resources: TaskResources) -> Scored:
                 layer=task.layer,
                 dim=dim,
                 seed=seed,
-                auc=found.auc,
-                cold_auc=found.cold_auc,
-                warm_auc=found.warm_auc,
-                log_loss=found.log_loss,
-                validation_auc=found.validation_auc,
-                epoch=found.epoch,
+                **{name: getattr(found, name) for name in FIGURES},
                 train_seconds=spent,
                 score_seconds=found.seconds,
             )
@@ -121,40 +115,32 @@ def evaluate_task(task: EvaluateTask, resources: TaskResources) -> Scored:
 
 
 def run_tasks(spark: "SparkSession", tasks: Sequence[EvaluateTask], *, label: str) -> list[Scored]:
-    """All tasks side by side on Spark, costly ones first; in no particular order."""
+    """Run all tasks in parallel on Spark, costly ones first, and return the results in any order."""
     return run_buckets(
         spark, evaluate_task, tasks, label=label, weight=lambda task: task.cost, unit="fits", each="tasks"
     )
 
 
-def sweep_tasks(settings: Settings, training_set: TrainingSet, *, storage: Storage) -> list[EvaluateTask]:
-    """Every layer, judged within the training part: the choice of layer sees nothing behind the boundary.
+def layer_tasks(deployment: Deployment, training_set: TrainingSet) -> list[EvaluateTask]:
+    """Return tasks that evaluate every layer within the training part, by cross-validation over users.
 
-    By cross-validation over users. Most users of the test part are new as well; and a stretch of time holds few users,
-    of whom the AUC says more than of the layer.
+    Most users of the test part are new, too. A period of time would contain few users, so that the AUC would depend on
+    them more than on the layer.
 
     Raises:
         UserError: there are too few users to hold some out.
     """
     split_by_user(training_set.interactions.take(training_set.split.train), folds=FOLDS, fold=0)
+    training_id, dim = training_set.card.training_id, deployment.settings.train.dim
     return [
-        _task(
-            settings,
-            training_set,
-            storage,
-            system,
-            layer=system.layer,
-            dim=settings.train.dim,
-            seeds=(fold,),
-            fold=fold,
-        )
-        for system in sweep_systems(training_set.card.layers)
+        EvaluateTask(deployment, training_id, system, layer, dim, seeds=(fold,), fold=fold)
+        for layer, system in enumerate(layer_systems(training_set.card.layers), start=1)
         for fold in range(FOLDS)
     ]
 
 
 def layer_scores(found: Iterable[Scored]) -> dict[int, list[float]]:
-    """AUC of every layer of a sweep, one per fold in the order of the folds; the first layer first."""
+    """Return the AUC of every layer, sorted by layer, with one value per fold, sorted by fold."""
     by_layer: dict[int, dict[int, float]] = {}
     for score in (score for scored in found for score in scored.scores):
         by_layer.setdefault(score.layer or 0, {})[score.seed] = score.auc
@@ -162,57 +148,51 @@ def layer_scores(found: Iterable[Scored]) -> dict[int, list[float]]:
 
 
 def evaluation_tasks(
-    settings: Settings,
-    training_set: TrainingSet,
-    *,
-    storage: Storage,
-    chosen: int,
-    tuned_uri: str = "",
-    wanted: Sequence[str] = (),
+    deployment: Deployment, training_set: TrainingSet, *, chosen: int, tuned_uri: str = "", wanted: Sequence[str] = ()
 ) -> list[EvaluateTask]:
-    """All systems at all dimensions; those that are trained, seed by seed.
+    """Return tasks for all systems at all dimensions, with one task per seed for systems that are trained.
 
-    Args:
-        settings: dimensions, seeds, training.
-        training_set: what to judge on.
-        storage: access to the work area.
-        chosen: the layer that the training part chose.
-        tuned_uri: states of the tuned backbone's final layer; empty where none was tuned.
-        wanted: names of systems; empty for all.
+    ``chosen`` is the layer that the training part chose. Without ``wanted`` names, all systems are evaluated; tuned
+    systems only with ``tuned_uri``, the states of the tuned backbone's final layer.
+
+    Raises:
+        UserError: the backbone has no system of a name.
     """
-    layers = training_set.card.layers
+    card, wants = training_set.card, deployment.settings.evaluate
+    layers, seeds = card.layers, tuple(range(wants.seeds))
     everything = systems(layers) + (tuned_systems() if tuned_uri else [])
     unknown = set(wanted) - {system.name for system in everything}
     if unknown:
         names = ", ".join(system.name for system in everything)
-        raise UserError(f"there is no system {sorted(unknown)[0]!r}; there are {names}")
+        raise UserError(f"there is no system {sorted(unknown)[0]!r}; choose from {names}")
     tasks = []
     for system in everything:
         if wanted and system.name not in wanted:
             continue
-        layer = {"chosen": chosen, "final": layers, "tuned": layers}.get(str(system.layer), system.layer)
-        dims = {"ids": (0,), "final-full": (training_set.card.width,)}.get(system.name, settings.evaluate.dims)
-        for dim in dims:
-            task = _task(
-                settings, training_set, storage, system, layer=layer, dim=dim, seeds=range(settings.evaluate.seeds)
-            )
-            task = replace(task, tuned_uri=tuned_uri)
+        named = {"chosen": chosen, "final": layers, "tuned": layers}
+        layer = named[system.layer] if isinstance(system.layer, str) else system.layer
+        for dim in {"ids": (0,), "final-full": (card.width,)}.get(system.name, wants.dims):
+            task = EvaluateTask(deployment, card.training_id, system, layer, dim, seeds, tuned_uri=tuned_uri)
             tasks += [replace(task, seeds=(seed,)) for seed in task.seeds] if task.trained else [task]
     return tasks
 
 
-def bundle_task(settings: Settings, training_set: TrainingSet, *, storage: Storage, version: str) -> EvaluateTask:
-    """A bundle of the bundle folder, whose vectors come from the ordinary encoder."""
-    system = System(f"bundle:{version}", "bundle", None)
-    bundle = open_bundle(storage, join(settings.bundle_uri, version))
-    task = _task(
-        settings, training_set, storage, system, layer=bundle.card.layers_kept, dim=bundle.card.dim,
-        seeds=range(settings.evaluate.seeds),
-    )  # fmt: skip
-    return replace(task, bundle_uri=bundle.uri, bundle=version)
+def bundle_task(deployment: Deployment, training_set: TrainingSet, *, version: str) -> EvaluateTask:
+    """Return the task of a bundle, whose vectors come from the encoder of the nightly run."""
+    settings, system = deployment.settings, System(f"bundle:{version}", "bundle", None)
+    card = open_bundle(deployment.storage, join(settings.bundle_uri, version)).card
+    return EvaluateTask(
+        deployment,
+        training_set.card.training_id,
+        system,
+        card.layers_kept,
+        card.dim,
+        seeds=tuple(range(settings.evaluate.seeds)),
+        bundle=version,
+    )
 
 
-def judge(
+def evaluation_result(
     settings: Settings,
     training_set: TrainingSet,
     found: Sequence[Scored],
@@ -220,14 +200,9 @@ def judge(
     chosen: int,
     decision: Decision = "clicks",
 ) -> Evaluation:
-    """Means, intervals and findings of an evaluation.
+    """Return means, intervals and findings from the results of all tasks.
 
-    Args:
-        settings: the configuration.
-        training_set: what was judged on.
-        found: results of all tasks.
-        chosen: the layer that systems read.
-        decision: what chose it.
+    ``chosen`` is the layer that systems read, and ``decision`` is what chose it.
     """
     data, _ = _data(training_set, settings.interactions.history, fold=None)
     scores = sorted((s for one in found for s in one.scores), key=lambda s: (s.dim, s.system, s.seed))
@@ -251,45 +226,21 @@ def judge(
     )
 
 
-def _task(
-    settings: Settings,
-    training_set: TrainingSet,
-    storage: Storage,
-    system: System,
-    *,
-    layer: int | str | None,
-    dim: int,
-    seeds: Iterable[int],
-    fold: int | None = None,
-) -> EvaluateTask:
-    return EvaluateTask(
-        storage=storage,
-        work_uri=settings.work_uri,
-        training_id=training_set.card.training_id,
-        system=system,
-        layer=None if layer is None else int(layer),
-        dim=dim,
-        seeds=tuple(seeds),
-        train=settings.train,
-        encode=settings.encode,
-        history=settings.interactions.history,
-        fold=fold,
-    )
-
-
 def _vectors(
     task: EvaluateTask, training_set: TrainingSet, rows: Interactions, seed: int, resources: TaskResources
 ) -> NDArray[np.float32] | None:
+    storage, settings = task.deployment.storage, task.deployment.settings
     if task.bundle:
-        encoder = load_encoder(task.storage, task.bundle_uri, task.bundle, task.encode, resources)
+        uri = join(settings.bundle_uri, task.bundle)
+        encoder = load_encoder(storage, uri, task.bundle, settings.encode, resources)
         return encoder.encode(training_set.texts).vectors
     if task.system.layer == "tuned":
-        states = np.load(io.BytesIO(task.storage.read(task.tuned_uri)))
+        states = np.load(io.BytesIO(storage.read(task.tuned_uri)))
     else:
         states = training_set.states(task.layer or 0)
-    items = len(training_set.texts)
-    learned = learning_data(rows, history=task.history, holdout=task.train.holdout, items=items)
-    vectors = make_vectors(task.system, states=states, data=learned, dim=task.dim, seed=seed, train=task.train)
+    items, train = len(training_set.texts), settings.train
+    learned = learning_data(rows, history=settings.interactions.history, holdout=train.holdout, items=items)
+    vectors = make_vectors(task.system, states=states, data=learned, dim=task.dim, seed=seed, train=train)
     return None if vectors is None else vectors[:items]
 
 
@@ -299,7 +250,7 @@ def _training_set(storage: Storage, work_uri: str, training_id: str) -> Training
 
 
 def _data(training_set: TrainingSet, history: int, *, fold: int | None) -> tuple[ClickData, Interactions]:
-    """What the click model sees; and all that a fit may see, nothing of what is validated and tested on."""
+    """Return the data of the click model, and the interactions of its training part, for fits and trainings."""
     interactions, split, order = training_set.interactions, training_set.split, None
     if fold is None:
         learned = interactions.take(split.train)

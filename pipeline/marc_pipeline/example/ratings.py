@@ -43,7 +43,7 @@ def write_interactions(path: Path, catalogue: Path, *, users: int = 600, seed: i
 
     Args:
         path: file to write.
-        catalogue: a file written by ``write_catalogue``.
+        catalogue: a file that ``write_catalogue`` wrote.
         users: number of users, at least 1.
         seed: the same seed, users and catalogue give the same bytes.
 
@@ -53,7 +53,7 @@ def write_interactions(path: Path, catalogue: Path, *, users: int = 600, seed: i
     if path.exists():
         return path
     if users < 1:
-        raise UserError(f"{users} users rate nothing; ask for 1 or more")
+        raise UserError(f"{users} users have no ratings; ask for 1 or more")
     if not catalogue.is_file():
         raise UserError(f"no catalogue at {catalogue}; write it first with write_catalogue")
     table = _interactions(read_good_items(catalogue), users=users, seed=seed)

@@ -1,4 +1,4 @@
-"""Which index suits so many vectors: the most faithful one that the memory allows, predicted beforehand."""
+"""Choice of the index type from the number of vectors, the target recall and the memory limit."""
 
 import math
 from dataclasses import dataclass
@@ -9,42 +9,42 @@ import faiss
 from marc_pipeline.config import IndexSettings
 from marc_pipeline.errors import UserError
 from marc_pipeline.index.faiss_index import new_index, vectors_for_training
-from marc_pipeline.index.search import graph_of, lists_of
+from marc_pipeline.index.search import hnsw_graph, inverted_lists
 
 EXACT_BELOW = 20_000
-# Fewer points make lists less even: 64 scan 3 to 18 % more for the same recall, 32 a quarter more.
+# With fewer training points lists are less even: for the same recall, 64 points scan 3 to 18 % more, 32 scan 25 % more.
 TRAIN_POINTS_PER_LIST, LEAST_POINTS_PER_LIST = 128, 32
 TRAIN_POINTS_MIN = 20_000
-# Twice as many cost four times the training and save a twentieth of a query's work, half as many a third more work.
+# Twice as many lists cost four times the training and save 5 % of a query's work. Half as many cost 33 % more work.
 LISTS_PER_ROOT, MOST_LISTS = 2, 65_536
-# What the lists hold, the most faithful first, and the recall@10 that each can be expected to reach: measured on MARC
-# vectors of 200,000 and 1,000,000 items. Graphs reach what lists do with four times the work to build them; a rotation
-# before the product quantiser (OPQ) adds .005 for six times its training.
+# Codes in the lists, the most precise first, with the recall@10 that each reaches on MARC vectors of 200,000 and
+# 1,000,000 items. Graphs need four times the build time for the recall of lists. A rotation before the product
+# quantiser (OPQ) adds .005 recall and takes six times the training.
 CODES = {"Flat": 1.0, "SQfp16": 0.995, "SQ8": 0.97, "PQ": 0.9}
-# What is taken only where nothing else fits.
+# Codes that are chosen only if no other fits into the memory limit.
 SPARING = ("SQ8", "PQ")
-# So many lists are themselves found through a graph.
+# From this number of lists on, the nearest lists are found by an HNSW graph.
 GRAPH_FROM_LISTS = 16_384
 MEBIBYTE = 1 << 20
-# Beside index or training sample: row groups as they are read, queries with their neighbours, what FAISS computes with,
-# and what the allocator keeps of all that. Measured with 64 dimensions: 130 to 145.
+# Memory beyond the index or training sample: row groups, queries with their neighbours, FAISS buffers and allocator
+# overhead. Measured with 64 dimensions: 130 to 145 MiB.
 WORKING_BYTES = 150 * MEBIBYTE
-# Per list: three vectors' headers, and what the allocator rounds up.
+# Per list: headers of three C++ vectors, and allocator rounding.
 LIST_BYTES = 96
 ID_BYTES = 8
-# A vector that grows holds room for as much again.
+# A growing C++ vector allocates up to twice its size.
 GROWTH = 2
 
 
 @dataclass(frozen=True)
-class Choice:
-    """An index, and what it is predicted to take.
+class IndexChoice:
+    """An index type with its predicted size and memory.
 
     Attributes:
         factory: FAISS factory string.
-        index_bytes: its size, in memory as in files.
-        memory_bytes: most that a process holds while it builds the whole of it, beyond what it imports.
-        training: vectors that it learns from.
+        index_bytes: size in memory and in files.
+        memory_bytes: peak memory of a process that builds the whole index, without imported libraries.
+        training: number of training vectors.
     """
 
     factory: str
@@ -53,20 +53,15 @@ class Choice:
     training: int
 
 
-def choose(items: int, dim: int, settings: IndexSettings) -> tuple[Choice, ...]:
-    """The indexes that suit so many vectors; the first is to be tried first, those behind it are more faithful.
+def choose(items: int, dim: int, settings: IndexSettings) -> tuple[IndexChoice, ...]:
+    """The index types to try, the cheapest sufficient one first, then more precise ones.
 
-    Exact below 20,000. Beyond, inverted lists: of half-precision floats, which find what whole ones do at half the
-    size; of bytes, or of two dimensions a byte, where ``index.memory_mib`` allows no more; of whole floats for a recall
-    that only those reach.
-
-    Args:
-        items: vectors.
-        dim: their length d.
-        settings: a factory string instead, the recall that is asked for, and the most memory.
+    Below 20,000 vectors the index is exact. Above, it has inverted lists of half-precision floats, which reach the
+    recall of float32 at half the size. If ``index.memory_mib`` is too small, the codes are one byte, or half a byte,
+    per dimension. A target recall that only float32 reaches gets float32.
 
     Raises:
-        UserError: FAISS makes none of the factory string, or no index of that recall fits into the memory.
+        UserError: FAISS rejects the factory string, or no index of that recall fits into the memory.
     """
     cap = math.inf if settings.memory_mib is None else settings.memory_mib * MEBIBYTE
     if settings.factory != "auto":
@@ -81,25 +76,21 @@ def choose(items: int, dim: int, settings: IndexSettings) -> tuple[Choice, ...]:
         least = min(found, key=lambda choice: choice.memory_bytes)
         shown = ", ".join(f"{one.factory} {_mebibytes(one.memory_bytes)}" for one in found)
         raise UserError(
-            f"index.memory_mib {settings.memory_mib:g} cannot hold an index of {items:,} × {dim} with recall "
-            f"{settings.target_recall}; {_mebibytes(least.memory_bytes)} would do ({shown})"
+            f"index.memory_mib {settings.memory_mib:g} is too small for an index of {items:,} × {dim} with recall "
+            f"{settings.target_recall}; set it to at least {_mebibytes(least.memory_bytes)} ({shown})"
         )
-    # The largest that is no larger than need be, then the larger ones; the smaller ones only where nothing else fits.
+    # Try the cheapest sufficient index first, then more precise ones. Sparing codes are used only if no other fits.
     usual = [choice for choice in fitting if not choice.factory.rsplit(",", 1)[-1].startswith(SPARING)]
     return tuple(reversed(usual)) if usual else (fitting[0],)
 
 
-def predict(factory: str, items: int, dim: int, *, cap: float = math.inf) -> Choice:
-    """What an index of so many vectors takes.
+def predict(factory: str, items: int, dim: int, *, cap: float = math.inf) -> IndexChoice:
+    """Predict size, memory and training sample of an index.
 
-    Args:
-        factory: FAISS factory string.
-        items: vectors.
-        dim: their length d.
-        cap: bytes that training should not go beyond; lists that learn from fewer vectors are a little less even.
+    ``cap`` limits the memory for training, in bytes. A smaller sample makes the lists slightly less even.
 
     Raises:
-        UserError: FAISS makes none of the factory string.
+        UserError: FAISS rejects the factory string.
     """
     index = new_index(factory, dim)
     most, least = (
@@ -109,9 +100,9 @@ def predict(factory: str, items: int, dim: int, *, cap: float = math.inf) -> Cho
     size, bytes_each = _index_bytes(index, items, dim), dim * 4
     training = max(least, int(min(most, max(0, cap - WORKING_BYTES) / bytes_each)))
     learning = training * bytes_each
-    # Inverted lists are filled to measure; anything else grows.
-    filling = size + 4 * items if lists_of(index) is not None else GROWTH * size
-    return Choice(factory, size, WORKING_BYTES + max(learning, filling), training)
+    # Inverted lists are allocated once, at their final size. Other indexes grow.
+    filling = size + 4 * items if inverted_lists(index) is not None else GROWTH * size
+    return IndexChoice(factory, size, WORKING_BYTES + max(learning, filling), training)
 
 
 def _lists(items: int) -> str:
@@ -120,7 +111,7 @@ def _lists(items: int) -> str:
 
 
 def _code(name: str, dim: int) -> str | None:
-    """What the factory calls it; None where the dimensions cannot be shared out."""
+    """The factory name of a code; None if the number of dimensions cannot be divided."""
     if name != "PQ":
         return name
     return f"PQ{dim // 2}x8" if dim > 1 and dim % 2 == 0 else None
@@ -131,16 +122,16 @@ def _mebibytes(size: int) -> str:
 
 
 def _index_bytes(index: Any, items: int, dim: int) -> int:
-    lists = lists_of(index)
+    lists = inverted_lists(index)
     if lists is not None:
         quantizer = faiss.downcast_index(lists.quantizer)
         per_list = dim * 4 + LIST_BYTES + _graph_bytes(quantizer)
         return int(items * (lists.code_size + ID_BYTES) + lists.nlist * per_list)
-    return int(items * (_code_bytes(index, dim) + _graph_bytes(graph_of(index)) + ID_BYTES))
+    return int(items * (_code_bytes(index, dim) + _graph_bytes(hnsw_graph(index)) + ID_BYTES))
 
 
 def _code_bytes(index: Any, dim: int) -> int:
-    """Bytes of one vector's code; of a whole vector where FAISS does not say."""
+    """Bytes of one vector's code; those of float32 if FAISS does not tell."""
     while isinstance(index, faiss.IndexIDMap | faiss.IndexPreTransform):
         index = faiss.downcast_index(index.index)
     if isinstance(index, faiss.IndexHNSW):
@@ -152,10 +143,10 @@ def _code_bytes(index: Any, dim: int) -> int:
 
 
 def _graph_bytes(index: Any) -> int:
-    """Bytes per vector of a graph's links, offsets and levels; 0 without a graph."""
+    """Bytes per vector for a graph's links, offsets and levels; 0 without a graph."""
     if not isinstance(index, faiss.IndexHNSW):
         return 0
     graph: Any = index.hnsw
-    # Twice M links on the ground, M on every level above, which one of M vectors reaches.
+    # 2 × M links on the lowest level, M on every level above. One in M vectors reaches the next level.
     links = graph.nb_neighbors(0)
     return int(4 * links * (1 + 1 / max(1, links - 2)) + ID_BYTES + 4)

@@ -1,4 +1,4 @@
-"""FAISS indexes by factory string: made, filled, patched, merged, searched; row ids are theirs throughout."""
+"""FAISS operations: create an index from a factory string, fill, patch and merge it, always with row ids as ids."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -9,53 +9,52 @@ import numpy as np
 from numpy.typing import NDArray
 
 from marc_pipeline.errors import UserError
-from marc_pipeline.index.search import lists_of
+from marc_pipeline.index.search import inverted_lists
+from marc_pipeline.index.vectors import Ids, Matrix
 
 TRAIN_ITERATIONS = 4
 REMOVED = -1
 
-Matrix = NDArray[np.float32]
-Ids = NDArray[np.int64]
-# Batches of row ids [n] and vectors [n, d]; every call begins anew.
+# Batches of row ids [n] and vectors [n, d]; every call starts from the beginning.
 Batches = Callable[[], Iterable[tuple[Ids, Matrix]]]
 
 
 def new_index(factory: str, dim: int) -> Any:
-    """An empty index of inner products whose vectors carry row ids.
+    """An empty inner-product index that stores row ids.
 
     Raises:
-        UserError: FAISS makes none of the factory string.
+        UserError: FAISS rejects the factory string.
     """
     try:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-        if lists_of(index) is None and not factory.startswith("IDMap"):
-            # Without inverted lists an index numbers its vectors itself; the map gives them our row ids.
+        if inverted_lists(index) is None and not factory.startswith("IDMap"):
+            # An index without inverted lists has no ids of its own; IDMap adds them.
             index = faiss.index_factory(dim, f"IDMap,{factory}", faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        raise UserError(f"index.factory {factory!r} makes no index of {dim} dimensions: {reason(error)}") from None
-    if (lists := lists_of(index)) is not None:
-        # Time is better spent on a larger sample than on more iterations.
+        raise UserError(
+            f"index.factory {factory!r} is not valid for {dim} dimensions: {faiss_message(error)}"
+        ) from None
+    if (lists := inverted_lists(index)) is not None:
+        # A larger sample improves recall more than further iterations do.
         lists.cp.niter = TRAIN_ITERATIONS
         lists.cp.min_points_per_centroid = 1
     return index
 
 
 def vectors_for_training(index: Any, *, at_least: int, per_list: int) -> int:
-    """How many vectors an untrained index learns from; 0 for one that learns nothing."""
+    """Number of training vectors; 0 for an index that needs no training."""
     if index.is_trained:
         return 0
-    lists = lists_of(index)
+    lists = inverted_lists(index)
     return max(at_least, per_list * (lists.nlist if lists else 1))
 
 
 def fill(index: Any, batches: Batches) -> None:
-    """Add all vectors. Lists are made as long as they will be first, so that they never hold room for twice as many.
+    """Add all vectors to a trained, empty index. Inverted lists are allocated at their final size first.
 
-    Args:
-        index: trained and empty.
-        batches: gives the same vectors in the same order at every call.
+    This halves the peak memory. ``batches`` is called twice and yields the same vectors in the same order.
     """
-    lists = lists_of(index)
+    lists = inverted_lists(index)
     if not mergeable(index):
         for ids, vectors in batches():
             index.add_with_ids(vectors, ids)
@@ -72,26 +71,26 @@ def fill(index: Any, batches: Batches) -> None:
 
 
 def patch(index: Any, removed: Ids, added: Ids, vectors: Matrix) -> int:
-    """Take vectors out of an index and put others in.
+    """Remove vectors from an index and add others.
 
     Args:
-        index: changed in place; what it had mapped into memory is copied.
-        removed: row ids [r] to take out, all of them in the index.
-        added: row ids [n] to put in.
-        vectors: theirs [n, d].
+        index: changed in place; memory-mapped lists are copied.
+        removed: row ids [r] to remove, all of them in the index.
+        added: row ids [n] to add.
+        vectors: vectors [n, d] to add.
 
     Returns:
-        How many vectors were marked as removed because their place could not be freed.
+        Number of new tombstones: removed vectors that an index type without deletion keeps and search skips.
 
     Raises:
-        RuntimeError: FAISS cannot do it.
+        RuntimeError: FAISS cannot patch this index type.
     """
-    lists = lists_of(index)
+    lists = inverted_lists(index)
     if mergeable(index):
         _patch_lists(index, lists, removed, added, vectors)
         return 0
     if lists is not None and isinstance(index, faiss.IndexIDMap):
-        raise RuntimeError("a map over inverted lists confuses its ids once vectors leave")
+        raise RuntimeError("IDMap over inverted lists returns wrong ids after a deletion")
     marked = 0
     if len(removed):
         try:
@@ -106,14 +105,9 @@ def patch(index: Any, removed: Ids, added: Ids, vectors: Matrix) -> int:
 
 
 def merge(index: Any, parts: Sequence[Any]) -> None:
-    """Fill an empty index with what others hold that were trained as it was.
-
-    Args:
-        index: trained and empty, with inverted lists.
-        parts: indexes of the same lists.
-    """
-    lists = lists_of(index)
-    inside = [lists_of(part) for part in parts]
+    """Copy the vectors of several indexes into an empty one; all share the same trained inverted lists."""
+    lists = inverted_lists(index)
+    inside = [inverted_lists(part) for part in parts]
     merged = faiss.ArrayInvertedLists(lists.nlist, lists.code_size)
     for number in range(lists.nlist):
         found = [(_ids(part, number), _codes(part, number)) for part in inside]
@@ -122,19 +116,19 @@ def merge(index: Any, parts: Sequence[Any]) -> None:
 
 
 def mergeable(index: Any) -> bool:
-    """Whether an index is inverted lists, vectors transformed or not, in which codes lie one after the other."""
+    """Whether an index has inverted lists with contiguous codes, with or without a vector transform."""
     if index is None:
         return False
     inside: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
     if not isinstance(inside, faiss.IndexIVF):
         return False
     kept: Any = inside.invlists
-    # Fast-scan packs its codes in blocks.
+    # Fast-scan indexes pack their codes in blocks.
     return isinstance(faiss.downcast_InvertedLists(kept), faiss.ArrayInvertedLists)
 
 
-def reason(error: RuntimeError) -> str:
-    """FAISS's own words without the C++ location in front."""
+def faiss_message(error: RuntimeError) -> str:
+    """The message of a FAISS error, without the C++ location."""
     return re.sub(r"^.*\.(?:cpp|h):\d+: (?:Error: )?", "", str(error), flags=re.DOTALL).strip().splitlines()[0]
 
 
@@ -148,7 +142,7 @@ def _transformed(index: Any, vectors: Matrix) -> Matrix:
 
 
 def _assign(lists: Any, x: Matrix) -> Ids:
-    """Numbers [n] of the lists that transformed vectors belong in."""
+    """The list number [n] of each transformed vector."""
     found: Ids = lists.quantizer.search(x, 1)[1][:, 0]
     return found
 
@@ -183,7 +177,7 @@ def _encoded(index: Any, lists: Any, vectors: Matrix) -> tuple[Ids, NDArray[np.u
 
 
 def _ids(lists: Any, number: int) -> Ids:
-    """Row ids of a list, not copied."""
+    """Row ids of a list, without a copy."""
     size = lists.invlists.list_size(number)
     if not size:
         return np.empty(0, np.int64)
@@ -192,7 +186,7 @@ def _ids(lists: Any, number: int) -> Ids:
 
 
 def _codes(lists: Any, number: int) -> NDArray[np.uint8]:
-    """Codes [n, bytes] of a list, not copied."""
+    """Codes [n, bytes] of a list, without a copy."""
     size, width = lists.invlists.list_size(number), lists.code_size
     if not size:
         return np.empty((0, width), np.uint8)
@@ -201,7 +195,7 @@ def _codes(lists: Any, number: int) -> NDArray[np.uint8]:
 
 
 def _append(lists: Any, number: int, ids: Sequence[Ids], codes: Sequence[NDArray[np.uint8]]) -> None:
-    """Fill an empty list once: a list that grows by steps keeps room for twice as many."""
+    """Fill an empty list in one call. A list that grows in steps allocates up to twice its size."""
     if not sum(map(len, ids)):
         return
     rows, bytes_of = np.concatenate(ids), np.concatenate(codes)

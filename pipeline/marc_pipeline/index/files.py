@@ -1,7 +1,6 @@
-"""The FAISS index of one release: verified, mapped into memory, searched as one whatever files it has."""
+"""Index files of a release: verify, memory-map or load them, and search all of them as one index."""
 
 import tempfile
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,58 +10,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from marc_pipeline.errors import MissingFile, UserError
-from marc_pipeline.index.search import Choice, Found, IndexSearch, set_width
+from marc_pipeline.index.search import IndexSearch, set_search_width
 from marc_pipeline.storage import Storage, is_s3, join
 from marc_pipeline.storage.checksums import require_blocks
 from marc_schemas.files import PublishedFile
 from marc_schemas.release import Release
 
-Matrix = NDArray[np.float32]
-
 
 class IndexReader:
-    """The index of one release.
-
-    Args:
-        facts: the release's row in the log.
-        storage: access to it.
-    """
+    """The index of one release, opened at the first use."""
 
     def __init__(self, facts: Release, *, storage: Storage) -> None:
         self._facts = facts
         self._storage = storage
 
-    def search(self, queries: Matrix, k: int, choice: Choice | None = None, *, widest: bool = False) -> Iterator[Found]:
-        """The best k of each query, and all that tie with the k-th; see :meth:`IndexSearch.search`.
-
-        Raises:
-            UserError: this FAISS is older than the one that wrote the index.
-            CorruptFile: a file is missing or differs from its checksum.
-        """
-        return self._search.search(queries, k, choice, widest=widest)
-
-    @property
-    def scans_exactly(self) -> bool:
-        """Whether a search that is wide enough is an exact one."""
-        return self._search.scans_exactly
-
     def row_ids(self) -> NDArray[np.int64]:
-        """Row ids of the vectors that are alive, in no particular order."""
+        """Row ids of all vectors except tombstones, in no particular order."""
         found = np.concatenate([_shard_ids(shard) for shard in self._shards])
         return found[found >= 0]
 
     def close(self) -> None:
-        """Drop the FAISS index, and with it its memory map."""
-        for name in ("_search", "_shards", "sorted_row_ids"):
+        """Release the FAISS index and its memory map."""
+        for name in ("searcher", "_shards", "sorted_row_ids"):
             vars(self).pop(name, None)
 
     @cached_property
     def sorted_row_ids(self) -> NDArray[np.int64]:
-        """Row ids of the vectors that are alive."""
+        """Row ids of all vectors except tombstones, sorted."""
         return np.sort(self.row_ids())
 
     @cached_property
-    def _search(self) -> IndexSearch:
+    def searcher(self) -> IndexSearch:
+        """The search over all files.
+
+        Raises:
+            UserError: the installed FAISS is older than the one that wrote the index.
+            CorruptFile: a file is missing or differs from its checksum.
+        """
         facts = self._facts
         return IndexSearch(self._shards, items=facts.counts.items, tombstones=facts.index.build.tombstones)
 
@@ -70,29 +54,29 @@ class IndexReader:
     def _shards(self) -> list[Any]:
         facts = self._facts
         _require_faiss(facts)
-        shards = [mapped(self._storage, facts.index.uri, file) for file in facts.index.files]
+        shards = [map_index(self._storage, facts.index.uri, file) for file in facts.index.files]
         for shard in shards:
-            # An unchanged shard may have been stored with another search width.
-            set_width(shard, facts.index.width)
+            # A shard that an older release shares may store another search width.
+            set_search_width(shard, facts.index.width)
         return shards
 
 
-def mapped(storage: Storage, root: str, file: PublishedFile) -> Any:
-    """One index file, every block verified, then mapped into memory: FAISS reads the pages that it needs.
+def map_index(storage: Storage, root: str, file: PublishedFile) -> Any:
+    """Verify one index file and map it into memory. FAISS reads the pages that it needs.
 
-    FAISS aborts the process where a mapped index is to grow; see :func:`loaded`.
+    FAISS aborts the process if vectors are added to a mapped index; use :func:`load_index` for that.
 
     Raises:
-        CorruptFile: it is missing or differs from its checksum.
+        CorruptFile: the file is missing or differs from its checksum.
     """
     return _opened(storage, root, file, faiss.IO_FLAG_MMAP_IFC)
 
 
-def loaded(storage: Storage, root: str, file: PublishedFile) -> Any:
-    """One index file, every block verified, read into memory: it may be changed.
+def load_index(storage: Storage, root: str, file: PublishedFile) -> Any:
+    """Verify one index file and read it into memory. The index can be changed.
 
     Raises:
-        CorruptFile: it is missing or differs from its checksum.
+        CorruptFile: the file is missing or differs from its checksum.
     """
     return _opened(storage, root, file, 0)
 
@@ -109,16 +93,16 @@ def _opened(storage: Storage, root: str, file: PublishedFile, flags: int) -> Any
         except FileNotFoundError:
             raise MissingFile(f"{join(root, file.path)} is missing; run `marc verify` and restore it") from None
         require_blocks(Storage(), folder, file)
-        # What is mapped stays when its name goes.
+        # The mapping stays valid after the file is deleted.
         return faiss.read_index(str(path), flags)
 
 
 def _require_faiss(facts: Release) -> None:
-    """Files of a newer FAISS may be read wrongly by an older one; patch releases leave the format alone."""
+    """Refuse an index of a newer FAISS, whose format may differ. Patch releases keep the format."""
     if facts.index.faiss and _major_minor(faiss.__version__) < _major_minor(facts.index.faiss):
         wanted = ".".join(map(str, _major_minor(facts.index.faiss)))
         raise UserError(
-            f"the index of release {facts.release_id} was written by FAISS {facts.index.faiss}, this is "
+            f"the index of release {facts.release_id} was written by FAISS {facts.index.faiss}, installed is "
             f"{faiss.__version__}; pip install 'faiss-cpu>={wanted}'"
         )
 

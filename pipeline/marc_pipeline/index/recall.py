@@ -1,4 +1,4 @@
-"""Recall of an index against exact search: held-out items as queries, their exact neighbours, and how sure it is."""
+"""Recall of an index against exact search: sampled queries, their exact neighbours, and a confidence interval."""
 
 import io
 import math
@@ -9,59 +9,61 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from marc_pipeline.index.vectors import Source
+from marc_pipeline.index.vectors import Ids, Matrix, TableVectors
 
-# Neighbours beyond k that are kept: what leaves is replaced from them.
+# Neighbours kept beyond k: they replace removed ones.
 SPARE = 32
-# Of the best score: what rounding may set two equal ones apart.
+# Relative to the best score: scores this close count as equal, because of rounding.
 TIE_TOLERANCE = 1e-6
-# Share of intervals that hold the recall over all items, and the normal distribution's quantile for it.
-CONFIDENCE, QUANTILE = 0.99, 2.5758293
-# Tuned on a part of as many items as the recall is measured on.
+# The normal distribution's quantile for a 99 % confidence interval.
+QUANTILE = 2.5758293
+# Tuning queries per held-out query.
 TUNED_ON = 0.5
-# Comparisons that are held in memory at a time.
+# Comparisons held in memory at a time.
 CELLS = 8_000_000
-# Row ids that there are not: of a place that counts for nothing, and of one where nothing was found.
+# Row ids that never occur: of a place that does not count, and of a missing result.
 UNFIT, NOTHING = -2, -3
 MIXED = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
-Matrix = NDArray[np.float32]
-Ids = NDArray[np.int64]
-# Vectors [q, d] and a depth to scores and row ids [q, depth], best first, -1 where there are no more.
+# From vectors [q, d] and a depth to scores and row ids [q, depth], best first; missing results are -1.
 Search = Callable[[Matrix, int], tuple[Matrix, Ids]]
 Take = Callable[[Ids], Matrix]
 
 
 @dataclass(frozen=True)
-class Neighbours:
-    """Exact neighbours of queries as far as they are known.
+class ExactNeighbours:
+    """Known exact neighbours of queries.
 
     Attributes:
-        ids: row ids [q, depth], best first; -1 where there are no more.
-        scores: inner products [q, depth]; -inf where there are no more.
-        floor: [q]; every item whose score is above it is in the row.
+        ids: row ids [q, depth], best first; -1 for missing results.
+        scores: inner products [q, depth]; -inf for missing results.
+        floor: [q]; every item with a score above the floor is in the row.
     """
 
     ids: Ids
     scores: Matrix
     floor: Matrix
 
+    def rows(self, chosen: NDArray[np.bool_] | Ids) -> "ExactNeighbours":
+        """The neighbours of some queries, by mask or by number."""
+        return ExactNeighbours(self.ids[chosen], self.scores[chosen], self.floor[chosen])
+
 
 @dataclass(frozen=True)
-class Queries:
+class RecallQueries:
     """Items as queries.
 
     Attributes:
         ids: row ids [q].
-        vectors: theirs [q, d].
-        held: how many of them, from the first on, measure the recall; the others say how widely to search.
-        near: their exact neighbours, themselves left out.
+        vectors: query vectors [q, d].
+        held: the first ``held`` queries measure the recall, the others tune the search width.
+        near: exact neighbours of each query, without the query itself.
     """
 
     ids: Ids
     vectors: Matrix
     held: int
-    near: Neighbours
+    near: ExactNeighbours
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ class Recall:
     """Measured recall@k.
 
     Attributes:
-        mean: over the held-out queries.
-        low, high: where the recall over all items lies, at 99 % confidence; the mean itself where all were asked.
-        queries: how many there were.
+        mean: mean over the held-out queries.
+        low, high: 99 % confidence interval of the recall over all items; equal to the mean if all items are queries.
+        queries: number of held-out queries.
     """
 
     mean: float
@@ -80,8 +82,8 @@ class Recall:
     queries: int
 
 
-def draw(row_ids: Ids, seed: int) -> NDArray[np.uint64]:
-    """A number for every row id that is as good as random, and the same every night (splitmix64)."""
+def random_keys(row_ids: Ids, seed: int) -> NDArray[np.uint64]:
+    """A pseudo-random number per row id, the same in every run (splitmix64)."""
     mixed = row_ids.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * MIXED[0]
     mixed = (mixed ^ (mixed >> np.uint64(27))) * MIXED[1]
@@ -89,130 +91,130 @@ def draw(row_ids: Ids, seed: int) -> NDArray[np.uint64]:
     return found
 
 
-def sampled(source: Source, wanted: int, seed: int) -> Ids:
-    """Row ids of a random sample, in random order: those with the smallest draws. A night changes few of them."""
-    ids, draws = np.empty(0, np.int64), np.empty(0, np.uint64)
+def sample_row_ids(source: TableVectors, wanted: int, seed: int) -> Ids:
+    """Row ids of a random sample, in random order. Few of them change from one night to the next."""
+    ids, keys = np.empty(0, np.int64), np.empty(0, np.uint64)
     for file in source.files:
-        more = source.row_ids(file)
-        ids, draws = np.concatenate([ids, more]), np.concatenate([draws, draw(more, seed)])
+        more = source.open(file).row_ids()
+        ids, keys = np.concatenate([ids, more]), np.concatenate([keys, random_keys(more, seed)])
         if len(ids) > wanted:
-            best = np.argpartition(draws, wanted)[:wanted]
-            ids, draws = ids[best], draws[best]
-    found: Ids = ids[np.lexsort((ids, draws))]
+            best = np.argpartition(keys, wanted)[:wanted]
+            ids, keys = ids[best], keys[best]
+    found: Ids = ids[np.lexsort((ids, keys))]
     return found
 
 
-def held_out(items: int, asked: int) -> tuple[int, int]:
-    """How many items measure the recall, and how many are queries in all."""
-    held = min(items, asked)
-    return held, min(items, held + math.ceil(asked * TUNED_ON))
+def query_counts(items: int, wanted: int) -> tuple[int, int]:
+    """The number of held-out queries, and of held-out and tuning queries together."""
+    held = min(items, wanted)
+    return held, min(items, held + math.ceil(wanted * TUNED_ON))
 
 
-def depth_of(k: int) -> int:
-    """How many neighbours are kept of every query, itself among them."""
+def neighbours_kept(k: int) -> int:
+    """The number of neighbours to keep per query, one of them for the query itself."""
     return k + 1 + SPARE
 
 
-def nothing_near(queries: int, depth: int) -> Neighbours:
-    """Before anything was compared."""
-    return Neighbours(
+def no_neighbours(queries: int, depth: int) -> ExactNeighbours:
+    """The empty result, before the first comparison."""
+    return ExactNeighbours(
         np.full((queries, depth), -1, np.int64),
         np.full((queries, depth), -np.inf, np.float32),
         np.full(queries, -np.inf, np.float32),
     )
 
 
-def nearest(ids: Ids, vectors: Matrix, batches: Iterable[tuple[Ids, Matrix]], depth: int) -> Neighbours:
+def exact_neighbours(ids: Ids, vectors: Matrix, batches: Iterable[tuple[Ids, Matrix]], depth: int) -> ExactNeighbours:
     """Exact neighbours of queries among vectors that come in batches.
 
     Args:
-        ids: row ids [q] of the queries, which are not their own neighbours.
-        vectors: theirs [q, d].
+        ids: row ids [q] of the queries; a query is not its own neighbour.
+        vectors: query vectors [q, d].
         batches: row ids [n] and vectors [n, d].
-        depth: how many to keep.
+        depth: neighbours to keep per query.
     """
-    near = nothing_near(len(ids), depth)
+    near = no_neighbours(len(ids), depth)
     for rows, batch in batches:
         if not (len(rows) and len(ids)):
             continue
         scores, found = faiss.knn(vectors, batch, min(depth, len(batch)), metric=faiss.METRIC_INNER_PRODUCT)
-        near = combined(near, _without_own(Neighbours(rows[found], scores, _floor(scores, depth)), ids))
+        found_here = ExactNeighbours(rows[found], scores, _floor(scores, depth))
+        near = merge_neighbours(near, _masked(found_here, found_here.ids == ids[:, None]))
     return near
 
 
-def combined(one: Neighbours, other: Neighbours) -> Neighbours:
-    """Neighbours among the items of both; no item is in the two."""
+def merge_neighbours(one: ExactNeighbours, other: ExactNeighbours) -> ExactNeighbours:
+    """Neighbours among two disjoint sets of items."""
     depth = max(one.ids.shape[1], other.ids.shape[1])
     ids = np.concatenate([one.ids, other.ids], axis=1)
     scores = np.concatenate([one.scores, other.scores], axis=1)
-    best = np.argsort(-scores, axis=1, kind="stable")
-    ids, scores = np.take_along_axis(ids, best, axis=1), np.take_along_axis(scores, best, axis=1)
+    ids, scores = _by_score(ids, scores)
     cut = scores[:, depth] if scores.shape[1] > depth else np.full(len(ids), -np.inf, np.float32)
-    return Neighbours(ids[:, :depth], scores[:, :depth], np.maximum(np.maximum(one.floor, other.floor), cut))
+    return ExactNeighbours(ids[:, :depth], scores[:, :depth], np.maximum(np.maximum(one.floor, other.floor), cut))
 
 
-def without(near: Neighbours, removed: Ids) -> Neighbours:
-    """Neighbours once some items have left: what is above the floor is still all that there is."""
-    gone = np.isin(near.ids, removed)
-    ids, scores = np.where(gone, -1, near.ids), np.where(gone, -np.inf, near.scores)
-    best = np.argsort(-scores, axis=1, kind="stable")
-    return replace(near, ids=np.take_along_axis(ids, best, axis=1), scores=np.take_along_axis(scores, best, axis=1))
+def without_items(near: ExactNeighbours, removed: Ids) -> ExactNeighbours:
+    """Neighbours after some items were removed. The floor stays valid."""
+    left = _masked(near, np.isin(near.ids, removed))
+    return ExactNeighbours(*_by_score(left.ids, left.scores), near.floor)
 
 
-def known(near: Neighbours, k: int, items: int) -> NDArray[np.bool_]:
-    """Of which queries the scores of the first k neighbours are certain, if not which of those that tie are listed."""
+def certain(near: ExactNeighbours, k: int, items: int) -> NDArray[np.bool_]:
+    """True if the top-k scores of a query are exact; ties may be incomplete."""
     k = min(k, items - 1)
     if not k:
         return np.ones(len(near.ids), np.bool_)
-    certain: NDArray[np.bool_] = near.scores[:, k - 1] >= near.floor
-    return certain
+    found: NDArray[np.bool_] = near.scores[:, k - 1] >= near.floor
+    return found
 
 
-def recalled(queries: Queries, search: Search, take: Take, k: int, items: int, *, held: bool) -> NDArray[np.float64]:
-    """Recall@k of every query, of those that are held out or of those that are not.
+def recall_per_query(
+    queries: RecallQueries, search: Search, take: Take, k: int, items: int, *, held: bool
+) -> NDArray[np.float64]:
+    """Recall@k of every held-out query, or of every tuning query.
 
     Args:
         queries: with their exact neighbours.
         search: the index.
-        take: vectors [n, d] of row ids [n], for what ties with the last neighbour and is not listed.
-        k: neighbours that count, fewer where there are fewer.
-        items: in the index.
-        held: which queries to ask.
+        take: vectors [n, d] of row ids [n], to score results that may tie with the last neighbour but are not listed.
+        k: neighbours that count; fewer if there are fewer items.
+        items: number of items in the index.
+        held: held-out queries if true, tuning queries otherwise.
     """
     chosen = slice(0, queries.held) if held else slice(queries.held, None)
-    own, asked, near = queries.ids[chosen], queries.vectors[chosen], queries.near
+    own, vectors, near = queries.ids[chosen], queries.vectors[chosen], queries.near
     k = min(k, items - 1)
     if not k:
         return np.ones(len(own))
-    _, found = search(asked, k + 1)
+    _, found = search(vectors, k + 1)
     found = _first(np.where(found == own[:, None], -1, found), k)
     ids, scores = near.ids[chosen], near.scores[chosen]
-    least = scores[:, k - 1] - _tolerance(scores)
+    least = scores[:, k - 1] - np.float32(TIE_TOLERANCE) * np.abs(scores[:, 0])
     fits = np.where(scores >= least[:, None], ids, UNFIT)
     step = max(1, CELLS // (k * fits.shape[1]))
     right = np.concatenate(
         [(found[n : n + step, :, None] == fits[n : n + step, None, :]).any(axis=2) for n in range(0, len(found), step)]
         or [np.zeros(found.shape, np.bool_)]
     )
-    # Where the list ends among those that tie, what is not in it is judged by its own score.
+    # If the list ends within a tie, unlisted results are judged by their own scores.
     open_end = least <= near.floor[chosen]
     rows, places = np.nonzero(~right & (found >= 0) & open_end[:, None])
     if len(rows):
         others, which = np.unique(found[rows, places], return_inverse=True)
-        right[rows, places] = np.einsum("nd,nd->n", asked[rows], take(others)[which]) >= least[rows]
+        right[rows, places] = np.einsum("nd,nd->n", vectors[rows], take(others)[which]) >= least[rows]
     shares: NDArray[np.float64] = right.sum(axis=1) / k
     return shares
 
 
-def bounded(shares: NDArray[np.float64], items: int) -> Recall:
-    """The recall over all items, from that of a random sample of them.
+def estimate_recall(shares: NDArray[np.float64], items: int) -> Recall:
+    """The recall over all items, estimated from that of a random sample.
 
-    The bounds are Wilson's for as many yes-or-no answers as tell as much as the sample does, with the correction for a
-    sample that is no small part of all items.
+    The interval is Wilson's, for the number of yes-or-no answers that is as informative as the sample, with the
+    finite-population correction.
 
     Args:
-        shares: recall [q] of the sample's queries.
-        items: how many there are.
+        shares: recall [q] of the sampled queries.
+        items: number of all items.
     """
     n, mean = len(shares), float(shares.mean())
     missing = (items - n) / max(1, items - 1)
@@ -226,45 +228,45 @@ def bounded(shares: NDArray[np.float64], items: int) -> Recall:
     return Recall(mean, min(mean, max(0.0, middle - reach)), max(mean, min(1.0, middle + reach)), n)
 
 
-def to_bytes(queries: Queries) -> bytes:
-    """Queries and their neighbours as a file."""
+def to_bytes(queries: RecallQueries) -> bytes:
+    """Queries and their neighbours as an .npz file."""
     near, file = queries.near, io.BytesIO()
     np.savez(file, ids=queries.ids, vectors=queries.vectors, held=queries.held, near_ids=near.ids,
              near_scores=near.scores, floor=near.floor)  # fmt: skip
     return file.getvalue()
 
 
-def from_bytes(data: bytes) -> Queries:
-    """What :func:`to_bytes` wrote.
+def from_bytes(data: bytes) -> RecallQueries:
+    """Read the file that :func:`to_bytes` wrote.
 
     Raises:
-        ValueError, KeyError: it is something else.
+        ValueError, KeyError: the data is no such file.
     """
-    with np.load(io.BytesIO(data), allow_pickle=False) as held:
-        near = Neighbours(held["near_ids"], held["near_scores"], held["floor"])
-        return Queries(held["ids"], held["vectors"], int(held["held"]), near)
-
-
-def _tolerance(scores: Matrix) -> Matrix:
-    """By how much scores [q, n], the best of each query first, may differ and still be equal [q]."""
-    found: Matrix = np.float32(TIE_TOLERANCE) * np.abs(scores[:, 0])
-    return found
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        near = ExactNeighbours(file["near_ids"], file["near_scores"], file["floor"])
+        return RecallQueries(file["ids"], file["vectors"], int(file["held"]), near)
 
 
 def _floor(scores: Matrix, depth: int) -> Matrix:
-    """What is below the last of a whole row of neighbours is not known."""
+    """The lowest listed score of each query whose list is full; -inf otherwise."""
     if scores.shape[1] < depth:
         return np.full(len(scores), -np.inf, np.float32)
     return scores[:, -1].copy()
 
 
-def _without_own(near: Neighbours, own: Ids) -> Neighbours:
-    mine = near.ids == own[:, None]
-    return replace(near, ids=np.where(mine, -1, near.ids), scores=np.where(mine, -np.inf, near.scores))
+def _masked(near: ExactNeighbours, mask: NDArray[np.bool_]) -> ExactNeighbours:
+    """Neighbours with the masked places emptied."""
+    return replace(near, ids=np.where(mask, -1, near.ids), scores=np.where(mask, -np.inf, near.scores))
+
+
+def _by_score(ids: Ids, scores: Matrix) -> tuple[Ids, Matrix]:
+    """Ids and scores of each row, best first."""
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
 
 def _first(ids: Ids, k: int) -> Ids:
-    """The first k of each row that are there, in their order."""
+    """The first k ids of each row that are not -1, in their order."""
     order = np.argsort(ids < 0, axis=1, kind="stable")[:, :k]
     found: Ids = np.take_along_axis(ids, order, axis=1)
     return np.where(found < 0, NOTHING, found)

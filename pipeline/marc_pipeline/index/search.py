@@ -1,4 +1,4 @@
-"""Search of FAISS indexes as if they were one: among chosen row ids only, and with everything that ties."""
+"""Search over the shards of an index: filters by row id, tombstones, ties, and the search width."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,29 +10,28 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-Matrix = NDArray[np.float32]
-Ids = NDArray[np.int64]
+from marc_pipeline.index.vectors import Ids, Matrix
 
-# Scores that one search may hold at a time: what ties can reach far.
+# Scores held in memory at a time; ties can make results long.
 CELLS = 4_000_000
-# How the search widens where one vector in x may be found, x to this power: the neighbours that count then lie
-# further out, in more lists. Measured on 200,000 vectors in clusters; x alone loses up to a fifth of them.
+# If a filter allows one vector in x, the width grows by x to this power, because the allowed neighbours are further
+# away. Measured on 200,000 vectors in clusters; with a power of 1, up to 20 % of the neighbours are lost.
 LISTS_GROWTH, GRAPH_GROWTH = 1.5, 1.25
-# A graph walked wider than this for a filter is slower than a scan.
+# With a filter, a wider graph search is slower than a scan.
 MAX_EF_SEARCH = 4096
 MAX_ROW_ID = 2**63 - 1
-# Between these a graph is tuned.
+# Limits for tuning a graph's efSearch.
 NARROWEST_GRAPH_SEARCH, WIDEST_GRAPH_SEARCH = 16, 1024
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which vectors may be found.
+class RowFilter:
+    """The vectors that a search may return.
 
     Attributes:
-        rows: row ids, sorted, every one of them in the index.
-        only: these and no others; otherwise all but these.
-        count: vectors that may be found.
+        rows: sorted row ids, all of them in the index.
+        only: True to allow only ``rows``, False to exclude them.
+        count: number of allowed vectors.
     """
 
     rows: Ids
@@ -40,33 +39,33 @@ class Choice:
     count: int
 
     def allows(self, rows: Ids) -> NDArray[np.bool_]:
-        """Which of some row ids may be found; never -1."""
+        """Mask of the allowed row ids; -1 is never allowed."""
         allowed: NDArray[np.bool_] = (rows >= 0) & (contains(self.rows, rows) == self.only)
         return allowed
 
 
 @dataclass(frozen=True)
-class Found:
-    """Neighbours of some of the queries.
+class SearchResult:
+    """Neighbours of some queries.
 
     Attributes:
-        places: of the queries [q] in what was asked.
-        scores: [q, m], best first, -inf where there are no more.
-        rows: row ids [q, m], -1 where there are no more.
+        positions: positions [q] of these queries in the caller's array.
+        scores: [q, m], best first; -inf for missing results.
+        rows: row ids [q, m]; -1 for missing results.
     """
 
-    places: NDArray[np.intp]
+    positions: NDArray[np.intp]
     scores: Matrix
     rows: Ids
 
 
 class IndexSearch:
-    """One index in one or several parts of the same factory; each vector is in one of them.
+    """One index in one or several shards of the same factory; each vector is in one shard.
 
     Args:
-        shards: FAISS indexes whose ids are row ids; vectors with id -1 are dead.
-        items: vectors that are alive.
-        tombstones: dead ones.
+        shards: FAISS indexes whose ids are row ids; tombstones have the id -1.
+        items: number of vectors without tombstones.
+        tombstones: number of tombstones.
     """
 
     def __init__(self, shards: Sequence[Any], *, items: int, tombstones: int) -> None:
@@ -77,61 +76,63 @@ class IndexSearch:
 
     @property
     def scans_exactly(self) -> bool:
-        """Whether the index holds float32 vectors as they are and finds all of them when it searches wide enough."""
+        """Whether the index stores unchanged float32 vectors, so that the widest search is exact."""
         plain = isinstance(self._inner, faiss.IndexFlat | faiss.IndexIVFFlat)
         return bool(plain) and not any(isinstance(link, faiss.IndexPreTransform) for link in _chain(self._shards[0]))
 
     @cached_property
     def _same_lists(self) -> bool:
-        """Whether several parts have inverted lists around the same centroids: which to probe is found out once."""
+        """Whether all shards have the same centroids, so that the lists to probe are found once."""
         if len(self._shards) == 1 or not all(isinstance(shard, faiss.IndexIVF) for shard in self._shards):
             return False
         first, *others = (faiss.serialize_index(shard.quantizer) for shard in self._shards)
         tuned = {shard.nprobe for shard in self._shards}
         return len(tuned) == 1 and all(np.array_equal(first, other) for other in others)
 
-    def search(self, queries: Matrix, k: int, choice: Choice | None = None, *, widest: bool = False) -> Iterator[Found]:
-        """The best k of each query, and all that tie with the k-th: which of these count is not FAISS's to say.
+    def search(
+        self, queries: Matrix, k: int, row_filter: RowFilter | None = None, *, widest: bool = False
+    ) -> Iterator[SearchResult]:
+        """The top k of each query, and all results that tie with the k-th, because FAISS orders ties arbitrarily.
 
-        Without a choice the index searches as wide as it was tuned to. With one it searches as much wider as fewer
-        vectors may be found, and inverted lists are probed further until k are found or there are no more.
+        Without a filter the search has its tuned width. With a filter the search is wider, the fewer vectors are
+        allowed. Inverted lists are probed further until k results are found or every list was probed.
 
         Args:
             queries: [n, d].
             k: neighbours, at least 1.
-            choice: what may be found; everything that is alive by default.
-            widest: with a choice, probe every list at once.
+            row_filter: allowed vectors; all by default.
+            widest: with a filter, probe every list at once.
 
         Yields:
             Each query once, in any order.
         """
-        count = choice.count if choice else self._items
-        selective = choice is not None or self._tombstones > 0
+        count = row_filter.count if row_filter else self._items
+        selective = row_filter is not None or self._tombstones > 0
         width, most = self._widths(count) if selective else (0, 0)
         pending = [(np.arange(len(queries)), min(k + 1, count), most if widest else width)]
         while pending:
             places, depth, width = pending.pop()
             for block in np.split(places, range(_fitting(depth), len(places), _fitting(depth))):
-                scores, rows = self._once(queries[block], depth, choice, width)
+                scores, rows = self._once(queries[block], depth, row_filter, width)
                 short = ((rows[:, :k] >= 0).sum(axis=1) < min(k, count)) & (width < most)
                 tied = np.zeros_like(short)
                 if depth < count:
-                    # An index that finds fewer says -1: there is nothing more to come.
+                    # A row id of -1 in the last place means that there are no further results.
                     tied = ~short & (rows[:, -1] >= 0) & (scores[:, -1] == scores[:, k - 1])
                 done = ~(short | tied)
                 if done.any():
-                    yield Found(block[done], scores[done], rows[done])
+                    yield SearchResult(block[done], scores[done], rows[done])
                 if short.any():
                     pending.append((block[short], depth, min(2 * width, most)))
                 if tied.any():
                     pending.append((block[tied], min(2 * depth, count), width))
 
     def nearest(self, queries: Matrix, k: int) -> tuple[Matrix, Ids]:
-        """Scores and row ids [n, k] of the best, -inf and -1 where there are no more; ties fall as they may."""
-        return self._once(queries, k, None, width_of(self._inner) or 0)
+        """Scores and row ids [n, k] of the top k, -inf and -1 for missing results; ties in arbitrary order."""
+        return self._once(queries, k, None, search_width(self._inner) or 0)
 
     def _widths(self, count: int) -> tuple[int, int]:
-        """How wide to search for ``count`` of all vectors, and how wide one may."""
+        """The search width for ``count`` allowed vectors, and the greatest width."""
         scale = (self._items + self._tombstones) / count
         if isinstance(self._inner, faiss.IndexIVF):
             most = self._inner.nlist
@@ -142,16 +143,16 @@ class IndexSearch:
             return width, width
         return 0, 0
 
-    def _once(self, queries: Matrix, depth: int, choice: Choice | None, width: int) -> tuple[Matrix, Ids]:
-        """Scores and row ids [n, depth] over all parts."""
-        if choice is None and not self._tombstones:
+    def _once(self, queries: Matrix, depth: int, row_filter: RowFilter | None, width: int) -> tuple[Matrix, Ids]:
+        """Scores and row ids [n, depth] over all shards."""
+        if row_filter is None and not self._tombstones:
             found = self._unrestricted(queries, depth)
         elif isinstance(self._inner, faiss.IndexIVF | faiss.IndexHNSW | faiss.IndexFlat | faiss.IndexScalarQuantizer):
-            selector = self._selector(choice)
-            # A part translates the selector inside its parameters: each has its own.
+            selector = self._selector(row_filter)
+            # FAISS changes the selector inside the parameters, so each shard gets its own.
             found = [shard.search(queries, depth, params=self._params(selector, width)) for shard in self._shards]
         else:
-            found = [self._sifted(shard, queries, depth, choice) for shard in self._shards]
+            found = [self._sifted(shard, queries, depth, row_filter) for shard in self._shards]
         scores, rows = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
         scores[rows < 0] = -np.inf
         if len(found) > 1:
@@ -160,23 +161,23 @@ class IndexSearch:
         return scores, rows
 
     def _unrestricted(self, queries: Matrix, depth: int) -> list[tuple[Matrix, Ids]]:
-        """Scores and row ids [n, depth] of each part, searched as it was tuned."""
+        """Scores and row ids [n, depth] of each shard, with the tuned width."""
         if not self._same_lists:
             return [shard.search(queries, depth) for shard in self._shards]
         near, lists = self._inner.quantizer.search(queries, self._inner.nprobe)
         return [shard.search_preassigned(queries, depth, lists, near) for shard in self._shards]
 
-    def _selector(self, choice: Choice | None) -> Any:
+    def _selector(self, row_filter: RowFilter | None) -> Any:
         alive = faiss.IDSelectorRange(0, MAX_ROW_ID)
-        if choice is None:
+        if row_filter is None:
             return alive
-        if choice.only:
-            return faiss.IDSelectorBatch(choice.rows)
-        others = faiss.IDSelectorNot(faiss.IDSelectorBatch(choice.rows))
+        if row_filter.only:
+            return faiss.IDSelectorBatch(row_filter.rows)
+        others = faiss.IDSelectorNot(faiss.IDSelectorBatch(row_filter.rows))
         return faiss.IDSelectorAnd(alive, others) if self._tombstones else others
 
     def _params(self, selector: Any, width: int) -> Any:
-        """Parameters replace what the index was tuned to: all of it is carried over."""
+        """Search parameters. They replace those of the index, so every tuned value is copied."""
         native: Any = faiss
         if isinstance(self._inner, faiss.IndexIVF):
             return native.SearchParametersIVF(sel=selector, nprobe=width, max_codes=self._inner.max_codes)
@@ -190,30 +191,30 @@ class IndexSearch:
             )
         return native.SearchParameters(sel=selector)
 
-    def _sifted(self, shard: Any, queries: Matrix, depth: int, choice: Choice | None) -> tuple[Matrix, Ids]:
-        """Search of an index that takes no selector: deeper until enough of what it finds may be found."""
-        count = choice.count if choice else self._items
+    def _sifted(self, shard: Any, queries: Matrix, depth: int, row_filter: RowFilter | None) -> tuple[Matrix, Ids]:
+        """Search an index type without selectors: search deeper until enough results are allowed."""
+        count = row_filter.count if row_filter else self._items
         reach = math.ceil(depth * (self._items + self._tombstones) / count)
         while True:
             reach = min(2 * reach, max(shard.ntotal, depth))
             blocks = np.split(queries, range(_fitting(reach), len(queries), _fitting(reach)))
-            parts = [_sift(shard.search(block, reach), depth, choice) for block in blocks]
+            parts = [_sift(shard.search(block, reach), depth, row_filter) for block in blocks]
             scores, rows = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
             if reach >= shard.ntotal or (rows[:, -1] >= 0).all():
                 return scores, rows
 
 
-def _sift(found: tuple[Matrix, Ids], depth: int, choice: Choice | None) -> tuple[Matrix, Ids]:
-    """The first ``depth`` that may be found, in their order, then -1."""
+def _sift(found: tuple[Matrix, Ids], depth: int, row_filter: RowFilter | None) -> tuple[Matrix, Ids]:
+    """The first ``depth`` allowed results in their order, padded with -1."""
     scores, rows = found
-    allowed = choice.allows(rows) if choice else rows >= 0
+    allowed = row_filter.allows(rows) if row_filter else rows >= 0
     rows = np.where(allowed, rows, -1)
     order = np.argsort(~allowed, axis=1, kind="stable")[:, :depth]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
 def contains(known: Ids, rows: Ids) -> NDArray[np.bool_]:
-    """Which of some row ids are among sorted ones."""
+    """Mask of the row ids that occur in the sorted array ``known``."""
     if not len(known):
         return np.zeros(rows.shape, bool)
     found: NDArray[np.bool_] = known[np.minimum(np.searchsorted(known, rows), len(known) - 1)] == rows
@@ -225,7 +226,7 @@ def _fitting(depth: int) -> int:
 
 
 def _chain(index: Any) -> Iterator[Any]:
-    """An index and what it wraps: maps of ids, transforms, at last what holds the vectors."""
+    """An index and the indexes that it wraps; the last one stores the vectors."""
     index = faiss.downcast_index(index)
     yield index
     while isinstance(index, faiss.IndexIDMap | faiss.IndexPreTransform):
@@ -238,37 +239,37 @@ def _innermost(index: Any) -> Any:
     return last
 
 
-def lists_of(index: Any) -> Any:
-    """The inverted lists' own index inside an index; None where there are none."""
+def inverted_lists(index: Any) -> Any:
+    """The IVF index inside an index; None if there is none."""
     return faiss.try_extract_index_ivf(index)
 
 
-def graph_of(index: Any) -> Any:
-    """The HNSW index inside an index; None where there is none."""
+def hnsw_graph(index: Any) -> Any:
+    """The HNSW index inside an index; None if there is none."""
     inside = _innermost(index)
     return inside if isinstance(inside, faiss.IndexHNSW) else None
 
 
-def width_of(index: Any) -> int | None:
-    """How widely an index searches: lists that are probed (nprobe) or efSearch of a graph; None if it has no choice."""
-    if (lists := lists_of(index)) is not None:
+def search_width(index: Any) -> int | None:
+    """Nprobe of inverted lists or efSearch of a graph; None for other index types."""
+    if (lists := inverted_lists(index)) is not None:
         return int(lists.nprobe)
-    graph = graph_of(index)
+    graph = hnsw_graph(index)
     return int(graph.hnsw.efSearch) if graph is not None else None
 
 
-def set_width(index: Any, width: int | None) -> None:
-    """Set what :func:`width_of` tells; None leaves it alone."""
+def set_search_width(index: Any, width: int | None) -> None:
+    """Set nprobe or efSearch; None changes nothing."""
     if width is None:
         return
-    if (lists := lists_of(index)) is not None:
+    if (lists := inverted_lists(index)) is not None:
         lists.nprobe = width
-    elif (graph := graph_of(index)) is not None:
+    elif (graph := hnsw_graph(index)) is not None:
         graph.hnsw.efSearch = width
 
 
-def widths(index: Any) -> tuple[int, int] | None:
-    """The narrowest and the widest search; None if there is no choice."""
-    if (lists := lists_of(index)) is not None:
+def width_range(index: Any) -> tuple[int, int] | None:
+    """The narrowest and the widest search; None for index types without a width."""
+    if (lists := inverted_lists(index)) is not None:
         return 1, int(lists.nlist)
-    return (NARROWEST_GRAPH_SEARCH, WIDEST_GRAPH_SEARCH) if graph_of(index) is not None else None
+    return (NARROWEST_GRAPH_SEARCH, WIDEST_GRAPH_SEARCH) if hnsw_graph(index) is not None else None

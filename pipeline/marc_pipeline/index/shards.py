@@ -1,4 +1,4 @@
-"""What one task does of an index: fill one shard from its buckets' files, or patch the one that was there."""
+"""Tasks of the index stage: build one shard from its buckets' files, or patch the shard of an earlier release."""
 
 import hashlib
 import io
@@ -7,18 +7,17 @@ import logging
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import faiss
 import numpy as np
-from numpy.typing import NDArray
 
 from marc_pipeline.errors import CorruptFile, UserError
-from marc_pipeline.index.faiss_index import fill, mergeable, new_index, patch, reason
-from marc_pipeline.index.files import loaded, mapped
-from marc_pipeline.index.recall import Neighbours, combined, nearest, nothing_near
-from marc_pipeline.index.vectors import Changes, Source, changes
+from marc_pipeline.index.faiss_index import faiss_message, fill, mergeable, new_index, patch
+from marc_pipeline.index.files import load_index, map_index
+from marc_pipeline.index.recall import ExactNeighbours, exact_neighbours, merge_neighbours, no_neighbours
+from marc_pipeline.index.vectors import Ids, Matrix, TableVectors, VectorChanges, changed_vectors
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.storage import Storage, join
 from marc_pipeline.storage.checksums import check_file, describe_file
@@ -26,116 +25,106 @@ from marc_schemas.feature_table import bucket_number
 from marc_schemas.files import PublishedFile
 from marc_schemas.identity import files_digest
 
-Matrix = NDArray[np.float32]
-Ids = NDArray[np.int64]
-
 PROGRESS_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The queries of the recall, which every task compares with the vectors that it reads anyway.
+class QueryBatch:
+    """Recall queries: row ids [q], vectors [q, d], and the number of neighbours to keep per query.
 
-    Attributes:
-        ids: row ids [q].
-        vectors: theirs [q, d].
-        depth: neighbours to keep of each.
+    Every task compares them with the vectors that it reads.
     """
 
     ids: Ids
     vectors: Matrix
     depth: int
 
-    def nothing(self) -> Neighbours:
-        """Before anything was compared."""
-        return nothing_near(len(self.ids), self.depth)
+    def no_neighbours(self) -> ExactNeighbours:
+        """The empty result, before the first comparison."""
+        return no_neighbours(len(self.ids), self.depth)
 
     def digest(self) -> str:
-        """Names ids, vectors and depth."""
+        """SHA-256 of ids, vectors and depth."""
         return hashlib.sha256(self.ids.tobytes() + self.vectors.tobytes() + str(self.depth).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class ShardTask:
-    """Everything that the maker of one shard needs; travels to Spark's Python workers.
-
-    Attributes:
-        number, of: which shard, of how many.
-        source: its buckets' files.
-        factory: FAISS factory string.
-        trained: the trained, empty index in ``work_uri``; None for one that learns nothing.
-        asked: the queries.
-        index_uri: folder of all indexes.
-        plan_id: the plan that it is made for.
-        work_uri: where the task says that it is done.
-    """
+class IndexTask:
+    """Shard ``number`` of ``of``, with today's table files of its buckets; sent to Spark's Python workers."""
 
     number: int
     of: int
-    source: Source
-    factory: str
-    trained: PublishedFile | None
-    asked: Asked
+    source: TableVectors
+    queries: QueryBatch
     index_uri: str
     plan_id: str
+
+    def store(self, index: Any) -> PublishedFile:
+        """Publish the shard."""
+        name = f"shard-{self.number:04d}"
+        return store_index(index, self.source.storage, self.index_uri, folder=self.plan_id, name=name)
+
+
+@dataclass(frozen=True)
+class ShardTask(IndexTask):
+    """The input of :func:`build_shard`.
+
+    Attributes:
+        factory: FAISS factory string.
+        trained: the trained, empty index in ``work_uri``; None if the index needs no training.
+        work_uri: folder for the note about a finished shard.
+    """
+
+    factory: str
+    trained: PublishedFile | None
     work_uri: str
 
     def digest(self) -> str:
-        """Names what the shard is made of."""
-        parts = [self.of, self.number, files_digest(self.source.files), self.factory, self.asked.digest()]
+        """SHA-256 of the inputs that decide the shard's content."""
+        parts = [self.of, self.number, files_digest(self.source.files), self.factory, self.queries.digest()]
         return hashlib.sha256(json.dumps([*parts, self.trained.sha256 if self.trained else None]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard that is in place, and what the queries' neighbours are among its vectors."""
+    """A stored shard, and the exact neighbours of the queries among its vectors."""
 
     number: int
     file: PublishedFile
-    near: Neighbours
+    near: ExactNeighbours
 
 
 @dataclass(frozen=True)
-class PatchTask:
-    """Everything that the patcher of one shard needs.
+class PatchTask(IndexTask):
+    """The input of :func:`patch_shard`.
 
     Attributes:
-        number, of: which shard, of how many.
-        source: its buckets' files as they are now.
-        before: its buckets' files in the release that is patched.
-        file: the shard in that release.
+        before: table files of its buckets in the base release.
+        file: the shard's file in the base release.
         root: folder that the path of ``file`` is relative to.
-        asked: the queries.
-        allowance: vectors that may have changed at most.
-        index_uri, plan_id: where the patched shard goes.
+        allowance: greatest number of changed vectors.
     """
 
-    number: int
-    of: int
-    source: Source
     before: tuple[PublishedFile, ...]
     file: PublishedFile
     root: str
-    asked: Asked
     allowance: int
-    index_uri: str
-    plan_id: str
 
 
 @dataclass(frozen=True)
-class Patched:
-    """What became of a shard.
+class PatchedShard:
+    """A patched shard, in memory or stored.
 
     Attributes:
-        number: which one.
-        index: patched, where it was not stored.
-        file: where it was stored, or stayed as it was.
-        removed: row ids [r] that left it or changed.
-        added: how many vectors came or changed.
-        marked: how many of the removed hold their place still.
-        near: the queries' neighbours among the vectors that came.
+        number: number of the shard.
+        index: the patched index; None if it is stored.
+        file: the stored file; None if the index is in memory.
+        removed: row ids [r] that were removed or replaced.
+        added: number of vectors that were added or replaced.
+        marked: number of removed vectors that are tombstones now.
+        near: the queries' exact neighbours among the added vectors.
     """
 
     number: int
@@ -144,116 +133,116 @@ class Patched:
     removed: Ids
     added: int
     marked: int
-    near: Neighbours
+    near: ExactNeighbours
 
 
 class Unpatchable(Exception):
-    """Why an index is not patched."""
+    """The reason why an index is rebuilt instead of patched."""
 
 
 def shard_of(bucket: int, buckets: int, shards: int) -> int:
-    """The shard that holds a bucket."""
+    """The number of the shard that contains a bucket."""
     return bucket * shards // buckets
 
 
-def files_of(files: Sequence[PublishedFile], number: int, *, buckets: int, of: int) -> tuple[PublishedFile, ...]:
-    """The files whose buckets a shard holds."""
+def shard_files(files: Sequence[PublishedFile], number: int, *, buckets: int, of: int) -> tuple[PublishedFile, ...]:
+    """The table files of a shard's buckets."""
     return tuple(file for file in files if shard_of(bucket_number(file.path), buckets, of) == number)
 
 
-def make_shard(task: ShardTask, resources: TaskResources) -> Shard:
-    """Fill one shard and publish it, unless an earlier attempt did.
+def build_shard(task: ShardTask, resources: TaskResources) -> Shard:
+    """Build and publish one shard; a shard from an earlier attempt is reused.
 
     Raises:
-        UserError: FAISS cannot make it.
+        UserError: FAISS cannot build it.
         CorruptFile: a file of the table differs from its checksum.
     """
-    if found := _done(task):
+    if found := _read_note(task):
         return found
     faiss.omp_set_num_threads(resources.cpus)
     storage = task.source.storage
-    trained = loaded(storage, task.work_uri, task.trained) if task.trained else None
+    trained = load_index(storage, task.work_uri, task.trained) if task.trained else None
     index = trained or new_index(task.factory, task.source.dim)
-    near = fill_and_compare(index, task.source, task.asked, task.factory)
-    file = store(index, storage, task.index_uri, folder=task.plan_id, name=f"shard-{task.number:04d}")
-    shard = Shard(task.number, file, near)
-    _say_done(task, shard)
+    near = fill_and_compare(index, task.source, task.queries, task.factory)
+    shard = Shard(task.number, task.store(index), near)
+    _write_note(task, shard)
     return shard
 
 
-def fill_and_compare(index: Any, source: Source, asked: Asked, factory: str) -> Neighbours:
-    """Fill a trained index, and find the queries' exact neighbours in the same vectors.
+def fill_and_compare(index: Any, source: TableVectors, queries: QueryBatch, factory: str) -> ExactNeighbours:
+    """Fill a trained index, and find the queries' exact neighbours among the same vectors.
 
     Raises:
         UserError: FAISS cannot add vectors to it.
     """
-    near, reading, told = asked.nothing(), 0, time.monotonic()
+    near, reading, logged = queries.no_neighbours(), 0, time.monotonic()
 
     def batches() -> Iterator[tuple[Ids, Matrix]]:
-        nonlocal near, reading, told
+        nonlocal near, reading, logged
         reading, read = reading + 1, 0
         for ids, vectors in source.batches():
             if reading == 1:
-                near = combined(near, nearest(asked.ids, asked.vectors, [(ids, vectors)], asked.depth))
+                found = exact_neighbours(queries.ids, queries.vectors, [(ids, vectors)], queries.depth)
+                near = merge_neighbours(near, found)
             yield ids, vectors
             read += len(ids)
-            if time.monotonic() - told > PROGRESS_SECONDS:
-                told = time.monotonic()
-                doing = "compared" if reading == 1 else "added"
-                log.info("index: %s of %s vectors %s", f"{read:,}", f"{source.items:,}", doing)
+            if time.monotonic() - logged > PROGRESS_SECONDS:
+                logged = time.monotonic()
+                done = "compared" if reading == 1 else "added"
+                log.info("index: %s of %s vectors %s", f"{read:,}", f"{source.items:,}", done)
 
     try:
         fill(index, batches)
     except RuntimeError as error:
-        raise UserError(f"index.factory {factory!r} takes no vectors with ids: {reason(error)}") from None
+        raise UserError(f"index.factory {factory!r} cannot add vectors with ids: {faiss_message(error)}") from None
     return near
 
 
-def patch_shard(task: PatchTask, resources: TaskResources) -> Patched | str:
-    """Patch one shard and publish it; or say why it is not patched, which is no failure of the task."""
+def patch_shard(task: PatchTask, resources: TaskResources) -> PatchedShard | str:
+    """Patch one shard and publish it; return the reason, as text, if it must be rebuilt instead."""
     faiss.omp_set_num_threads(resources.cpus)
     try:
-        done = patched(task)
+        done = patch_loaded(task)
     except (Unpatchable, CorruptFile) as error:
         return str(error)
     if done.file is not None:
         return done
-    file = store(done.index, task.source.storage, task.index_uri, folder=task.plan_id, name=f"shard-{task.number:04d}")
-    return Patched(task.number, None, file, done.removed, done.added, done.marked, done.near)
+    return replace(done, index=None, file=task.store(done.index))
 
 
-def patched(task: PatchTask) -> Patched:
-    """Patch one shard; one whose table files are the release's is the release's too.
+def patch_loaded(task: PatchTask) -> PatchedShard:
+    """Patch one shard in memory. A shard whose table files did not change keeps its file.
 
     Raises:
-        Unpatchable: too much changed, or FAISS cannot do it.
+        Unpatchable: too many vectors changed, or FAISS cannot patch this index type.
         CorruptFile: a file differs from its checksum.
     """
-    found, changed = list[Changes](), 0
-    for one in changes(task.source, task.before, threads=faiss.omp_get_max_threads()):
+    found, changed = list[VectorChanges](), 0
+    for one in changed_vectors(task.source, task.before, threads=faiss.omp_get_max_threads()):
         changed += len(one.removed) + len(one.added)
         if changed > task.allowance:
-            raise Unpatchable(f"more than {task.allowance:,} more vectors changed")
+            raise Unpatchable(f"more than {task.allowance:,} vectors of shard {task.number} changed")
         found.append(one)
-    removed, added = _all(found, "removed", np.int64), _all(found, "added", np.int64)
+    removed = np.concatenate([np.empty(0, np.int64), *(one.removed for one in found)])
+    added = np.concatenate([np.empty(0, np.int64), *(one.added for one in found)])
     vectors = np.concatenate([np.empty((0, task.source.dim), np.float32), *(one.vectors for one in found)])
-    near = nearest(task.asked.ids, task.asked.vectors, [(added, vectors)], task.asked.depth)
+    near = exact_neighbours(task.queries.ids, task.queries.vectors, [(added, vectors)], task.queries.depth)
     same = not (len(removed) or len(added))
-    # Files of a release that shares none of the table's files may be given up before this one is published.
+    # Retention may delete files of a release that shares no table file with this one before this one is published.
     if same and {file.path for file in task.before} == {file.path for file in task.source.files}:
-        return Patched(task.number, None, task.file, removed, 0, 0, near)
+        return PatchedShard(task.number, None, task.file, removed, 0, 0, near)
     try:
-        index = mapped(task.source.storage, task.root, task.file)
+        index = map_index(task.source.storage, task.root, task.file)
         if not (same or mergeable(index)):
-            index = loaded(task.source.storage, task.root, task.file)
+            index = load_index(task.source.storage, task.root, task.file)
         marked = 0 if same else patch(index, removed, added, vectors)
     except RuntimeError as error:
-        raise Unpatchable(reason(error)) from None
-    return Patched(task.number, index, None, removed, len(added), marked, near)
+        raise Unpatchable(faiss_message(error)) from None
+    return PatchedShard(task.number, index, None, removed, len(added), marked, near)
 
 
-def store(index: Any, storage: Storage, uri: str, *, folder: str, name: str) -> PublishedFile:
-    """Publish an index under its content's hash; its path is relative to ``uri``."""
+def store_index(index: Any, storage: Storage, uri: str, *, folder: str, name: str) -> PublishedFile:
+    """Publish an index in a file named by its SHA-256; the returned path is relative to ``uri``."""
     with storage.staged(join(uri, folder, name)) as staged:
         faiss.write_index(index, str(staged))
         described = describe_file(staged, path="", rows=index.ntotal)
@@ -262,39 +251,35 @@ def store(index: Any, storage: Storage, uri: str, *, folder: str, name: str) -> 
     return described.model_copy(update={"path": path})
 
 
-def compare(task: tuple[Source, Asked], resources: TaskResources) -> Neighbours:
-    """The exact neighbours of queries in some files."""
-    source, asked = task
+def compare_files(task: tuple[TableVectors, QueryBatch], resources: TaskResources) -> ExactNeighbours:
+    """The exact neighbours of queries among the vectors of some table files."""
+    source, queries = task
     faiss.omp_set_num_threads(resources.cpus)
-    return nearest(asked.ids, asked.vectors, source.batches(), asked.depth)
-
-
-def _all(found: Sequence[Changes], name: str, kind: type[np.int64]) -> Ids:
-    return np.concatenate([np.empty(0, kind), *(getattr(one, name) for one in found)])
+    return exact_neighbours(queries.ids, queries.vectors, source.batches(), queries.depth)
 
 
 def _note_uri(task: ShardTask) -> str:
     return join(task.work_uri, f"shard-{task.number:04d}-of-{task.of:04d}.npz")
 
 
-def _say_done(task: ShardTask, shard: Shard) -> None:
+def _write_note(task: ShardTask, shard: Shard) -> None:
     note, near = io.BytesIO(), shard.near
     facts = json.dumps({"digest": task.digest(), "file": shard.file.model_dump()})
     np.savez(note, facts=np.array(facts), ids=near.ids, scores=near.scores, floor=near.floor)
     task.source.storage.write(_note_uri(task), note.getvalue())
 
 
-def _done(task: ShardTask) -> Shard | None:
-    """What an earlier attempt left, if every byte of it is in place."""
+def _read_note(task: ShardTask) -> Shard | None:
+    """The shard of an earlier attempt, if it has the same inputs and its file is intact."""
     storage = task.source.storage
     try:
         with np.load(io.BytesIO(storage.read(_note_uri(task))), allow_pickle=False) as note:
             facts = json.loads(str(note["facts"]))
-            near = Neighbours(note["ids"], note["scores"], note["floor"])
+            near = ExactNeighbours(note["ids"], note["scores"], note["floor"])
         file = PublishedFile.model_validate(facts["file"])
     except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     if facts["digest"] != task.digest() or check_file(storage, task.index_uri, file):
         return None
-    log.info("index: shard %d of %d stands already", task.number + 1, task.of)
+    log.info("index: shard %d of %d exists already", task.number + 1, task.of)
     return Shard(task.number, file, near)

@@ -1,4 +1,4 @@
-"""The vectors that an index is made of, straight from the table's files, a batch at a time."""
+"""Vectors of the feature table for the index stage: in batches, by row id, and changes between two releases."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,15 +22,8 @@ Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Source:
-    """Table files, every byte of which is verified when it is read.
-
-    Attributes:
-        storage: access to the table.
-        table_uri: root of the files.
-        files: those that an index holds, or a part of it.
-        dim: length d of the vectors.
-    """
+class TableVectors:
+    """The vectors [n, dim] in the table files of an index or a shard; every byte is verified when it is read."""
 
     storage: Storage
     table_uri: str
@@ -39,24 +32,20 @@ class Source:
 
     @property
     def items(self) -> int:
-        """How many vectors there are."""
+        """Number of vectors."""
         return sum(file.rows for file in self.files)
 
-    def part(self, files: Sequence[PublishedFile]) -> "Source":
-        """The same of some files only."""
+    def part(self, files: Sequence[PublishedFile]) -> "TableVectors":
+        """The vectors of some of the files."""
         return replace(self, files=tuple(files))
 
     def batches(self) -> Iterator[tuple[Ids, Matrix]]:
-        """Row ids [n] and vectors [n, d], some row groups at a time, in the same order every time."""
+        """Row ids [n] and vectors [n, d], a few row groups at a time, always in the same order."""
         for file in self.files:
             yield from self.open(file).batches(BATCH_ROWS)
 
-    def row_ids(self, file: PublishedFile) -> Ids:
-        """Row ids of one file, in its order."""
-        return self.open(file).row_ids()
-
     def take(self, wanted: Ids) -> Matrix:
-        """Vectors [n, d] of row ids that are in the files, in the order asked."""
+        """Vectors [n, d] of row ids in the files, in the order of ``wanted``."""
         out = np.empty((len(wanted), self.dim), np.float32)
         if not len(wanted):
             return out
@@ -69,18 +58,18 @@ class Source:
         return out
 
     def open(self, file: PublishedFile) -> TableFile:
-        """One of the files, as far as it is read."""
+        """Open one of the files; blocks are read when they are needed."""
         return TableFile(MappedFile(self.storage, self.table_uri, file), rows=file.rows, dim=self.dim)
 
 
 @dataclass(frozen=True)
-class Changes:
-    """How the vectors of one bucket differ from those of a release before.
+class VectorChanges:
+    """Vectors of one bucket that differ from an earlier release.
 
     Attributes:
-        removed: row ids [r] that left, or have another vector now.
-        added: row ids [n] that came, or have another vector now.
-        vectors: of those that came [n, d].
+        removed: row ids [r] that were removed or have a new vector.
+        added: row ids [n] that were added or have a new vector.
+        vectors: vectors [n, d] of the added row ids.
     """
 
     removed: Ids
@@ -88,19 +77,18 @@ class Changes:
     vectors: Matrix
 
 
-def changes(source: Source, before: Sequence[PublishedFile], *, threads: int = 1) -> Iterator[Changes]:
-    """What changed since a release, bucket by bucket; buckets whose file stayed are left out.
+def changed_vectors(
+    source: TableVectors, before: Sequence[PublishedFile], *, threads: int = 1
+) -> Iterator[VectorChanges]:
+    """Changes since an earlier release, bucket by bucket; buckets with the same file are skipped.
 
-    Args:
-        source: the day's files.
-        before: the release's files, of the same buckets.
-        threads: buckets to compare at a time.
+    ``before`` lists the earlier files of the same buckets. ``threads`` buckets are compared at a time.
     """
     common = {file.path for file in before} & {file.path for file in source.files}
     old = {bucket_number(file.path): file for file in before if file.path not in common}
     new = {bucket_number(file.path): file for file in source.files if file.path not in common}
     buckets = sorted(old.keys() | new.keys())
-    # Comparing and verifying leave the interpreter alone. So many at a time, lest what changed piles up unread.
+    # Comparing and verifying release the GIL. Few buckets at a time, to bound the memory of the changes.
     for start in range(0, len(buckets), threads):
         with ThreadPoolExecutor(threads, thread_name_prefix="compare") as pool:
             yield from pool.map(
@@ -109,7 +97,7 @@ def changes(source: Source, before: Sequence[PublishedFile], *, threads: int = 1
             )
 
 
-def _bucket_changes(source: Source, old: PublishedFile | None, new: PublishedFile | None) -> Changes:
+def _bucket_changes(source: TableVectors, old: PublishedFile | None, new: PublishedFile | None) -> VectorChanges:
     if old is not None and new is not None:
         one, other = source.open(old), source.open(new)
         ids = other.row_ids()
@@ -120,25 +108,25 @@ def _bucket_changes(source: Source, old: PublishedFile | None, new: PublishedFil
     found = pc.index_in(pa.array(ids), value_set=pa.array(before))
     known = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))
     where = found.drop_null().to_numpy()
-    # Bit for bit: whatever its text or its time says, an index holds the vector.
+    # Vectors are compared bit by bit; text and time do not matter to the index.
     equal = (vectors.view(np.uint32)[known] == held.view(np.uint32)[where]).all(axis=1)
     fresh, left = np.ones(len(ids), np.bool_), np.ones(len(before), np.bool_)
     fresh[known[equal]], left[where[equal]] = False, False
-    return Changes(before[left], ids[fresh], vectors[fresh])
+    return VectorChanges(before[left], ids[fresh], vectors[fresh])
 
 
-def _exchanged(ids: Ids, old: TableFile, new: TableFile) -> Changes:
-    """What changed where the same items are in the same places: no vector is copied that stayed."""
+def _exchanged(ids: Ids, old: TableFile, new: TableFile) -> VectorChanges:
+    """Changes between two files with the same items at the same positions; unchanged vectors are not copied."""
     different, vectors = [], []
     for before, after in zip(old.groups(), new.groups(), strict=True):
         differs = (before.view(np.uint32) != after.view(np.uint32)).any(axis=1)
         different.append(differs)
         vectors.append(after[differs])
     changed = ids[np.concatenate(different)]
-    return Changes(changed, changed, np.concatenate(vectors))
+    return VectorChanges(changed, changed, np.concatenate(vectors))
 
 
-def _contents(source: Source, file: PublishedFile | None) -> tuple[Ids, Matrix]:
+def _contents(source: TableVectors, file: PublishedFile | None) -> tuple[Ids, Matrix]:
     """Row ids [n] and vectors [n, d] of a bucket."""
     if file is None:
         return np.empty(0, np.int64), np.empty((0, source.dim), np.float32)

@@ -1,4 +1,4 @@
-"""Arguments, logging, error reporting and session of the Spark jobs. Every job opens its deployment here."""
+"""Arguments, logs, exit codes, deployment and session of the Spark jobs."""
 
 import argparse
 from collections.abc import Iterator
@@ -16,14 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """What a job was called with.
+    """Arguments of a job.
 
     Attributes:
-        deployment: settings and storage.
-        ds: date of the snapshot.
-        plan_id: of a night or a backfill; training_id: of a training.
-        decided: layers, pooling and who decided, as the training run announced them; empty for a job on its own.
-        buckets: the buckets that a backfill replaces; empty for the whole day.
+        plan_id, training_id: id that an earlier task of the run announced.
+        decided: LAYERS:POOLING:DECISION, as the training run announced it; empty for a job that is started alone.
+        buckets: buckets that a backfill replaces; empty for the whole day.
         recompute: whether a backfill computes vectors of unchanged texts as well.
     """
 
@@ -48,7 +46,7 @@ def job(
 
     Args:
         description: docstring of the job, for ``--help``.
-        of: the id that an earlier task of the run announced.
+        of: name of the id that an earlier task of the run announced.
         announced: whether the id is required.
         backfill: whether buckets can be chosen.
     """
@@ -78,13 +76,13 @@ def job(
 def spark_job(
     description: str | None, name: str, *, of: Literal["plan_id", "training_id"] = "plan_id", gpu_tasks: bool = False
 ) -> "Iterator[tuple[Job, SparkSession]]":
-    """:func:`job` with a Spark session.
+    """Call :func:`job` and start a Spark session.
 
     Args:
         description: docstring of the job, for ``--help``.
-        name: what the session is called, before the date.
-        of: the id that an earlier task of the run announced.
-        gpu_tasks: whether the tasks need GPUs.
+        name: name of the session, without the date.
+        of: name of the id that an earlier task of the run announced.
+        gpu_tasks: whether every task takes a whole GPU.
     """
     from marc_pipeline.spark.session import configured_session
 

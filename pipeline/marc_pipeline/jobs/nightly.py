@@ -1,4 +1,4 @@
-"""The jobs of a night and of a backfill."""
+"""The Spark jobs of a nightly run and of a backfill."""
 
 from marc_pipeline.jobs.arguments import job, spark_job
 from marc_pipeline.nightly.stages import audit_stage, encode_stage, index_stage, plan_stage, release_stage

@@ -1,4 +1,4 @@
-"""The jobs of a training."""
+"""The Spark jobs of a training."""
 
 from marc_pipeline.bundles.choices import LayerDecision, as_decided
 from marc_pipeline.deployment import Deployment
@@ -7,7 +7,7 @@ from marc_schemas.layers import Decision
 
 
 def hidden_states() -> None:
-    """Make the training set: items, interactions, and the hidden states of every layer."""
+    """Build the training set: items, interactions, and the hidden states of every layer."""
     from marc_pipeline.bundles.stages import states_stage
     from marc_pipeline.training.training_set import identify_training
 
@@ -17,7 +17,7 @@ def hidden_states() -> None:
 
 
 def evaluate_layers() -> None:
-    """Judge every layer, and write the report."""
+    """Evaluate every layer, and write the report."""
     from marc_pipeline.layers.judge import judge_layers, publish_report
 
     with job(evaluate_layers.__doc__, of="training_id", announced=False) as called:
@@ -45,5 +45,5 @@ def evaluate_marc() -> None:
 
 
 def _decided(called: Job) -> tuple[Deployment, Decision]:
-    """The deployment with the layers and the pooling that the run decided, and who decided."""
+    """Return the deployment with the decided layers and pooling, and the decision's origin."""
     return as_decided(called.deployment, LayerDecision.parse(called.decided) if called.decided else None)

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from marc_pipeline.bundles.choices import adopted_uri, reviewed, with_train
 from marc_pipeline.bundles.stages import fold_scores, run_id, states_stage, tested_layers
-from marc_pipeline.catalogue import source as catalogue
-from marc_pipeline.catalogue.source import CatalogueSource
+from marc_pipeline.catalogue.rows import sample_texts
+from marc_pipeline.catalogue.source import CatalogueSource, find_source
 from marc_pipeline.config import Settings, TrainSettings
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import UserError
@@ -94,7 +94,8 @@ def judge_layers(
         UserError: catalogue, interactions, backbone or settings are not valid, or they changed since that task.
     """
     from marc_pipeline.layers.sweep import require_kind
-    from marc_pipeline.spark.session import configured_session, hands_out_gpus
+    from marc_pipeline.spark.session import configured_session
+    from marc_pipeline.spark.tasks import assigns_gpus
 
     settings, storage = deployment.settings, deployment.storage
     if bool(ds) == bool(images):
@@ -116,7 +117,7 @@ def judge_layers(
     with configured_session(settings, name=name, gpu_tasks=True) as spark:
         models, inputs = _sweep(spark, deployment, candidates, ds=ds)
         # Click models need no GPU. Where Spark assigns GPUs to tasks, they run in a second session that shares one GPU.
-        together = not hands_out_gpus(spark)
+        together = not assigns_gpus(spark)
         if together:
             models = _with_clicks(spark, candidates, models)
     if not together:
@@ -203,7 +204,7 @@ def _candidates(
 ) -> list[_Candidate]:
     settings, storage, source = deployment.settings, deployment.storage, None
     if not images:
-        source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
+        source = find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
     found = []
     for backbone in dict.fromkeys(backbones or (settings.train.backbone,)):
         configured = deployment.with_settings(with_train(settings, {"backbone": backbone}))
@@ -267,7 +268,7 @@ def _sweep(
 ) -> tuple[list[JudgedModel], int]:
     """The metrics of every layer of every candidate, in parallel parts; and the number of inputs."""
     from marc_pipeline.layers.sweep import INPUT, SAMPLE, run_part
-    from marc_pipeline.spark.session import run_buckets
+    from marc_pipeline.spark.tasks import run_buckets
 
     settings, storage = deployment.settings, deployment.storage
     first, wanted = candidates[0], settings.layers
@@ -277,7 +278,7 @@ def _sweep(
             made = states_stage(spark, candidate.deployment, candidate.identity, dims=(candidate.train.dim,))
             inputs = inputs or _some(made.texts, wanted.sample)
     if first.source is not None and first.identity is None:
-        inputs = catalogue.sample_texts(spark, first.source, settings.catalogue, storage=storage, limit=wanted.sample)
+        inputs = sample_texts(spark, first.source, settings.catalogue, storage=storage, limit=wanted.sample)
     if len(inputs) < 2:
         raise UserError(
             f"the catalogue of {ds} has {len(inputs)} distinct texts; an evaluation of layers needs at least 2"

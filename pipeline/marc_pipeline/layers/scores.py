@@ -19,7 +19,7 @@ from marc_pipeline.errors import UserError
 from marc_schemas.scores import (
     LARGEST_SCORE,
     MOST_LAYERS,
-    Comparison,
+    LayerComparison,
     LayerMean,
     LayerScore,
     ModelCurve,
@@ -324,13 +324,13 @@ def _curve(family: str, size: str, layers: Mapping[int, Mapping[str, float]]) ->
     )
 
 
-def _compare(means: Mapping[int, tuple[float, int]]) -> Comparison | None:
+def _compare(means: Mapping[int, tuple[float, int]]) -> LayerComparison | None:
     """Compare the best with the final layer, from the mean of each layer and its number of tasks."""
     if len(means) < 2:
         return None
     last, best = max(means), max(sorted(means), key=lambda layer: means[layer][0])
     final, gain = means[last][0], means[best][0] - means[last][0]
-    return Comparison(
+    return LayerComparison(
         layers=len(means),
         final_layer=last,
         final=final,

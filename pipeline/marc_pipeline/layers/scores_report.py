@@ -12,7 +12,7 @@ from marc_pipeline.report import plots
 from marc_pipeline.report.cells import UNKNOWN, fixed, plural, signed
 from marc_pipeline.report.page import write_folder
 from marc_pipeline.report.sections import ReportPage, ReportSection, ReportTable, plot_section
-from marc_schemas.scores import Comparison, ModelCurve, ScoreReport, TaskWinner
+from marc_schemas.scores import LayerComparison, ModelCurve, ScoreReport, TaskWinner
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -145,7 +145,7 @@ def _sentence(model: ModelCurve) -> str:
     return f"{sentence}."
 
 
-def _compared(c: Comparison, last: str) -> str:
+def _compared(c: LayerComparison, last: str) -> str:
     if c.best_layer == c.final_layer:
         return f"no layer is better than the {last}, {c.final_layer}, with {fixed(c.final)}"
     return f"layer {c.best_layer} has {fixed(c.best)}, the {last}, {c.final_layer}, {fixed(c.final)}: {_gain(c)}"
@@ -168,7 +168,7 @@ def _missing(model: ModelCurve) -> str:
     return f"{model.missing_scores:,} of {len(model.layers) * len(model.tasks):,}"
 
 
-def _gain(c: Comparison) -> str:
+def _gain(c: LayerComparison) -> str:
     return signed(c.gain) + ("" if c.percent is None else f" (+{c.percent:.1f} %)")
 
 
@@ -199,7 +199,7 @@ def _range(model: ModelCurve) -> str:
     return f"{len(model.layers)} ({first}–{last})" if first != last else f"1 ({first})"
 
 
-def _cells(c: Comparison | None) -> list[str]:
+def _cells(c: LayerComparison | None) -> list[str]:
     if c is None:
         return [UNKNOWN] * len(COMPARED)
     return [fixed(c.final), f"{c.best_layer} of {c.final_layer}", fixed(c.best), _gain(c)]

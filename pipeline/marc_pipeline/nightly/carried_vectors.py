@@ -1,4 +1,4 @@
-"""Vectors that the base release holds already: unchanged items are not encoded again."""
+"""Vectors of unchanged items, read from the base release instead of being encoded again."""
 
 from collections.abc import Sequence
 
@@ -18,17 +18,15 @@ CARRIED = ["item_id", "vector", "content_hash", "bundle", "encoded_at"]
 
 
 class CarriedVectors:
-    """Vectors of the base release, read row group by row group.
-
-    Items and files are sorted by item_id, so that the items of one window lie in few row groups.
+    """Reads vectors of the base release by row group; sorted by item_id, a window needs only few of them.
 
     Args:
         storage: access to ``table_uri``.
         table_uri: the feature table.
         files: files of the base release that can hold items of the bucket.
-        bucket: the bucket.
-        bundle: version that the vectors must be of.
-        dim: their length.
+        bucket: number of the bucket.
+        bundle: version of the bundle that must have made the vectors.
+        dim: length d of the vectors.
     """
 
     def __init__(
@@ -39,10 +37,10 @@ class CarriedVectors:
         self._files: list[pq.ParquetFile] | None = None
 
     def of(self, items: pa.Table) -> tuple[NDArray[np.float32], NDArray[np.datetime64]]:
-        """Vectors [n, d] of unchanged items, sorted by item_id, and when they were encoded.
+        """Return the vectors [n, d] of unchanged items, which are sorted by item_id, and their encoding times [n].
 
         Raises:
-            CorruptFile: the base release's files are damaged or missing, or do not hold the vectors.
+            CorruptFile: a file of the base release is damaged or missing, or it does not contain the vectors.
         """
         ids = items["item_id"]
         previous = self._between(ids[0].as_py(), ids[-1].as_py())
@@ -52,7 +50,7 @@ class CarriedVectors:
         )
         if not pc.all(pc.fill_null(same, fill_value=False)).as_py():
             raise CorruptFile(
-                f"bucket {self._bucket}: the base release does not hold the vectors that the plan carries over"
+                f"bucket {self._bucket}: the base release does not contain the vectors that the plan carries over"
             )
         vectors = previous["vector"].combine_chunks().flatten().to_numpy().reshape(-1, self._dim)
         return vectors, previous["encoded_at"].to_numpy()
@@ -73,6 +71,6 @@ class CarriedVectors:
 
 
 def _overlaps(group: pq.RowGroupMetaData, first: str, last: str) -> bool:
-    """Whether a row group may hold ids from first to last. Python orders text as UTF-8 does."""
+    """Whether a row group may contain ids from first to last. Python and Parquet order text by code point."""
     known = group.column(0).statistics
     return known is None or not known.has_min_max or (known.min <= last and known.max >= first)

@@ -1,4 +1,4 @@
-"""The plan stage: compare the day's catalogue with the previous release and write down the work, bucket by bucket."""
+"""The plan stage: compare the catalogue of a date with the base release, and list the work of every bucket."""
 
 import logging
 import statistics
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from marc_pipeline.catalogue import source as catalogue
+from marc_pipeline.catalogue.rows import CONTENT_HASH, read_catalogue
+from marc_pipeline.catalogue.source import require_unchanged
 from marc_pipeline.config import Settings
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import Superseded, UserError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 PARTITIONS_PER_CORE = 4
-# Spark needs several times the size of the files to sort a catalogue. A partition of this size fits into a small heap.
+# Sorting a catalogue takes Spark several times its size in memory. A partition of this size fits into a small heap.
 PARTITION_BYTES = 16 * 1024 * 1024
 # Number of encode stages whose start-up times are averaged.
 STARTS = 7
@@ -37,13 +38,13 @@ def make_plan(spark: "SparkSession", deployment: Deployment, identity: PlanIdent
     """Plan a date: quarantine, latest row per id, changes against the base release, tokens. Publishes nothing.
 
     An existing plan is returned as it is. If another release was published since, the plan is made again on top of
-    that release; receipts of the earlier plan stay valid where they carry no vectors over.
+    that release; receipts of the earlier plan stay valid unless they carry over vectors.
 
     Args:
         spark: the session.
         deployment: settings and storage.
-        identity: from :func:`marc_pipeline.nightly.plan_identity.identify_plan`.
-        parallel: number of buckets that will be encoded at a time.
+        identity: inputs and id of the plan.
+        parallel: number of buckets that are encoded at a time.
 
     Raises:
         UserError: missing columns, no rows at all, or the catalogue changed while it was read.
@@ -54,25 +55,25 @@ def make_plan(spark: "SparkSession", deployment: Deployment, identity: PlanIdent
     found = release_log.read_log(storage, settings.table_uri)
     live, last = found.live(identity.ds), found.last(identity.ds)
     base = base_release(found.releases, ds=identity.ds)
-    wanted = (identity.bundle.version, identity.buckets, settings.catalogue.template, identity.mantissa_bits)
+    bundle = identity.bundle
+    wanted = (bundle.version, identity.buckets, settings.catalogue.template, identity.mantissa_bits)
     if identity.chosen and (live is None or live.made_with != wanted):
         raise Superseded(f"the release of {identity.ds} was replaced a moment ago; run again to start from the new one")
     earlier = workspace.read_plan()
     names = (base and base.release_id, last and last.release_id)
     if earlier and (earlier.base_release, earlier.live_release) == names:
-        log.info("plan %s stands already", identity.plan_id)
+        log.info("plan: %s exists already", identity.plan_id)
         return earlier
-    bundle = identity.bundle
     if bundle.card.template != settings.catalogue.template:
         log.warning(
-            "bundle %s was trained on template %r, the catalogue uses %r", bundle.version, bundle.card.template,
-            settings.catalogue.template,
-        )  # fmt: skip
+            "plan: bundle %s was trained with template %r, the configuration has %r",
+            *(bundle.version, bundle.card.template, settings.catalogue.template),
+        )
     if base and base.table.mantissa_bits < identity.mantissa_bits:
         log.warning(
-            "release %s stores %d mantissa bits, %d are wanted: every text is encoded anew", base.release_id,
-            base.table.mantissa_bits, identity.mantissa_bits,
-        )  # fmt: skip
+            "plan: release %s stores %d mantissa bits, the configuration has %d: every item is re-encoded",
+            *(base.release_id, base.table.mantissa_bits, identity.mantissa_bits),
+        )
     context = BucketContext(
         workspace=workspace,
         table_uri=settings.table_uri,
@@ -84,10 +85,10 @@ def make_plan(spark: "SparkSession", deployment: Deployment, identity: PlanIdent
         mantissa_bits=identity.mantissa_bits,
         recompute=identity.recompute,
     )
-    rows = catalogue.read_rows(spark, identity.source, settings.catalogue, storage=storage)
+    rows = read_catalogue(spark, identity.source, settings.catalogue, storage=storage)
     source_bytes = sum(file.bytes for file in identity.source.files)
     summaries = _plan_buckets(spark, rows, context, chosen=identity.chosen, source_bytes=source_bytes)
-    catalogue.require_unchanged(identity.source, storage=storage)
+    require_unchanged(identity.source, storage=storage)
     plan = _assemble(settings, identity, context, summaries, found, parallel=parallel)
     if plan.rows_read == 0 and not identity.chosen:
         raise UserError(f"the catalogue at {identity.source.uri} is empty: it has no rows")
@@ -95,9 +96,9 @@ def make_plan(spark: "SparkSession", deployment: Deployment, identity: PlanIdent
 
 
 def base_release(releases: Sequence[Release], *, ds: str) -> Release | None:
-    """The release that a date is compared with: the latest of that date or before, else the earliest after."""
+    """Return the release that a date is compared with: the latest up to that date, else the earliest after it."""
     live = release_log.live_releases(releases)
-    before = [day for day in live if day <= ds]
+    before = [date for date in live if date <= ds]
     return live[max(before)] if before else live[min(live)] if live else None
 
 
@@ -111,17 +112,18 @@ def _plan_buckets(
 ) -> list[BucketSummary]:
     buckets = context.buckets
     numbers = chosen or tuple(range(buckets))
-    # In proportion to the size, so that every partition can be sorted in memory.
     wanted = max(PARTITIONS_PER_CORE * spark.sparkContext.defaultParallelism, source_bytes // PARTITION_BYTES)
     partitions = min(len(numbers), wanted)
+    place = "bucket"
     if chosen:
-        # Rows without an id belong to no bucket: they are in the quarantine of the whole day.
-        rows = rows.where(f"item_id IS NOT NULL AND row_id % {buckets} IN ({', '.join(map(str, chosen))})")
-    # Chosen buckets may all be multiples of the number of partitions, so rows are partitioned by the bucket's place.
-    place = f"CAST(array_position(array({', '.join(map(str, chosen))}), bucket) AS INT)" if chosen else "bucket"
-    # Rows that cannot be used get negative buckets, so that one pass over the catalogue is enough.
+        listed = ", ".join(map(str, chosen))
+        # Rows without an id have no bucket: only a plan of the whole day quarantines them.
+        rows = rows.where(f"item_id IS NOT NULL AND row_id % {buckets} IN ({listed})")
+        # Chosen numbers may all be multiples of the number of partitions, so rows are partitioned by place in the list.
+        place = f"CAST(array_position(array({listed}), bucket) AS INT)"
+    # Unusable rows get negative buckets, so that one pass over the catalogue is enough.
     rejected = f"-1 - pmod(xxhash64(row), {buckets})"
-    # Spark sorts by bucket number only, which is cheap. The planner of a bucket sorts the ids faster than Spark would.
+    # Spark sorts by bucket number only; the planner of a bucket sorts its ids faster than Spark.
     ordered = (
         rows.selectExpr(
             "item_id",
@@ -135,25 +137,22 @@ def _plan_buckets(
         .selectExpr("*", f"{place} AS place")
         .repartitionById(partitions, "place")
         .sortWithinPartitions("bucket")
-        # Hashed after the shuffle: a hash is a quarter as long as a text and does not compress.
+        # Hashes are computed after the shuffle, because they do not compress.
         .selectExpr(
-            "item_id",
-            "row_id",
-            "text",
-            f"coalesce(reason, {catalogue.CONTENT_HASH}) AS content_hash",
-            "updated_at",
-            "source",
+            *("item_id", "row_id", "text", f"coalesce(reason, {CONTENT_HASH}) AS content_hash"),
+            *("updated_at", "source"),
         )
     )
 
     def plan_partition(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for number, table in by_bucket(batches, buckets):
-            yield plan_bucket(context, number, table).to_arrow()
+            summary = plan_bucket(context, number, table).model_dump_json()
+            yield pa.RecordBatch.from_pydict({"summary": [summary]})
 
-    found = ordered.mapInArrow(plan_partition, BucketSummary.SPARK_SCHEMA).collect()
-    done = [BucketSummary.from_row(row.asDict()) for row in found]
+    found = ordered.mapInArrow(plan_partition, "summary STRING").collect()
+    done = [BucketSummary.model_validate_json(row.summary) for row in found]
     if context.base is not None:
-        # A bucket without items in the catalogue still needs its deletions planned.
+        # A bucket that is absent from the catalogue still has items to delete.
         seen = {summary.bucket for summary in done}
         done += [plan_bucket(context, number, PLANNED_ROWS.empty_table()) for number in sorted(set(numbers) - seen)]
     return done
@@ -173,7 +172,7 @@ def _assemble(
     for summary in summaries:
         quarantined.update(summary.quarantined)
     work = sorted((s.work for s in summaries if s.work), key=lambda b: b.bucket)
-    # The largest run is the best estimate: in a small run, loading the model takes longer than the tokens.
+    # The largest run gives the best estimate: in a small run, loading the model takes longer than encoding.
     of_bundle = (release for release in found.releases if release.bundle.version == context.bundle)
     measured = max(of_bundle, key=lambda release: release.counts.tokens, default=None)
     return Plan(
@@ -201,7 +200,7 @@ def _assemble(
 
 
 def _start_seconds(releases: Sequence[Release], measured: Release) -> float:
-    """Median start-up time of the latest encode stages: their seconds without those of the tokens."""
+    """Median start-up time of the latest encode stages: their duration minus the time of their tokens."""
     speed = measured.tokens_per_second
     beyond = [
         max(0.0, release.seconds.get("encode", 0.0) - release.counts.tokens / speed)

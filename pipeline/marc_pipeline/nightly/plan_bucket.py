@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,14 +21,14 @@ from marc_pipeline.table.rows import empty_rows, read_rows
 from marc_pipeline.work_area import Workspace
 from marc_schemas.catalogue import ITEMS, QUARANTINE, Change, Reason
 from marc_schemas.feature_table import bucket_number
-from marc_schemas.files import PublishedFile
+from marc_schemas.files import Contract, PublishedFile
 from marc_schemas.plan import BucketPlan
 from marc_schemas.release import Release
 
 TOKEN_SAMPLE = 10_000
-"""Number of texts of the whole catalogue that are tokenized to estimate the tokens."""
+"""Number of texts of the whole catalogue that are tokenized for the estimate of the tokens."""
 BUCKET_SAMPLE = 25
-"""Smallest number of sampled texts of a bucket, for an estimate of the variance."""
+"""Smallest sample of a bucket; it must be large enough to estimate the variance."""
 PIECE_BYTES = 16 * 1024 * 1024
 PLANNED_ROWS = pa.schema(
     [
@@ -38,15 +37,15 @@ PLANNED_ROWS = pa.schema(
         ("source", pa.string()),
     ]
 )
-"""Rows as they arrive at the planner of a bucket.
+"""Input rows of the planner of a bucket.
 
-For a row that cannot be used, ``row_id`` holds the negative bucket, ``content_hash`` the reason and ``text`` the
-record, because every additional column costs Spark time for every row.
+An unusable row has its negative bucket in ``row_id``, the reason in ``content_hash`` and the record in ``text``,
+because every additional column costs Spark time for every row.
 """
 NEWEST_FIRST = [
     ("item_id", "ascending"), ("updated_at", "descending"), ("content_hash", "descending"), ("source", "ascending")
 ]  # fmt: skip
-"""The first of several rows of an id counts. Same order as :data:`marc_pipeline.catalogue.source.NEWEST_FIRST`."""
+"""Order in which the first row of an id is kept; same as :data:`marc_pipeline.catalogue.rows.NEWEST_FIRST`."""
 # Spark's to_json writes hexadecimal escapes in upper case; Python writes them in lower case.
 JSON_ESCAPES = {code: f"\\u{code:04X}" for code in range(32)} | {
     ord(raw): f"\\{letter}" for raw, letter in ('""', "\\\\", "\bb", "\ff", "\nn", "\rr", "\tt")
@@ -71,39 +70,18 @@ class BucketContext:
 
     @property
     def carries_over(self) -> bool:
-        """Whether vectors of the base release may be carried over."""
-        # Raising the precision re-encodes every item: bits that were not stored are lost.
+        """Whether vectors of the base release may be carried over; not if they have too few mantissa bits."""
         too_coarse = self.base is not None and self.base.table.mantissa_bits < self.mantissa_bits
         return not (self.recompute or too_coarse)
 
 
-@dataclass(frozen=True)
-class BucketSummary:
-    """Result of the planner of one bucket; ``work`` is None for rows that belong to no bucket."""
-
-    SPARK_SCHEMA: ClassVar[str] = "bucket INT, work STRING, quarantined STRING, exact BOOLEAN"
+class BucketSummary(Contract):
+    """Result of the planner of one bucket; ``work`` is None for unusable rows, which have no bucket."""
 
     bucket: int
     work: BucketPlan | None
     quarantined: dict[str, int]
     exact: bool
-
-    def to_arrow(self) -> pa.RecordBatch:
-        """One row of :attr:`SPARK_SCHEMA`."""
-        work = self.work.model_dump_json() if self.work else None
-        columns = {
-            "bucket": pa.array([self.bucket], pa.int32()),
-            "work": pa.array([work], pa.string()),
-            "quarantined": pa.array([json.dumps(self.quarantined)], pa.string()),
-            "exact": pa.array([self.exact], pa.bool_()),
-        }
-        return pa.RecordBatch.from_pydict(columns)
-
-    @classmethod
-    def from_row(cls, row: dict[str, Any]) -> "BucketSummary":
-        """The summary in a row of :attr:`SPARK_SCHEMA`."""
-        work = BucketPlan.model_validate_json(row["work"]) if row["work"] else None
-        return cls(bucket=row["bucket"], work=work, quarantined=json.loads(row["quarantined"]), exact=row["exact"])
 
 
 def by_bucket(batches: Iterator[pa.RecordBatch], buckets: int) -> Iterator[tuple[int, pa.Table]]:
@@ -127,11 +105,11 @@ def by_bucket(batches: Iterator[pa.RecordBatch], buckets: int) -> Iterator[tuple
 
 
 def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSummary:
-    """Plan one bucket: quarantine what cannot be used, compare the rest, write the items to encode.
+    """Plan one bucket: quarantine unusable rows, compare the others with the base release, write the planned items.
 
     Args:
-        context: the plan's settings and base release.
-        bucket: its number; negative for rows that belong to no bucket because they cannot be used.
+        context: settings and base release of the plan.
+        bucket: number of the bucket; negative for unusable rows, which have no bucket.
         rows: columns of :data:`PLANNED_ROWS`, in any order.
     """
     # One chunk with 64-bit offsets, because the texts of a bucket may exceed 2 GiB.
@@ -159,12 +137,12 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
     try:
         previous = _previous_rows(context, bucket, files)
     except CorruptFile as error:
-        # A damaged base release must not stop the run: nothing is carried over, and the whole bucket is encoded.
-        log.warning("bucket %d is encoded whole: %s", bucket, error)
+        # A damaged base release does not stop the run: the whole bucket is encoded.
+        log.warning("plan: bucket %d is encoded whole: %s", bucket, error)
         lost, files, previous = files, (), _previous_rows(context, bucket, ())
     change, deleted = compare(items, previous, bundle=context.bundle if context.carries_over else None)
     if context.base and context.base.table.buckets == context.buckets:
-        # The log still has the number of items of unreadable files, and the gate on deletions must count them.
+        # The gate on deletions also counts the items of unreadable files; the release log has their number.
         deleted += max(0, sum(file.rows for file in lost) - items.num_rows)
     if items.num_rows:
         uri = context.workspace.items_uri(bucket, context.base.release_id if context.base else None)
@@ -190,12 +168,12 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
 
 
 def compare(items: pa.Table, previous: pa.Table, *, bundle: str | None) -> tuple[pa.Array, int]:
-    """The change of each item against the base release, and the number of deleted items.
+    """Return the change of each item against the base release, and the number of deleted items.
 
     Args:
-        items: ``item_id`` and ``content_hash`` of today, ids unique.
+        items: ``item_id`` and ``content_hash`` of the planned items, ids unique.
         previous: ``item_id``, ``content_hash`` and ``bundle`` of the base release, ids unique.
-        bundle: version that encodes today; a vector of another bundle is never carried over. None: no vector is.
+        bundle: version whose vectors are carried over; None to carry over no vectors.
     """
     hashes = items["content_hash"]
     previous_ids = previous["item_id"].cast(items["item_id"].type).combine_chunks()
@@ -211,7 +189,7 @@ def compare(items: pa.Table, previous: pa.Table, *, bundle: str | None) -> tuple
 
 
 def previous_files(context: BucketContext, bucket: int) -> tuple[PublishedFile, ...]:
-    """Files of the base release that can hold items of a bucket, also when the number of buckets changed."""
+    """Return the files of the base release that can contain items of a bucket, whatever its number of buckets."""
     base = context.base
     if base is None:
         return ()
@@ -230,7 +208,7 @@ def _previous_rows(context: BucketContext, bucket: int, files: Sequence[Publishe
 
 
 def _in_order(rows: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Order of a bucket's rows by id, the latest of an id first; which are older duplicates, and which collide."""
+    """Order [n] of the rows by id, latest row of an id first; masks [n] of older duplicates and of collisions."""
     order = pc.sort_indices(rows["item_id"]).to_numpy().astype(np.int64)
     names = rows["item_id"].take(order)
     again = pc.equal(names[1:], names[:-1]).to_numpy()
@@ -250,7 +228,7 @@ def _in_order(rows: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDA
 
 
 def _pieces(rows: pa.Table, order: NDArray[np.int64]) -> Iterator[tuple[slice, pa.Table]]:
-    """Rows in an order, in pieces of bounded size, each with its slice of the order."""
+    """Rows in the given order, in pieces of bounded size, each with its slice of the order."""
     texts = [field.name for field in rows.schema if field.type == pa.large_string()]
     sizes = sum(pc.fill_null(pc.binary_length(rows[name]), 0).to_numpy() for name in texts)
     ends = np.cumsum(sizes[order])
@@ -263,7 +241,7 @@ def _pieces(rows: pa.Table, order: NDArray[np.int64]) -> Iterator[tuple[slice, p
 
 
 def _with_reasons(rows: pa.Table, is_older: NDArray[np.bool_]) -> pa.Table:
-    """Rejected duplicates and collisions, with reason and record."""
+    """Add the columns ``reason`` and ``row`` to rejected duplicates and collisions."""
     records = [
         _older_record(row["item_id"], row["text"], row["updated_at"])
         if older
@@ -276,23 +254,22 @@ def _with_reasons(rows: pa.Table, is_older: NDArray[np.bool_]) -> pa.Table:
 
 
 def _older_record(item_id: str, text: str, updated_at: int | None) -> str:
-    """A row as JSON in the form of Spark's ``to_json``, like all other rows of the quarantine."""
+    """A row as JSON, formatted like Spark's ``to_json``, which writes the other rows of the quarantine."""
     values = {"item_id": item_id, "text": text}
     if updated_at is not None:
         moment = str(np.datetime64(updated_at // 1000, "ms"))
-        # Only years after 9999 have a sign.
+        # Spark writes a sign before years after 9999.
         values["updated_at"] = f"{moment if len(moment) == 23 or moment[0] == '-' else '+' + moment}Z"
     members = (f'"{name}":"{value.translate(JSON_ESCAPES)}"' for name, value in values.items())
     return f"{{{','.join(members)}}}"
 
 
 def _counts(values: pa.ChunkedArray) -> Counter[str]:
-    """Number of occurrences of each value."""
     return Counter({found["values"]: found["counts"] for found in pc.value_counts(values).to_pylist()})
 
 
 def _cost(context: BucketContext, rows: pa.Table, fresh: NDArray[np.int64]) -> TokenCount:
-    """Tokens of the distinct texts among the rows that must be encoded."""
+    """Count the tokens of the distinct texts among the rows to encode; large buckets are sampled."""
     hashes = rows["content_hash"].take(fresh).combine_chunks().dictionary_encode()
     _, first = np.unique(hashes.indices.to_numpy(), return_index=True)
     if not len(first):
@@ -306,7 +283,7 @@ def _cost(context: BucketContext, rows: pa.Table, fresh: NDArray[np.int64]) -> T
 def _write(storage: Storage, uri: str, pieces: Iterator[pa.Table], schema: pa.Schema) -> None:
     repeated = [name for name in ("change", "reason", "source") if name in schema.names]
     with storage.staged(uri) as staged:
-        # No dictionaries for ids, hashes and texts: they rarely repeat, and the lookup costs more than writing them.
+        # Ids, hashes and texts rarely repeat, so dictionaries would only cost time.
         with pq.ParquetWriter(staged, schema, compression="zstd", use_dictionary=repeated) as writer:
             for piece in pieces:
                 writer.write_table(piece.select(schema.names).cast(schema))

@@ -1,11 +1,10 @@
-"""The inputs of a plan, and the plan_id that names them: catalogue and bundle of a date, and the settings."""
+"""The identity of a plan: plan_id is a hash of the date, the catalogue, the bundle and the settings."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from marc_pipeline.catalogue import source as catalogue
-from marc_pipeline.catalogue.source import CatalogueSource
+from marc_pipeline.catalogue.source import CatalogueSource, find_source
 from marc_pipeline.config import Settings
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import UserError
@@ -21,15 +20,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlanIdentity:
-    """Everything that names a plan: date, catalogue, bundle and settings. Known before Spark starts.
+    """The inputs of a plan, and the plan_id made of them. Known before Spark starts.
 
     Attributes:
-        plan_id: hash of everything below.
+        plan_id: hash of the inputs below.
         ds: date of the snapshot.
-        source: the day's catalogue.
-        bundle: encodes the texts. The current bundle, or that of the day's release where only some buckets are chosen.
-        buckets: number of buckets; that of the day's release where only some are chosen.
-        mantissa_bits: that vectors are stored with.
+        source: the catalogue of the date.
+        bundle: the current bundle; for chosen buckets, the bundle of the date's release.
+        buckets: number of buckets; for chosen buckets, that of the date's release.
+        mantissa_bits: number of mantissa bits that vectors are stored with.
         chosen: buckets of a backfill; None for the whole day.
         recompute: whether vectors of unchanged texts are computed again as well.
     """
@@ -47,13 +46,13 @@ class PlanIdentity:
 def identify_plan(
     deployment: Deployment, *, ds: str, chosen: Sequence[int] = (), recompute: bool = False
 ) -> PlanIdentity:
-    """Find the catalogue and the bundle of a date, and name the plan that a run of this date makes. Needs no Spark.
+    """Find the catalogue and the bundle of a date, and compute the plan_id of a run. Needs no Spark.
 
     Args:
         deployment: settings and storage.
         ds: date of the snapshot.
-        chosen: buckets to replace in the release of that date; empty for the whole day. A date without a release is
-            always planned whole: a release never holds a part of a day.
+        chosen: buckets to replace in the release of the date; empty for the whole day. A date without a release is
+            always planned whole, because a release contains all buckets.
         recompute: compute vectors of unchanged texts as well.
 
     Raises:
@@ -63,13 +62,13 @@ def identify_plan(
     seen = release_log.read_log(storage, settings.table_uri).live(ds) if chosen or recompute else None
     live = seen if chosen else None
     if chosen and live is None:
-        log.warning("%s has no release: the whole day is planned, not buckets %s alone", ds, list(chosen))
+        log.warning("plan: %s has no release, so the whole day is planned instead of buckets %s", ds, list(chosen))
     if live is not None:
         _require_replaceable(settings, live, chosen)
     bundle = open_bundle(storage, live.bundle.uri if live else settings.bundle_uri)
     buckets = live.table.buckets if live else settings.buckets
     some = tuple(sorted(set(chosen))) if live else None
-    source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
+    source = find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
     files = sorted((file.uri.rsplit("/", 1)[1], file.digest) for file in source.files)
     wanted = settings.catalogue
     parts = [
@@ -89,7 +88,7 @@ def identify_plan(
 
 
 def _recomputed(live: Release | None, chosen: tuple[int, ...] | None) -> list[str]:
-    """Files whose vectors are computed again. To compute them a second time is another plan."""
+    """Files whose vectors are recomputed; as part of the plan_id, they make a repeated recomputation a new plan."""
     files = live.table.files if live else ()
     return [file.path for file in files if chosen is None or bucket_number(file.path) in chosen]
 
@@ -111,10 +110,10 @@ def _require_replaceable(settings: Settings, live: Release, chosen: Sequence[int
 
 
 def require_expected(identity: PlanIdentity, expected: str | None) -> None:
-    """Check that catalogue, bundle and settings are still those of the plan that an earlier task announced.
+    """Compare the plan_id with the one that an earlier task of the run announced.
 
     Raises:
-        UserError: they changed.
+        UserError: the catalogue, the bundle or the settings changed in between.
     """
     if expected is not None and identity.plan_id != expected:
         raise UserError(

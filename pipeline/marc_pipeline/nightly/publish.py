@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from marc_pipeline.errors import CorruptFile, GateRefused, Superseded, UserError
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class DayMoved(Superseded):
-    """Another run published other buckets of the same date; the index must be built for the current files."""
+    """Another run published other buckets of the same date; the index must be built again for the current files."""
 
 
 def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
@@ -41,10 +41,10 @@ def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
         Superseded: another run published the same buckets since the plan was made, or a vacuum deleted the plan.
     """
     storage = workspace.storage
-    workspace.sign_of_life()
+    workspace.mark_alive()
     found = read_log(storage, table_uri)
     if made := _done(found, storage, plan, table_uri=table_uri):
-        log.info("plan %s is in release %s already", plan.plan_id, made.release_id)
+        log.info("release: plan %s is already published as %s", plan.plan_id, made.release_id)
         return made
     live = require_unmoved(found, plan)
     receipts = workspace.require_receipts(plan)
@@ -53,19 +53,19 @@ def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
     _require_files(storage, plan, receipts, index, table_uri=table_uri)
     version = commit_day(storage, table_uri, files, dim=plan.dim, ds=plan.ds)
     release = _describe(workspace, plan, receipts, audit, index, table_uri, version, files, live, found)
-    # A vacuum deletes the plan of a dead run first, then checks for signs of life, then deletes the files.
+    # A vacuum deletes the plan of a dead run first, then checks once more whether it is alive, then deletes its files.
     if workspace.read_plan() is None:
         raise Superseded(
             f"superseded: a vacuum deleted plan {plan.plan_id}, which looked like that of a dead run; run again"
         )
     if not append(storage, table_uri, [release]):
         raise DayMoved(f"another run published {plan.ds} at the same moment; run again to publish on top of it")
-    log.info("release %s of %s: table version %d", release.release_id, release.ds, release.table.version)
+    log.info("release: published %s of %s, table version %d", release.release_id, release.ds, release.table.version)
     return release
 
 
 def _done(found: ReleaseLog, storage: Storage, plan: Plan, *, table_uri: str) -> Release | None:
-    """Return the release of a plan since the plan was made; readers may see a newer one by now."""
+    """Return the release that was already published from a plan; a newer one may have superseded it since."""
     live, before = found.live(plan.ds), found.find(plan.live_release)
     if live and holds(found, live, plan.plan_id, plan.chosen):
         return live if is_whole(storage, live, table_uri=table_uri, chosen=plan.chosen) else None
@@ -124,7 +124,6 @@ def _describe(
     # Receipts older than the plan were counted in the release that was published from them.
     fresh = [receipt for receipt in receipts if receipt.finished_at >= plan.created_at]
     seconds = workspace.read_seconds()
-    quarantined = quarantined_rows(plan.quarantined, receipts)
     return Release(
         release_id=new_release_id(now),
         ds=plan.ds,
@@ -147,18 +146,16 @@ def _describe(
             uri=plan.bundle_uri,
             card_file=open_bundle(workspace.storage, plan.bundle_uri).card_file,
         ),
-        counts=_counts(plan, receipts, fresh, items=sum(file.rows for file in files), quarantined=quarantined),
+        counts=_counts(plan, receipts, fresh, items=sum(file.rows for file in files)),
         moments=day_moments(audit.gained, audit.lost, live if plan.chosen else None),
         audit=audit.figures,
-        quarantine_uri=workspace.quarantine_uri if quarantined else None,
+        quarantine_uri=workspace.quarantine_uri if quarantined_rows(plan.quarantined, receipts) else None,
         seconds=seconds,
         tokens_per_second=throughput(fresh, seconds.get("encode", 0.0)),
     )
 
 
-def _counts(
-    plan: Plan, receipts: Sequence[Receipt], fresh: Sequence[Receipt], *, items: int, quarantined: Mapping[str, int]
-) -> Counts:
+def _counts(plan: Plan, receipts: Sequence[Receipt], fresh: Sequence[Receipt], *, items: int) -> Counts:
     lost = Counter(change for receipt in receipts for change in receipt.quarantined.values())
     new, changed = plan.new - lost[Change.NEW], plan.changed - lost[Change.CHANGED]
     return Counts(
@@ -167,20 +164,16 @@ def _counts(
         changed=changed,
         reused=items - new - changed,
         deleted=plan.deleted,
-        quarantined=sum(quarantined.values()),
+        quarantined=sum(quarantined_rows(plan.quarantined, receipts).values()),
         encoded=sum(receipt.encoded for receipt in fresh),
         tokens=sum(receipt.tokens for receipt in fresh),
     )
 
 
 def throughput(receipts: Sequence[Receipt], seconds: float) -> float | None:
-    """Return the tokens per second of an encode stage without start-up time, or None when nothing was encoded.
+    """Return the tokens per second of an encode stage of ``seconds``; None when nothing was encoded.
 
-    Start-up is the time of Spark and of loading the model in every worker; a plan's estimate adds it again.
-
-    Args:
-        receipts: receipts of the stage's buckets.
-        seconds: duration of the stage.
+    Start-up time, of Spark and of loading the model in every worker, is excluded; a plan's estimate adds it again.
     """
     tokens = sum(receipt.tokens for receipt in receipts)
     if not tokens or seconds <= 0:

@@ -1,4 +1,4 @@
-"""A whole night in one process: all stages of a date in order, for a new date or for a backfill."""
+"""All stages of a date in one process, for a new date or for a backfill."""
 
 import logging
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """The release that a run ended in, and whether this run made it."""
+    """The release of a finished run, and whether this run published it."""
 
     release: Release
     fresh: bool
 
 
 def run_all(deployment: Deployment, *, ds: str) -> Outcome:
-    """Run all stages in order, in one process. A plan that is already published is not run again.
+    """Run all stages in order. A plan that is already published is not run again.
 
     Raises:
         UserError: the catalogue, the bundle or the configuration cannot be used.
@@ -45,7 +45,7 @@ def backfill(
     recompute: bool = False,
     expected: str | None = None,
 ) -> Outcome:
-    """Run all stages for a date, or for some of its buckets, that may be released already and may be damaged.
+    """Run all stages for a date, or for some of its buckets. An existing release may be damaged.
 
     Args:
         deployment: settings and storage.
@@ -65,18 +65,17 @@ def backfill(
     found = release_log.read_log(deployment.storage, deployment.settings.table_uri)
     identity = identify_plan(deployment, ds=ds, chosen=buckets, recompute=recompute)
     if expected and expected != identity.plan_id and (made := made_by(found, ds, expected)):
-        # An earlier attempt published the announced plan; its files are no longer those that were to be recomputed.
+        # An earlier attempt published the announced plan, so the files to recompute, and the plan_id, are others now.
         return Outcome(release=made, fresh=False)
     require_expected(identity, expected)
     return _run_stages(deployment, identity, already_published(deployment, identity, whole=True))
 
 
 def already_published(deployment: Deployment, identity: "PlanIdentity", *, whole: bool = False) -> Release | None:
-    """The release of a date if the plan made it; with ``whole``, only if every byte of the release is intact."""
+    """Return the release that the plan published; with ``whole``, only if every byte of the release is intact."""
     from marc_pipeline.releases.standing import is_whole, published
 
-    storage, table_uri = deployment.storage, deployment.settings.table_uri
-    chosen = identity.chosen
+    storage, table_uri, chosen = deployment.storage, deployment.settings.table_uri, identity.chosen
     found = published(storage, table_uri, ds=identity.ds, plan_id=identity.plan_id, chosen=chosen)
     if found and whole and not is_whole(storage, found, table_uri=table_uri, chosen=chosen):
         return None
@@ -88,7 +87,7 @@ def _run_stages(deployment: Deployment, identity: "PlanIdentity", already: Relea
 
     plan_id = identity.plan_id
     if already is not None:
-        log.info("plan %s is already published as release %s: nothing to do", plan_id, already.release_id)
+        log.info("run: plan %s is already published as release %s; nothing to do", plan_id, already.release_id)
         return Outcome(release=already, fresh=False)
     with configured_session(deployment.settings, name=f"marc run {identity.ds}", gpu_tasks=True) as spark:
         plan_stage(spark, deployment, identity)

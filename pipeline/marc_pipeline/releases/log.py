@@ -1,4 +1,4 @@
-"""The release log: a small Delta table beside the feature table, where every reader starts."""
+"""The release log: a small Delta table in the feature table's folder that names the release of each date."""
 
 import logging
 import uuid
@@ -17,7 +17,7 @@ from marc_pipeline.table.commit import commit_day, committed_files
 from marc_schemas.arrow import from_arrow, to_arrow
 from marc_schemas.release import FORMAT_VERSION, OLDEST_FORMAT, RELEASES, Release
 
-# An underscore keeps the log out of what Delta and Spark take for data of the feature table.
+# Delta and Spark ignore folders with an underscore, so the log is no data of the feature table.
 FOLDER = "_releases"
 TRIES = 5
 
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReleaseLog:
-    """The log as it stood at one moment.
+    """The log at one version.
 
     Attributes:
         table_uri: the feature table.
-        releases: every row, oldest first.
+        releases: all records, oldest first.
         table: the Delta table at that version; None before the first release.
     """
 
@@ -39,26 +39,26 @@ class ReleaseLog:
     table: DeltaTable | None
 
     def live(self, ds: str) -> Release | None:
-        """What readers of a date see; None where nothing was published, or the last one was withdrawn."""
+        """Return the release that readers of a date see; None if it has none or was withdrawn."""
         return newest(self.releases, ds=ds)
 
     def last(self, ds: str) -> Release | None:
-        """The last turn of a date, also where it says that the date was withdrawn."""
+        """Return the last record of a date, which may be a withdrawal."""
         return max((release for release in self.releases if release.ds == ds), key=lambda r: r.turn, default=None)
 
     def find(self, release_id: str | None) -> Release | None:
-        """A release by id."""
+        """Return a release by id."""
         return next((release for release in self.releases if release.release_id == release_id), None)
 
     def next_turn(self, ds: str) -> int:
-        """The turn that a release of this date must take to be the next one."""
-        # From the log's state, which outlives rows that retention removed.
+        """Return the turn of the next release of a date."""
+        # Delta keeps the last transaction of a date after retention has removed its records.
         taken = self.table.transaction_version(_day(ds)) if self.table else None
         return (taken or 0) + 1
 
 
 def read_log(storage: Storage, table_uri: str) -> ReleaseLog:
-    """The whole log, at one version; records of an older format are migrated.
+    """Return the whole log at one version; records of an older format are migrated.
 
     Raises:
         UserError: a record is of a newer format, or of one that was never released.
@@ -66,7 +66,7 @@ def read_log(storage: Storage, table_uri: str) -> ReleaseLog:
     table = open_table(storage, join(table_uri, FOLDER))
     if table is None:
         return ReleaseLog(table_uri, (), None)
-    # Names, not uris: those come percent-encoded.
+    # delta-rs percent-encodes uris, but file names need no encoding.
     names = [uri.rsplit("/", 1)[1] for uri in table.file_uris()]
     rows = [row for name in names for row in _read_file(storage, join(table_uri, FOLDER, name))]
     releases = [_record(row, table_uri) for row in rows]
@@ -75,11 +75,7 @@ def read_log(storage: Storage, table_uri: str) -> ReleaseLog:
 
 
 def _record(row: Mapping[str, Any], table_uri: str) -> Release:
-    """A row of the log in the current format: fields that its format did not have yet take their defaults.
-
-    Raises:
-        UserError: the format is newer than this program, or older than the first released one.
-    """
+    """Return a row in the current format: fields that its format lacks take their defaults."""
     version = row["format_version"]
     if not OLDEST_FORMAT <= version <= FORMAT_VERSION:
         readable = f"this marc-pipeline reads formats {OLDEST_FORMAT} to {FORMAT_VERSION}"
@@ -89,7 +85,7 @@ def _record(row: Mapping[str, Any], table_uri: str) -> Release:
 
 
 def read_releases(storage: Storage, table_uri: str) -> list[Release]:
-    """Every release of a feature table, oldest first; empty before the first."""
+    """Return every release of a feature table, oldest first."""
     return list(read_log(storage, table_uri).releases)
 
 
@@ -99,19 +95,13 @@ def new_release_id(now: datetime) -> str:
 
 
 def live_releases(releases: Iterable[Release]) -> dict[str, Release]:
-    """What readers of each date see, by date in order: its last turn, unless that withdrew it."""
-    last: dict[str, Release] = {}
-    for release in releases:
-        if release.ds not in last or release.turn > last[release.ds].turn:
-            last[release.ds] = release
+    """Return the release that readers of each date see, in order of date: its last turn, unless that withdrew it."""
+    last = {release.ds: release for release in sorted(releases, key=lambda release: release.turn)}
     return {ds: last[ds] for ds in sorted(last) if not last[ds].withdrawn}
 
 
 def newest(releases: Iterable[Release], *, ds: str | None = None) -> Release | None:
-    """What readers see: of one ds, or of the latest ds that there is.
-
-    A backfill of an old day therefore never becomes what readers of the newest day see.
-    """
+    """Return the live release of one date, or of the latest date. A backfill of an older date is never the newest."""
     live = live_releases(releases)
     if ds is not None:
         return live.get(ds)
@@ -126,23 +116,23 @@ def find_release(
     release_id: str | None = None,
     at: datetime | None = None,
 ) -> Release:
-    """One release by id, by date, or the newest; with ``at``, as readers saw it at that moment.
+    """Return one release by id, by date, or the newest; with ``at``, the release that readers saw at that time.
 
     Raises:
-        UserError: there is none; the message says what there is.
-        ReleaseGone: what was seen at that moment is not in the log any more.
+        UserError: there is no such release; the message names the releases that exist.
+        ReleaseGone: retention has removed the release of that time from the log.
     """
     found = read_log(storage, table_uri)
     if at is not None:
         if release_id is not None:
-            raise UserError("a release is named by its id or by a moment, not by both")
+            raise UserError("give a release id or a time, not both")
         return _seen_at(found, at, ds=ds)
     live = live_releases(found.releases)
     if not live:
         raise UserError(f"no release at {table_uri} yet; the nightly run publishes one")
     release = found.find(release_id) if release_id is not None else newest(found.releases, ds=ds)
     if release is not None and release.withdrawn:
-        raise UserError(f"release {release_id} says that {release.ds} was withdrawn; it has nothing to read")
+        raise UserError(f"release {release_id} withdrew {release.ds} and holds no vectors; choose another release")
     days = list(live)
     if release is None:
         wanted = f"release {release_id}" if release_id is not None else f"release of {ds}"
@@ -155,42 +145,43 @@ def find_release(
 
 
 def _seen_at(found: ReleaseLog, at: datetime, *, ds: str | None) -> Release:
-    """What readers saw at a moment, of one ds or of the latest that there was."""
+    """Return the release that readers saw at a time, of one date or of the latest date then."""
     if at.tzinfo is None:
-        raise UserError(f"the moment {at} has no time zone; use datetime(..., tzinfo=UTC)")
+        raise UserError(f"the time {at} has no time zone; use datetime(..., tzinfo=UTC)")
     seen = newest((release for release in found.releases if release.created_at <= at), ds=ds)
-    # What was published next on a date names what readers saw of it until then.
-    following: dict[str, Release] = {}
-    for release in found.releases:
-        if release.created_at > at and (release.ds not in following or release.turn < following[release.ds].turn):
-            following[release.ds] = release
+    # The first later record of a date names, as `supersedes`, the release that readers saw until then.
+    newest_first = sorted(found.releases, key=lambda release: -release.turn)
+    following = {release.ds: release for release in newest_first if release.created_at > at}
     for day, release in following.items():
         concerned = day == ds if ds is not None else seen is None or day >= seen.ds
         if concerned and release.supersedes is not None and found.find(release.supersedes) is None:
             raise ReleaseGone(
-                f"what readers of {day} saw at {at.isoformat()} is not known any more: retention gave up release "
+                f"the release of {day} at {at.isoformat()} is not in the log any more: retention deleted release "
                 f"{release.supersedes}"
             )
     if seen is None:
         wanted = f"release of {ds}" if ds is not None else "release"
-        raise UserError(f"no {wanted} at {found.table_uri} was there at {at.isoformat()}")
+        raise UserError(f"no {wanted} at {found.table_uri} existed at {at.isoformat()}")
     return seen
 
 
 def append(
     storage: Storage, table_uri: str, releases: Sequence[Release], *, turns: Mapping[str, int] | None = None
 ) -> bool:
-    """Publish releases, one per date, in one atomic commit. Says whether this call made it.
+    """Publish releases, one per date, in one atomic commit.
 
-    Each takes the turn of its date, as Delta transaction ``(ds, turn)``: of runs that publish the same date at once,
-    one commits; the others find the turn taken, and must look at what is there now. Retention takes the turn of the
-    dates that it changes, too.
+    Each release takes the turn of its date, as Delta transaction ``(ds, turn)``. Of several runs that publish a date at
+    the same moment, one commits. The others find the turn taken and must read the log again. Retention also takes the
+    turns of the dates that it changes.
 
     Args:
         storage: access to ``table_uri``.
         table_uri: the feature table.
-        releases: the rows.
-        turns: by ds, to take without a row: of dates that must stay as they are until the rows are in.
+        releases: the records.
+        turns: turns by date to take without a record, so that those dates cannot change before the commit.
+
+    Returns:
+        Whether the releases are in the log; False if another run took a turn first.
     """
     turns = {**(turns or {}), **{release.ds: release.turn for release in releases}}
     properties = _taking(turns)
@@ -198,8 +189,9 @@ def append(
     def commit() -> bool:
         table = open_or_create(storage, join(table_uri, FOLDER), RELEASES, name="releases")
         if any((table.transaction_version(_day(ds)) or 0) >= turn for ds, turn in turns.items()):
-            # A rival's turn; or ours, where the store took our commit and its answer was lost.
-            return bool(releases) and _holds(storage, table_uri, releases)
+            # Another run took the turn, or our commit succeeded and its response was lost.
+            found = read_log(storage, table_uri)
+            return bool(releases) and all(found.find(release.release_id) for release in releases)
         _write(table, releases, properties, mode="append")
         return True
 
@@ -207,7 +199,7 @@ def append(
 
 
 def settle(storage: Storage, table_uri: str, ds: str) -> None:
-    """Let the Delta table's newest version hold what the date's release does, where a run left other files in it.
+    """Commit the files of a date's live release to the Delta table again if a dead run left other files there.
 
     Raises:
         Superseded: other runs kept publishing.
@@ -220,17 +212,17 @@ def settle(storage: Storage, table_uri: str, ds: str) -> None:
         if table is None or committed_files(table, ds=ds) == {file.path for file in files}:
             return
         commit_day(storage, table_uri, files, dim=dim, ds=ds)
-        # A run that has committed its own files meanwhile, and not released them yet, commits them once more.
+        # A run that committed its files meanwhile, but did not release them yet, will commit them again.
         if append(storage, table_uri, [], turns={ds: found.next_turn(ds)}):
             return
     raise Superseded(f"other runs keep publishing {ds} at {table_uri}; run again")
 
 
 def replace(storage: Storage, found: ReleaseLog, kept: Sequence[Release]) -> bool:
-    """Replace the rows of a log that was read by others, in one commit; rows of other dates appended meanwhile stay.
+    """Replace the records of a log with ``kept`` in one commit; records appended since it was read stay.
 
     Returns:
-        False where another run changed the same dates at the same moment, or the store failed: read again.
+        False if another run changed the same dates at the same moment, or the store failed: read the log again.
     """
     if found.table is None:
         return True
@@ -242,7 +234,7 @@ def replace(storage: Storage, found: ReleaseLog, kept: Sequence[Release]) -> boo
     except DiskFull:
         raise
     except COMMIT_ERRORS as error:
-        log.info("the release log of %s could not be written, or was so at the same moment: %s", found.table_uri, error)
+        log.info("release log of %s: the commit failed or met another one: %s", found.table_uri, error)
         return False
     return True
 
@@ -259,13 +251,8 @@ def _day(ds: str) -> str:
     return f"ds={ds}"
 
 
-def _holds(storage: Storage, table_uri: str, releases: Sequence[Release]) -> bool:
-    found = read_log(storage, table_uri)
-    return all(found.find(release.release_id) for release in releases)
-
-
 def _read_file(storage: Storage, uri: str) -> list[dict[str, Any]]:
-    # Not through a dataset over delta-rs's file system: what such a scan leaves running can abort a process at exit.
+    # A dataset over delta-rs's file system leaves threads running that can abort the process at exit.
     filesystem, path = storage.filesystem(uri)
     with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as parquet:
         return from_arrow(parquet.read())
@@ -278,6 +265,6 @@ def _write(
     *,
     mode: Literal["append", "overwrite"],
 ) -> None:
-    # "merge" adds the columns that a log of an older format lacks, and leaves the schema as it is otherwise.
+    # "merge" adds the columns that a log of an older format lacks, and otherwise keeps the schema.
     rows = to_arrow(releases, Release)
     write_deltalake(table, rows, mode=mode, schema_mode="merge", commit_properties=properties)

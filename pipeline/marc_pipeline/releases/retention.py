@@ -1,4 +1,4 @@
-"""Retention: which releases are kept; what neither they nor a reader or run of the grace period needs is removed."""
+"""Vacuum: retire releases beyond retention, and delete the files of retired releases and dead runs."""
 
 import logging
 import math
@@ -22,9 +22,9 @@ from marc_schemas.identity import PLAN_KEY_CHARS, plan_key
 from marc_schemas.release import Release
 
 TRIES = 5
-# What a reader of the log may be in the middle of, however short the grace period.
+# Files of the log are kept at least this long, for readers that have it open.
 LOG_GRACE_HOURS = 1
-# Of a table file's path: ds, bucket and name.
+# Parts of a table file's path: ds, bucket and name.
 PARTITION_PARTS = 3
 PLAN_ID = re.compile(rf"[0-9a-f]{{{PLAN_KEY_CHARS},}}")
 
@@ -33,13 +33,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Removal:
-    """What a vacuum did, or would do.
+    """Result of a vacuum; of a dry run, what it would do.
 
     Attributes:
-        retired: releases that retention gave up just now; their files stay for the grace period.
-        forgotten: releases whose grace period is over: gone from the log.
-        files: uris that were removed: of forgotten releases, and of runs that died.
-        bytes: their size.
+        retired: ids of newly retired releases; their files stay for the grace period.
+        forgotten: ids of releases whose grace period is over; they left the log.
+        files: uris of deleted files, of forgotten releases and of dead runs.
+        bytes: size of these files.
     """
 
     retired: tuple[str, ...]
@@ -52,14 +52,14 @@ def vacuum(deployment: Deployment, *, now: datetime | None = None, dry_run: bool
     """Retire releases beyond retention, and delete files that no release, reader or run needs.
 
     A release is retired first. The first vacuum after the grace period removes it from the log and deletes its files;
-    until then, a reader that has it open can read on. Files that no release names belong to a run. They are deleted
-    when that run has written nothing for the grace period. The log entry goes before the files, so that the next vacuum
-    finishes the work of a vacuum that was killed.
+    until then, readers that have it open can read on. A file that no release names belongs to a run. It is deleted
+    when that run has written no file for the grace period. The log record is removed before the files, so the next
+    vacuum finishes the work of a vacuum that was killed.
 
     Args:
-        deployment: table, indexes and work area; its settings say what is kept, and for how long.
-        now: the time that retention and grace are counted from; default: the present.
-        dry_run: report what would be done, and change nothing.
+        deployment: table, indexes and work area; its settings contain the retention rules.
+        now: end of all periods; default: the present.
+        dry_run: report the removals and change nothing.
 
     Raises:
         Superseded: other runs keep writing the release log.
@@ -80,14 +80,14 @@ def vacuum(deployment: Deployment, *, now: datetime | None = None, dry_run: bool
     before = (now - timedelta(hours=settings.grace_hours)).timestamp()
     doomed = _unneeded(deployment, rows, before=before)
     if not dry_run:
-        _let_go(deployment, doomed)
+        _remove_from_table(deployment, doomed)
         # Plans are deleted first: a run without its plan cannot publish. Files of runs that wrote again are then kept.
         plans = [stored for stored in doomed if stored.uri.endswith(f"/{PLAN_FILE}")]
         storage.remove(stored.uri for stored in plans)
         still = {stored.uri for stored in _unneeded(deployment, rows, before=before)}
         doomed = [stored for stored in doomed if stored in plans or stored.uri in still]
         storage.remove(stored.uri for stored in doomed)
-        _trim(deployment, now)
+        _shorten_logs(deployment, now)
     return Removal(
         retired=tuple(release.release_id for release in retired),
         forgotten=tuple(release.release_id for release in forgotten),
@@ -99,14 +99,14 @@ def vacuum(deployment: Deployment, *, now: datetime | None = None, dry_run: bool
 def _decide(
     releases: Sequence[Release], settings: RetentionSettings, now: datetime
 ) -> tuple[list[Release], list[Release], list[Release]]:
-    """Rows that the log goes on with, those retired now, and those forgotten."""
-    # Of dates that readers see: one that was withdrawn takes no place, and stays while it is newer than those.
+    """Return the remaining records of the log, the newly retired ones, and the forgotten ones."""
+    # Only live dates count. A withdrawn date is kept while it is newer than the oldest of them.
     oldest = min([*release_log.live_releases(releases)][-settings.days :], default="")
     last = sorted(releases, key=lambda release: (release.ds, -release.turn))
     place: dict[str, int] = {}
     rows, retired, forgotten = [], [], []
     for release in last:
-        # A withdrawal holds no files and takes no release's place: it stays as long as its date.
+        # A withdrawal has no files and does not count as a release. It stays as long as its date.
         place[release.ds] = place.get(release.ds, 0) + (not release.withdrawn)
         row = release
         beyond = place[release.ds] > settings.releases_per_day or release.ds < oldest
@@ -122,12 +122,12 @@ def _decide(
 
 
 def _unneeded(deployment: Deployment, rows: Sequence[Release], *, before: float) -> list[StoredObject]:
-    """Files of table, indexes and plans that no row names, of runs that wrote nothing since ``before``."""
+    """Return files of table, indexes and plans that no record names, of runs without a write since ``before``."""
     settings, storage = deployment.settings, deployment.storage
     tables = {file.path for row in rows for file in row.table.files}
     # An index that was patched may share files with an earlier index.
     indexes = {file.path for row in rows for file in row.index.all_files}
-    # A plan's work area holds the quarantine and the texts: it is kept as long as any file of the plan.
+    # A plan's work area contains the quarantine and the texts. It is kept as long as any file of the plan.
     works = {plan_key(row.plan_id) for row in rows} | {plan_of(path) for path in tables}
     found = [
         (stored, plan, _within(stored, PARTITION_PARTS) in tables)
@@ -141,12 +141,12 @@ def _unneeded(deployment: Deployment, rows: Sequence[Release], *, before: float)
 
 
 def _within(stored: StoredObject, parts: int) -> str:
-    """The last parts of a uri: what a file is called below the site's folder, in whichever way that is named."""
+    """Return the last parts of a uri: the path in the table or index, whatever the spelling of its folder."""
     return "/".join(stored.uri.rsplit("/", parts)[1:])
 
 
 def _by_plan(storage: Storage, folder: str) -> list[tuple[StoredObject, str]]:
-    """Files in folders that are called after plans, with the plan."""
+    """Return the files in folders named after plans, each with the key of its plan."""
     depth = len(PurePosixPath(folder).parts)
     found = []
     for stored in storage.list(folder, hidden=True):
@@ -156,30 +156,30 @@ def _by_plan(storage: Storage, folder: str) -> list[tuple[StoredObject, str]]:
     return found
 
 
-def _let_go(deployment: Deployment, doomed: Sequence[StoredObject]) -> None:
-    """Take files that are about to be removed out of the Delta table's newest version, where a dead run left them."""
+def _remove_from_table(deployment: Deployment, doomed: Sequence[StoredObject]) -> None:
+    """Remove files that will be deleted from the Delta table's newest version, where a dead run committed them."""
     table = open_table(deployment.storage, deployment.settings.table_uri)
-    held = committed_files(table) if table else set()
-    for ds in sorted({partition_ds(path) for path in held & {_within(stored, PARTITION_PARTS) for stored in doomed}}):
+    live = committed_files(table) if table else set()
+    for ds in sorted({partition_ds(path) for path in live & {_within(stored, PARTITION_PARTS) for stored in doomed}}):
         release_log.settle(deployment.storage, deployment.settings.table_uri, ds)
 
 
-def _trim(deployment: Deployment, now: datetime) -> None:
-    """Shorten the two Delta logs, and end uploads that nobody will end."""
+def _shorten_logs(deployment: Deployment, now: datetime) -> None:
+    """Shorten both Delta logs, and abort multipart uploads of dead runs."""
     settings, storage = deployment.settings, deployment.storage
     releases = join(settings.table_uri, release_log.FOLDER)
-    hours = math.ceil(max(settings.retention.grace_hours, LOG_GRACE_HOURS))
+    hours = max(settings.retention.grace_hours, LOG_GRACE_HOURS)
 
     def shorten(uri: str) -> None:
         if table := open_table(storage, uri):
             table.create_checkpoint()
             table.cleanup_metadata()
-            # Files of the feature table are ours to remove; those of the log, which it has replaced, are Delta's.
+            # This module deletes files of the feature table. Delta deletes replaced files of the release log.
             if uri == releases:
-                table.vacuum(retention_hours=hours, dry_run=False, enforce_retention_duration=False)
+                table.vacuum(retention_hours=math.ceil(hours), dry_run=False, enforce_retention_duration=False)
 
     for uri in (settings.table_uri, releases):
         storage.repeated(uri, partial(shorten, uri), on=COMMIT_ERRORS)
-    before = (now - timedelta(hours=max(settings.retention.grace_hours, LOG_GRACE_HOURS))).timestamp()
+    before = (now - timedelta(hours=hours)).timestamp()
     for uri in (settings.table_uri, settings.index_uri, settings.work_uri):
         storage.abort_uploads(uri, before=before)

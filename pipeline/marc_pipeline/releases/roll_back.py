@@ -18,11 +18,6 @@ def roll_back(storage: Storage, table_uri: str, release_id: str) -> list[Release
     One commit publishes the release anew for its date, unless readers of that date see it already, and withdraws all
     later dates. Rolling back to a withdrawn release publishes its date again.
 
-    Args:
-        storage: access to ``table_uri``.
-        table_uri: the feature table.
-        release_id: the release to restore.
-
     Returns:
         The new records of the log, withdrawn dates marked; empty when nothing had to change.
 
@@ -52,7 +47,9 @@ def _require_kept(found: ReleaseLog, release_id: str) -> Release:
     if target is None or target.withdrawn:
         raise UserError(f"no release {release_id} at {found.table_uri}; see `marc releases`")
     if target.retired_at is not None:
-        raise UserError(f"release {release_id} was retired on {target.retired_at:%Y-%m-%d %H:%M}: its files go soon")
+        raise UserError(
+            f"release {release_id} was retired on {target.retired_at:%Y-%m-%d %H:%M}; choose another release"
+        )
     return target
 
 
@@ -63,12 +60,13 @@ def _records(found: ReleaseLog, target: Release) -> list[Release]:
     rows = []
     if now is None or (now.table.files, now.index.files) != (target.table.files, target.index.files):
         restores = target.restores or target.release_id
-        rows.append(_next(found, target, now, withdrawn=False, restores=restores))
-    return rows + [_next(found, live[ds], live[ds], withdrawn=True, restores=None) for ds in live if ds > target.ds]
+        rows.append(_next(found, target, now, restores=restores))
+    return rows + [_next(found, live[ds], live[ds], restores=None) for ds in live if ds > target.ds]
 
 
-def _next(found: ReleaseLog, facts: Release, live: Release | None, *, withdrawn: bool, restores: str | None) -> Release:
-    now = datetime.now(UTC)
+def _next(found: ReleaseLog, facts: Release, live: Release | None, *, restores: str | None) -> Release:
+    """Return the next record of a date: one that restores a release, or a withdrawal."""
+    now, withdrawn = datetime.now(UTC), restores is None
     update: dict[str, object] = {
         "release_id": new_release_id(now),
         "created_at": now,

@@ -1,4 +1,4 @@
-"""The standing of a plan in the release log: may it take its date's place, is it published, is its release intact?"""
+"""The standing of a plan in the release log: whether it may be published, is published, and has an intact release."""
 
 import logging
 from collections.abc import Sequence

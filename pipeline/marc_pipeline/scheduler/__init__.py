@@ -1,1 +1,1 @@
-"""What the DAGs call: tasks, operators, parameters, retries and events. Only this package imports airflow."""
+"""Tasks, operators, parameters, retries and events of the DAGs. The only package that imports airflow."""

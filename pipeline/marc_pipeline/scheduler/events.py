@@ -8,5 +8,5 @@ ITEM_VECTORS = Asset("item_vectors", extra={"what": "MARC vectors of the item ca
 
 
 def release_event(*, ds: str, config: str) -> Metadata:
-    """The facts of a date's newest release, for every DAG that the asset schedules."""
+    """Return the facts of a date's newest release, for DAGs that the asset triggers."""
     return Metadata(ITEM_VECTORS, extra=release_facts(ds=ds, config=config))

@@ -1,4 +1,4 @@
-"""The Spark jobs as tasks of a DAG, and the arguments that they get."""
+"""Operators that submit the Spark jobs of a DAG, and the arguments of these jobs."""
 
 from pathlib import Path
 from typing import Any
@@ -7,47 +7,41 @@ from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOpe
 
 
 def spark_stage(stage: str, arguments: list[str], *, dag_file: str) -> SparkSubmitOperator:
-    """The task of one stage: spark-submit of its job on the connection ``spark_default``.
-
-    Args:
-        stage: name of the job file.
-        arguments: of the job; templated.
-        dag_file: ``__file__`` of the DAG.
-    """
+    """Return the task that submits the job of one stage; ``arguments`` are templated, ``dag_file`` is ``__file__``."""
     return SparkSubmitOperator(application_args=arguments, **submission(stage, dag_file=dag_file))
 
 
 def submission(stage: str, *, dag_file: str) -> dict[str, Any]:
-    """Arguments of the operator that submits a job, without the arguments of the job.
+    """Return the arguments of the operator that submits a job on ``spark_default``, without those of the job.
 
     Args:
         stage: name of the job file.
-        dag_file: ``__file__`` of the DAG; the folders ``dags`` and ``jobs`` lie side by side.
+        dag_file: ``__file__`` of the DAG; the folders ``dags`` and ``jobs`` have the same parent.
     """
     return {
         "task_id": stage,
         "conn_id": "spark_default",
         "application": str(Path(dag_file).resolve().parent.parent / "jobs" / f"{stage}.py"),
         "name": f"marc-{stage}",
-        # The stages log their own progress; Spark's start-up messages would hide it.
+        # Spark's start-up messages would hide the log lines of the stages.
         "conf": {"spark.log.level": "ERROR"},
-        # Work is keyed by plan and bucket, so a fresh submission is always safe.
+        # Submitting a job again is safe, because work is keyed by plan and bucket.
         "durable": False,
     }
 
 
 def identified_arguments(*names: str) -> list[str]:
-    """Templated arguments of a job, with values that the task ``identify`` returned.
+    """Return templated arguments of a job, filled with results of the task ``identify``.
 
     Args:
-        names: keys of those values, for example ``plan_id`` for ``--plan-id``.
+        names: keys of the results, for example ``plan_id`` for ``--plan-id``.
     """
     value = "{{{{ ti.xcom_pull(task_ids='identify')['{}'] }}}}"
     return [word for name in names for word in (f"--{name.replace('_', '-')}", value.format(name))]
 
 
-def backfill_arguments(day: dict[str, Any]) -> list[str]:
-    """Arguments of the backfill job for one date, from :func:`marc_pipeline.scheduler.tasks.identify_backfills`."""
-    buckets = [word for bucket in day["buckets"] for word in ("--bucket", str(bucket))]
-    recompute = ["--recompute"] if day["recompute"] else []
-    return ["--config", day["config"], "--ds", day["ds"], "--plan-id", day["plan_id"], *buckets, *recompute]
+def backfill_arguments(plan: dict[str, Any]) -> list[str]:
+    """Return the arguments of the backfill job of one date from ``identify_backfills``."""
+    buckets = [word for bucket in plan["buckets"] for word in ("--bucket", str(bucket))]
+    recompute = ["--recompute"] if plan["recompute"] else []
+    return ["--config", plan["config"], "--ds", plan["ds"], "--plan-id", plan["plan_id"], *buckets, *recompute]

@@ -1,6 +1,7 @@
-"""What the Python tasks of the DAGs do. Only paths, dates, ids and figures pass from task to task.
+"""Python tasks of the DAGs. Tasks exchange only paths, dates, ids and figures.
 
-A function imports what it needs when it is called, so that Airflow parses the DAG files quickly.
+In all tasks, ``ds`` is a date, and ``config`` is the path of marc.yaml, empty for the default. A function imports its
+packages when it is called, so that Airflow parses the DAG files quickly.
 """
 
 import logging
@@ -14,12 +15,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def identify_night(*, ds: str, config: str) -> dict[str, str]:
-    """Name the plan of a date: ds, configuration, plan_id, and the release if the plan is published already.
-
-    Args:
-        ds: date of the snapshot.
-        config: configuration file; empty for the default.
+def identify_nightly(*, ds: str, config: str) -> dict[str, str]:
+    """Return ds, configuration file and plan_id of a date, and the release_id if the plan is already published.
 
     Raises:
         UserError: bad date or configuration, no catalogue, no bundle.
@@ -31,35 +28,31 @@ def identify_night(*, ds: str, config: str) -> dict[str, str]:
     deployment, path = _opened(config)
     identity = identify_plan(deployment, ds=parse_ds(ds))
     release = already_published(deployment, identity)
-    return {
-        "ds": ds,
-        "config": path,
-        "plan_id": identity.plan_id,
-        "published": release.release_id if release else "",
-    }
+    published = release.release_id if release else ""
+    return {"ds": ds, "config": path, "plan_id": identity.plan_id, "published": published}
 
 
 def identify_backfills(
     *, first: str | None, last: str | None, buckets: Sequence[int], recompute: bool, config: str
 ) -> list[dict[str, Any]]:
-    """Name the plan of every date from first to last: ds, configuration, plan_id and buckets.
+    """Return ds, configuration file, plan_id and buckets of every date from first to last.
 
     Args:
         first: first date.
-        last: last date; empty: the first date alone.
+        last: last date; default: the first date.
         buckets: the buckets to replace; empty for whole dates.
         recompute: compute vectors of unchanged texts as well.
-        config: configuration file; empty for the default.
+        config: configuration file.
 
     Raises:
-        UserError: bad dates or configuration, no bundle, or dates without a catalogue, all of which are named.
+        UserError: bad dates or configuration, no bundle, or dates without a catalogue; the message lists the dates.
     """
     from marc_pipeline.config import parse_ds
     from marc_pipeline.errors import UserError
     from marc_pipeline.nightly.plan_identity import identify_plan
 
     if not first:
-        raise UserError("give the first date to backfill")
+        raise UserError("the parameter first is empty: give the first date to backfill")
     deployment, path = _opened(config)
     start, end = date.fromisoformat(parse_ds(first)), date.fromisoformat(parse_ds(last or first))
     if end < start:
@@ -71,20 +64,16 @@ def identify_backfills(
         except UserError as error:
             problems.append(f"{day}: {error}")
             continue
-        facts = {"ds": day, "config": path, "plan_id": identity.plan_id}
-        # A date without a release is run whole, also when the job is retried and the release exists by then.
-        found.append({**facts, "buckets": list(identity.chosen or ()), "recompute": recompute})
+        facts = {"ds": day, "config": path, "plan_id": identity.plan_id, "recompute": recompute}
+        # A date without a release is run whole, even if its release exists when the job is retried.
+        found.append({**facts, "buckets": list(identity.chosen or ())})
     if problems:
         raise UserError(f"nothing was started: {'; '.join(problems)}")
     return found
 
 
 def identify_training_run(*, ds: str, config: str) -> dict[str, str]:
-    """Name the training set of a date: ds, configuration, training_id, and what was decided about layers.
-
-    Args:
-        ds: date of the catalogue.
-        config: configuration file; empty for the default.
+    """Return ds, configuration file, training_id and the decided layers of a date's training.
 
     Raises:
         UserError: bad date or configuration, no catalogue, no interactions.
@@ -102,13 +91,10 @@ def identify_training_run(*, ds: str, config: str) -> dict[str, str]:
 
 
 def promote_training(*, config: str, training_id: str, decided: str) -> dict[str, Any]:
-    """Promote the bundle that a training made.
-
-    Returns:
-        The comparison with the current bundle, without the single scores.
+    """Promote the bundle of a training; return its comparison with the current bundle, without the single scores.
 
     Raises:
-        GateRefused: the bundle is worse than the current one, or its vectors are not sound.
+        GateRefused: the bundle is worse than the current one, or its vectors are unusable.
     """
     from marc_pipeline.bundles.choices import LayerDecision, as_decided
     from marc_pipeline.bundles.promotion import promote_stage
@@ -121,25 +107,18 @@ def promote_training(*, config: str, training_id: str, decided: str) -> dict[str
 
 
 def vacuum_files(*, config: str) -> dict[str, Any]:
-    """Vacuum: retire releases beyond retention and delete what is no longer needed; returns its figures."""
+    """Retire releases beyond retention and delete their files; return the figures of the vacuum."""
     from marc_pipeline.releases.retention import vacuum
 
     deployment, _ = _opened(config)
     done = vacuum(deployment)
-    log.info(
-        "vacuum: %d releases retired, %d forgotten, %d files removed",
-        *map(len, (done.retired, done.forgotten, done.files)),
-    )
-    return {
-        "retired": list(done.retired),
-        "forgotten": list(done.forgotten),
-        "files": len(done.files),
-        "bytes": done.bytes,
-    }
+    retired, forgotten, files = list(done.retired), list(done.forgotten), len(done.files)
+    log.info("vacuum: %d releases retired, %d forgotten, %d files deleted", len(retired), len(forgotten), files)
+    return {"retired": retired, "forgotten": forgotten, "files": files, "bytes": done.bytes}
 
 
 def release_facts(*, ds: str, config: str) -> dict[str, Any]:
-    """Facts of the newest release of a date, as ``marc run --json`` prints them."""
+    """Return the facts of a date's newest release, as ``marc run --json`` prints them."""
     from marc_pipeline.releases import log as release_log
 
     deployment, _ = _opened(config)
@@ -147,7 +126,7 @@ def release_facts(*, ds: str, config: str) -> dict[str, Any]:
 
 
 def _opened(config: str) -> "tuple[Deployment, str]":
-    """The deployment of a configuration, and the absolute path of its file for the tasks that follow."""
+    """Open the deployment of a configuration; return the absolute path of its file for later tasks as well."""
     from marc_pipeline.config import config_path, load_settings
     from marc_pipeline.deployment import open_deployment
 

@@ -1,1 +1,1 @@
-"""The Spark session, and one function per bucket run on it. The only package that imports pyspark."""
+"""The Spark session and the tasks that run on it. The only package that imports pyspark."""

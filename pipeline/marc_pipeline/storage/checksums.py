@@ -1,4 +1,7 @@
-"""Checksums of published files: describing them, checking them whole, and reading them verified block by block."""
+"""Checksums of published files: compute them, check whole files, and verify every block that is read.
+
+Each block has a checksum of its own, so that a reader can verify the blocks that it needs without reading the file.
+"""
 
 import hashlib
 import io
@@ -20,13 +23,7 @@ READ_BLOCKS = 16
 
 
 def describe_file(local: Path, *, path: str, rows: int = 0) -> PublishedFile:
-    """Checksums of a finished local file.
-
-    Args:
-        local: the file as it lies on disk.
-        path: its published path, relative to its root.
-        rows: rows or vectors in it.
-    """
+    """Return size and checksums of a finished local file; ``path`` is its published path, relative to its root."""
     sha, blocks, size = hashlib.sha256(), [], 0
     with local.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
@@ -37,7 +34,7 @@ def describe_file(local: Path, *, path: str, rows: int = 0) -> PublishedFile:
 
 
 def check_file(storage: Storage, root: str, published: PublishedFile) -> str | None:
-    """What is wrong with a published file, read whole; None when every byte is right."""
+    """Read a whole published file; return what is wrong with it, or None."""
     uri = join(root, published.path)
     filesystem, path = storage.filesystem(uri)
     sha, size = hashlib.sha256(), 0
@@ -58,15 +55,15 @@ def check_file(storage: Storage, root: str, published: PublishedFile) -> str | N
 def verified_folder(storage: Storage, uri: str, sha256: Mapping[str, str], *, key: str, remedy: str) -> Path:
     """Return a local folder with the files of a stored folder, each file verified.
 
-    A local folder is used where it is. Files on S3 are downloaded once per machine, into a temporary folder that all
+    A local folder is used directly. Files on S3 are downloaded once per machine, into a temporary folder that all
     processes of the user share. A file that is missing or damaged in that folder is downloaded again.
 
     Args:
         storage: access to ``uri``.
         uri: the stored folder; its files never change.
-        sha256: the checksum of each file, by its name relative to ``uri``.
+        sha256: checksum of each file, by its name relative to ``uri``.
         key: path of the local copy within the temporary folder; it identifies the content.
-        remedy: what the user can do when a stored file is missing or damaged; the error ends with it.
+        remedy: end of the error message, for a stored file that is missing or damaged.
 
     Raises:
         CorruptFile: a stored file is missing or differs from its checksum.
@@ -111,16 +108,10 @@ def _difference(path: Path, sha256: str) -> str | None:
 
 
 def require_block(data: memoryview, block: int, uri: str, published: PublishedFile) -> None:
-    """Verify one block of a published file.
-
-    Args:
-        data: its bytes.
-        block: its number.
-        uri: of the file, for the error.
-        published: with the checksums.
+    """Verify the bytes of one block of a published file.
 
     Raises:
-        CorruptFile: it differs.
+        CorruptFile: the block differs; the error names ``uri``.
     """
     expected = published.blocks[block * BLOCK_DIGEST_CHARS : (block + 1) * BLOCK_DIGEST_CHARS]
     if xxhash.xxh3_64_hexdigest(data) != expected:
@@ -131,10 +122,10 @@ def require_block(data: memoryview, block: int, uri: str, published: PublishedFi
 
 
 def require_size(size: int, uri: str, published: PublishedFile) -> None:
-    """Refuse a file of another size than its release says.
+    """Refuse a file whose size differs from its release.
 
     Raises:
-        CorruptFile: it has.
+        CorruptFile: the size differs.
     """
     if size != published.bytes:
         raise CorruptFile(f"{uri} has {size:,} bytes, the release says {published.bytes:,}")
@@ -142,10 +133,10 @@ def require_size(size: int, uri: str, published: PublishedFile) -> None:
 
 @contextmanager
 def missing_named(uri: str) -> Iterator[None]:
-    """Say that a file is missing as one of a release.
+    """Turn FileNotFoundError into an error that names the file of the release.
 
     Raises:
-        MissingFile: it is.
+        MissingFile: the file is missing.
     """
     try:
         yield
@@ -154,10 +145,10 @@ def missing_named(uri: str) -> Iterator[None]:
 
 
 def open_published(storage: Storage, root: str, published: PublishedFile) -> pa.NativeFile:
-    """Open one published file, of the size that its release says; nothing is verified.
+    """Open one published file without verifying its content.
 
     Raises:
-        CorruptFile: it is missing or has another size.
+        CorruptFile: the file is missing or has another size.
     """
     uri = join(root, published.path)
     filesystem, path = storage.filesystem(uri)
@@ -168,17 +159,13 @@ def open_published(storage: Storage, root: str, published: PublishedFile) -> pa.
 
 
 class RandomAccess(io.RawIOBase):
-    """Seeking and reading for pyarrow, over a method that gives the bytes of any range.
-
-    Args:
-        size: of the file, in bytes.
-    """
+    """Seeking and reading for pyarrow in a file of ``size`` bytes. Subclasses implement :meth:`view`."""
 
     def __init__(self, size: int) -> None:
         self._size, self._position = size, 0
 
     def view(self, start: int, end: int) -> memoryview:
-        """Bytes from ``start`` to before ``end``, which lies within the file; a slice where that saves a copy."""
+        """Return the bytes in [``start``, ``end``), a range within the file, without a copy where possible."""
         raise NotImplementedError
 
     def readable(self) -> bool:
@@ -204,13 +191,13 @@ class RandomAccess(io.RawIOBase):
             end = min(end, self._position + count)
         if end <= self._position:
             return b""
-        wanted = self.view(self._position, end)
+        found = self.view(self._position, end)
         self._position = end
-        return wanted
+        return found
 
 
 class _VerifiedFile(RandomAccess):
-    """Random access to one file, block by block, each verified whenever it is read."""
+    """Random access to one file; every block is verified on every read."""
 
     def __init__(self, source: pa.NativeFile, uri: str, published: PublishedFile) -> None:
         super().__init__(published.bytes)
@@ -233,22 +220,23 @@ class _VerifiedFile(RandomAccess):
 
 
 def open_verified(storage: Storage, root: str, published: PublishedFile) -> pa.PythonFile:
-    """Open one published file; every block is verified whenever it is read.
+    """Open one published file; every block is verified on every read.
 
-    For :class:`pyarrow.parquet.ParquetFile`. Not for datasets: a scan's threads may outlive it, and one that
-    releases a Python file while the interpreter exits aborts the process (apache/arrow issues 34314, 39862).
+    Use it with :class:`pyarrow.parquet.ParquetFile`, not with datasets. Threads of a dataset scan can outlive the
+    scan; a thread that releases a Python file while the interpreter exits aborts the process (apache/arrow issues
+    34314, 39862).
 
     Raises:
-        CorruptFile: it is missing or has another size; later, when a block differs.
+        CorruptFile: the file is missing or has another size; during a read: a block differs.
     """
     return pa.PythonFile(_verified_file(storage, root, published), mode="r")
 
 
 def require_blocks(storage: Storage, root: str, published: PublishedFile) -> None:
-    """Read one published file through, verifying every block.
+    """Verify every block of one published file.
 
     Raises:
-        CorruptFile: it is missing, has another size, or a block differs.
+        CorruptFile: the file is missing, has another size, or a block differs.
     """
     with _verified_file(storage, root, published) as file:
         while file.read(READ_BLOCKS * BLOCK_BYTES):

@@ -1,4 +1,4 @@
-"""Opening a Delta table, and making it where there is none, also when several runs do so at once."""
+"""Delta tables: open one, or create it, also when several runs create it at the same time."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -8,18 +8,18 @@ import pyarrow as pa
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
-from marc_pipeline.storage import Storage, require_bare
+from marc_pipeline.storage import Storage, require_no_credentials
 
-# What a commit may fail with: a rival (CommitFailedError is a DeltaError) or the store. It may have been made
-# nevertheless, its answer being lost; delta-rs does not repeat it. Open the table anew and look before repeating it.
+# Errors of a commit: a conflict (CommitFailedError is a DeltaError) or a failure of the store, which delta-rs does not
+# retry. The commit may have succeeded although its answer was lost: reopen the table and check before a retry.
 COMMIT_ERRORS = (DeltaError, OSError)
 STORE_FAILED = "S3 error"
 REFUSED = re.compile(r"status code\W.*?\b4\d\d\b", re.DOTALL)
 
 
 def open_table(storage: Storage, uri: str) -> DeltaTable | None:
-    """The table, or None where there is none."""
-    require_bare(uri)
+    """Return the table, or None if it does not exist."""
+    require_no_credentials(uri)
 
     def opened() -> DeltaTable | None:
         with _store_errors():
@@ -28,39 +28,39 @@ def open_table(storage: Storage, uri: str) -> DeltaTable | None:
             except TableNotFoundError:
                 return None
 
-    # delta-rs repeats requests, not what breaks off after the answer has begun.
+    # delta-rs retries requests, but not an answer that breaks off.
     return storage.repeated(uri, opened, on=(_StoreError,))
 
 
 def open_or_create(
     storage: Storage, uri: str, schema: pa.Schema, *, name: str, partition_by: Sequence[str] = ()
 ) -> DeltaTable:
-    """The table; an empty one is made first where there is none."""
+    """Return the table; create an empty one if it does not exist."""
     table = open_table(storage, uri)
     if table is not None:
         return table
     options = storage.delta_options()
 
-    def made() -> DeltaTable:
-        # A rival may be faster, or the answer be lost: then the table is there. Anything else is raised by opening it.
+    def created() -> DeltaTable:
+        # If another run was faster, or the answer was lost, the table exists. Opening it raises every other error.
         with suppress(DeltaError, OSError):
             DeltaTable.create(uri, schema=schema, name=name, partition_by=list(partition_by), storage_options=options)
         with _store_errors():
             try:
                 return DeltaTable(uri, storage_options=options)
             except TableNotFoundError as error:
-                raise _StoreError(f"the table could not be made: {error}") from error
+                raise _StoreError(f"the table could not be created: {error}") from error
 
-    return storage.repeated(uri, made, on=(_StoreError,))
+    return storage.repeated(uri, created, on=(_StoreError,))
 
 
 class _StoreError(OSError):
-    """The store's error, which may pass."""
+    """A temporary failure of the store."""
 
 
 @contextmanager
 def _store_errors() -> Iterator[None]:
-    """Tell the store's errors, which delta-rs raises as OSError or DeltaError, from those of the table and refusals."""
+    """Raise _StoreError for a failure of the store; let errors of the table and refusals (HTTP 4xx) pass."""
     try:
         yield
     except (DeltaError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Objects on a local disk: atomic writes, and folders that appear and vanish with their files."""
+"""Objects on a local disk: atomic writes; folders are created and removed with their files."""
 
 import builtins
 import os
@@ -15,22 +15,22 @@ from typing import TypeVar
 import pyarrow.fs as pafs
 
 from marc_pipeline.storage.retry import disk_full_names
-from marc_pipeline.storage.stored import StoredObject, is_hidden
+from marc_pipeline.storage.stored_object import StoredObject, is_hidden
 
 R = TypeVar("R")
 
-# Delta, Spark and our own listings skip names that begin with a dot, and so a file that is still being written.
+# Delta, Spark and our own listings skip names that begin with a dot, so that they skip unfinished files.
 STAGED_PREFIX = ".staged-"
 FOLDER_TRIES = 100
-# How many levels of folders above a removed file are removed once empty; the folders that a user made stay.
+# Levels of empty folders above a removed file that are removed too; folders of the user stay.
 PRUNED_LEVELS = 2
 
 
 class LocalObjects:
-    """Files on a local disk. See :class:`marc_pipeline.storage.Storage` for what each method promises."""
+    """Files on a local disk; :class:`marc_pipeline.storage.Storage` documents the methods."""
 
     def staging_folder(self, uri: str) -> Path:
-        """Where a file is written before it is published: beside its final place, so that a rename is enough."""
+        """Return the folder for unfinished files: the target's folder, so that a rename publishes."""
         return Path(uri).parent
 
     def read(self, uri: str) -> bytes:
@@ -64,20 +64,20 @@ class LocalObjects:
         _in_folder(Path(uri).parent, lambda: staged.replace(uri))
 
     def list(self, uri: str, *, hidden: bool) -> Iterator[StoredObject]:
-        """Every file below a folder."""
+        """Yield every file below a folder."""
         root = Path(uri)
         if not root.is_dir():
             return
-        # Links are followed, and unreadable folders are errors: a skipped folder would look like deletions.
+        # Follow links and raise for unreadable folders, because a skipped folder would look like deleted files.
         for folder, _, names in os.walk(root, followlinks=True, onerror=_raise_unless_gone):
             for path in (Path(folder) / name for name in names):
-                # A file that is deleted during the walk is left out.
+                # Skip a file that is deleted during the walk.
                 with suppress(FileNotFoundError):
                     if (hidden or not is_hidden(str(path.relative_to(root)))) and path.is_file():
                         yield _stored(str(path), path.stat())
 
     def stat(self, uri: str) -> StoredObject | None:
-        """One file, or None where there is none."""
+        """Return one file, or None if it does not exist."""
         path = Path(uri)
         return _stored(uri, path.stat()) if path.is_file() else None
 
@@ -88,7 +88,7 @@ class LocalObjects:
             path.unlink(missing_ok=True)
             folders.update(islice(path.parents, PRUNED_LEVELS))
         for folder in sorted(folders, key=lambda f: len(f.parts), reverse=True):
-            # The system refuses where another process keeps a file or has just written one.
+            # The system refuses to remove a folder into which another process has written.
             with suppress(OSError):
                 folder.rmdir()
         return []
@@ -102,13 +102,13 @@ class LocalObjects:
         shutil.copyfile(uri, path)
 
     def filesystem(self, uri: str) -> tuple[pafs.FileSystem, str]:
-        """The pyarrow file system, and the path inside it."""
+        """Return the pyarrow file system, and the path inside it."""
         return pafs.LocalFileSystem(), uri
 
 
 @contextmanager
 def staged_file(folder: Path, uri: str) -> Iterator[Path]:
-    """A file to write in a folder before it becomes the content of ``uri``; removed afterwards in any case.
+    """Yield a new file in a folder, to be published as ``uri``; it is removed afterwards in any case.
 
     Raises:
         DiskFull: the error names ``uri``, whose content is unchanged.
@@ -133,12 +133,12 @@ def _raise_unless_gone(error: OSError) -> None:
 
 
 def _in_folder(folder: Path, action: Callable[[], R]) -> R:
-    """Do something that needs a folder, which another process may remove as empty the moment it is made."""
+    """Create a folder and act in it; repeat both if another process removes the empty folder in between."""
     for _ in range(FOLDER_TRIES):
         with suppress(FileNotFoundError, FileExistsError):
             folder.mkdir(parents=True, exist_ok=True)
             return action()
-        # A random pause, so that two processes do not keep in step.
+        # A random pause, so that two processes do not stay in step.
         time.sleep(random.uniform(0, 0.001))  # noqa: S311
     folder.mkdir(parents=True, exist_ok=True)
     return action()

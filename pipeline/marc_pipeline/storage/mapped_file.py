@@ -1,4 +1,7 @@
-"""One published file as if it were memory: each block is verified, and fetched from S3, when it is first touched."""
+"""Verified memory map of one published file. A block is verified, and fetched from S3, on its first access.
+
+Readers look up single rows of large files. Whole-file verification would read everything, so each block is verified.
+"""
 
 import mmap
 import os
@@ -17,23 +20,20 @@ from marc_pipeline.storage import Storage, disk_full_names, is_s3, join
 from marc_pipeline.storage.checksums import RandomAccess, missing_named, open_published, require_block, require_size
 from marc_schemas.files import BLOCK_BYTES, PublishedFile
 
-# Of S3: a gap that costs less to read than another request does, the largest request, and how many at once.
+# Requests to S3: gaps that are cheaper to read than another request, the largest request, and parallel requests.
 GAP_BLOCKS, REQUEST_BLOCKS, REQUESTS_AT_ONCE = 4, 32, 8
 
 
 class MappedFile:
-    """The bytes of one published file, none of which is handed out before its block was verified once.
+    """The bytes of one published file. Every block is verified before its bytes are returned.
 
-    A local file is mapped as it lies. Of one on S3, the blocks that were asked for lie in a temporary file without a
-    name, so that none is fetched twice. Threads may share it: at worst a block is verified by two of them.
+    A local file is memory-mapped. Blocks of a file on S3 are fetched once, into an unnamed temporary file. Threads may
+    share the object; two threads may verify the same block.
 
-    Args:
-        storage: access to it.
-        root: what its path is relative to.
-        published: with the checksums.
+    ``root`` is the uri that the path of ``published`` is relative to.
 
     Raises:
-        CorruptFile: it is missing or has another size; later, when a block differs, or what is still to fetch is gone.
+        CorruptFile: the file is missing or has another size; on access: a block differs or the object was deleted.
     """
 
     def __init__(self, storage: Storage, root: str, published: PublishedFile) -> None:
@@ -43,7 +43,7 @@ class MappedFile:
         self._source: pa.NativeFile | None = None
         if is_s3(self.uri):
             self._source = open_published(storage, root, published)
-            self._copy = tempfile.TemporaryFile(prefix="marc-table-")  # noqa: SIM115 - it lives as long as this does
+            self._copy = tempfile.TemporaryFile(prefix="marc-table-")  # noqa: SIM115 - closed by close()
             self._copy.truncate(published.bytes)
             self._map = mmap.mmap(self._copy.fileno(), published.bytes, access=mmap.ACCESS_READ)
         else:
@@ -53,11 +53,11 @@ class MappedFile:
 
     @property
     def bytes(self) -> int:
-        """Size of the file."""
+        """Size of the file in bytes."""
         return self._published.bytes
 
     def view(self, start: int, end: int) -> memoryview:
-        """Verified bytes from ``start`` to before ``end``, not copied.
+        """Return the verified bytes in [``start``, ``end``), without a copy.
 
         Raises:
             CorruptFile: a block differs.
@@ -66,23 +66,21 @@ class MappedFile:
         return memoryview(self._map)[start:end]
 
     def records(self, size: int) -> NDArray[np.void]:
-        """What would be a record of ``size`` bytes at every offset, not copied and **not verified**.
+        """Return an array whose element i is the ``size`` bytes at offset i, without a copy and **not verified**.
 
-        Ask :meth:`require` for those that are read.
+        Call :meth:`require` for the elements that you read.
         """
         return np.ndarray((self.bytes - size + 1,), np.dtype((np.void, size)), buffer=self._map, strides=(1,))
 
     def require(self, starts: ArrayLike, ends: ArrayLike) -> None:
-        """Verify the blocks that hold these ranges of bytes, those that were verified before left out.
+        """Verify the blocks of these ranges that are not verified yet.
 
-        Args:
-            starts: first byte of each range [n].
-            ends: byte after its last one [n], larger.
+        ``starts`` [n] are the offsets of the first bytes, ``ends`` [n] those after the last bytes.
 
         Raises:
             CorruptFile: a block differs.
         """
-        # +1 where a range begins, −1 after it ends: what lies in none sums up to 0.
+        # +1 where a range begins, −1 after it ends: the running sum of a block is the number of ranges that touch it.
         edges = np.zeros(len(self._verified) + 1, np.int64)
         np.add.at(edges, np.asarray(starts) // BLOCK_BYTES, 1)
         np.add.at(edges, (np.asarray(ends) - 1) // BLOCK_BYTES + 1, -1)
@@ -99,13 +97,13 @@ class MappedFile:
             list(pool.map(partial(self._fetch, self._source), requests(missing)))
 
     def open(self) -> pa.PythonFile:
-        """For :class:`pyarrow.parquet.ParquetFile`: what it reads is verified."""
+        """Return a verified file object for :class:`pyarrow.parquet.ParquetFile`."""
         return pa.PythonFile(_MappedReader(self), mode="r")
 
     def close(self) -> None:
-        """Close the memory map and, for a file on S3, its temporary copy and the connection.
+        """Close the memory map and, for a file on S3, the temporary file and the connection.
 
-        Views that were handed out stay valid; while one exists, the map stays open as well.
+        Existing views stay valid and keep the map open.
         """
         with suppress(BufferError):
             self._map.close()
@@ -119,7 +117,7 @@ class MappedFile:
             try:
                 data = memoryview(source.read_at(min(blocks.stop * BLOCK_BYTES, self.bytes) - start, start))
             except OSError as error:
-                # Of an object that was removed since it was opened, pyarrow only says that it cannot be read.
+                # For a deleted object pyarrow raises an unspecific OSError.
                 if self._storage.stat(self.uri) is None:
                     raise FileNotFoundError(self.uri) from error
                 raise
@@ -127,7 +125,7 @@ class MappedFile:
             piece = data[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
             require_block(piece, block, self.uri, self._published)
         with disk_full_names(f"a temporary copy of {self.uri}"):
-            # Written through the file, not the map: a full disk is an error then, and not the end of the process.
+            # A full disk raises an error in pwrite; a write to the map would kill the process.
             _write_all(self._copy.fileno(), data, start)
         self._verified[blocks.start : blocks.stop] = True
 
@@ -139,10 +137,9 @@ def _write_all(file: int, data: memoryview, start: int) -> None:
 
 
 def requests(blocks: NDArray[np.int64]) -> Sequence[range]:
-    """Ranges of blocks to ask a store for: neighbours together, narrow gaps included, none too long.
+    """Return ranges of blocks to request: neighbours in one request, narrow gaps included, long ranges split.
 
-    Args:
-        blocks: numbers that are wanted, ascending, at least one.
+    ``blocks`` are at least one number, in ascending order.
 
     >>> requests(np.array([1, 2, 5, 40]))
     [range(1, 6), range(40, 41)]
@@ -156,7 +153,7 @@ def requests(blocks: NDArray[np.int64]) -> Sequence[range]:
 
 
 class _MappedReader(RandomAccess):
-    """A place within a mapped file."""
+    """Random access to a mapped file."""
 
     def __init__(self, file: MappedFile) -> None:
         super().__init__(file.bytes)

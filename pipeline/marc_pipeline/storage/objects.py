@@ -1,4 +1,4 @@
-"""The one interface to stored objects: every uri, on a local disk or in an S3 store, is used in the same way."""
+"""The one interface to stored objects, the same for local paths and S3 uris."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,7 @@ import pyarrow.fs as pafs
 from marc_pipeline.storage.local import LocalObjects, staged_file
 from marc_pipeline.storage.retry import repeated
 from marc_pipeline.storage.s3 import S3Objects
-from marc_pipeline.storage.stored import StoredObject
+from marc_pipeline.storage.stored_object import StoredObject
 from marc_pipeline.uris import is_s3, refuse_credentials
 
 R = TypeVar("R")
@@ -20,10 +20,10 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Storage:
-    """Access to uris; picklable, so that Spark tasks carry it. Credentials come from the AWS chain only.
+    """Access to uris. Credentials come from the AWS chain only. It is picklable, so that Spark tasks can carry it.
 
-    Every call is retried ``attempts`` times, with growing random pauses, when the store throttles, fails, stalls or
-    drops connections. ``read_timeout_s`` limits a pause of boto3's transfers, and a whole request of pyarrow and
+    Every call is tried up to ``attempts`` times, with growing random pauses, when the store throttles, fails, stalls
+    or drops connections. ``read_timeout_s`` limits a pause in boto3's transfers, and a whole request of pyarrow and
     delta-rs.
     """
 
@@ -37,10 +37,10 @@ class Storage:
         refuse_credentials("endpoint_url", self.endpoint_url)
 
     def read(self, uri: str) -> bytes:
-        """Content of one object.
+        """Return the content of one object.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the object does not exist.
         """
         return self._objects(uri).read(uri)
 
@@ -49,16 +49,16 @@ class Storage:
         self._objects(uri).write(uri, data)
 
     def create(self, uri: str, data: bytes) -> bool:
-        """Write one object unless it exists; returns whether this call created it. The first writer wins.
+        """Write one object unless it exists; return whether this call created it. The first writer wins.
 
-        On S3 the answer to our own write may be lost. The repeated write then finds an object, and takes it for ours if
-        the content is equal. A caller that must be the only creator therefore writes unique content.
+        On S3 the answer to a successful write may be lost. The retry then finds an object and treats equal content as
+        its own. A caller that must be the only creator therefore writes unique content.
         """
         return self._objects(uri).create(uri, data)
 
     @contextmanager
     def staged(self, uri: str) -> Iterator[Path]:
-        """A local file to write before :meth:`publish`; removed afterwards in any case.
+        """Yield a local file to write before :meth:`publish`; it is removed afterwards in any case.
 
         Raises:
             DiskFull: the error names ``uri``, whose content is unchanged.
@@ -67,20 +67,18 @@ class Storage:
             yield path
 
     def publish(self, staged: Path, uri: str) -> None:
-        """Make a staged file the content of ``uri``: whole or not at all."""
+        """Make a staged file the content of ``uri``, atomically."""
         self._objects(uri).publish(staged, uri)
 
     def list(self, uri: str, *, hidden: bool = False) -> list[StoredObject]:
-        """Every file below a folder uri, sorted by uri; empty where there is none.
+        """Return every file below a folder uri, sorted by uri; an empty list if the folder does not exist.
 
-        Args:
-            uri: the folder.
-            hidden: also names that begin with a dot or an underscore, or lie in a folder that does.
+        Files whose name, or a folder of it, begins with a dot or an underscore are included only with ``hidden``.
         """
         return sorted(self._objects(uri).list(uri, hidden=hidden), key=lambda stored: stored.uri)
 
     def stat(self, uri: str) -> StoredObject | None:
-        """One file, or None where there is none."""
+        """Return one file, or None if it does not exist."""
         return self._objects(uri).stat(uri)
 
     def remove(self, uris: Iterable[str]) -> None:
@@ -96,16 +94,11 @@ class Storage:
             raise OSError(f"{len(failed):,} objects could not be deleted, the first one: {failed[0]}")
 
     def abort_uploads(self, uri: str, *, before: float) -> int:
-        """Abort multipart uploads that killed processes left below a folder; returns how many.
-
-        Args:
-            uri: the folder.
-            before: only uploads that began before this time, in seconds since 1970.
-        """
+        """Abort multipart uploads that began before a time (seconds since 1970), and return their number."""
         return self._objects(uri).abort_uploads(uri, before=before)
 
     def content_digest(self, stored: StoredObject) -> str:
-        """Changes whenever the content does: SHA-256 of a local file, ETag of an object."""
+        """Return a digest of the content: SHA-256 of a local file, ETag of an object on S3."""
         if stored.etag is not None:
             return stored.etag.strip('"')
         with Path(stored.uri).open("rb") as file:
@@ -115,7 +108,7 @@ class Storage:
         """Copy one object to a local file.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the object does not exist.
             OSError: the disk is full, or the object cannot be read; the file is unchanged.
         """
         with self.staged(str(path)) as staged:
@@ -123,25 +116,15 @@ class Storage:
             staged.replace(path)
 
     def repeated(self, uri: str, action: Callable[[], R], *, on: tuple[type[Exception], ...]) -> R:
-        """Result of an action, which is tried again after errors that may pass.
-
-        Args:
-            uri: what the action works on.
-            action: must be safe to repeat.
-            on: the errors.
-
-        Raises:
-            OSError: every attempt failed with one of the errors.
-            DiskFull: at once.
-        """
+        """Return the result of an action, retried up to ``attempts`` times; see :func:`.retry.repeated`."""
         return repeated(uri, action, on=on, attempts=self.attempts)
 
     def filesystem(self, uri: str) -> tuple[pafs.FileSystem, str]:
-        """The pyarrow file system of a uri, and the path inside it."""
+        """Return the pyarrow file system of a uri, and the path inside it."""
         return self._objects(uri).filesystem(uri)
 
     def delta_options(self) -> dict[str, str]:
-        """Storage options for delta-rs."""
+        """Return the storage options for delta-rs."""
         return self._s3.delta_options()
 
     @property

@@ -1,4 +1,4 @@
-"""Retries of actions on a store that throttles, fails or drops connections, and the error of a full disk."""
+"""Retries after temporary failures of a store, and the error of a full disk."""
 
 import errno
 import logging
@@ -23,17 +23,17 @@ log = logging.getLogger(__name__)
 
 
 def repeated(uri: str, action: Callable[[], R], *, on: tuple[type[Exception], ...], attempts: int) -> R:
-    """Result of an action, which is tried again after errors that may pass.
+    """Return the result of an action; retry it after temporary errors.
 
     Args:
-        uri: what the action works on.
-        action: must be safe to repeat.
-        on: the errors.
-        attempts: how often it is tried.
+        uri: uri for errors and log lines.
+        action: an action that is safe to repeat.
+        on: types of temporary errors.
+        attempts: most tries.
 
     Raises:
-        OSError: every attempt failed with one of the errors.
-        DiskFull: at once.
+        OSError: every attempt failed with a temporary error.
+        DiskFull: the disk is full; this error is not retried.
     """
     for attempt in range(attempts):
         try:
@@ -45,20 +45,20 @@ def repeated(uri: str, action: Callable[[], R], *, on: tuple[type[Exception], ..
             reason = " ".join(COLOURS.sub("", str(error)).split())
             if attempt + 1 >= attempts:
                 raise OSError(f"{uri}: failed {attempts} times, at last: {reason}") from error
-            log.info("%s: %s; trying again", uri, reason)
+            log.info("%s: attempt %d of %d failed: %s; trying again", uri, attempt + 1, attempts, reason)
         back_off(attempt)
     raise ValueError(f"attempts is {attempts}; at least one is needed")
 
 
 def back_off(attempt: int) -> None:
-    """Pause before the next attempt, for longer after every failure."""
-    # Random, so that workers that failed together do not try again together.
+    """Pause before the next attempt; the pause grows with every failure."""
+    # The pause is random, so that workers that failed together do not retry together.
     time.sleep(random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt)))  # noqa: S311
 
 
 @contextmanager
 def disk_full_names(uri: str) -> Iterator[None]:
-    """Turn the error of a full disk, which every library reports in its own way, into one that names ``uri``.
+    """Turn the error of a full disk, which differs between libraries, into one that names ``uri``.
 
     Raises:
         DiskFull: the disk is full.

@@ -1,4 +1,4 @@
-"""Objects in an S3 store, by boto3 for whole objects and by pyarrow and delta-rs for columnar files."""
+"""Objects in an S3 store: boto3 for whole objects, pyarrow and delta-rs for columnar files."""
 
 import builtins
 import os
@@ -14,14 +14,14 @@ import pyarrow.fs as pafs
 
 from marc_pipeline.storage.retry import FIRST_PAUSE_S, LONGEST_PAUSE_S, back_off, repeated
 from marc_pipeline.storage.s3_clients import arrow_s3, boto3_s3
-from marc_pipeline.storage.stored import StoredObject, is_hidden
+from marc_pipeline.storage.stored_object import StoredObject, is_hidden
 from marc_pipeline.uris import (
     ENDPOINT_VARIABLE,
     S3_SCHEME,
     bucket_and_key,
     refuse_credentials,
     refuse_credentials_in_environment,
-    require_bare,
+    require_no_credentials,
 )
 
 if TYPE_CHECKING:
@@ -34,12 +34,12 @@ PASSING_ERRORS = {"InternalError", "SlowDown", "ServiceUnavailable", "RequestTim
 
 
 class _BrokenAnswer(Exception):
-    """The store's answer is incomplete, or not final: ask again."""
+    """The store's answer is incomplete or not final; the request must be repeated."""
 
 
 @dataclass(frozen=True)
 class S3Objects:
-    """Objects of an S3 store. See :class:`marc_pipeline.storage.Storage` for what each field and method means."""
+    """Objects of an S3 store; :class:`marc_pipeline.storage.Storage` documents the fields and methods."""
 
     endpoint_url: str | None
     region: str | None
@@ -48,25 +48,25 @@ class S3Objects:
     attempts: int
 
     def staging_folder(self, uri: str) -> Path:
-        """Where a file is written before it is uploaded."""
+        """Return the folder for files that are not uploaded yet."""
         return Path(tempfile.gettempdir())
 
     def read(self, uri: str) -> bytes:
-        """Content of one object."""
+        """Return the content of one object."""
         client, (bucket, key) = self._client(), bucket_and_key(uri)
 
         def get() -> bytes:
             try:
                 answer = client.get_object(Bucket=bucket, Key=key)
             except client.exceptions.ClientError as error:
-                # The status is reliable, also where the error document broke off.
+                # The status is reliable even if the error document broke off.
                 if _status(error) == 404 and error.response["Error"]["Code"] != "NoSuchBucket":
                     raise FileNotFoundError(uri) from None
                 raise
             _require_whole_head(answer)
             return answer["Body"].read()
 
-        # boto3 itself repeats requests, but not an answer that breaks off after it has begun.
+        # boto3 retries requests, but not an answer that breaks off.
         return repeated(uri, get, on=_broken_bodies(), attempts=self.attempts)
 
     def write(self, uri: str, data: bytes) -> None:
@@ -86,10 +86,13 @@ class S3Objects:
             except client.exceptions.ClientError as error:
                 again = again or error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
                 if _status(error) == 412:
-                    return again and self._holds(uri, data)
+                    # An earlier try of this call may have created the object.
+                    with suppress(FileNotFoundError):
+                        return again and self.read(uri) == data
+                    return False
                 if _status(error) != 409:
                     raise
-                # Another client writes or deletes the object at this moment: whether it will exist is open.
+                # Another client is writing or deleting the object, so the outcome is open.
                 again = True
                 raise _BrokenAnswer(str(error)) from error
             return True
@@ -119,7 +122,7 @@ class S3Objects:
         repeated(uri, upload, on=(_BrokenAnswer, KeyError), attempts=self.attempts)
 
     def list(self, uri: str, *, hidden: bool) -> Sequence[StoredObject]:
-        """Every object below a folder uri."""
+        """Return every object below a folder uri."""
         bucket, prefix = bucket_and_key(uri.rstrip("/") + "/")
         pages = self._client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
 
@@ -142,7 +145,7 @@ class S3Objects:
         return repeated(uri, listed, on=(_BrokenAnswer,), attempts=self.attempts)
 
     def stat(self, uri: str) -> StoredObject | None:
-        """One object, or None where there is none."""
+        """Return one object, or None if it does not exist."""
         client, (bucket, key) = self._client(), bucket_and_key(uri)
 
         def head() -> StoredObject | None:
@@ -159,7 +162,7 @@ class S3Objects:
         return repeated(uri, head, on=(_BrokenAnswer,), attempts=self.attempts)
 
     def remove(self, uris: Iterable[str]) -> builtins.list[str]:
-        """Delete objects; one line for each object that could not be deleted."""
+        """Delete objects; return one line for each object that could not be deleted."""
         buckets: dict[str, builtins.list[str]] = {}
         for uri in uris:
             bucket, key = bucket_and_key(uri)
@@ -196,16 +199,15 @@ class S3Objects:
         return aborted
 
     def copy(self, uri: str, path: Path) -> None:
-        """Download one object, in parts. boto3's transfers wait for ever when an answer breaks off in its headers."""
+        """Download one object in parts. boto3's own transfer hangs when an answer breaks off in its headers."""
         stored = self.stat(uri)
         if stored is None:
             raise FileNotFoundError(uri)
         with path.open("wb") as file, ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
             file.truncate(stored.bytes)
             parts = range(0, stored.bytes, PART_BYTES)
-            # The iterator raises the errors of the parts.
-            for _ in pool.map(lambda start: self._download_part(stored, start, file.fileno()), parts):
-                pass
+            # list() raises the errors of the parts.
+            list(pool.map(lambda start: self._download_part(stored, start, file.fileno()), parts))
 
     def _download_part(self, stored: StoredObject, start: int, file: int) -> None:
         client, (bucket, key) = self._client(), bucket_and_key(stored.uri)
@@ -219,24 +221,24 @@ class S3Objects:
             except client.exceptions.ClientError as error:
                 if _status(error) not in {404, 412}:
                     raise
-                raise OSError(f"{stored.uri} changed while it was read") from error
+                raise OSError(f"{stored.uri} changed while it was downloaded; run again") from error
             place = start
             for chunk in answer["Body"].iter_chunks(CHUNK_BYTES):
                 os.pwrite(file, chunk, place)
                 place += len(chunk)
             if place != end:
-                raise _BrokenAnswer(f"{place - start:,} of {end - start:,} bytes came")
+                raise _BrokenAnswer(f"received {place - start:,} of {end - start:,} bytes")
 
         repeated(stored.uri, download, on=_broken_bodies(), attempts=self.attempts)
 
     def filesystem(self, uri: str) -> tuple[pafs.FileSystem, str]:
-        """The pyarrow file system, and the path inside it."""
-        require_bare(uri)
+        """Return the pyarrow file system, and the path inside it."""
+        require_no_credentials(uri)
         endpoint = self.endpoint_url or os.environ.get(ENDPOINT_VARIABLE)
         return arrow_s3(os.getpid(), endpoint, *self._connection()), uri.removeprefix(S3_SCHEME)
 
     def delta_options(self) -> dict[str, str]:
-        """Storage options for delta-rs."""
+        """Return the storage options for delta-rs."""
         options = {
             "connect_timeout": _milliseconds(self.connect_timeout_s),
             "timeout": _milliseconds(self.read_timeout_s),
@@ -262,15 +264,9 @@ class S3Objects:
     def _connection(self) -> tuple[str | None, float, float, int]:
         return self.region, self.connect_timeout_s, self.read_timeout_s, self.attempts
 
-    def _holds(self, uri: str, data: bytes) -> bool:
-        try:
-            return self.read(uri) == data
-        except FileNotFoundError:
-            return False
-
 
 def _require_whole_head(answer: Any) -> None:  # noqa: ANN401 - any of boto3's typed dictionaries
-    """Refuse an answer whose headers broke off: boto3 takes it for one without a body."""
+    """Refuse an answer whose headers broke off; boto3 treats it as an answer without a body."""
     headers = answer["ResponseMetadata"]["HTTPHeaders"]
     if "content-length" not in headers and "transfer-encoding" not in headers:
         raise _BrokenAnswer("the answer broke off")

@@ -1,4 +1,4 @@
-"""The clients of an S3 store, one of each kind per process and connection."""
+"""Clients of an S3 store by boto3 and pyarrow, cached per process and connection."""
 
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def boto3_s3(
     _pid: int, endpoint_url: str | None, region: str | None, connect_s: float, read_s: float, attempts: int
 ) -> "S3Client":
-    """The boto3 client of a process."""
-    # Imported here: most runs are local, and boto3 takes longer to import than the reader takes to open.
+    """Return the boto3 client of a process."""
+    # Imported here, because importing boto3 takes longer than opening a release, and most runs are local.
     from boto3.session import Session  # noqa: PLC0415
     from botocore.config import Config  # noqa: PLC0415
 
@@ -26,7 +26,7 @@ def boto3_s3(
         connect_timeout=connect_s,
         read_timeout=read_s,
     )
-    # A session of its own: several threads must not share the default one.
+    # Threads must not share boto3's default session.
     return Session().client("s3", endpoint_url=endpoint_url, region_name=region, config=config)
 
 
@@ -34,7 +34,7 @@ def boto3_s3(
 def arrow_s3(
     _pid: int, endpoint_url: str | None, region: str | None, connect_s: float, read_s: float, attempts: int
 ) -> pafs.FileSystem:
-    """The pyarrow file system of a process."""
+    """Return the pyarrow file system of a process."""
     options: dict[str, Any] = {
         "connect_timeout": connect_s,
         "request_timeout": read_s,

@@ -1,4 +1,4 @@
-"""Commits of the feature table: the files of a date become part of the Delta table in one transaction."""
+"""Commits of the feature table: one transaction replaces the files of a date."""
 
 import json
 import re
@@ -28,30 +28,25 @@ NAME = re.compile(rf"part-([0-9a-f]{{{PLAN_KEY_CHARS}}})-[0-9a-f]{{16}}\.parquet
 
 
 def commit_day(storage: Storage, table_uri: str, files: Sequence[PublishedFile], *, dim: int, ds: str) -> int:
-    """Make these files the whole of one ds, in a single transaction that touches no other file.
+    """Replace the files of the date ``ds`` in one transaction; other dates keep their files.
 
-    Args:
-        storage: access to ``table_uri``.
-        table_uri: root of the feature table.
-        files: the whole ds; those that are there already stay as they are.
-        dim: length of the vectors.
-        ds: date of the files.
+    ``files`` are all files of the date with vectors of length ``dim``. Committed files among them are not touched.
 
     Returns:
-        A table version that holds exactly these files for ``ds``.
+        A table version with exactly these files for ``ds``.
     """
     wanted = {file.path: file for file in files}
 
     def commit() -> int:
         table = _open(storage, table_uri, dim)
-        held = committed_files(table, ds=ds)
-        if held == wanted.keys():
+        committed = committed_files(table, ds=ds)
+        if committed == wanted.keys():
             return table.version()
         key = uuid.uuid4().hex
-        # Two runs that fill an empty day touch no common file: the day's turn makes them conflict all the same.
+        # Two runs for an empty date touch no common file; a transaction id of the date makes them conflict.
         turn = Transaction(f"ds={ds}", (table.transaction_version(f"ds={ds}") or 0) + 1)
-        added = [_add(wanted[path], ds=ds) for path in sorted(wanted.keys() - held)]
-        removed = [_remove(path, ds=ds) for path in sorted(held - wanted.keys())]
+        added = [_add(wanted[path], ds=ds) for path in sorted(wanted.keys() - committed)]
+        removed = [_remove(path, ds=ds) for path in sorted(committed - wanted.keys())]
         table.create_write_transaction(
             [*added, *removed],
             mode="append",
@@ -65,7 +60,7 @@ def commit_day(storage: Storage, table_uri: str, files: Sequence[PublishedFile],
 
 
 def plan_of(path: str) -> str | None:
-    """Key of the plan that a file was written for; empty for what a killed writer left; None for a file not ours."""
+    """Return the plan key in a file's name: empty for a staged file of a killed writer, None for a foreign file."""
     name = path.rsplit("/", 1)[1]
     if name.startswith(STAGED_PREFIX):
         return ""
@@ -74,21 +69,18 @@ def plan_of(path: str) -> str | None:
 
 
 def day_files(plan: Plan, receipts: Sequence[Receipt], live: Release | None) -> tuple[PublishedFile, ...]:
-    """The files of a whole ds, by bucket: those of the receipts, beside what a plan of some buckets leaves alone.
+    """Return all files of a date, by bucket: those of the receipts and those of buckets that the plan leaves out.
 
-    Args:
-        plan: the day's plan.
-        receipts: of every bucket of the plan.
-        live: the day's release, which a plan of some buckets changes.
+    ``live`` is the current release of the date. A plan of some buckets keeps its other files.
     """
-    made = [receipt.file for receipt in receipts if receipt.file is not None]
+    files = [receipt.file for receipt in receipts if receipt.file is not None]
     if plan.chosen and live:
-        made += [file for file in live.table.files if bucket_number(file.path) not in plan.chosen]
-    return tuple(sorted(made, key=lambda file: bucket_number(file.path)))
+        files += [file for file in live.table.files if bucket_number(file.path) not in plan.chosen]
+    return tuple(sorted(files, key=lambda file: bucket_number(file.path)))
 
 
 def committed_files(table: DeltaTable, *, ds: str | None = None) -> set[str]:
-    """Paths of the files that a version of the table holds, of one ds or of all."""
+    """Return the paths of the files in a version of the table, of one date or of all."""
     actions = pa.table(table.get_add_actions(flatten=True))
     if ds is not None:
         actions = actions.filter(pc.equal(actions["partition.ds"], ds))
@@ -101,13 +93,13 @@ def _open(storage: Storage, table_uri: str, dim: int) -> DeltaTable:
 
 
 def _version_of(storage: Storage, table_uri: str, key: str) -> int:
-    """The version that a commit made, from the log's own files: ``history()`` miscounts while others commit."""
+    """Return the version of a commit, from the log's files, because ``history()`` miscounts concurrent commits."""
     mark = f'"commit":{json.dumps(key)}'.encode()
     entries = [entry.uri for entry in storage.list(join(table_uri, LOG_FOLDER)) if entry.uri.endswith(".json")]
     for uri in reversed(entries):
         if mark in storage.read(uri):
             return int(uri.rsplit("/", 1)[1].removesuffix(".json"))
-    raise Superseded(f"commit {key} is no longer in the log of {table_uri}; run again to publish anew")
+    raise Superseded(f"commit {key} is no longer in the log of {table_uri}; run again to publish")
 
 
 def _add(file: PublishedFile, *, ds: str) -> AddAction:

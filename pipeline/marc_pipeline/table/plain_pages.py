@@ -1,7 +1,7 @@
-"""Where a column's values lie in a Parquet file that holds them as memory does: plain, unpacked, one page a row group.
+"""Offsets of uncompressed values in a Parquet file, so that one row can be read by its number.
 
-pyarrow reads row groups whole. Of such a column the values are the end of its chunk: behind the page's header and the
-levels of its lists, one after the other, as Parquet's specification says. So a row is found by its number.
+pyarrow can only read whole row groups. A column chunk with one plain, uncompressed page ends with its values in row
+order, after the page header and the levels, by Parquet's specification. The reader is our own for this reason.
 """
 
 from collections.abc import Callable
@@ -19,17 +19,10 @@ Fields = dict[int, "int | Fields"]
 
 
 def values_start(metadata: pq.FileMetaData, group: int, column: int, *, row_bytes: int, read: Read) -> int | None:
-    """Offset in the file of a column's first value in a row group; None unless its values lie there bare.
+    """Return the file offset of a column's first value in a row group; None for any other layout.
 
-    Every assumption is checked: one page that fills the chunk, not compressed, plain values, none of them missing, and
-    as many bytes of them as the rows have.
-
-    Args:
-        metadata: of the file.
-        group: number of the row group.
-        column: number of the column among the file's leaves.
-        row_bytes: size of one row's values.
-        read: bytes of the file, from one offset to before another.
+    The layout is checked: one uncompressed page fills the chunk, its values are plain, none is missing, and their size
+    is ``row_bytes`` per row. ``column`` is the number of a leaf; ``read`` returns the bytes between two offsets.
     """
     chunk, leaf = metadata.row_group(group).column(column), metadata.schema.column(column)
     if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page:
@@ -46,16 +39,16 @@ def values_start(metadata: pq.FileMetaData, group: int, column: int, *, row_byte
     for levels in (leaf.max_repetition_level, leaf.max_definition_level):
         if levels and values + LEVELS_PREFIX <= end:
             values += LEVELS_PREFIX + int.from_bytes(read(values, values + LEVELS_PREFIX), "little")
-    # Were a value missing, a list empty, or another page behind this one, the size would be another.
+    # A missing value, an empty list or a second page would change the size.
     return values if end - values == metadata.row_group(group).num_rows * row_bytes else None
 
 
 def _fields(data: bytes, at: int) -> tuple[Fields, int]:
-    """Integers of a struct in Thrift's compact protocol, by the number of their field, and where it ends.
+    """Parse a struct in Thrift's compact protocol: return its integers by field number, and the offset of its end.
 
     Raises:
-        ValueError: it holds what no page's header does.
-        IndexError: it ends too early.
+        ValueError: a field has a type that page headers do not use.
+        IndexError: the struct is cut off.
     """
     found: Fields = {}
     number = 0

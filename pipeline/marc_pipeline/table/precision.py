@@ -1,4 +1,4 @@
-"""How precisely vectors are stored: float32 rounded to fewer mantissa bits, whose zeros then compress."""
+"""Precision of stored vectors: float32 rounded to fewer mantissa bits, because the zero bits compress well."""
 
 import numpy as np
 import pyarrow as pa
@@ -13,18 +13,18 @@ Floats = NDArray[np.float32]
 
 
 def round_mantissas(values: Floats, bits: int) -> Floats:
-    """Values of any shape rounded to so many explicit mantissa bits, ties to even; a copy.
+    """Return a copy of ``values``, rounded to ``bits`` explicit mantissa bits, ties to even.
 
-    A number is off by half a unit in the last place that is left at most, which is ``2^-(bits + 1)`` of a normal one.
-    What would round to infinity becomes the largest number there is at that precision. Signs stay, also of zeros;
-    infinities and NaN stay as they are, for the audit to find.
+    The error is at most half a unit in the last place, which is ``2^-(bits + 1)`` relative to a normal number. A value
+    that would round to infinity becomes the largest number at that precision. Signs stay, also of zeros. Infinities
+    and NaN are unchanged, so that the audit finds them.
 
     Args:
-        values: float32.
-        bits: from 1 to 23, the whole mantissa.
+        values: float32 of any shape.
+        bits: 1 to 23; 23 is the whole mantissa.
 
     Raises:
-        ValueError: there are no floats of so many bits.
+        ValueError: ``bits`` is out of range.
     """
     if not 1 <= bits <= MANTISSA_BITS:
         raise ValueError(f"a float32 has 1 to {MANTISSA_BITS} mantissa bits, not {bits}")
@@ -33,7 +33,7 @@ def round_mantissas(values: Floats, bits: int) -> Floats:
     if not dropped:
         return pattern.copy().view(np.float32)
     kept = np.uint32(-(1 << dropped) & 0xFFFF_FFFF)
-    # Without its sign a pattern grows with the number: what carries out of the mantissa belongs to the exponent.
+    # Bit patterns without the sign sort like the numbers, so a carry out of the mantissa correctly raises the exponent.
     rounded = pattern & MAGNITUDE
     is_odd = (rounded >> np.uint32(dropped)) & np.uint32(1)
     rounded += is_odd + np.uint32((1 << (dropped - 1)) - 1)
@@ -44,17 +44,15 @@ def round_mantissas(values: Floats, bits: int) -> Floats:
 
 
 def rounding_error(bits: int) -> float:
-    """What rounding may change a normal number by, relative to it: also the length of a vector."""
+    """Return the largest relative error of rounding a normal number; it also bounds the error of a vector's length."""
     return 0.0 if bits == MANTISSA_BITS else 2.0 ** -(bits + 1)
 
 
 def round_vectors(rows: pa.Table, bits: int) -> pa.Table:
-    """Rows whose column ``vector`` (fixed-size lists of float32, none null) is rounded; the others as they are."""
+    """Return rows with the column ``vector`` (fixed-size lists of float32, no nulls) rounded to ``bits``."""
     if bits == MANTISSA_BITS:
         return rows
-    place = rows.schema.get_field_index("vector")
-    field = rows.schema.field(place)
-    column = rows["vector"].combine_chunks()
-    values = round_mantissas(column.flatten().to_numpy(zero_copy_only=False), bits)
+    field = rows.schema.field("vector")
+    values = round_mantissas(rows["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False), bits)
     rounded = pa.FixedSizeListArray.from_arrays(pa.array(values), type=field.type)
-    return rows.set_column(place, field, rounded)
+    return rows.set_column(rows.schema.get_field_index("vector"), field, rounded)

@@ -1,8 +1,8 @@
-"""The Parquet files of one release, verified as they are read: rows, vectors by item or row id, item ids by row id."""
+"""Reader of the table of one release: rows, vectors by item id or row id, and item ids by row id, all verified."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate
 from typing import TypeVar
 
@@ -22,20 +22,19 @@ from marc_schemas.files import PublishedFile
 from marc_schemas.identity import row_id
 from marc_schemas.release import Release
 
-VERIFY_THREADS = 4
+READ_THREADS = 4
 
 Matrix = NDArray[np.float32]
 R = TypeVar("R")
-S = TypeVar("S")
 
 
 class UnknownItems(UserError, KeyError):
-    """Items that the release does not hold; ``ids`` names them."""
+    """Item ids that the release does not contain, in ``ids``."""
 
     def __init__(self, ids: Sequence[str], release: str) -> None:
         self.ids = list(ids)
         shown = ", ".join(map(repr, self.ids[:10])) + (", …" if len(self.ids) > 10 else "")
-        self._message = f"release {release} holds no item {shown} ({len(self.ids)} missing)"
+        self._message = f"release {release} does not contain item {shown} ({len(self.ids)} missing)"
         super().__init__(self._message)
 
     def __str__(self) -> str:
@@ -43,13 +42,7 @@ class UnknownItems(UserError, KeyError):
 
 
 class TableReader:
-    """The feature table of one release.
-
-    Args:
-        facts: the release's row in the log.
-        uri: the feature table as the reader reaches it.
-        storage: access to it.
-    """
+    """The feature table of one release, at the uri by which this reader reaches it."""
 
     def __init__(self, facts: Release, *, uri: str, storage: Storage) -> None:
         self._facts = facts
@@ -59,7 +52,7 @@ class TableReader:
         self._opened: dict[str, TableFile] = {}
 
     def files(self) -> list[str]:
-        """Uris of the Parquet files, for readers that bring their own engine (and check nothing)."""
+        """Return the uris of the Parquet files, for other engines, which do not verify checksums."""
         return [join(self._uri, file.path) for file in self._facts.table.files]
 
     def first_item(self) -> str:
@@ -77,7 +70,7 @@ class TableReader:
             self._opened.popitem()[1].close()
 
     def dataset(self) -> pads.Dataset:
-        """The files as one dataset, verified before the first is handed out.
+        """Return the files as one dataset, after all of them are verified.
 
         Raises:
             CorruptFile: a file is missing or differs from its checksum.
@@ -97,22 +90,22 @@ class TableReader:
         return pads.FileSystemDataset(fragments, table_schema(self._facts.table.dim), form, filesystem)
 
     def vectors(self, ids: Sequence[str]) -> Matrix:
-        """Vectors float32 [n, d] of items, in the order asked.
+        """Return the vectors, float32 [n, d], of items in the given order.
 
         Raises:
             UnknownItems: some ids are not in the release.
             CorruptFile: a file differs from its checksum.
         """
-        if strange := [name for name in ids if not _is_text(name)]:
-            raise UnknownItems(strange, self._facts.release_id)
-        asked = pa.array(ids, pa.string())
-        out, known = self._vectors_of(np.fromiter(map(row_id, ids), np.int64, len(ids)), asked)
+        if undecodable := [name for name in ids if not _is_text(name)]:
+            raise UnknownItems(undecodable, self._facts.release_id)
+        names = pa.array(ids, pa.string())
+        out, known = self._vectors_of(np.fromiter(map(row_id, ids), np.int64, len(ids)), names)
         if not known.all():
-            raise UnknownItems(asked.filter(pa.array(~known)).to_pylist(), self._facts.release_id)
+            raise UnknownItems(names.filter(pa.array(~known)).to_pylist(), self._facts.release_id)
         return out
 
     def vectors_of_rows(self, row_ids: NDArray[np.int64]) -> Matrix:
-        """Vectors float32 [n, d] of row ids [n], in the order asked.
+        """Return the vectors, float32 [n, d], of row ids [n] in the given order.
 
         Raises:
             CorruptFile: the table lacks a row id, or a file differs from its checksum.
@@ -123,7 +116,7 @@ class TableReader:
         return out
 
     def item_ids(self, rows: NDArray[np.int64]) -> NDArray[np.object_]:
-        """Item ids of row ids, in their shape; None where a row id is FAISS's -1.
+        """Return the item ids of row ids of any shape; None for FAISS's -1.
 
         Raises:
             CorruptFile: the table lacks a row id, or a file differs from its checksum.
@@ -133,19 +126,19 @@ class TableReader:
         given = np.flatnonzero(flat >= 0)
         known = np.zeros(len(given), bool)
 
-        def name(file: TableFile, places: NDArray[np.int64]) -> None:
+        def take_names(file: TableFile, places: NDArray[np.int64]) -> None:
             at = file.find(flat[given[places]])
             found = at >= 0
             known[places[found]] = True
             out[given[places[found]]] = file.item_ids.take(pa.array(at[found])).to_numpy(zero_copy_only=False)
 
-        self._in_their_files(flat[given], name)
+        self._for_each_file(flat[given], take_names)
         if not known.all():
             raise self._lacking()
         return out.reshape(rows.shape)
 
     def numpy(self) -> tuple[pa.ChunkedArray, Matrix]:
-        """Item ids and vectors float32 [n, d] of all rows, in the order of the files.
+        """Return item ids and vectors, float32 [n, d], of all rows in the order of the files.
 
         Raises:
             CorruptFile: a file is missing or differs from its checksum.
@@ -158,44 +151,44 @@ class TableReader:
             opened.copy_vectors(out[end - file.rows : end])
             return opened.item_ids
 
-        names = _at_once(read, list(zip(self._facts.table.files, ends, strict=True)))
+        names = _in_threads(read, list(zip(self._facts.table.files, ends, strict=True)))
         return pa.chunked_array(names, pa.string()), out
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Columns of all rows, those of the dataset by default, in the order of the files.
+        """Return columns of all rows, by default all columns, in the order of the files.
 
         Raises:
-            UserError: a column that the table does not have.
+            UserError: the table does not have a column.
             CorruptFile: a file is missing or differs from its checksum.
         """
         schema = table_schema(self._facts.table.dim)
         columns = schema.names if columns is None else list(columns)
         if unknown := [name for name in columns if name not in schema.names]:
             raise UserError(f"the table has no column {', '.join(unknown)}; it has {', '.join(schema.names)}")
-        held = [name for name in columns if name not in ("vector", "ds", "bucket")]
+        stored = [name for name in columns if name not in ("vector", "ds", "bucket")]
 
         def read(file: PublishedFile) -> pa.Table:
             opened = self._open(file, keep=False)
-            made = dict(zip(held, opened.read(held).columns, strict=True))
-            made["ds"] = pa.repeat(self._facts.ds, file.rows)
-            made["bucket"] = pa.repeat(pa.scalar(bucket_number(file.path), pa.int32()), file.rows)
+            found = dict(zip(stored, opened.read(stored).columns, strict=True))
+            found["ds"] = pa.repeat(self._facts.ds, file.rows)
+            found["bucket"] = pa.repeat(pa.scalar(bucket_number(file.path), pa.int32()), file.rows)
             if "vector" in columns:
                 flat = pa.array(opened.vectors().reshape(-1))
-                made["vector"] = pa.FixedSizeListArray.from_arrays(flat, type=schema.field("vector").type)
-            return pa.table([made[name] for name in columns], schema=wanted)
+                found["vector"] = pa.FixedSizeListArray.from_arrays(flat, type=schema.field("vector").type)
+            return pa.table([found[name] for name in columns], schema=wanted)
 
         wanted = pa.schema([schema.field(name) for name in columns])
-        tables = _at_once(read, [(file,) for file in self._facts.table.files])
+        tables = _in_threads(read, [(file,) for file in self._facts.table.files])
         return pa.concat_tables(tables) if tables else wanted.empty_table()
 
     def batches(self, size: int, *, seed: int | None = None) -> Iterator[tuple[pa.Array, Matrix]]:
-        """Item ids [size] and vectors float32 [size, d], every item once; the last batch may be smaller.
+        """Yield item ids [size] and vectors, float32 [size, d], of every item once; the last batch may be smaller.
 
-        One file is in memory at a time.
+        Only one file is in memory at a time.
 
         Args:
-            size: rows of a batch, at least 1.
-            seed: shuffles the files, and the rows of each; None: all in the order of the files.
+            size: rows per batch, at least 1.
+            seed: shuffles the files and the rows of each file; None keeps the order of the files.
 
         Raises:
             CorruptFile: a file is missing or differs from its checksum.
@@ -204,33 +197,33 @@ class TableReader:
         random = None if seed is None else np.random.default_rng(seed)
         if random:
             files = [files[number] for number in random.permutation(len(files))]
-        held: list[tuple[pa.Array, Matrix]] = []
-        room = size
+        parts: list[tuple[pa.Array, Matrix]] = []
+        missing = size
         for file in files:
             opened = self._open(file, keep=False)
             names, vectors = opened.item_ids, opened.vectors()
-            del opened  # The caller may keep a batch for long; the file need not stay mapped for that.
+            del opened  # unmaps the file while the caller keeps a batch
             order = random.permutation(len(names)) if random else None
             start = 0
             while start < len(names):
-                end = min(start + room, len(names))
+                end = min(start + missing, len(names))
                 if order is None:
-                    held.append((names.slice(start, end - start), vectors[start:end]))
+                    parts.append((names.slice(start, end - start), vectors[start:end]))
                 else:
-                    held.append((names.take(pa.array(order[start:end])), vectors[order[start:end]]))
-                room -= end - start
+                    parts.append((names.take(pa.array(order[start:end])), vectors[order[start:end]]))
+                missing -= end - start
                 start = end
-                if not room:
-                    yield _joined(held)
-                    held, room = [], size
-        if held:
-            yield _joined(held)
+                if not missing:
+                    yield _joined(parts)
+                    parts, missing = [], size
+        if parts:
+            yield _joined(parts)
 
     def _vectors_of(self, row_ids: NDArray[np.int64], names: pa.Array | None) -> tuple[Matrix, NDArray[np.bool_]]:
-        """Vectors [n, d] of row ids, and which of them there are: of items with these names, where some are given.
+        """Return the vectors [n, d] of row ids [n], and a mask [n] of known ids.
 
-        The hash of an id that is not here may be that of one that is: hardly by chance (1 in 10^13 for a million
-        items), but whoever chooses ids can make it so.
+        ``names`` are the expected item ids. They are compared, because an unknown id may have the hash of a known one:
+        by chance 1 in 10^13 for a million items, but an attacker can choose such an id.
         """
         out = np.empty((len(row_ids), self._facts.table.dim), np.float32)
         known = np.zeros(len(row_ids), bool)
@@ -246,53 +239,50 @@ class TableReader:
             file.take_vectors(at, out, places)
             known[places] = True
 
-        self._in_their_files(row_ids, take)
+        self._for_each_file(row_ids, take)
         return out, known
 
-    def _in_their_files(self, row_ids: NDArray[np.int64], act: Callable[[TableFile, NDArray[np.int64]], None]) -> None:
-        """Call ``act`` with every file that may hold some of the row ids [n], and the places of those in [0, n)."""
+    def _for_each_file(self, row_ids: NDArray[np.int64], act: Callable[[TableFile, NDArray[np.int64]], None]) -> None:
+        """Call ``act`` with every file that may contain some of the row ids [n], and the indices of these row ids."""
         buckets = row_ids % self._facts.table.buckets
         order = np.argsort(buckets, kind="stable")
         numbers, starts = np.unique(buckets[order], return_index=True)
-        asked = [
+        tasks = [
             (file, order[start:end])
             for number, start, end in zip(numbers.tolist(), starts, [*starts[1:], len(order)], strict=False)
             for file in self._by_bucket.get(number, [])
         ]
-        if is_s3(self._uri) or any(file.path not in self._opened for file, _ in asked):
-            _at_once(lambda file, places: act(self._open(file), places), asked)
+        if is_s3(self._uri) or any(file.path not in self._opened for file, _ in tasks):
+            _in_threads(lambda file, places: act(self._open(file), places), tasks)
         else:
-            for file, places in asked:
+            for file, places in tasks:
                 act(self._opened[file.path], places)
 
     def _open(self, file: PublishedFile, *, keep: bool = True) -> TableFile:
-        """A file; what is known of it stays, for look-ups, unless everything is read once."""
+        """Return an open file; with ``keep`` it stays open for later look-ups."""
         if file.path in self._opened:
             return self._opened[file.path]
         opened = TableFile(MappedFile(self._storage, self._uri, file), rows=file.rows, dim=self._facts.table.dim)
         if keep:
-            # Of two threads that open the same file, one stays.
+            # If two threads open the same file, one of the two objects is kept.
             opened = self._opened.setdefault(file.path, opened)
         return opened
 
     def _lacking(self) -> CorruptFile:
         return CorruptFile(
-            f"the index of release {self._facts.release_id} holds ids that its table lacks; run `marc verify`"
+            f"the index of release {self._facts.release_id} contains ids that its table lacks; run `marc verify`"
         )
 
     def _verify_files(self) -> None:
         if self._verified:
-            # A dataset reads later, and in other threads: that its files are still there is said now.
-            if self._facts.table.files and not self._is_here(self._facts.table.files[0]):
-                raise MissingFile(f"{self.files()[0]} is missing; the release cannot be read without it")
+            # A dataset is read later and in other threads, so a deleted file must be reported now.
+            if (files := self.files()) and self._storage.stat(files[0]) is None:
+                raise MissingFile(f"{files[0]} is missing; the release cannot be read without it")
             return
-        with ThreadPoolExecutor(VERIFY_THREADS) as pool:
-            # The checksums release the interpreter's lock; list() raises what a thread raised.
-            list(pool.map(partial(require_blocks, self._storage, self._uri), self._facts.table.files))
+        _in_threads(
+            lambda file: require_blocks(self._storage, self._uri, file), [(file,) for file in self._facts.table.files]
+        )
         self._verified = True
-
-    def _is_here(self, file: PublishedFile) -> bool:
-        return self._storage.stat(join(self._uri, file.path)) is not None
 
     @cached_property
     def _by_bucket(self) -> dict[int, list[PublishedFile]]:
@@ -303,7 +293,7 @@ class TableReader:
 
 
 def _is_text(name: str) -> bool:
-    """Whether an id can be one: halves of characters, as a shell makes them of strange bytes, cannot."""
+    """Return whether an id is valid UTF-8; a shell turns other bytes into lone surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -311,9 +301,9 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _at_once(action: Callable[..., R], arguments: Sequence[tuple[object, ...]]) -> list[R]:
-    """Call in a few threads: checksums, copies and requests release the interpreter's lock. Raises what one raised."""
-    with ThreadPoolExecutor(VERIFY_THREADS, thread_name_prefix="read") as pool:
+def _in_threads(action: Callable[..., R], arguments: Sequence[tuple[object, ...]]) -> list[R]:
+    """Call ``action`` in a few threads and raise the first error. Checksums, copies and requests release the GIL."""
+    with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read") as pool:
         return list(pool.map(lambda given: action(*given), arguments))
 
 

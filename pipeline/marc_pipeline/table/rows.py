@@ -17,10 +17,10 @@ from marc_schemas.files import PublishedFile
 def read_rows(
     storage: Storage, table_uri: str, file: PublishedFile, *, columns: Sequence[str] | None = None
 ) -> pa.Table:
-    """Rows of one published file, every byte verified.
+    """Return rows of one published file; every byte that is read is verified.
 
     Raises:
-        CorruptFile: missing, or a byte differs from the checksum.
+        CorruptFile: the file is missing, or a byte differs from the checksum.
     """
     with open_verified(storage, table_uri, file) as source:
         return pq.ParquetFile(source).read(columns=list(columns) if columns else None)
@@ -38,10 +38,10 @@ def read_whole(storage: Storage, table_uri: str, file: PublishedFile, *, columns
 
 
 def plan_id_of(storage: Storage, table_uri: str, file: PublishedFile) -> str:
-    """The plan that made a file, from its footer; empty where it does not say.
+    """Return the id of the plan in a file's footer; empty if the footer has none.
 
     Raises:
-        CorruptFile: missing, or a byte differs from the checksum.
+        CorruptFile: the file is missing, or a byte differs from the checksum.
     """
     with open_verified(storage, table_uri, file) as source:
         metadata = pq.ParquetFile(source).schema_arrow.metadata or {}
@@ -50,5 +50,5 @@ def plan_id_of(storage: Storage, table_uri: str, file: PublishedFile) -> str:
 
 
 def empty_rows(dim: int) -> pa.Table:
-    """A bucket without items."""
+    """Return the rows of a bucket without items."""
     return file_schema(dim).empty_table()

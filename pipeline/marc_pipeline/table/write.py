@@ -1,4 +1,4 @@
-"""Write the Parquet file of one bucket into the feature table's folder. Readers see it after the commit."""
+"""Writer of one bucket's Parquet file in the feature table's folder. Readers see the file after the commit."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -23,7 +23,7 @@ from marc_schemas.feature_table import (
 from marc_schemas.files import PublishedFile
 from marc_schemas.identity import plan_key
 
-# A row group is one page of vectors: of this size, or of so many rows, beyond which pyarrow begins another page.
+# A row group is one page of vectors. Pages have at most this size, and this many rows, a limit of pyarrow.
 PAGE_BYTES = 4 << 20
 ROW_GROUP_ROWS = 16_384
 PLAN_FOOTER = "marc.plan_id"
@@ -44,10 +44,10 @@ def write_bucket_file(
     footer: dict[str, str],
     mantissa_bits: int = MANTISSA_BITS,
 ) -> PublishedFile | None:
-    """Write one partition's file, not yet visible to anybody. A table is written while the next one is made.
+    """Write the file of one partition. Each table is written while the caller computes the next one.
 
-    The name carries the content's hash: a retry that computes other bytes never replaces a file that a
-    receipt or a release already trusts.
+    The file name contains the hash of the content. A retry that computes other bytes therefore never replaces a file
+    that a receipt or a release refers to.
 
     Args:
         storage: access to ``table_uri``.
@@ -56,26 +56,26 @@ def write_bucket_file(
         dim: length of the vectors.
         ds: date of the partition.
         bucket: number of the partition.
-        plan_id: the plan that the rows belong to.
+        plan_id: the plan of the rows.
         footer: facts for the file's metadata (bundle, layer, dim, normalised, template).
-        mantissa_bits: that the vectors are rounded to; 23 leaves them as they are.
+        mantissa_bits: precision of the stored vectors; 23 does not round.
 
     Returns:
-        What was written; None for no rows, which need no file.
+        The written file; None without rows.
     """
     folder = partition_path(ds, bucket)
     schema, group = file_schema(dim), row_group_rows(dim)
-    # Of rounded vectors only compressed ones are small.
+    # Full-precision vectors are stored uncompressed; rounded vectors are compressed, which makes them small.
     plain = PLAIN_COLUMNS if mantissa_bits == MANTISSA_BITS else (ROW_ID_COLUMN,)
     with storage.staged(join(table_uri, folder, "part")) as staged:
         with (
             pq.ParquetWriter(
                 staged,
                 schema.with_metadata({**footer, LAYOUT_FOOTER: PLAIN_LAYOUT, PRECISION_FOOTER: str(mantissa_bits)}),
-                # zstd on whole floats saves 7 %.
+                # On full-precision floats zstd would save only 7 %.
                 compression=dict.fromkeys((*schema.names, VECTOR_COLUMN), "zstd") | dict.fromkeys(plain, "none"),
                 use_dictionary=False,
-                # Spark's default Parquet reader refuses it; of whole floats it would save 5 % more.
+                # Spark's default Parquet reader refuses BYTE_STREAM_SPLIT; on full floats it would save 5 % more.
                 use_byte_stream_split=False if plain == PLAIN_COLUMNS else [VECTOR_COLUMN],
                 data_page_size=2 * PAGE_BYTES,
                 write_page_checksum=True,
@@ -100,21 +100,21 @@ def write_bucket_file(
 
 
 def row_group_rows(dim: int) -> int:
-    """Rows of a row group, of vectors of length ``dim``."""
+    """Return the number of rows per row group for vectors of length ``dim``."""
     return max(1, min(ROW_GROUP_ROWS, PAGE_BYTES // (4 * dim)))
 
 
 def _whole_groups(tables: Iterable[pa.Table], group: int) -> Iterator[pa.Table]:
-    """The same rows in tables of whole row groups, the last one aside."""
-    held: list[pa.Table] = []
+    """Yield the same rows in tables of whole row groups; only the last table may end within one."""
+    pending: list[pa.Table] = []
     rows = 0
     for table in tables:
-        held.append(table)
+        pending.append(table)
         rows += table.num_rows
         if rows >= group:
-            whole = pa.concat_tables(held)
+            whole = pa.concat_tables(pending)
             rows %= group
             yield whole.slice(0, whole.num_rows - rows)
-            held = [whole.slice(whole.num_rows - rows)]
+            pending = [whole.slice(whole.num_rows - rows)]
     if rows:
-        yield pa.concat_tables(held)
+        yield pa.concat_tables(pending)

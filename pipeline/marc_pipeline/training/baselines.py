@@ -13,12 +13,8 @@ NESTED = (1, 2, 4, 8)
 class Autoencoder(Objective):
     """loss = mean of (decode(compress(h)) − h)² over the items of a batch, h standardised.
 
-    Args:
-        source: provides the states of items.
-        compressor: maps h [n, D] to z [n, d].
-        states: states [n, D] of the training part's items, whose mean and deviation standardise h.
-        dim: d.
-        hidden: width of the decoder.
+    The mean and the deviation of ``states`` [n, D], those of the training part's items, standardise h. ``hidden`` is
+    the width of the decoder.
     """
 
     def __init__(self, source: ItemStates, compressor: nn.Module, *, states: Tensor, dim: int, hidden: int) -> None:

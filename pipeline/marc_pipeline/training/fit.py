@@ -1,4 +1,4 @@
-"""The training loop: AdamW, warm-up, early stopping, and checkpoints from which a killed run goes on exactly."""
+"""The training loop: AdamW, warm-up, early stopping, and checkpoints from which a killed run resumes exactly."""
 
 import hashlib
 import io
@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,17 +26,16 @@ from marc_pipeline.training.objective import Clicks, Objective
 PROGRESS_SECONDS = 10.0
 DIGEST_BYTES = hashlib.sha256().digest_size
 CHECKPOINT_FORMAT = 2
-"""A checkpoint of another format is not resumed."""
-
+"""A checkpoint of another format is ignored."""
 LEAST_ROWS = 4
-"""What the unbiased HSIC needs."""
+"""Number of rows that the unbiased HSIC needs."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run leaves its state, and what run it is: another run's checkpoint is not resumed."""
+    """The file with the state of a run, and the key of the run: a checkpoint with another key is ignored."""
 
     storage: Storage
     uri: str
@@ -44,12 +44,12 @@ class Checkpoint:
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
         step: optimiser steps done.
-        best: validation score of the best state; best_step: when.
-        bad: validations since then.
+        best: best validation score; best_step: its step.
+        bad: validations since the best one.
         history: one row per validation: epoch, step, mean of every loss term since the last one, validation score.
     """
 
@@ -70,37 +70,36 @@ def fit(
     label: str = "train",
     checkpoint: Checkpoint | None = None,
 ) -> Progress:
-    """Train an objective and leave it with the weights that validated best, or with the last ones.
+    """Train an objective, and leave it with the weights of the best validation, or with the last weights.
 
-    The same arguments give the same weights, bit for bit, on the same machine with the same number of threads, whether
-    or not the run was killed and resumed. With several processes (torch.distributed) every one takes its share of each
-    batch and gradients are averaged.
+    The same arguments give the same weights, bit for bit, on the same machine with the same number of threads, also
+    for a run that was killed and resumed. Several processes (torch.distributed) share each batch and average gradients.
 
     Args:
-        objective: what to train; parameters that need no gradient stay as they are.
-        training: interactions to learn from.
-        validation: later ones, for early stopping; None to train to the end and keep the last weights.
+        objective: a module; parameters without a gradient do not change.
+        training: interactions for the loss.
+        validation: later interactions for early stopping; None to keep the last weights.
         settings: optimiser, batch, epochs, patience.
-        seed: of batches and dropout.
-        label: of the log lines; empty for silence.
-        checkpoint: where to leave the state; None for short runs.
+        seed: seed of batches and dropout.
+        label: start of the log lines; without it there are none.
+        checkpoint: file of the state; None for short runs.
 
     Raises:
-        UserError: the loss or the validation score is not finite, or there is next to nothing to learn from.
+        UserError: the loss or the validation score is not finite, or there are too few interactions.
     """
     rank, world = place()
     if len(training) < LEAST_ROWS * world:
-        raise UserError(f"{len(training)} interactions are too few to train on; {LEAST_ROWS * world} are the least")
+        raise UserError(f"{len(training)} interactions are too few to train on; provide at least {LEAST_ROWS * world}")
     device = next(objective.parameters()).device
     training, validation = training.to(device), validation and validation.to(device)
     model: nn.Module = objective
     if world > 1:
-        # Buffers hold the states of all items and every member's own bank: nothing to send round at every step.
+        # Buffers contain the states of all items and each process's own bank, so they are not synchronised.
         model = DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False)
     optimiser = torch.optim.AdamW(_groups(objective, settings), weight_decay=settings.weight_decay)
-    # A state is what training changes: frozen weights are not written again and again.
     steps = _steps(len(training), settings, seed=seed, rank=rank, world=world)
-    run = _Run(objective, optimiser, _warm_up(optimiser, settings, steps.total), Progress(), _state(objective))
+    warm_up = _warm_up(optimiser, settings, steps.total)
+    run = _TrainingState(objective, optimiser, warm_up, Progress(), _state(objective))
     if checkpoint is not None:
         run.resume(checkpoint)
     progress = run.progress
@@ -108,7 +107,7 @@ def fit(
     objective.train()
     reported = time.monotonic()
     while progress.step < steps.total and progress.bad < settings.patience:
-        # Anew every step: a resumed run drops out likewise, on every member and device.
+        # Seeded at every step, so that a resumed run has the same dropout on every process and device.
         torch.manual_seed(int(np.random.SeedSequence([seed, progress.step, rank]).generate_state(1, np.uint64)[0]))
         run.step(model, training, steps.rows(progress.step))
         if validation is not None and (progress.step % every == 0 or progress.step == steps.total):
@@ -121,7 +120,7 @@ def fit(
         if checkpoint is not None and rank == 0 and progress.step % settings.checkpoint_every == 0:
             run.save(checkpoint)
     if validation is not None:
-        _load(objective, run.best)
+        objective.load_state_dict(run.best, strict=False)
     objective.eval()
     return progress
 
@@ -135,54 +134,41 @@ def learn(
     label: str = "train",
     checkpoint: Checkpoint | None = None,
 ) -> tuple[Objective, Progress]:
-    """Train with early stopping; then, in the frozen regime, anew on every row for as long as was best.
+    """Train with early stopping; in the frozen regime, then train again on every row for the best number of steps.
 
-    The latest rows say most about what comes next: they choose the number of steps, and are then learned from.
+    The latest rows predict the future best. They first choose the number of steps, and are then trained on.
 
-    Args:
-        build: makes the objective with its first weights from what it may learn from.
-        data: rows to train on and rows held out.
-        settings: as for :func:`fit`.
-        seed: as for :func:`fit`.
-        label: as for :func:`fit`.
-        checkpoint: as for :func:`fit`; the second training leaves its own beside it.
+    The second training has its own checkpoint beside the first. Other arguments are those of :func:`fit`.
 
     Returns:
-        The trained objective; and how the training with early stopping went.
+        The trained objective, and the progress of the training with early stopping.
     """
     objective = build(data)
-    progress = fit(
-        objective,
-        training=data.training,
-        validation=data.holdout,
-        settings=settings,
-        seed=seed,
-        label=label,
-        checkpoint=checkpoint,
+    fitted = partial(fit, seed=seed, label=label)
+    progress = fitted(
+        objective, training=data.training, validation=data.holdout, settings=settings, checkpoint=checkpoint
     )
     if not settings.ends_on_every_row:
         return objective, progress
     whole = data.whole()
     steps = max(1, round(progress.best_step * len(whole.training) / len(data.training)))
     if label and place()[0] == 0:
-        log.info("%s: once more, %d steps on all %s interactions", label, steps, f"{len(whole.training):,}")
+        log.info("%s: training again for %d steps on all %s interactions", label, steps, f"{len(whole.training):,}")
     objective = build(whole)
-    fit(
+    fitted(
         objective,
         training=whole.training,
         validation=None,
         settings=settings.model_copy(update={"max_steps": steps}),
-        seed=seed,
-        label=label,
         checkpoint=checkpoint and replace(checkpoint, uri=f"{checkpoint.uri}.whole"),
     )
     return objective, progress
 
 
 class _EpochOrder:
-    """The order of the rows in an epoch: permuted once per epoch, from the seed and the number of the epoch alone.
+    """The order of the rows in an epoch, which depends on the seed and the number of the epoch only.
 
-    A resumed run therefore takes the same batches, without replaying the epochs before.
+    A resumed run takes the same batches without replaying earlier epochs.
     """
 
     def __init__(self, rows: int, seed: int) -> None:
@@ -190,7 +176,7 @@ class _EpochOrder:
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __call__(self, epoch: int) -> NDArray[np.int64]:
-        """Every row once, [rows]."""
+        """Return a permutation of the rows [rows]."""
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self._seed, epoch]).permutation(self._rows)
         return self._order
@@ -198,7 +184,7 @@ class _EpochOrder:
 
 @dataclass(frozen=True)
 class _Steps:
-    """Which rows a step takes on this member of the group."""
+    """The rows of each step on this process."""
 
     order: _EpochOrder
     batch: int
@@ -209,10 +195,10 @@ class _Steps:
     world: int
 
     def rows(self, step: int) -> list[Tensor]:
-        """Row numbers of each part; the parts have about one size, and every member has as many parts.
+        """Return row numbers of the parts of a step, which have about equal sizes.
 
-        A member with fewer parts would leave the others waiting. A short step has fewer parts, so that HSIC can be
-        estimated on each.
+        All processes have the same number of parts, because each waits for the others. A short step has fewer parts,
+        so that each is large enough to estimate HSIC.
         """
         epoch, place = divmod(step, self.per_epoch)
         size = self.batch * self.world * self.accumulate
@@ -224,7 +210,7 @@ class _Steps:
 
 def _steps(rows: int, settings: TrainSettings, *, seed: int, rank: int, world: int) -> _Steps:
     size = settings.batch * world * settings.accumulate
-    # The last batch of an epoch may be short, but not shorter than half: a few rows make a noisy estimate of HSIC.
+    # The last batch of an epoch has at least half the size, because few rows give a noisy estimate of HSIC.
     per_epoch = max(1, round(rows / size))
     total = per_epoch * settings.epochs
     total = min(total, settings.max_steps or total)
@@ -232,8 +218,8 @@ def _steps(rows: int, settings: TrainSettings, *, seed: int, rank: int, world: i
 
 
 @dataclass
-class _Run:
-    """All that changes while training; what a checkpoint holds."""
+class _TrainingState:
+    """Everything that changes during training. A checkpoint contains it."""
 
     objective: Objective
     optimiser: torch.optim.Optimizer
@@ -245,7 +231,7 @@ class _Run:
 
     @property
     def loss(self) -> float:
-        """Mean loss since the last validation."""
+        """Return the mean loss since the last validation."""
         return self.sums["loss"] / max(1, self.progress.step - self.since)
 
     def step(self, model: nn.Module, training: Clicks, parts: list[Tensor]) -> None:
@@ -267,7 +253,7 @@ class _Run:
         if not np.isfinite(score):
             raise UserError(
                 f"the validation score is not finite at step {progress.step}; lower train.learning_rate, or raise "
-                "train.holdout if the interactions held out are all of one label"
+                "train.holdout if the holdout has one label only"
             )
         steps = max(1, progress.step - self.since)
         means = {name: value / steps for name, value in self.sums.items()}
@@ -281,7 +267,6 @@ class _Run:
             progress.bad += 1
 
     def save(self, checkpoint: Checkpoint) -> None:
-        buffer = io.BytesIO()
         content = {
             "key": [CHECKPOINT_FORMAT, checkpoint.key],
             "progress": vars(self.progress),
@@ -292,6 +277,7 @@ class _Run:
             "optimiser": self.optimiser.state_dict(),
             "warm_up": self.warm_up.state_dict(),
         }
+        buffer = io.BytesIO()
         torch.save(content, buffer)
         data = buffer.getvalue()
         checkpoint.storage.write(checkpoint.uri, hashlib.sha256(data).digest() + data)
@@ -302,25 +288,25 @@ class _Run:
         except FileNotFoundError:
             return
         digest, data = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
-        # torch.load takes flipped bits for numbers.
+        # torch.load does not detect flipped bits.
         if hashlib.sha256(data).digest() != digest:
-            log.warning("train: the checkpoint at %s is broken: the training begins anew", checkpoint.uri)
+            log.warning("train: the checkpoint at %s is damaged; training starts from the beginning", checkpoint.uri)
             return
-        # Tensors and plain values only: a checkpoint runs no code.
+        # weights_only: loading a checkpoint executes no code.
         content: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True)
         if content["key"] != [CHECKPOINT_FORMAT, checkpoint.key]:
-            log.info("train: the checkpoint is of another run, and is left aside")
+            log.info("train: the checkpoint is of another run and is ignored")
             return
         self.progress = Progress(**content["progress"])
         self.sums, self.since, self.best = content["sums"], content["since"], content["best"]
-        _load(self.objective, content["state"])
+        self.objective.load_state_dict(content["state"], strict=False)
         self.optimiser.load_state_dict(content["optimiser"])
         self.warm_up.load_state_dict(content["warm_up"])
-        log.info("train: goes on from the checkpoint of step %d", self.progress.step)
+        log.info("train: resumes from the checkpoint of step %d", self.progress.step)
 
 
 def _groups(objective: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
-    """LoRA's parameters, which belong to the source of states, learn at a rate of their own."""
+    """Return parameter groups: LoRA's parameters, which belong to the source, have their own learning rate."""
     own = [p for name, p in objective.named_parameters() if p.requires_grad and not name.startswith("source.")]
     tuned = [p for name, p in objective.named_parameters() if p.requires_grad and name.startswith("source.")]
     groups = [{"params": own, "lr": settings.learning_rate}]
@@ -328,18 +314,15 @@ def _groups(objective: nn.Module, settings: TrainSettings) -> list[dict[str, Any
 
 
 def _warm_up(optimiser: torch.optim.Optimizer, settings: TrainSettings, total: int) -> LinearLR:
-    """Raises the rates to their full values in ``train.warm_up`` steps, at most half of all steps."""
+    """Return a schedule that warms up for ``train.warm_up`` steps, at most half of all steps."""
     steps = max(1, min(settings.warm_up, total // 2))
     return LinearLR(optimiser, start_factor=1 / steps, total_iters=steps - 1)
 
 
 def _state(objective: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the state without frozen weights, which never change."""
     frozen = {name for name, parameter in objective.named_parameters() if not parameter.requires_grad}
     return {name: value.detach().clone() for name, value in objective.state_dict().items() if name not in frozen}
-
-
-def _load(objective: nn.Module, state: dict[str, Tensor]) -> None:
-    objective.load_state_dict(state, strict=False)
 
 
 def _log_row(label: str, row: dict[str, float], total: int) -> None:

@@ -54,16 +54,8 @@ def hsic(x: Tensor, y: Tensor, *, kernel: Kernel = "linear", estimator: Estimato
 def nhsic(x: Tensor, y: Tensor, *, kernel: Kernel = "linear", estimator: Estimator = "biased") -> Tensor:
     """Return nHSIC, which is 1 for x = y, in [0, 1] when biased and in [−1, 1] when unbiased.
 
-    If x or y is constant up to rounding, nHSIC and its gradient are 0. Errors are those of ``hsic``.
-
-    Args:
-        x: one representation [n, p].
-        y: another representation of the same samples [n, q].
-        kernel: as in ``hsic``; "linear" gives CKA.
-        estimator: as in ``hsic``.
-
-    Returns:
-        A scalar in at least float32.
+    With the linear kernel it is CKA. If x or y is constant up to rounding, nHSIC and its gradient are 0. Arguments,
+    type and errors are those of :func:`hsic`.
     """
     x, y = (_unit_peak(features) for features in _prepared(x, y, estimator))
     with torch.autocast(x.device.type, enabled=False):

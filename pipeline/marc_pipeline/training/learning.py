@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from marc_pipeline.errors import UserError
-from marc_pipeline.training.interactions import Interactions, histories
+from marc_pipeline.training.interactions import Interactions
 from marc_pipeline.training.objective import Clicks
+from marc_pipeline.training.time_split import histories
 
 
 @dataclass(frozen=True)

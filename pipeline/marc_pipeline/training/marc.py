@@ -39,15 +39,8 @@ class Marc(Objective):
     """loss = BCE(click, m(z_u, z_i)) − α · nHSIC(h, z) + β · nHSIC(z, s).
 
     Two vectors represent a user: attention over recently clicked items, and over recent items without a click. If users
-    have texts, the text's vector from the same backbone and compressor is a third.
-
-    Args:
-        source: provides the states of items.
-        compressor: maps h [n, D] to z [n, d].
-        matching: maps item and user vectors to logits and states s.
-        dim: d.
-        constraints: weights and estimators of the nHSIC terms.
-        profiles: whether users have texts.
+    have texts (``profiles``), the text's vector from the same backbone and compressor is a third. ``matching`` maps
+    item and user vectors to logits and states s.
     """
 
     USERS = 2

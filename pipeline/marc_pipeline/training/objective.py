@@ -56,11 +56,7 @@ class ItemStates(nn.Module):
 
 
 class FrozenStates(ItemStates):
-    """Pooled hidden states of all items, computed in advance.
-
-    Args:
-        states: [items, D].
-    """
+    """Pooled hidden states [items, D] of all items, computed in advance."""
 
     def __init__(self, states: Tensor) -> None:
         super().__init__()
@@ -81,9 +77,7 @@ class FrozenStates(ItemStates):
 class Objective(nn.Module):
     """A loss over batches of interactions, and its validation on other interactions.
 
-    Args:
-        source: provides states h [m, D] of items [m].
-        compressor: maps h [n, D] to z [n, d].
+    ``source`` provides states h [m, D] of items [m], and ``compressor`` maps h [n, D] to z [n, d].
     """
 
     def __init__(self, source: ItemStates, compressor: nn.Module) -> None:

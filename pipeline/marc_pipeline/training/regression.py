@@ -26,11 +26,7 @@ def fit_regression(states: NDArray[np.float32], data: LearningData, *, dim: int)
     its d leading left singular vectors. No dense matrix has a side of the length of the users.
 
     Izenman, Reduced-rank regression for the multivariate linear model, Journal of Multivariate Analysis 5 (1975).
-
-    Args:
-        states: pooled hidden states [items, D].
-        data: interactions of the training part.
-        dim: d.
+    ``states`` are those of all items [items, D]; ``data`` are interactions of the training part.
 
     Raises:
         UserError: the states span fewer directions than ``dim``.

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
+from torch import nn
 
 from marc_pipeline.config import EncodeSettings, TrainSettings
-from marc_pipeline.model.backbone import PooledLayers, blocks, load_backbone, load_tokenizer
+from marc_pipeline.model.backbone import PooledLayers, PooledStates, blocks, load_backbone, load_tokenizer
 from marc_pipeline.model.device import choose_device, choose_dtype
 from marc_pipeline.model.encoder import Encoder
 from marc_pipeline.resources import TaskResources
@@ -38,15 +39,8 @@ def write_states(
 ) -> StatesFacts:
     """Write pooled states float32 [L + 1, texts, D] to a ``.npy`` file, and return facts about them.
 
-    Memory does not grow with the number of texts.
-
-    Args:
-        texts: any number of texts.
-        path: path of the file.
-        train: backbone, pooling, max_tokens.
-        encode: device, dtype and token budget, as in the nightly run.
-        resources: cores and GPU.
-        dims: vector lengths that the states will be compressed to; checked before the pass.
+    Memory does not grow with the number of texts. ``dims`` are the dimensions of vectors that will be made from the
+    states; they are checked before the pass.
 
     Raises:
         UserError: the backbone is unknown, or has too few layers or too small a width.
@@ -55,18 +49,7 @@ def write_states(
     layers, width = len(blocks(backbone)[2]), backbone.config.hidden_size
     require_shape(train, dims, layers=layers, width=width)
     tokenizer, max_tokens = cutting_tokenizer(backbone, train)
-    device = choose_device(encode, resources)
-    dtype = choose_dtype(encode, device)
-    if device.type == "cpu":
-        torch.set_num_threads(encode.threads or resources.cpus)
-    encoder = Encoder(
-        PooledLayers(backbone, train.pooling),
-        tokenizer,
-        head=torch.nn.Identity(),
-        device=device,
-        dtype=dtype,
-        token_budget=encode.token_budget,
-    )
+    encoder = state_encoder(PooledLayers(backbone, train.pooling), tokenizer, encode=encode, resources=resources)
     log.info("states: %s texts through all %d layers of %s", f"{len(texts):,}", layers, train.backbone)
     states = open_memmap(path, mode="w+", dtype=np.float32, shape=(layers + 1, len(texts), width))
     started = reported = time.monotonic()
@@ -82,8 +65,24 @@ def write_states(
             counts = [f"{number:,}" for number in (done, len(texts), tokens)]
             log.info("states: %s of %s texts, %s tokens, about %.0f s left", *counts, left)
     states.flush()
-    return StatesFacts(
-        layers=layers, width=width, max_tokens=max_tokens, dtype=str(dtype).removeprefix("torch."), device=str(device)
+    dtype = str(encoder.dtype).removeprefix("torch.")
+    return StatesFacts(layers=layers, width=width, max_tokens=max_tokens, dtype=dtype, device=str(encoder.device))
+
+
+def state_encoder(
+    pooled: PooledStates | PooledLayers, tokenizer: "Tokenizer", *, encode: EncodeSettings, resources: TaskResources
+) -> Encoder:
+    """Return an encoder without a compressor, whose vectors are the pooled states."""
+    if threads := encode.threads or resources.cpus:
+        torch.set_num_threads(threads)
+    device = choose_device(encode, resources)
+    return Encoder(
+        pooled,
+        tokenizer,
+        head=nn.Identity(),
+        device=device,
+        dtype=choose_dtype(encode, device),
+        token_budget=encode.token_budget,
     )
 
 

@@ -1,4 +1,4 @@
-"""The training set: items, interactions and every layer's hidden states, made once and shared by all that learns."""
+"""The training set: items, interactions and hidden states of every layer, computed once for all trainings."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -13,21 +13,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from marc_pipeline.catalogue import source as catalogue
-from marc_pipeline.catalogue.source import CatalogueSource
+from marc_pipeline.catalogue.rows import read_items
+from marc_pipeline.catalogue.source import CatalogueSource, find_source
 from marc_pipeline.config import Settings, TrainSettings
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import CorruptFile, UserError
 from marc_pipeline.storage import Storage, StoredObject, join
 from marc_pipeline.storage.checksums import describe_file, verified_folder
-from marc_pipeline.training.interactions import (
-    Interactions,
-    Split,
-    find_interactions,
-    named_items,
-    read_interactions,
-    split_by_time,
-)
+from marc_pipeline.training.interaction_files import find_interactions
+from marc_pipeline.training.interactions import Interactions, named_items, read_interactions
+from marc_pipeline.training.time_split import Split, split_by_time
 from marc_schemas.files import PublishedFile
 from marc_schemas.identity import digest
 from marc_schemas.training import FORMAT_VERSION, TrainingSetCard
@@ -48,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingIdentity:
-    """What a training would learn from; known before Spark starts."""
+    """The id and the catalogue of a training set, known before Spark starts."""
 
     training_id: str
     ds: str
@@ -57,7 +52,7 @@ class TrainingIdentity:
 
 @dataclass(frozen=True)
 class StatesFacts:
-    """What the pass over the texts found out about the backbone."""
+    """Facts about the backbone from the pass over the texts."""
 
     layers: int
     width: int
@@ -72,8 +67,8 @@ class TrainingSet:
 
     Attributes:
         folder: local folder with the files.
-        card: what it was made from.
-        item_ids, texts: of the items, in one order.
+        card: facts about the training set.
+        item_ids, texts: ids and texts of the items, in one order.
         interactions: ``items`` are positions in that order.
     """
 
@@ -85,27 +80,27 @@ class TrainingSet:
 
     @property
     def encoded_texts(self) -> list[str]:
-        """What the states are of: the items' texts, then those of the users."""
+        """Return the texts of the states: those of the items, then those of the users."""
         return [*self.texts, *self.interactions.profile_texts]
 
     @cached_property
     def split(self) -> Split:
-        """Training, validation and test part: 80, 10 and 10 % in the order of time."""
+        """Return training, validation and test part: 80, 10 and 10 % in the order of time."""
         return split_by_time(self.interactions)
 
     def states(self, layer: int) -> NDArray[np.float32]:
-        """Pooled hidden states [items + profiles, D] after so many blocks, 0 for the embeddings; a copy in memory."""
+        """Return a copy of the pooled hidden states [items + profiles, D] after a block; layer 0 are the embeddings."""
         return np.array(np.load(self.folder / STATES, mmap_mode="r")[layer])
 
 
 def identify_training(deployment: Deployment, *, ds: str) -> TrainingIdentity:
-    """Find catalogue and interactions of a date, and name the training set that they make. Needs no Spark.
+    """Find the catalogue and the interactions of a date, and return the id of their training set. Needs no Spark.
 
     Raises:
-        UserError: there is no catalogue for the date, or no interactions.
+        UserError: there is no catalogue for the date, or there are no interactions.
     """
     settings, storage = deployment.settings, deployment.storage
-    source = catalogue.find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
+    source = find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
     rated = find_interactions(storage, settings.interactions)
     wanted, train = settings.catalogue, settings.train
     parts = [
@@ -116,20 +111,19 @@ def identify_training(deployment: Deployment, *, ds: str) -> TrainingIdentity:
         train.backbone, backbone_files(train.backbone), train.pooling, train.max_tokens, train.sample,
         settings.encode.dtype,
     ]  # fmt: skip
-    training_id = digest(parts)
-    return TrainingIdentity(training_id=training_id, ds=ds, source=source)
+    return TrainingIdentity(training_id=digest(parts), ds=ds, source=source)
 
 
 def require_announced(identity: TrainingIdentity, expected: str) -> None:
-    """Refuse a training set that is not the one that an earlier task of the same run announced.
+    """Require the training set that an earlier task of the same run identified.
 
     Raises:
-        UserError: catalogue, interactions or settings changed meanwhile.
+        UserError: the catalogue, the interactions or the settings changed since then.
     """
     if identity.training_id != expected:
         raise UserError(
-            f"the catalogue, the interactions or the settings changed while the training was under way: {expected} is "
-            f"now {identity.training_id}; start it again"
+            f"the catalogue, the interactions or the settings changed during the training: {expected} is now "
+            f"{identity.training_id}; start the training again"
         )
 
 
@@ -141,31 +135,26 @@ def make_training_set(
     storage: Storage,
     write_states: Callable[[list[str], Path], StatesFacts],
 ) -> TrainingSet:
-    """Read items and interactions, compute the hidden states, and leave all of it in the work area, once.
+    """Write items, interactions and hidden states to the work area, unless they exist, and return them.
 
-    Args:
-        spark: reads the catalogue.
-        settings: the configuration.
-        identity: from :func:`identify_training`.
-        storage: access to the uris.
-        write_states: writes the states [L + 1, texts, D] of the items' and then the users' texts as a ``.npy`` file.
+    ``write_states`` writes states [L + 1, texts, D] of the items' and then the users' texts as a ``.npy`` file.
 
     Raises:
-        UserError: catalogue or interactions cannot be used.
+        UserError: the catalogue or the interactions cannot be used.
     """
     uri = training_uri(settings.work_uri, identity.training_id)
     if storage.stat(join(uri, CARD)):
-        log.info("training set %s: stands already", identity.training_id)
+        log.info("training set: %s exists already", identity.training_id)
         return open_training_set(storage, settings.work_uri, identity.training_id)
     wanted = named_items(storage, settings.interactions)
-    items = catalogue.read_items(
+    items = read_items(
         spark, identity.source, settings.catalogue, storage=storage, wanted=wanted, sample=settings.train.sample
     )
     if not items:
-        raise UserError(f"the catalogue of {identity.ds} has no usable row; `marc plan` says why")
+        raise UserError(f"the catalogue of {identity.ds} has no usable row; `marc plan` reports the reasons")
     item_ids, texts = ([row[place] for row in items] for place in (0, 1))
     interactions = read_interactions(storage, settings.interactions, item_ids)
-    split_by_time(interactions)  # a mistake shows before the long pass
+    split_by_time(interactions)  # reports a split that is not possible before the long pass
     log.info(
         "training set: %s items, %s users, %s interactions (%.0f %% clicks)",
         *(f"{n:,}" for n in (len(items), interactions.n_users, len(interactions))),
@@ -220,7 +209,7 @@ def open_training_set(storage: Storage, work_uri: str, training_id: str) -> Trai
     )
     items = pq.read_table(folder / ITEMS)
     rows = pq.read_table(folder / INTERACTIONS)
-    # Copied: what Arrow shares is read-only, and torch warns of that.
+    # Copied, because torch warns about Arrow's read-only memory.
     columns = {name: np.array(rows[name]).copy() for name in rows.column_names}
     return TrainingSet(
         folder=folder,
@@ -232,10 +221,10 @@ def open_training_set(storage: Storage, work_uri: str, training_id: str) -> Trai
 
 
 def read_card(storage: Storage, work_uri: str, training_id: str) -> TrainingSetCard:
-    """What a training set was made from; its files are not looked at.
+    """Return the card of a training set, without verifying its files.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: the work area has no training set of this name.
         CorruptFile: the card cannot be read.
     """
     uri = join(training_uri(work_uri, training_id), CARD)
@@ -248,9 +237,9 @@ def read_card(storage: Storage, work_uri: str, training_id: str) -> TrainingSetC
 
 
 def backbone_files(backbone: str) -> list[tuple[str, str]]:
-    """Files of a backbone that is a folder, by name and digest: what lies at a path may change.
+    """Return names and digests of the files of a backbone, if it is a local folder, because its files may change.
 
-    What a hub or a package names does not; of that there are none.
+    The list is empty for models of a hub or a package, which do not change.
     """
     if not Path(backbone).is_dir():
         return []
@@ -259,16 +248,10 @@ def backbone_files(backbone: str) -> list[tuple[str, str]]:
 
 
 def require_shape(train: TrainSettings, dims: Sequence[int], *, layers: int, width: int) -> None:
-    """Refuse what a backbone cannot give.
-
-    Args:
-        train: how many layers are to be kept.
-        dims: lengths of vectors that will be wanted.
-        layers: of the backbone.
-        width: D, of its states.
+    """Require a backbone with enough layers and a sufficient width.
 
     Raises:
-        UserError: it has fewer layers, or shorter states.
+        UserError: the backbone has fewer layers, or a smaller width.
     """
     if train.layers is not None and train.layers > layers:
         raise UserError(f"train.layers is {train.layers}, the backbone has {layers} layers; choose at most {layers}")
@@ -280,11 +263,10 @@ def require_shape(train: TrainSettings, dims: Sequence[int], *, layers: int, wid
 
 
 def training_uri(work_uri: str, training_id: str) -> str:
-    """Folder of a training set."""
+    """Return the uri of a training set's folder."""
     return join(work_uri, "training", training_id)
 
 
 def _table(interactions: Interactions) -> pa.Table:
-    names = ("users", "items", "labels", "times")
-    columns = {name: getattr(interactions, name) for name in names}
-    return pa.table(columns if interactions.profiles is None else {**columns, "profiles": interactions.profiles})
+    columns = {name: values for name, values in vars(interactions).items() if isinstance(values, np.ndarray)}
+    return pa.table(columns)

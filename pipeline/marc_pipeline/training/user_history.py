@@ -10,9 +10,6 @@ class HistoryPooling(nn.Module):
 
     Q is initialised as the identity, so that items similar to the candidate weigh most. Vectors have length √d, so
     that ⟨z_i, z_j⟩ / d is their cosine.
-
-    Args:
-        dim: d.
     """
 
     def __init__(self, dim: int) -> None:

@@ -1,12 +1,12 @@
-"""Commands that make or unmake something: plan, run, backfill, rollback, vacuum, example."""
+"""Commands that publish or withdraw releases: plan, run, backfill, rollback, vacuum."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from marc_pipeline.cli.options import Ds, Json, State, print_json, print_lines, print_table
+from marc_pipeline.cli.releases import print_release
 from marc_pipeline.config import EncodeSettings, parse_ds
 from marc_pipeline.errors import UserError
 from marc_schemas.plan import Plan
@@ -18,7 +18,7 @@ def plan(
     bucket: Annotated[list[int] | None, typer.Option("--bucket", help="Show only these buckets.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a run would do: items, tokens, time. Publishes nothing."""
+    """Show what a run would do: items, tokens, time and cost. Publishes nothing."""
     from marc_pipeline.nightly.plan_identity import identify_plan
     from marc_pipeline.nightly.stages import plan_stage
     from marc_pipeline.spark.session import configured_session
@@ -36,49 +36,39 @@ def plan(
     if as_json:
         print_json(describe_plan(made, settings.encode))
     else:
-        _print_plan(made, settings.encode)
+        print_plan(made, settings.encode)
 
 
 def run(context: typer.Context, ds: Ds, as_json: Json = False) -> None:
-    """Run all stages for a date and publish a release. A date that is already published is left as it is."""
-    from marc_pipeline.cli.read import print_summary
+    """Run all stages for a date and publish a release. If the same catalogue is already published, do nothing."""
     from marc_pipeline.nightly.run import run_all
 
     deployment = context.ensure_object(State).deployment
     outcome = run_all(deployment, ds=parse_ds(ds))
-    if as_json:
-        print_json({**outcome.release.facts(), "fresh": outcome.fresh})
-    else:
-        print_summary(deployment, outcome.release, fresh=outcome.fresh)
+    print_release(deployment, outcome.release, fresh=outcome.fresh, as_json=as_json)
 
 
 def backfill(
     context: typer.Context,
     ds: Ds,
     bucket: Annotated[list[int] | None, typer.Option("--bucket", help="Replace only these buckets.")] = None,
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="Compute vectors of unchanged texts as well, for all that was chosen.")
-    ] = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Re-encode unchanged items as well.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Replace a date, or some buckets of it. The date may be released or damaged; no other file is touched."""
-    from marc_pipeline.cli.read import print_summary
+    """Replace a date, or some buckets of it. The date may be released or damaged. Other partitions stay unchanged."""
     from marc_pipeline.nightly.run import backfill as run_backfill
 
     deployment = context.ensure_object(State).deployment
     outcome = run_backfill(deployment, ds=parse_ds(ds), buckets=bucket or (), recompute=recompute)
-    if as_json:
-        print_json({**outcome.release.facts(), "fresh": outcome.fresh})
-    else:
-        print_summary(deployment, outcome.release, fresh=outcome.fresh)
+    print_release(deployment, outcome.release, fresh=outcome.fresh, as_json=as_json)
 
 
 def rollback(
     context: typer.Context,
-    release_id: Annotated[str, typer.Argument(help="The release that readers shall see again; see `marc releases`.")],
+    release_id: Annotated[str, typer.Argument(help="The release to restore; `marc releases` lists them.")],
     as_json: Json = False,
 ) -> None:
-    """Make readers see an earlier release again. Later dates are withdrawn; no file is deleted. You can undo it."""
+    """Roll back to an earlier release. Later dates are withdrawn. No file is deleted, and you can undo it."""
     from marc_pipeline.releases.roll_back import roll_back
 
     deployment = context.ensure_object(State).deployment
@@ -89,14 +79,14 @@ def rollback(
         ]
         print_json({"rolled_back_to": release_id, "published": done})
     elif not rows:
-        print_lines([f"release {release_id} is what readers see already: nothing was changed"])
+        print_lines([f"release {release_id} is live already; nothing changed"])
     else:
         undo = "undo with `marc rollback"
         print_lines(
             [
                 f"{r.ds}: withdrawn; {undo} {r.supersedes}`"
                 if r.withdrawn
-                else f"{r.ds}: readers see the content of release {r.restores} again, as release {r.release_id}"
+                else f"{r.ds}: release {r.release_id} restores the content of release {r.restores}"
                 for r in rows
             ]
         )
@@ -104,12 +94,12 @@ def rollback(
 
 def vacuum(
     context: typer.Context,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted; delete nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Retire releases beyond retention, and delete unneeded files.
+    """Retire old releases, and delete files that no release needs.
 
-    A file is kept while a release needs it, or a reader or a run within the grace period may need it.
+    Files of retired releases are kept for the grace period, for open readers and running jobs.
     """
     from marc_pipeline.releases import retention
 
@@ -132,26 +122,8 @@ def vacuum(
     )
 
 
-def example(
-    ds: Ds,
-    folder: Annotated[Path, typer.Option(help="Where to write.")] = Path("data/example"),
-    items: Annotated[int, typer.Option(min=50, help="Items of the first day.")] = 5000,
-    as_json: Json = False,
-) -> None:
-    """Generate an example catalogue of a date, and interactions. Existing files are left as they are."""
-    from marc_pipeline.example.ratings import write_interactions
-    from marc_pipeline.example.shop import write_catalogue
-
-    catalogue = write_catalogue(folder / "catalogue", ds=parse_ds(ds), items=items)
-    interactions = write_interactions(folder / "interactions.parquet", catalogue)
-    if as_json:
-        print_json({"catalogue": str(catalogue), "interactions": str(interactions)})
-    else:
-        print_table("Example data", ["", ""], [["catalogue", str(catalogue)], ["interactions", str(interactions)]])
-
-
 def describe_plan(made: Plan, encode: EncodeSettings) -> dict[str, object]:
-    """A plan as ``marc plan --json`` prints it."""
+    """The JSON object of ``marc plan --json``."""
     totals = ("items", "new", "changed", "unchanged", "deleted", "tokens", "tokens_error", "seconds")
     return {
         **{name: getattr(made, name) for name in totals},
@@ -161,17 +133,18 @@ def describe_plan(made: Plan, encode: EncodeSettings) -> dict[str, object]:
     }
 
 
-def _print_plan(made: Plan, encode: EncodeSettings) -> None:
+def print_plan(made: Plan, encode: EncodeSettings) -> None:
+    """Print the buckets of a plan, then its totals."""
     names = ("items", "new", "changed", "unchanged", "deleted", "tokens")
     rows = [[str(work.bucket), *(f"{getattr(work, name):,}" for name in names)] for work in made.work]
     rows.append(["all", *(f"{getattr(made, name):,}" for name in names)])
     print_table(f"Plan {made.plan_id} of {made.ds}", ["bucket", *names], rows, right=tuple(range(7)))
-    seconds = "not known before a run was measured" if made.seconds is None else f"about {made.seconds:,.0f} s"
+    seconds = "unknown before the first run" if made.seconds is None else f"about {made.seconds:,.0f} s"
     quarantined = ", ".join(f"{count:,} {reason}" for reason, count in made.quarantined.items()) or "none"
     cost = encode.cost(made.seconds)
     facts = [
         ["bundle", made.bundle],
-        ["compared with", made.base_release or "nothing: this is the first release"],
+        ["compared with", made.base_release or "none: this is the first release"],
         ["rows read", f"{made.rows_read:,}"],
         ["quarantined", quarantined],
         ["tokens", _tokens(made)],
@@ -186,3 +159,6 @@ def _tokens(made: Plan) -> str:
         return f"{made.tokens:,} (exact)"
     share = made.tokens_error / made.tokens if made.tokens else 0.0
     return f"{made.tokens:,} ± {100 * share:.1f} % (from a sample)"
+
+
+COMMANDS = (plan, run, backfill, rollback, vacuum)

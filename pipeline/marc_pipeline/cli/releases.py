@@ -1,4 +1,4 @@
-"""Commands that read what was published: files, verify, releases, summary."""
+"""Commands that show published releases: files, verify, releases, summary."""
 
 import shlex
 from datetime import datetime
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from marc_pipeline.cli.item_texts import item_texts, shortened
 from marc_pipeline.cli.options import At, Ds, Json, MaybeDs, State, print_json, print_lines, print_table
-from marc_pipeline.cli.texts import item_texts, shortened
 from marc_pipeline.config import parse_ds
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import CorruptFile, UserError
@@ -31,7 +31,7 @@ def files(context: typer.Context, ds: MaybeDs = None, at: At = None, as_json: Js
 
 
 def verify(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) -> None:
-    """Check every byte of a release: files, checksums, index. The exit code is 1 when something is wrong."""
+    """Verify every byte of a release. Covers files, checksums, rows, bundle and index. Exit code 1 means problems."""
     from marc_pipeline.reader.verify import verify as check
 
     deployment = context.ensure_object(State).deployment
@@ -43,8 +43,8 @@ def verify(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) ->
     elif problems:
         print_lines(problems)
     else:
-        holds = f"{len(release.table.files) + len(release.index.files)} files, {release.counts.items:,} items"
-        print_lines([f"release {release.release_id} of {release.ds} is whole: {holds}"])
+        checked = f"{len(release.table.files) + len(release.index.files)} files, {release.counts.items:,} items"
+        print_lines([f"release {release.release_id} of {release.ds} is intact: {checked}"])
     if problems:
         raise CorruptFile(f"release {release.release_id} has {len(problems)} problems")
 
@@ -75,23 +75,23 @@ def summary(
     context: typer.Context,
     ds: Ds,
     since: Annotated[
-        float | None, typer.Option(help="Seconds since 1970: an older release means that there was nothing to do.")
+        float | None, typer.Option(help="Unix time, in seconds. An older release is shown as: nothing to do.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print what the release of a date holds and where it is. Also shows one example look-up, with texts."""
+    """Show the release of a date. Prints counts, locations, timings, and one example look-up with texts."""
     deployment = context.ensure_object(State).deployment
     with open_chosen(deployment, ds) as opened:
         release = opened.facts
     fresh = since is None or release.created_at.timestamp() >= since
+    print_release(deployment, release, fresh=fresh, as_json=as_json)
+
+
+def print_release(deployment: Deployment, release: Release, *, fresh: bool, as_json: bool) -> None:
+    """Print counts, locations, timings and one example look-up; ``fresh`` if the last run published the release."""
     if as_json:
         print_json({**release.facts(), "fresh": fresh})
-    else:
-        print_summary(deployment, release, fresh=fresh)
-
-
-def print_summary(deployment: Deployment, release: Release, *, fresh: bool) -> None:
-    """Print what a run did, where its release is, and one example look-up."""
+        return
     counts = release.counts
     if fresh:
         done = (
@@ -100,7 +100,7 @@ def print_summary(deployment: Deployment, release: Release, *, fresh: bool) -> N
             f"{counts.quarantined:,} rows quarantined"
         )
     else:
-        done = "nothing: this catalogue is published already. 0 texts encoded, no second release"
+        done = "nothing: this catalogue is published already. 0 texts encoded, no new release"
     seconds = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in release.seconds.items())
     facts = [
         ["done", done],
@@ -116,7 +116,7 @@ def print_summary(deployment: Deployment, release: Release, *, fresh: bool) -> N
 
 
 def open_chosen(deployment: Deployment, ds: str | None, at: str | None = None) -> "OpenRelease":
-    """The release that the options name, as the reader opens it."""
+    """Open the release that the options select."""
     from marc_pipeline.reader.release import open_release
 
     return open_release(
@@ -153,15 +153,17 @@ def _planned(deployment: Deployment, release: Release) -> str:
 
 
 def _counts(release: Release) -> str:
-    """Return the items of a release and, on a second line, its changes; changes of zero are left out."""
+    """The number of items and, on a second line, the changes; counts of zero are left out."""
     counts = ("new", "changed", "reused", "deleted", "quarantined")
     changes = ", ".join(f"{count:,} {name}" for name in counts if (count := getattr(release.counts, name)))
     return f"{release.counts.items:,} items\n{changes}".rstrip()
 
 
 def _example(deployment: Deployment, release: Release) -> str:
-    """Return one look-up and its answer, with texts. Only the blocks that the look-up needs are read."""
-    with _opened(deployment, release) as opened:
+    """One example look-up and its result, with texts. Only the required blocks are read."""
+    from marc_pipeline.reader.release import OpenRelease
+
+    with OpenRelease(release, uri=deployment.settings.table_uri, storage=deployment.storage) as opened:
         first = opened.first_item()
         names, scores = opened.similar([first], min(3, release.counts.items))
         near = [(name, score) for name, score in zip(names[0], scores[0], strict=True) if name is not None]
@@ -175,7 +177,7 @@ def _example(deployment: Deployment, release: Release) -> str:
 
 
 def _states(releases: list[Release]) -> dict[str, str]:
-    """What each release is to readers now."""
+    """The state of each release: live, superseded, withdrawal or retired."""
     live = {release.release_id for release in release_log.live_releases(releases).values()}
     kinds = {r.release_id: "live" if r.release_id in live else "superseded" for r in releases}
     kinds |= {r.release_id: "withdrawal" for r in releases if r.withdrawn}
@@ -186,10 +188,7 @@ def _moment(text: str) -> datetime:
     try:
         return datetime.fromisoformat(text)
     except ValueError:
-        raise UserError(f"--at {text!r} is no moment; write 2026-11-20T06:00:00+00:00") from None
+        raise UserError(f"--at {text!r} is not a time; write it like 2026-11-20T06:00:00+00:00") from None
 
 
-def _opened(deployment: Deployment, release: Release) -> "OpenRelease":
-    from marc_pipeline.reader.release import OpenRelease
-
-    return OpenRelease(release, uri=deployment.settings.table_uri, storage=deployment.storage)
+COMMANDS = (files, verify, releases, summary)

@@ -1,4 +1,4 @@
-"""Texts of items, as the commands show them beside item ids."""
+"""Texts of items, shown beside item ids."""
 
 from collections.abc import Iterable
 from textwrap import shorten
@@ -19,10 +19,9 @@ SHOWN_CHARACTERS = 90
 
 
 def item_texts(deployment: Deployment, release: "OpenRelease", ids: Iterable[str]) -> dict[str, str]:
-    """Return the texts of items, by item id.
+    """Texts by item id, from the work areas of the plans that wrote the table's files.
 
-    The texts come from the work areas of the plans that wrote the table's files. An item has no text in the answer when
-    its work area was deleted.
+    Items whose work area was deleted are missing from the result.
     """
     storage, table_uri, ids = deployment.storage, deployment.settings.table_uri, sorted(set(ids))
     wanted = {row_id(item) % release.facts.table.buckets for item in ids}
@@ -46,5 +45,5 @@ def item_texts(deployment: Deployment, release: "OpenRelease", ids: Iterable[str
 
 
 def shortened(text: str) -> str:
-    """Return a text on one line, cut to the width of a table."""
+    """A text on one line, cut to the width of a table cell."""
     return shorten(text, SHOWN_CHARACTERS, placeholder=" …")

@@ -1,4 +1,4 @@
-"""Commands of the model's side: train, evaluate, promote, demote."""
+"""Commands that train bundles and make them current: train, evaluate, promote, demote."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,11 @@ from marc_pipeline.errors import UserError
 if TYPE_CHECKING:
     from marc_pipeline.model.bundle import Bundle
 
-TrainDs = Annotated[str, typer.Option("--ds", help="Date whose catalogue is used.")]
-Layers = Annotated[int | None, typer.Option(help="Blocks of the backbone to keep; overrides train.layers.")]
-Names = Annotated[list[str] | None, typer.Option("--system", help="Only these systems (repeatable); default: all.")]
+TrainDs = Annotated[str, typer.Option("--ds", help="Date of the catalogue.")]
+Layers = Annotated[int | None, typer.Option(help="Number of backbone layers to keep; overrides train.layers.")]
+Names = Annotated[
+    list[str] | None, typer.Option("--system", help="Evaluate only this system (repeatable); default: all.")
+]
 
 
 def train(
@@ -28,7 +30,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Overrides train.seed.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Overrides train.max_steps.")] = None,
     promote: Annotated[bool, typer.Option(help="Make the bundle current if it passes the gate.")] = True,
-    if_none: Annotated[bool, typer.Option("--if-none", help="Do nothing when there is a current bundle.")] = False,
+    if_none: Annotated[bool, typer.Option("--if-none", help="Do nothing if there is a current bundle.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a bundle, and make it current if it passes the gate.
@@ -79,7 +81,7 @@ def evaluate(
     found = stages.evaluate(deployment, ds=parse_ds(ds), wanted=system or ())
     written = [str(path) for path in write_evaluation_report(found, out)]
     if as_json:
-        # By way of the contract, which writes a NaN as text: bare, it is no JSON.
+        # The contract writes NaN as a string, because JSON has no NaN.
         print_json({**json.loads(found.model_dump_json(exclude={"scores"})), "files": written})
         return
     rows = [
@@ -93,7 +95,7 @@ def evaluate(
 
 def promote(
     context: typer.Context,
-    version: Annotated[str, typer.Argument(help="The bundle.")],
+    version: Annotated[str, typer.Argument(help="Version of the bundle.")],
     ds: TrainDs,
     as_json: Json = False,
 ) -> None:
@@ -136,3 +138,6 @@ def _print_bundle(bundle: "Bundle", *, as_json: bool) -> None:
         *([name.replace("_", " "), f"{value:.4f}"] for name, value in card.metrics.items()),
     ]
     print_table("Bundle", ["", ""], rows)
+
+
+COMMANDS = (train, evaluate, promote, demote)

@@ -1,0 +1,225 @@
+"""Rows of the day's catalogue: Spark reads them, marks unusable rows with a reason and renders the text template."""
+
+import atexit
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+from string import Formatter
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from marc_pipeline.catalogue.source import CatalogueSource, FileGroup
+from marc_pipeline.catalogue.text_records import MALFORMED, RECORD, SOURCE, batch_reader
+from marc_pipeline.config import CatalogueSettings
+from marc_pipeline.storage import Storage, is_s3, join
+from marc_schemas.catalogue import Reason
+from marc_schemas.identity import CONTENT_HASH_CHARS, ROW_ID_MASK
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+TASKS_PER_CORE = 8
+BLANKS = (" ", r"\t", r"\n", r"\r")
+BLANK = f"'{''.join(BLANKS)}'"
+NEWEST_FIRST = "updated_at DESC NULLS LAST, content_hash DESC, source"
+"""SQL order of the rows of one id; the first row counts."""
+# Cut as bytes, because Spark counts the characters of a string.
+CONTENT_HASH = f"CAST(substr(CAST(sha2(text, 256) AS BINARY), 1, {CONTENT_HASH_CHARS}) AS STRING)"
+"""SQL of :func:`marc_schemas.identity.content_hash` of the column ``text``."""
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def read_catalogue(
+    spark: "SparkSession", source: CatalogueSource, catalogue: CatalogueSettings, *, storage: Storage
+) -> "DataFrame":
+    """Return every row of the catalogue, usable or not, in one schema.
+
+    Columns: ``item_id``, ``row_id``, ``text``, ``content_hash``, ``updated_at``, ``reason`` (null for a usable row,
+    older duplicates included), ``row`` (JSON or the raw record of an unusable row), ``source`` (name of the file).
+    """
+    frames = [_read_group(spark, group, catalogue, storage=storage) for group in source.groups]
+    return reduce(lambda rows, frame: rows.unionByName(frame), frames)
+
+
+def sample_texts(
+    spark: "SparkSession", source: CatalogueSource, catalogue: CatalogueSettings, *, storage: Storage, limit: int
+) -> list[str]:
+    """Return at most ``limit`` distinct usable texts, a repeatable sample: those with the lowest hashes."""
+    rows = read_catalogue(spark, source, catalogue, storage=storage)
+    texts = rows.where("reason IS NULL").selectExpr("text", "content_hash").distinct().orderBy("content_hash")
+    return [row.text for row in texts.limit(limit).collect()]
+
+
+def read_items(
+    spark: "SparkSession",
+    source: CatalogueSource,
+    catalogue: CatalogueSettings,
+    *,
+    storage: Storage,
+    wanted: Sequence[str],
+    sample: int,
+) -> list[tuple[str, str]]:
+    """Return item ids and texts, sorted by id: of the wanted items, and of a sample of the others.
+
+    Wanted items that the catalogue lacks are left out. The sample takes the lowest content hashes, so that it is
+    repeatable. The latest row of an id counts.
+    """
+    usable = read_catalogue(spark, source, catalogue, storage=storage).where("reason IS NULL")
+    rank = f"row_number() OVER (PARTITION BY item_id ORDER BY {NEWEST_FIRST}) AS rank"
+    latest = usable.selectExpr("item_id", "text", "content_hash", rank).where("rank = 1").drop("rank")
+    ids = spark.createDataFrame(pa.table({"item_id": pa.array(wanted, pa.string())}))
+    others = latest.join(ids, "item_id", "left_anti").orderBy("content_hash", "item_id").limit(sample)
+    found = latest.join(ids, "item_id", "left_semi").unionAll(others).collect()
+    return sorted((row.item_id, row.text) for row in found)
+
+
+def _read_group(
+    spark: "SparkSession", group: FileGroup, catalogue: CatalogueSettings, *, storage: Storage
+) -> "DataFrame":
+    if group.text is None:
+        frame = spark.read.parquet(*_spark_paths(spark, [file.uri for file in group.files], storage))
+        # Spark percent-encodes the name.
+        name = "_metadata.file_name"
+        decoded = f"CASE WHEN contains({name}, '%') THEN url_decode(replace({name}, '+', '%2B')) ELSE {name} END"
+        source = f"{decoded} AS {SOURCE}"
+        frame = frame.selectExpr("*", f"false AS {MALFORMED}", f"CAST(NULL AS STRING) AS {RECORD}", source)
+        return _normalise(frame, group.columns, catalogue)
+    text = group.text
+    if text.form == "jsonl":
+        updated = [catalogue.updated_at_column] if catalogue.updated_at_column else []
+        text = replace(text, columns=tuple(dict.fromkeys([catalogue.id_column, *catalogue.text_columns, *updated])))
+    pieces = [piece for file in group.files for piece in text.pieces(file.uri, file.bytes)]
+    tasks = min(len(pieces), TASKS_PER_CORE * spark.sparkContext.defaultParallelism)
+    names = [_quoted(name) for name in text.columns]
+    schema = [f"{name} BINARY" for name in names]
+    schema += [f"{MALFORMED} BOOLEAN", f"{RECORD} BINARY", f"{SOURCE} STRING"]
+    read = batch_reader(text, pieces, storage)
+    frame = spark.range(0, len(pieces), 1, tasks).mapInArrow(read, ", ".join(schema))
+    # CSV has no nulls, so an empty field counts as null.
+    value = "nullif(CAST({0} AS STRING), '') AS {0}" if text.form == "csv" else "CAST({0} AS STRING) AS {0}"
+    values = [value.format(name) for name in names]
+    frame = frame.selectExpr(*values, MALFORMED, f"CAST({RECORD} AS STRING) AS {RECORD}", SOURCE)
+    return _normalise(frame, dict.fromkeys(text.columns, "STRING"), catalogue)
+
+
+def _spark_paths(spark: "SparkSession", uris: Sequence[str], storage: Storage) -> list[str]:
+    """Return paths that Spark can open.
+
+    Executors of a cluster read s3:// through Hadoop's S3A. ``local[*]`` has no S3A jars, so the driver, which is the
+    only machine, downloads the files first.
+    """
+    if not is_s3(uris[0]):
+        return ["file://" + _literal_path(uri) for uri in uris]
+    if not str(spark.sparkContext.master).startswith("local"):
+        return [_literal_path(uri.replace("s3://", "s3a://", 1)) for uri in uris]
+    folder = tempfile.mkdtemp(prefix="marc-catalogue-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    paths = []
+    for number, uri in enumerate(uris):
+        path = Path(join(folder, f"{number:05d}-{uri.rsplit('/', 1)[1]}"))
+        storage.fetch(uri, path)
+        paths.append(f"file://{_literal_path(str(path))}")
+    return paths
+
+
+def _literal_path(path: str) -> str:
+    """Return a path with Hadoop's glob characters escaped."""
+    return re.sub(r"([{}\[\]*?\\])", r"\\\1", path)
+
+
+def _normalise(frame: "DataFrame", columns: Mapping[str, str], catalogue: CatalogueSettings) -> "DataFrame":
+    item_id = _as_text(catalogue.id_column, columns)
+    texts = {name: _as_text(name, columns) for name in catalogue.text_columns}
+    checked = [item_id, *texts.values()]
+    undecodable = " OR ".join(f"NOT is_valid_utf8({x}) OR contains({x}, '{REPLACEMENT}')" for x in checked)
+    has_text = " OR ".join(map(_has_text, texts.values()))
+    reason = f"""CASE WHEN {MALFORMED} AND NOT is_valid_utf8({RECORD}) THEN '{Reason.UNDECODABLE}'
+        WHEN {MALFORMED} THEN '{Reason.MALFORMED}'
+        WHEN coalesce({undecodable}, false) THEN '{Reason.UNDECODABLE}'
+        WHEN NOT coalesce({_has_text(item_id)}, false) THEN '{Reason.NULL_ID}'
+        WHEN NOT coalesce({has_text}, false) THEN '{Reason.EMPTY_TEXT}' END"""
+    as_json = f"to_json(struct({', '.join(_quoted(name) for name in columns)}))"
+    return (
+        frame.selectExpr(
+            f"{item_id} AS item_id",
+            f"{_rendered(catalogue.template, texts)} AS text",
+            f"{_updated_at(catalogue.updated_at_column, columns)} AS updated_at",
+            f"{reason} AS reason",
+            f"coalesce({RECORD}, {as_json}) AS raw",
+            f"{SOURCE} AS source",
+        )
+        .selectExpr("item_id", f"{_trimmed('text')} AS text", "updated_at", "reason", "raw", "source")
+        .selectExpr(
+            "CASE WHEN reason IS NULL OR is_valid_utf8(item_id) THEN item_id END AS item_id",
+            f"xxhash64(item_id) & {ROW_ID_MASK}L AS row_id",
+            "CASE WHEN reason IS NULL THEN text ELSE '' END AS text",
+            f"{CONTENT_HASH} AS content_hash",
+            "updated_at",
+            "reason",
+            "CASE WHEN reason IS NOT NULL THEN make_valid_utf8(raw) END AS row",
+            "source",
+        )
+    )
+
+
+def _as_text(name: str, columns: Mapping[str, str]) -> str:
+    column = _quoted(name)
+    if columns[name] == "ARRAY<STRING>":
+        return f"array_join(CAST({column} AS ARRAY<STRING>), ', ')"
+    if columns[name] == "NANOSECONDS":
+        column = f"timestamp_micros({column} DIV 1000)"
+    return f"CAST({column} AS STRING)"
+
+
+def _rendered(template: str, texts: Mapping[str, str]) -> str:
+    pieces = []
+    for literal, name, _, _ in Formatter().parse(template):
+        if literal:
+            escaped = literal.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+            pieces.append(f"'{escaped}'")
+        if name is not None:
+            pieces.append(f"coalesce({texts[name]}, '')")
+    return f"concat({', '.join(pieces)})"
+
+
+def _has_text(text: str) -> str:
+    """SQL that is true for a text with more than blanks. The quick comparison with ``!`` decides for most texts."""
+    return f"({text} > '!' OR trim(LEADING {BLANK} FROM {text}) != '')"
+
+
+def _trimmed(column: str) -> str:
+    """SQL that trims blanks. Spark's ``btrim`` is slow, and few texts need it, so cheap tests come first."""
+    blank_end = " OR ".join(f"endswith({column}, '{blank}')" for blank in BLANKS)
+    return f"CASE WHEN {column} > '!' AND NOT ({blank_end}) THEN {column} ELSE btrim({column}, {BLANK}) END"
+
+
+def _updated_at(name: str | None, columns: Mapping[str, str]) -> str:
+    if name is None:
+        return "CAST(NULL AS TIMESTAMP)"
+    column = _quoted(name)
+    if columns[name] == "TIMESTAMP":
+        return f"CAST({column} AS TIMESTAMP)"
+    if columns[name] == "NANOSECONDS":
+        return f"timestamp_micros({column} DIV 1000)"
+    epoch = _epoch(f"try_cast({column} AS DECIMAL(38, 6))")
+    if columns[name] == "NUMBER":
+        return epoch
+    # Nine or more digits count from 1970; Spark would parse them as a year.
+    return f"CASE WHEN {column} RLIKE '^[0-9]{{9,}}' THEN {epoch} ELSE try_cast({column} AS TIMESTAMP) END"
+
+
+def _epoch(number: str) -> str:
+    """SQL for seconds, milli-, micro- or nanoseconds since 1970. Size tells them apart: 1e11 seconds is year 5138."""
+    micros = f"""CASE WHEN abs({number}) < 1e11BD THEN {number} * 1000000
+        WHEN abs({number}) < 1e14BD THEN {number} * 1000
+        WHEN abs({number}) < 1e17BD THEN {number} ELSE {number} / 1000 END"""
+    return f"timestamp_micros(try_cast({micros} AS BIGINT))"
+
+
+def _quoted(name: str) -> str:
+    return "`" + name.replace("`", "``") + "`"

@@ -1,0 +1,100 @@
+"""The factory of systems: the vectors of each system, and the objectives and networks that are trained for them."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from marc_pipeline.config import TrainSettings
+from marc_pipeline.evaluation.systems import System
+from marc_pipeline.model.compressor import Bottleneck, WhitenedPCA, fit_pca
+from marc_pipeline.training.baselines import Autoencoder, Contrastive, Matryoshka
+from marc_pipeline.training.fit import learn
+from marc_pipeline.training.learning import LearningData, known_states
+from marc_pipeline.training.marc import Constraints, Marc
+from marc_pipeline.training.matching import NETWORKS
+from marc_pipeline.training.objective import FrozenStates, ItemStates, Objective
+from marc_pipeline.training.regression import fit_regression
+
+MATCHING_HIDDEN = 64
+KEEP = 0.5
+"""α of the system with the keep constraint, which the default settings leave out."""
+
+
+def make_vectors(
+    system: System, *, states: NDArray[np.float32], data: LearningData, dim: int, seed: int, train: TrainSettings
+) -> NDArray[np.float32] | None:
+    """Return vectors [items, d] of a system, or None for the system without vectors.
+
+    They are made from the pooled states [items, D] of its layer, and from the interactions of the training part.
+    """
+    if system.name == "ids":
+        return None
+    if system.name == "random":
+        return np.random.default_rng(seed).standard_normal((len(states), dim), dtype=np.float32)
+    if system.name == "final-full":
+        return np.asarray(states - known_states(states, data).mean(axis=0))
+    # Fits without early stopping use every row.
+    whole = data.whole()
+    if system.name.startswith("regression"):
+        with torch.no_grad():
+            return np.asarray(fit_regression(states, whole, dim=dim)(torch.from_numpy(states)).numpy())
+    if system.family == "layer" or system.name == "pca-tuned":
+        with torch.no_grad():
+            pca, _ = fit_pca(known_states(states, whole), dim=dim)
+            return np.asarray(pca(torch.from_numpy(states)).numpy())
+
+    def made(rows: LearningData) -> Objective:
+        return new_objective(system.name, states=states, data=rows, dim=dim, seed=seed, train=train)
+
+    objective, _ = learn(made, data, settings=train, seed=seed, label="")
+    return np.asarray(objective.vectors().numpy())
+
+
+def new_objective(
+    name: str, *, states: NDArray[np.float32], data: LearningData, dim: int, seed: int, train: TrainSettings
+) -> Objective:
+    """Return the objective of a trained system over frozen states [items, D], with its initial weights."""
+    known = known_states(states, data)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name.startswith("marc") and name != "marc-pca-start":
+            start = fit_regression(states, data, dim=dim)
+        else:
+            start, _ = fit_pca(known, dim=dim)
+        source = FrozenStates(torch.from_numpy(states))
+        compressor = new_compressor(start, train)
+        if name == "autoencoder":
+            return Autoencoder(source, compressor, states=torch.from_numpy(known), dim=dim, hidden=train.hidden)
+        if name == "mrl":
+            return Matryoshka(source, compressor, dim=dim)
+        if name == "contrastive":
+            return Contrastive(source, compressor)
+        profiles = data.rows.profiles is not None
+        return new_marc(source, compressor, dim=dim, train=train, variant=name, profiles=profiles)
+
+
+def new_compressor(start: WhitenedPCA, train: TrainSettings) -> Bottleneck:
+    """Return a compressor whose linear path is initialised with a whitened projection."""
+    dim, width = start.directions.shape
+    return Bottleneck(width=width, dim=dim, hidden=train.hidden, dropout=train.dropout).start_from(start)
+
+
+def new_marc(
+    source: ItemStates,
+    compressor: torch.nn.Module,
+    *,
+    dim: int,
+    train: TrainSettings,
+    profiles: bool = False,
+    variant: str = "marc",
+) -> Marc:
+    """Return MARC, or the ablation of it that ``variant`` names."""
+    keep, decouple = train.keep, train.decouple
+    if variant == "marc-no-constraints":
+        keep, decouple = 0.0, 0.0
+    if variant == "marc-keep":
+        keep = keep or KEEP
+    network = NETWORKS["crossing" if variant == "marc-crossing" else train.matching]
+    matching = network(dim=dim, users=Marc.USERS + profiles, hidden=MATCHING_HIDDEN, dropout=train.dropout)
+    constraints = Constraints(keep, decouple, train.kernel, train.estimator, train.constraint_rows)
+    return Marc(source, compressor, matching, dim=dim, constraints=constraints, profiles=profiles)

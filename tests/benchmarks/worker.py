@@ -39,6 +39,7 @@ from rich.table import Table
 from marc_pipeline.bundles.making import train_pca
 from marc_pipeline.config import EncodeSettings, SparkSettings, TrainSettings
 from marc_pipeline.model import batches, compressor, encoder
+from marc_pipeline.model import tokens as tokenising
 from marc_pipeline.model.bundle import Bundle
 from marc_pipeline.nightly.encode import EncodeTask, encode_bucket
 from marc_pipeline.resources import TaskResources
@@ -181,7 +182,7 @@ def take_apart(task: EncodeTask) -> Split:
     watch = Stopwatch()
     encoder.load_encoder.cache_clear()
     with (
-        watch.on("tokenise", encoder, "token_ids"),
+        watch.on("tokenise", tokenising, "token_ids"),
         watch.on_results("for tokens", encoder),
         watch.on("pool, compress", batches.PackedTokens, "pool"),
         watch.on("pool, compress", compressor.WhitenedPCA, "forward"),

@@ -36,6 +36,7 @@ from rows import row_ids
 from marc_pipeline.bundles.making import train_pca
 from marc_pipeline.config import EncodeSettings, SparkSettings, TrainSettings
 from marc_pipeline.model import batches, compressor, encoder
+from marc_pipeline.model import tokens as tokenising
 from marc_pipeline.model.bundle import Bundle
 from marc_pipeline.nightly.encode import EncodeTask, encode_bucket
 from marc_pipeline.resources import TaskResources
@@ -178,7 +179,7 @@ def split_bucket(task: EncodeTask) -> Split:
     watch, resources = Stopwatch(), TaskResources(cpus=CORES)
     encoder.load_encoder.cache_clear()
     with (
-        watch.on(TOKENISE, encoder, "token_ids"),
+        watch.on(TOKENISE, tokenising, "token_ids"),
         watch.on_results(WAIT, encoder),
         watch.on(POOL, batches.PackedTokens, "pool"),
         watch.on(POOL, compressor.WhitenedPCA, "forward"),

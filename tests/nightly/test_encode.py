@@ -178,7 +178,7 @@ def fail_on(monkeypatch: pytest.MonkeyPatch, *bad: str) -> None:
             raise ValueError("no token for this")
         return token_ids(tokenizer, texts)
 
-    monkeypatch.setattr(encoder, "token_ids", fails)
+    monkeypatch.setattr("marc_pipeline.model.tokens.token_ids", fails)
 
 
 def test_a_bucket_of_new_items_is_encoded_with_receipt_and_footer(table: Table) -> None:

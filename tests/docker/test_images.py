@@ -115,13 +115,9 @@ def test_the_builder_receives_the_copied_files_only(dockerfile: str) -> None:
 
 
 def test_driver_and_executors_have_the_same_python() -> None:
+    python = r"^FROM .*|^ARG BASE=.*|python3\.11 -m venv \S+|PYSPARK_PYTHON=\S+"
     airflow, worker = (
-        [
-            *arguments(name, "FROM"),
-            *(rest for rest in arguments(name, "ARG") if rest.startswith("BASE=")),
-            *re.findall(r"python3\.11 -m venv \S+|PYSPARK_PYTHON=\S+", " ".join(map(" ".join, instructions(name)))),
-        ]
-        for name in DOCKERFILES
+        re.findall(python, "\n".join(map(" ".join, instructions(name))), re.MULTILINE) for name in DOCKERFILES
     )
     assert airflow == worker
     assert len(airflow) == 4
@@ -144,8 +140,7 @@ def test_compose_accepts_the_file(tmp_path: Path) -> None:
         pytest.skip("docker compose is not installed")
     filled = tmp_path / "env"
     filled.write_text("".join(f"{k}={v or 'x'}\n" for k, v in EXAMPLE_VALUES.items() if k != "COMPOSE_PROFILES"))
-    command = (docker, "compose", "--env-file", filled, "-f", COMPOSE, "--profile", "gpu", "config", "--quiet")
-    result = run(*command)
+    result = run(docker, "compose", "--env-file", filled, "-f", COMPOSE, "--profile", "gpu", "config", "--quiet")
     assert result.returncode == 0, result.stderr
 
 
@@ -275,7 +270,6 @@ def test_spark_reads_from_the_store_of_the_pipeline_and_the_gpu_profile_only_add
         ("echo 'No devices were found'", []),
         ("echo 'NVIDIA-SMI has failed because it could not talk to the driver' && exit 9", []),
     ],
-    ids=["two GPUs", "one GPU", "no nvidia-smi", "no GPU", "no driver"],
 )
 def test_discovery_prints_the_format_of_spark(tmp_path: Path, code: str, addresses: list[str]) -> None:
     for program in ("sed", "paste", "printf"):

@@ -105,7 +105,8 @@ def main() -> None:
     rows = []
     for name, night in nights.items():
         total, stages = night["total"], night["stages"].values()
-        rows.append((name, night["texts"], total, total / full, *stages, total - sum(stages), night[PLANNED]))
+        planned = "unknown" if night[PLANNED] is None else night[PLANNED]
+        rows.append((name, night["texts"], total, total / full, *stages, total - sum(stages), planned))
     show(f"{given.items:,} items, 64 buckets", COLUMNS, rows, notes=[note])
     write_json(given.json, {"items": given.items, "nights": nights})
 

@@ -308,7 +308,7 @@ def test_without_json_the_command_prints_tables(
 ) -> None:
     done = plain.marc.call("layers", "--ds", DS, "--sample", "40", *both(backbones), "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    for words in ("prompt entropy", "Recommended (--adopt makes it the default of trainings)", "layers.html", " *"):
+    for words in ("prompt entropy", "Recommended (--adopt makes it the default for training)", "layers.html", " *"):
         assert words in done.stdout
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from marc_pipeline.errors import UserError
 from marc_pipeline.layers.scores import COUNTS, judge_scores, read_scores
-from marc_schemas.scores import Comparison, LayerScore, ModelCurve, ScoreReport
+from marc_schemas.scores import LayerComparison, LayerScore, ModelCurve, ScoreReport
 
 HEADER = "family,size,layer,task,main_score\n"
 Table = dict[tuple[str, str, int, str], float]
@@ -39,7 +39,7 @@ def curve(layers: dict[int, dict[str, float]]) -> ModelCurve:
     return model
 
 
-def recorded(model: ModelCurve) -> Comparison:
+def recorded(model: ModelCurve) -> LayerComparison:
     assert model.as_recorded is not None
     return model.as_recorded
 
@@ -126,7 +126,7 @@ def test_parquet_gives_the_same_report_as_csv(published_scores: Path, report: Sc
     assert judge_scores(read_scores([tmp_path / "scores.parquet"])) == report
 
 
-# Comparison
+# LayerComparison
 
 
 def test_layers_may_start_at_1_and_the_lowest_of_equal_layers_is_best() -> None:

@@ -1,4 +1,4 @@
-"""The feature table: one row per item and ds, partitioned by ds and bucket."""
+"""Columns and types of the feature table: float32 vectors, one row per item and ds, partitioned by ds and bucket."""
 
 import pyarrow as pa
 

@@ -1,4 +1,4 @@
-"""Rows of the day's catalogue: Spark reads them, marks unusable rows with a reason and renders the text template."""
+"""Rows of the catalogue: Spark reads them, validates ids and texts, and renders the template from any columns."""
 
 import atexit
 import re

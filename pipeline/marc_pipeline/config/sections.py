@@ -1,4 +1,4 @@
-"""Sections of ``marc.yaml``: every key with its type, its limits, its default and its description."""
+"""Sections of ``marc.yaml`` (catalogue, index, audit, retention, …): keys with type, limits and default value."""
 
 import string
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""The layer to keep: the choice of each metric and its loss of AUC, recommendations, and findings as sentences."""
+"""The list of layer metrics, the layer that each metric chooses, recommendations, and findings as sentences."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Vacuum: retire releases beyond retention, and delete the files of retired releases and dead runs."""
+"""Vacuum: retire releases older than ``retention.days``, and delete files of retired releases and dead runs."""
 
 import logging
 import math

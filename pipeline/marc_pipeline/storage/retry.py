@@ -1,4 +1,4 @@
-"""Retries after temporary failures of a store, and the error of a full disk."""
+"""Pauses and number of attempts after temporary failures of a store, and the error of a full disk."""
 
 import errno
 import logging

@@ -1,4 +1,4 @@
-"""Clients of an S3 store by boto3 and pyarrow, cached per process and connection."""
+"""S3 clients of boto3 and pyarrow with their timeouts and own retries, cached per process and connection."""
 
 from functools import cache
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Reader of one Parquet file of the feature table: rows by number, by row id, or all rows."""
+"""Reader of one Parquet file of the feature table: rows by number or row id, or all; item ids are cached."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""Precision of stored vectors: float32 rounded to fewer mantissa bits, because the zero bits compress well."""
+"""Rounding of stored float32 vectors to fewer mantissa bits. The column type itself is in the table's schema."""
 
 import numpy as np
 import pyarrow as pa

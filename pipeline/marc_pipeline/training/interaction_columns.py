@@ -1,4 +1,4 @@
-"""The columns of an interaction file: ids, ratings and timestamps, each checked and converted."""
+"""Columns of an interaction file, checked and converted: ids, timestamps, and ratings to clicks by a threshold."""
 
 from collections.abc import Sequence
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""Interactions: which user rated which item when, in the order of time, and whether the rating was a click."""
+"""Interactions of users with items, in the order of time, as arrays; read from files of ratings."""
 
 import logging
 from collections.abc import Sequence

@@ -310,7 +310,7 @@ def _run_task(mteb: Any, cache: Any, task: "AbsTask", encoders: "Sequence[LayerE
 
 
 def _is_unfinished(cache: Any, task: "AbsTask", meta: "ModelMeta") -> bool:  # noqa: ANN401
-    """Whether the result of a layer is missing or incomplete; a broken file of a killed process is deleted."""
+    """Whether the result of a layer is missing or incomplete; a damaged file of a killed process is deleted."""
     path: Path = cache.get_task_result_path(task.metadata.name, meta)
     if not path.is_file():
         return True

@@ -186,9 +186,8 @@ def test_too_many_deleted_items_of_the_planned_buckets_are_refused(
     kept = dict(list(before.items())[deleted:])
     report = site.encoded(kept, plan_id="next", base=base, chosen=chosen).audit(LAX)
     where = f" in buckets [{BUCKET}]" if chosen else ""
-    message = (
-        f"{deleted} of the base release's {len(before)} items{where} are gone, audit.max_deleted_fraction allows 50.0%"
-    )
+    message = f"{deleted} of the base release's {len(before)} items{where} would be deleted, "
+    message += "audit.max_deleted_fraction allows 50.0%"
     assert list(report.problems) == [message] * refused
     assert len(before) == (20 if chosen else 60)
 
@@ -233,7 +232,7 @@ def gates(encoded: Encoded, *, rows: int, problems: tuple[str, ...] = ()) -> Aud
 
 def test_missing_rows_and_an_empty_snapshot_are_refused(site: Site) -> None:
     found = gates(site.encoded(VECTORS), rows=7)
-    assert found.problems == ("the files hold 7 rows, the plan has 60 items",)
+    assert found.problems == ("the files contain 7 rows, the plan has 60 items",)
     found = gates(site.encoded({}), rows=0)
     assert found.problems == ("the snapshot is empty: no row of the catalogue could be used",)
     assert found.gained == NOTHING

@@ -131,7 +131,7 @@ def apply_gates(
     if not problems:
         expected = plan.items - sum(len(receipt.quarantined) for receipt in receipts)
         if gained.rows != expected:
-            problems.append(f"the files hold {gained.rows:,} rows, the plan has {expected:,} items")
+            problems.append(f"the files contain {gained.rows:,} rows, the plan has {expected:,} items")
         elif day.rows == 0:
             problems.append("the snapshot is empty: no row of the catalogue could be used")
     quarantined = quarantined_rows(plan.quarantined, receipts)
@@ -193,7 +193,7 @@ def _deletion_problems(plan: Plan, lost: Moments, base: Release | None, *, limit
         return []
     where = f" in buckets {list(plan.chosen)}" if plan.chosen else ""
     return [
-        f"{plan.deleted:,} of the base release's {before:,} items{where} are gone, "
+        f"{plan.deleted:,} of the base release's {before:,} items{where} would be deleted, "
         f"audit.max_deleted_fraction allows {limit:.1%}"
     ]
 

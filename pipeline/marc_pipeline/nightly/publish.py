@@ -56,7 +56,7 @@ def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
     # A vacuum deletes the plan of a dead run first, then checks once more whether it is alive, then deletes its files.
     if workspace.read_plan() is None:
         raise Superseded(
-            f"superseded: a vacuum deleted plan {plan.plan_id}, because its run was idle for the grace period; run again"
+            f"superseded: a vacuum deleted plan {plan.plan_id} because its run was idle for the grace period; run again"
         )
     if not append(storage, table_uri, [release]):
         raise DayMoved(f"another run published {plan.ds} at the same moment; run again to publish on top of it")

@@ -95,7 +95,7 @@ def new_release_id(now: datetime) -> str:
 
 
 def live_releases(releases: Iterable[Release]) -> dict[str, Release]:
-    """Return the release that readers of each date see, in order of date: its last turn, unless that withdrew it."""
+    """Return the release that readers of each date see, in order of date: its last turn, unless it is a withdrawal."""
     last = {release.ds: release for release in sorted(releases, key=lambda release: release.turn)}
     return {ds: last[ds] for ds in sorted(last) if not last[ds].withdrawn}
 

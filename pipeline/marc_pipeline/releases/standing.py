@@ -24,7 +24,7 @@ def published(
 
 
 def holds(found: ReleaseLog, live: Release, plan_id: str, chosen: tuple[int, ...] | None) -> bool:
-    """Return whether a live release contains what a plan made, for all buckets or for the ``chosen`` ones."""
+    """Return whether a live release contains the result of a plan, for all buckets or for the ``chosen`` ones."""
     if live.plan_id == plan_id:
         return True
     # Backfills of other buckets may have been published on top of this plan.

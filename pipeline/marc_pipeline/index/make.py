@@ -1,4 +1,4 @@
-"""Making the index of a day: patch the previous release's index while its recall stays good, or build a new one."""
+"""Making the index of a day: patch the previous release's index if the limits allow it, or build a new one."""
 
 import logging
 import time

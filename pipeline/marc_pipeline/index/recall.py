@@ -51,7 +51,7 @@ class ExactNeighbours:
 
 @dataclass(frozen=True)
 class RecallQueries:
-    """Items as queries.
+    """Items that serve as queries of the recall measurement.
 
     Attributes:
         ids: row ids [q].
@@ -248,7 +248,7 @@ def from_bytes(data: bytes) -> RecallQueries:
 
 
 def _floor(scores: Matrix, depth: int) -> Matrix:
-    """The lowest listed score of each query whose list is full; -inf otherwise."""
+    """The floor of each query: the lowest score in its list if the list is full, else -inf."""
     if scores.shape[1] < depth:
         return np.full(len(scores), -np.inf, np.float32)
     return scores[:, -1].copy()

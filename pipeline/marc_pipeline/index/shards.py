@@ -228,7 +228,7 @@ def patch_loaded(task: PatchTask) -> PatchedShard:
     vectors = np.concatenate([np.empty((0, task.source.dim), np.float32), *(one.vectors for one in found)])
     near = exact_neighbours(task.queries.ids, task.queries.vectors, [(added, vectors)], task.queries.depth)
     same = not (len(removed) or len(added))
-    # Retention may delete an earlier release, unless it shares table files, before this release is published.
+    # Retention may delete an earlier release before this one is published, unless both share a table file.
     if same and {file.path for file in task.before} == {file.path for file in task.source.files}:
         return PatchedShard(task.number, None, task.file, removed, 0, 0, near)
     try:

@@ -1,4 +1,4 @@
-"""Every layer of a backbone as an encoder for the tasks of mteb; each text goes through the model once.
+"""Encoders for the tasks of mteb, one per layer of a backbone; each text goes through the model once.
 
 The module imports the optional package mteb at the first use of a task.
 """
@@ -137,7 +137,7 @@ class EveryLayer:
 
 
 class LayerEncoder:
-    """One layer as an encoder of mteb (its EncoderProtocol): texts in, pooled states out, compared by cosine.
+    """The encoder of one layer for mteb (its EncoderProtocol): pooled states of texts, compared by cosine.
 
     Prompts and instructions are not added, because a backbone is not trained on any.
     """

@@ -230,7 +230,7 @@ RUN = f"run --ds {FIRST}"
     ("old", "new", "arguments", "message"),
     [
         ("", "", "run --ds 2030-01-01", "no catalogue for 2030-01-01"),
-        ("", "", "run --ds yesterday", "no date"),
+        ("", "", "run --ds yesterday", "is not a date"),
         ("{description}", "{colour}", RUN, "'colour'"),
         ("  updated_at_column", "  id_column: sku\n  updated_at_column", RUN, "'sku'"),
         ("buckets", "bukets", RUN, "unknown key bukets"),

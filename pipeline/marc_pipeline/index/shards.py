@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class QueryBatch:
     """Recall queries: row ids [q], vectors [q, d], and the number of neighbours to keep per query.
 
-    Every task compares them with the vectors that it reads.
+    Every task compares these queries with the vectors that it reads.
     """
 
     ids: Ids

@@ -139,7 +139,7 @@ class EveryLayer:
 class LayerEncoder:
     """The encoder of one layer for mteb (its EncoderProtocol): pooled states of texts, compared by cosine.
 
-    Prompts and instructions are not added, because a backbone is not trained on any.
+    Prompts and instructions are not added, because a backbone is not trained on prompts.
     """
 
     def __init__(self, every: EveryLayer, number: int) -> None:

@@ -46,7 +46,7 @@ def find_budget(
     """Double the batch from ``first`` until the throughput hardly grows or the batch does not fit.
 
     Args:
-        seconds_of: seconds for a batch of this number of tokens; raises torch.OutOfMemoryError if it does not fit.
+        seconds_of: seconds for a batch of this many tokens; raises torch.OutOfMemoryError if the batch does not fit.
         first: smallest batch. It is returned even if it does not fit, because the encoder then halves its batches.
         most: largest batch.
 

@@ -1,4 +1,4 @@
-"""Receipts and reports that the stages of a run hand over. A receipt is written after its file and proves it."""
+"""Receipts and reports that stages pass on. A receipt is written after its file: it shows that the file is complete."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -20,7 +20,7 @@ class Receipt(Contract):
         file: the Parquet file, relative to the table; None for a bucket that became empty.
         encoded: texts that the model encoded; identical texts count once.
         reused: vectors carried over from the base release, or shared with an identical text.
-        quarantined: items whose texts cannot be encoded, each with its change; they are not in the file.
+        quarantined: change of each item whose text cannot be encoded; the file does not contain these items.
         quarantine: name of their quarantine file; None without such items.
         tokens: encoded tokens.
         padded_tokens: encoded tokens and padding.

@@ -219,8 +219,8 @@ def test_a_bundle_with_a_flipped_byte_is_refused_with_the_file(gate: Gate, name:
 @pytest.mark.parametrize(
     ("alter", "reason"),
     [
-        (not_finite, "of 150 sampled texts: the model on cpu gives NaN or infinity for any text"),
-        (zeros, "150 of 150 sampled vectors have no unit length"),
+        (not_finite, "in a sample of 150 texts: the model on cpu returns NaN or infinity even for a known good text"),
+        (zeros, "150 of 150 sampled vectors are not normalised"),
         (constant, "all sampled vectors are nearly equal: the largest standard deviation of a dimension is "),
     ],
 )
@@ -241,7 +241,7 @@ def test_the_gate_reports_problems_without_an_evaluation(gate: Gate) -> None:
         return problems(sampled, texts, version, storage=STORAGE, resources=TaskResources())
 
     assert found(gate.first.version) == []
-    expected = "of 50 sampled texts: the model on cpu gives NaN or infinity for any text"
+    expected = "in a sample of 50 texts: the model on cpu returns NaN or infinity even for a known good text"
     assert found(gate.variant("nan", not_finite)) == [expected]
     assert len(found(gate.variant("alike", constant))) == 1
     cut = gate.variant("cut")

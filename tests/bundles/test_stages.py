@@ -337,7 +337,7 @@ MISTAKES: dict[str, tuple[list[dict[str, Any]] | None, list[str], str]] = {
     "too many for a layer": (ratings(), ["--dim", "33", "--layers", "2"], "33 dimensions are wanted, .* 32 numbers"),
     "no regime": (ratings(), ["--regime", "lora"], "train: regime: Input should be 'frozen' or 'tuned' .got 'lora'."),
     "no compressor": (ratings(), ["--compressor", "zip"], "train: compressor: Input should be"),
-    "no date": (ratings(), ["--ds", "today"], "'today' is no date"),
+    "no date": (ratings(), ["--ds", "today"], "'today' is not a date"),
 }
 
 

@@ -486,9 +486,9 @@ GOOD_CSV = b"item_id,title\n1,a\n"
 BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     **{f"empty {form}": (f"c.{form}", b"", "0 bytes") for form in ("parquet", "csv", "jsonl")},
     "doubled CSV header": ("c.csv", b"item_id,title,title\n1,a,b\n", "'title' more than once"),
-    "CSV named Parquet": ("c.parquet", GOOD_CSV, "is no Parquet file"),
-    "cut Parquet": ("c.parquet", b"PAR1", "is no Parquet file"),
-    "damaged Parquet": ("c.parquet", b"PAR1 cut short PAR1", "is no Parquet file"),
+    "CSV named Parquet": ("c.parquet", GOOD_CSV, "is not a Parquet file"),
+    "cut Parquet": ("c.parquet", b"PAR1", "is not a Parquet file"),
+    "damaged Parquet": ("c.parquet", b"PAR1 cut short PAR1", "is not a Parquet file"),
     "unknown ending": ("c.txt", GOOD_CSV, "catalogue.format"),
     "unclosed quote in the header": ("c.csv", b'item_id,"title\n1,a\n', "header"),
     **{f"{encoding} CSV": ("c.csv", GOOD_CSV.decode().encode(encoding), "")
@@ -568,7 +568,7 @@ def test_a_parquet_type_that_cannot_become_text_is_refused(spark: "SparkSession"
 @pytest.mark.parametrize("value", [True, [1], b"2026-11-20"], ids=["bool", "list", "binary"])
 def test_a_parquet_type_that_is_no_time_is_refused(spark: "SparkSession", tmp_path: Path, value: object) -> None:
     columns = {"item_id": ["1"], "title": ["a"], "at": [value]}
-    assert "no time" in _user_error(spark, write_parquet(tmp_path / "c.parquet", columns), updated_at_column="at")
+    assert "not a time" in _user_error(spark, write_parquet(tmp_path / "c.parquet", columns), updated_at_column="at")
 
 
 def test_a_doubled_parquet_column_is_named(spark: "SparkSession", tmp_path: Path) -> None:
@@ -712,5 +712,5 @@ def test_a_file_that_is_deleted_before_it_is_read_is_the_users_error(spark: "Spa
     wanted = planning.catalogue_settings(path)
     rows = read_catalogue(spark, find(wanted), wanted, storage=STORAGE)
     path.unlink()
-    with pytest.raises(UserError, match="is gone"), worker_errors():
+    with pytest.raises(UserError, match="is missing"), worker_errors():
         rows.collect()

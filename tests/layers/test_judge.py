@@ -454,7 +454,7 @@ def test_user_errors_are_found_before_spark_starts(
         (("--images", str(tmp_path)), f"{tmp_path} has 1 images"),
         (("--images", str(tmp_path / "nowhere")), "nowhere has 0 images"),
         (("--ds", "2030-01-01"), "no catalogue for 2030-01-01"),
-        (("--ds", "today"), "'today' is no date"),
+        (("--ds", "today"), "'today' is not a date"),
         (("--ds", DS, "--pooling", "max"), "train: pooling: Input should be 'mean', 'last' or 'cls'"),
     ]
     for arguments, message in cases:

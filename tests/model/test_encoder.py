@@ -288,7 +288,7 @@ def test_a_vector_that_is_not_finite_is_reported_and_the_others_are_kept(bert: P
         hidden[is_one_of(hidden, clean[1:2])] = math.nan
 
     encoded = streamed(with_head(encoder, spoil), TEXTS[:3])
-    assert encoded.failed == {1: "its vector holds NaN or infinity"}
+    assert encoded.failed == {1: "its vector contains NaN or infinity"}
     np.testing.assert_allclose(encoded.vectors[[0, 2]], clean[[0, 2]], atol=1e-4)
 
 
@@ -327,7 +327,7 @@ def once(message: str) -> Callable[[], Fail]:
         (always(RuntimeError("size mismatch")), [1, 3, 48], RuntimeError, "size mismatch"),
         (always(RuntimeError("size mismatch"), after=1), [48], RuntimeError, "size mismatch"),
         (always(RuntimeError("size mismatch"), after=3), [48], RuntimeError, "size mismatch"),
-        (lambda: all_nan, [1, 48], Unencodable, "the model on cpu gives NaN or infinity for any text"),
+        (lambda: all_nan, [1, 48], Unencodable, "the model on cpu returns NaN or infinity even for a known good text"),
         # An error of the device fails the task even if it occurs once.
         (once("CUDA error: device-side assert triggered"), [1], RuntimeError, "CUDA error: device-side assert"),
         (once("CUBLAS_STATUS_EXECUTION_FAILED"), [1], RuntimeError, "CUBLAS_STATUS_EXECUTION_FAILED"),

@@ -64,7 +64,7 @@ def with_item_of_another_bucket(rows: pa.Table) -> pa.Table:
     return with_first("row_id", row_id(other))(with_first("item_id", other)(rows))
 
 
-IN_ORDER = "ids are not the 20 planned ones in order"
+IN_ORDER = "item ids or their order differ from the 20 planned ids"
 IS_FIRST = ", the first is of item '{first}'"
 
 
@@ -80,11 +80,11 @@ IS_FIRST = ", the first is of item '{first}'"
         (with_item_of_another_bucket, [f"its 20 {IN_ORDER}", "items of another bucket"]),
         (with_first("row_id", BUCKET), ["row ids are not the hashes of their item ids"]),
         (with_first("content_hash", "0" * 32), ["content hashes differ from the plan's"]),
-        (with_first("bundle", "another"), [r"vectors of bundle \['another'\], the plan says [0-9a-f]{16}"]),
-        (with_number(math.nan), [f"1 vectors hold NaN or infinity{IS_FIRST}"]),
-        (with_number(math.inf), [f"1 vectors hold NaN or infinity{IS_FIRST}"]),
+        (with_first("bundle", "another"), [r"vectors of bundle \['another'\] instead of [0-9a-f]{16}"]),
+        (with_number(math.nan), [f"1 vectors contain NaN or infinity{IS_FIRST}"]),
+        (with_number(math.inf), [f"1 vectors contain NaN or infinity{IS_FIRST}"]),
         (with_first("vector", np.zeros_like), [f"1 vectors are zero{IS_FIRST}"]),
-        (with_first("vector", lambda vector: vector * np.float32(1.01)), [f"1 vectors have no unit length{IS_FIRST}"]),
+        (with_first("vector", lambda vector: vector * np.float32(1.01)), [f"1 vectors are not normalised{IS_FIRST}"]),
         (wider, ["vectors have 9 dimensions, the bundle makes 8"]),
     ],
     ids=[
@@ -111,7 +111,7 @@ def test_vectors_need_unit_length_only_if_the_bundle_normalises(tmp_path: Path, 
     problems = Site(tmp_path / "unit").encoded(vectors).audit().problems
     # One problem per bucket, and none about the rows that are therefore missing.
     assert len(problems) == 4
-    assert all("have no unit length" in problem for problem in problems)
+    assert all("are not normalised" in problem for problem in problems)
 
 
 def test_a_good_snapshot_passes_with_its_moments(site: Site) -> None:
@@ -131,7 +131,7 @@ def test_a_damaged_or_missing_file_is_refused(site: Site) -> None:
     (problem,) = encoded.audit().problems
     assert f"bucket {BUCKET}: {site.table_uri}/{receipt.file.path} has 4 bytes" in problem
     encoded.workspace.write_receipt(receipt.model_copy(update={"file": None}))
-    assert encoded.audit().problems == (f"bucket {BUCKET}: 20 items and no file",)
+    assert encoded.audit().problems == (f"bucket {BUCKET}: 20 planned items, but no file",)
 
 
 def test_every_block_of_every_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,9 +186,8 @@ def test_too_many_deleted_items_of_the_planned_buckets_are_refused(
     kept = dict(list(before.items())[deleted:])
     report = site.encoded(kept, plan_id="next", base=base, chosen=chosen).audit(LAX)
     where = f" in buckets [{BUCKET}]" if chosen else ""
-    message = (
-        f"{deleted} of the base release's {len(before)} items{where} are gone, audit.max_deleted_fraction allows 50.0%"
-    )
+    message = f"{deleted} of the base release's {len(before)} items{where} would be deleted, "
+    message += "audit.max_deleted_fraction allows 50.0%"
     assert list(report.problems) == [message] * refused
     assert len(before) == (20 if chosen else 60)
 
@@ -233,7 +232,7 @@ def gates(encoded: Encoded, *, rows: int, problems: tuple[str, ...] = ()) -> Aud
 
 def test_missing_rows_and_an_empty_snapshot_are_refused(site: Site) -> None:
     found = gates(site.encoded(VECTORS), rows=7)
-    assert found.problems == ("the files hold 7 rows, the plan has 60 items",)
+    assert found.problems == ("the files contain 7 rows, the plan has 60 items",)
     found = gates(site.encoded({}), rows=0)
     assert found.problems == ("the snapshot is empty: no row of the catalogue could be used",)
     assert found.gained == NOTHING
@@ -331,7 +330,7 @@ def test_a_plan_of_some_buckets_is_audited_without_the_other_buckets(site: Site,
     (Path(site.table_uri) / live.table.files[0].path).unlink()
     assert encoded.audit(LAX).problems == ()
     bad = site.encoded(changed(), plan_id="bad", chosen=(BUCKET,), alter=lambda _, rows: with_number(math.nan)(rows))
-    assert bad.audit(LAX).problems[0].startswith(f"bucket {BUCKET}: 1 vectors hold NaN")
+    assert bad.audit(LAX).problems[0].startswith(f"bucket {BUCKET}: 1 vectors contain NaN")
     assert live.table.files[BUCKET] != bad.receipts[0].file
 
 

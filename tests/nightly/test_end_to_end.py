@@ -230,7 +230,7 @@ RUN = f"run --ds {FIRST}"
     ("old", "new", "arguments", "message"),
     [
         ("", "", "run --ds 2030-01-01", "no catalogue for 2030-01-01"),
-        ("", "", "run --ds yesterday", "no date"),
+        ("", "", "run --ds yesterday", "is not a date"),
         ("{description}", "{colour}", RUN, "'colour'"),
         ("  updated_at_column", "  id_column: sku\n  updated_at_column", RUN, "'sku'"),
         ("buckets", "bukets", RUN, "unknown key bukets"),
@@ -312,7 +312,7 @@ def test_runs_with_another_precision_publish_other_releases(runs: Runs, tmp_path
 
     refused = marc.call("backfill", "--ds", SECOND, "--bucket", "1", env={"MARC_MANTISSA_BITS": "7"})
     assert refused.returncode == 2
-    assert "stores 12 mantissa bits, the configuration says 7: backfill the whole day" in refused.stderr
+    assert "stores 12 mantissa bits, the configuration has 7: backfill the whole day" in refused.stderr
     shown = " ".join(re.sub("[│┃]", " ", marc.call("summary", "--ds", SECOND).stdout).split())
     assert re.search(r"[\d,]+ bytes per item, 12 mantissa bits\)", shown)
     assert marc.call("verify", "--ds", SECOND).returncode == 0

@@ -87,10 +87,10 @@ def test_file_uris_and_home_folders_are_local_paths(tmp_path: Path) -> None:
             'catalogue: {uri: "x/{day}", template: "{t}"}\n',
             "only the placeholder {ds} is allowed in catalogue.uri, not ['day']",
         ),
-        ("- a\n- b\n", "is no valid YAML mapping"),
-        ("catalogue: [\n", "is no valid YAML mapping"),
-        ("catalogue:\n\turi: x\n", "is no valid YAML mapping"),
-        (b"\xff\xfe", "is no valid YAML mapping"),
+        ("- a\n- b\n", "is not a valid YAML mapping"),
+        ("catalogue: [\n", "is not a valid YAML mapping"),
+        ("catalogue:\n\turi: x\n", "is not a valid YAML mapping"),
+        (b"\xff\xfe", "is not a valid YAML mapping"),
         *(
             (f'catalogue: {{uri: x, template: "{template}"}}\n', f"catalogue.template: {message}")
             for template, message in [
@@ -309,7 +309,7 @@ def test_a_job_reads_its_arguments_and_its_configuration(config: Path, monkeypat
     [
         (["--plan-id", "p"], "--ds"),
         (["--ds", "2026-11-20"], "--plan-id"),
-        (["--ds", "20261120", "--plan-id", "p"], "ERROR '20261120' is no date; write YYYY-MM-DD"),
+        (["--ds", "20261120", "--plan-id", "p"], "ERROR '20261120' is not a date; write YYYY-MM-DD"),
     ],
 )
 def test_a_job_with_bad_arguments_exits_with_2(

@@ -128,5 +128,5 @@ def test_vectors_of_another_bundle_are_a_problem(site: Site) -> None:
     encoded.index()
     release = encoded.release()
     assert problems_of(site, release) == [
-        f"{release.table.files[2].path} has vectors of another bundle than {release.bundle.version}"
+        f"{release.table.files[2].path} has vectors of a bundle other than {release.bundle.version}"
     ]

@@ -138,7 +138,7 @@ def test_a_missing_or_resized_file_is_refused_unless_it_is_open_already(
     with pytest.raises(MissingFile, match=r"blocks.bin is missing"):
         mapped(own, published, kind)
     (own / NAME).write_bytes(CONTENT[:-1])
-    with pytest.raises(CorruptFile, match=f"has {SIZE - 1:,} bytes, the release says {SIZE:,}"):
+    with pytest.raises(CorruptFile, match=f"has {SIZE - 1:,} bytes, the release lists {SIZE:,}"):
         mapped(own, published, kind)
 
 

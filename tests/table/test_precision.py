@@ -282,7 +282,7 @@ def test_the_audit_allows_lengths_within_the_rounding_error(
     # The only non-zero number has no more bits than are stored.
     vectors = {"a": np.array([0, 0, length, 0], np.float32)}
     report = Site(tmp_path, dim=4).encoded(vectors, mantissa_bits=bits).audit()
-    assert ["no unit length" in problem for problem in report.problems] == [True] * refused
+    assert ["not normalised" in problem for problem in report.problems] == [True] * refused
 
 
 def test_vectors_with_more_bits_than_planned_are_refused(site: Site) -> None:

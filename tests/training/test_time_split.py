@@ -57,8 +57,8 @@ def test_shares_are_exact_without_ties_and_tied_rows_go_to_the_later_part() -> N
 def test_a_part_without_rows_is_refused(times: list[int], name: str) -> None:
     found = make([(0, 0, row % 2, moment) for row, moment in enumerate(times)])
     assert refusal(lambda: split_by_time(found)) == (
-        f"the split of {len(found)} interactions by time leaves {name} with 0 rows, but it needs at least one of each "
-        "label; provide more interactions, or finer timestamps if many rows share one"
+        f"the split of {len(found)} interactions by time leaves {name} with 0 rows, but both labels are needed; "
+        "provide more interactions, or finer timestamps if many rows share one"
     )
 
 
@@ -115,7 +115,7 @@ def test_every_user_is_held_out_once() -> None:
 @pytest.mark.parametrize("users", [1, 4])
 def test_fewer_users_than_folds_are_refused(users: int) -> None:
     message = refusal(lambda: split_by_user(both_labels(users), folds=5, fold=0))
-    assert f"of {users} users, dealt into 5 groups" in message
+    assert f"of {users} users in 5 groups" in message
 
 
 # Histories

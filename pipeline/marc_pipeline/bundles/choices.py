@@ -25,7 +25,7 @@ class LayerDecision:
     Attributes:
         layers: number of layers to keep; None, written as 0, if the training part chooses.
         pooling: how token states become one vector.
-        decision: what decided.
+        decision: basis of the choice.
     """
 
     layers: int | None
@@ -87,7 +87,7 @@ def reviewed(deployment: Deployment) -> tuple[Deployment, Decision]:
     A run calls this once and passes the result on. A recommendation that is adopted later applies to the next run.
 
     Returns:
-        The deployment with these settings, and what decided.
+        The deployment with these settings, and the basis of the choice.
     """
     settings, train = deployment.settings, deployment.settings.train
     if train.layers is not None:

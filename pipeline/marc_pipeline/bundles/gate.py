@@ -14,7 +14,7 @@ MIN_SPREAD = 1e-3
 
 
 def damage(settings: Settings, version: str, *, storage: Storage) -> list[str]:
-    """Return what is wrong with the files of a bundle that was promoted before."""
+    """Return one line per problem with the files of a bundle that was promoted earlier."""
     try:
         return check_bundle(storage, open_bundle(storage, join(settings.bundle_uri, version)))
     except UserError as error:
@@ -41,12 +41,12 @@ def problems(
     try:
         vectors = encoder.encode(sample).vectors
     except Unencodable as error:
-        return [f"of {len(sample)} sampled texts: {error}"]
+        return [f"in a sample of {len(sample)} texts: {error}"]
     if vectors.shape[1] != bundle.card.dim:
         found.append(f"vectors have {vectors.shape[1]} dimensions, but the card lists {bundle.card.dim}")
     off = int((np.abs(np.linalg.norm(vectors, axis=1) - 1) > UNIT_TOLERANCE).sum())
     if bundle.card.normalised and off:
-        found.append(f"{off} of {len(sample)} sampled vectors have no unit length")
+        found.append(f"{off} of {len(sample)} sampled vectors are not normalised")
     spread = float(vectors.std(axis=0).max())
     if spread < MIN_SPREAD:
         found.append(

@@ -73,7 +73,7 @@ def train_pca(
 ) -> Bundle:
     """Fit a whitened PCA on the backbone's pooled hidden states, and save the bundle without promoting it.
 
-    Identical texts count once. ``layers_from`` is what decided the number of layers, for the card.
+    Identical texts count once. ``layers_from`` is the basis for the number of layers; the card records it.
 
     Raises:
         UserError: the backbone is unknown, there are too many layers or dimensions, or too few texts.
@@ -168,7 +168,7 @@ def save_marc(
 ) -> Bundle:
     """Save a trained MARC as a bundle without promoting it.
 
-    ``training_set`` and ``train`` are those of the training; ``layers_from`` is what decided the number of layers.
+    ``training_set`` and ``train`` are those of the training; ``layers_from`` is the basis for the number of layers.
     """
     card, objective, layers, progress = training_set.card, trained.objective, trained.layers, trained.progress
 

@@ -1,4 +1,4 @@
-"""Promotion: evaluate a bundle beside the current one, and make it current by one atomic write behind the gate."""
+"""Promotion: compare a bundle with the current one; if the gate passes it, make it current in one atomic write."""
 
 import logging
 import math

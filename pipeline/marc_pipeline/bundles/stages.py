@@ -151,7 +151,7 @@ def train_stage(
 ) -> TrainingRun:
     """Choose the number of layers, train, and save the bundle. A finished run is not repeated.
 
-    ``decision`` is what decided the layers, for the bundle's card. The settings are those of ``choices.reviewed``.
+    ``decision`` is the basis for the layers, for the bundle's card. The settings are those of ``choices.reviewed``.
 
     Raises:
         UserError: there are too few interactions, or the loss is not finite.

@@ -134,7 +134,7 @@ def _group(form: Format, file: SourceFile, storage: Storage) -> tuple[FileGroup,
         try:
             schema = pq.read_schema(path, filesystem=filesystem).remove_metadata()
         except pa.ArrowInvalid as error:
-            raise UserError(f"{file.uri} is no Parquet file: {error}") from None
+            raise UserError(f"{file.uri} is not a Parquet file: {error}") from None
         refuse_doubled(schema.names, file.uri)
         return FileGroup({field.name: _column_kind(field.type) for field in schema}, (file,)), str(schema)
     text = find_format(form, file.uri, storage)
@@ -173,4 +173,4 @@ def _require_columns(group: FileGroup, catalogue: CatalogueSettings) -> None:
         if group.columns[name] == "UNSUPPORTED":
             raise UserError(f"catalogue.{key} names column {name!r} of {uri}: Spark cannot read its type")
     if updated and group.columns[updated] not in UPDATED_AT_TYPES:
-        raise UserError(f"catalogue.updated_at_column names column {updated!r} of {uri}, which is no time")
+        raise UserError(f"catalogue.updated_at_column names column {updated!r} of {uri}, which is not a time")

@@ -28,7 +28,7 @@ PIECE_BYTES = 16 * 1024 * 1024
 BATCH_BYTES = 16 * 1024 * 1024
 BATCH_RECORDS = 2000
 QUOTED_BYTES = 64 * 1024 * 1024
-"""A quoted CSV field that is longer counts as unclosed."""
+"""Longest quoted CSV field in bytes; a longer field counts as unclosed."""
 
 BOM = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -136,9 +136,9 @@ def _opened(uri: str, storage: Storage) -> Iterator[IO[bytes]]:
             content = gzip.GzipFile(fileobj=file) if _is_gzipped(uri) else file
             yield io.BufferedReader(content, BUFFER_BYTES)
     except FileNotFoundError:
-        raise UserError(f"{uri} is gone, or cannot be seen from every machine") from None
+        raise UserError(f"{uri} is missing, or not every machine can read it; use a shared path or S3") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{uri} is no gzip file, or a damaged one: {error}") from None
+        raise UserError(f"{uri} is not a gzip file, or is damaged: {error}") from None
 
 
 def _lines(stream: IO[bytes], line_end: str) -> Iterator[bytes]:

@@ -135,7 +135,7 @@ def load_settings(given: str | Path | None = None) -> Settings:
     except ValidationError as error:
         raise UserError(f"{path}: {describe(error)}") from None
     except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no valid YAML mapping: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not a valid YAML mapping: {' '.join(str(error).split())}") from None
 
 
 def _is_key(variable: str) -> bool:
@@ -169,5 +169,5 @@ def parse_ds(value: str) -> str:
     except ValueError:
         parsed = None
     if parsed is None or parsed.isoformat() != value:
-        raise UserError(f"{value!r} is no date; write YYYY-MM-DD, for example 2026-11-20")
+        raise UserError(f"{value!r} is not a date; write YYYY-MM-DD, for example 2026-11-20")
     return value

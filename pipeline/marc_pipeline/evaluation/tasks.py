@@ -202,7 +202,7 @@ def evaluation_result(
 ) -> Evaluation:
     """Return means, intervals and findings from the results of all tasks.
 
-    ``chosen`` is the layer that systems read, and ``decision`` is what chose it.
+    ``chosen`` is the layer that systems read, and ``decision`` is the basis of that choice.
     """
     data, _ = _data(training_set, settings.interactions.history, fold=None)
     scores = sorted((s for one in found for s in one.scores), key=lambda s: (s.dim, s.system, s.seed))

@@ -100,7 +100,7 @@ def _title(traits: Traits, *, brand: str, dice: Dice) -> str:
 
 
 def _description(traits: Traits, *, style: Style, features: tuple[str, ...], dice: Dice) -> str:
-    """One short phrase, a few sentences or, seldom, several hundred words."""
+    """One short phrase, a few sentences or, rarely, several hundred words."""
     words = vocabulary()
     fields = traits._asdict() | {
         "Adj": _capitalised(traits.adj),

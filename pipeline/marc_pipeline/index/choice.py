@@ -79,7 +79,7 @@ def choose(items: int, dim: int, settings: IndexSettings) -> tuple[IndexChoice, 
             f"index.memory_mib {settings.memory_mib:g} is too small for an index of {items:,} × {dim} with recall "
             f"{settings.target_recall}; set it to at least {_mebibytes(least.memory_bytes)} ({shown})"
         )
-    # Try the cheapest sufficient index first, then more precise ones. Sparing codes are used only if no other fits.
+    # Try the cheapest sufficient index first, then more precise ones. SPARING codes are used only if no other fits.
     usual = [choice for choice in fitting if not choice.factory.rsplit(",", 1)[-1].startswith(SPARING)]
     return tuple(reversed(usual)) if usual else (fitting[0],)
 

@@ -18,7 +18,7 @@ from marc_schemas.release import Release
 
 
 class IndexReader:
-    """The index of one release, opened at the first use."""
+    """The FAISS index of one release. It is opened on first use."""
 
     def __init__(self, facts: Release, *, storage: Storage) -> None:
         self._facts = facts

@@ -42,7 +42,7 @@ def run_in_process(
 
 @dataclass(frozen=True)
 class IndexJob:
-    """What to index, with which index type, and where to store it; see :func:`marc_pipeline.index.make.make_index`."""
+    """Inputs of the index stage: vectors, index type and storage; see :func:`marc_pipeline.index.make.make_index`."""
 
     source: TableVectors
     choice: IndexChoice

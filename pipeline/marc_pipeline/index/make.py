@@ -1,4 +1,4 @@
-"""Making the index of a day: patch the previous release's index while it stays healthy, or build a new one."""
+"""Making the index of a day: patch the previous release's index if the limits allow it, or build a new one."""
 
 import logging
 import time
@@ -118,7 +118,7 @@ def make_index(
 
 
 def _patch_or_build(jobs: Sequence[IndexJob], base: Release | None) -> tuple[IndexJob, DraftIndex, IndexMeasurement]:
-    """The patched index if it is healthy; otherwise the first new index that reaches the target recall."""
+    """The patched index if its recall is good enough; otherwise the first new index that reaches the target recall."""
     job = next((job for job in jobs if base and job.choice.factory == base.index.factory), jobs[0])
     try:
         draft = patch_index(job, base)

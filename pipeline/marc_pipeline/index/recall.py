@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from marc_pipeline.index.vectors import Ids, Matrix, TableVectors
 
-# Neighbours kept beyond k: they replace removed ones.
+# Number of spare neighbours beyond k, which replace removed ones.
 SPARE = 32
 # Relative to the best score: scores this close count as equal, because of rounding.
 TIE_TOLERANCE = 1e-6
@@ -19,9 +19,9 @@ TIE_TOLERANCE = 1e-6
 QUANTILE = 2.5758293
 # Tuning queries per held-out query.
 TUNED_ON = 0.5
-# Comparisons held in memory at a time.
+# Number of comparisons in memory at a time.
 CELLS = 8_000_000
-# Row ids that never occur: of a place that does not count, and of a missing result.
+# Row ids that never occur: UNFIT marks a place that does not count, NOTHING a missing result.
 UNFIT, NOTHING = -2, -3
 MIXED = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
@@ -51,7 +51,7 @@ class ExactNeighbours:
 
 @dataclass(frozen=True)
 class RecallQueries:
-    """Items as queries.
+    """Items that serve as queries of the recall measurement.
 
     Attributes:
         ids: row ids [q].
@@ -92,7 +92,7 @@ def random_keys(row_ids: Ids, seed: int) -> NDArray[np.uint64]:
 
 
 def sample_row_ids(source: TableVectors, wanted: int, seed: int) -> Ids:
-    """Row ids of a random sample, in random order. Few of them change from one night to the next."""
+    """Row ids of a random sample, in random order. Few of them change from one nightly run to the next."""
     ids, keys = np.empty(0, np.int64), np.empty(0, np.uint64)
     for file in source.files:
         more = source.open(file).row_ids()
@@ -196,7 +196,7 @@ def recall_per_query(
         [(found[n : n + step, :, None] == fits[n : n + step, None, :]).any(axis=2) for n in range(0, len(found), step)]
         or [np.zeros(found.shape, np.bool_)]
     )
-    # If the list ends within a tie, unlisted results are judged by their own scores.
+    # If the list ends within a tie, a result that is not listed counts if its score reaches the k-th score.
     open_end = least <= near.floor[chosen]
     rows, places = np.nonzero(~right & (found >= 0) & open_end[:, None])
     if len(rows):
@@ -209,8 +209,8 @@ def recall_per_query(
 def estimate_recall(shares: NDArray[np.float64], items: int) -> Recall:
     """The recall over all items, estimated from that of a random sample.
 
-    The interval is Wilson's, for the number of yes-or-no answers that is as informative as the sample, with the
-    finite-population correction.
+    The interval is Wilson's, with the finite-population correction. Its number of trials is that of a binomial sample
+    whose mean has the same variance.
 
     Args:
         shares: recall [q] of the sampled queries.
@@ -240,7 +240,7 @@ def from_bytes(data: bytes) -> RecallQueries:
     """Read the file that :func:`to_bytes` wrote.
 
     Raises:
-        ValueError, KeyError: the data is no such file.
+        ValueError, KeyError: the data is not such a file.
     """
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
         near = ExactNeighbours(file["near_ids"], file["near_scores"], file["floor"])
@@ -248,7 +248,7 @@ def from_bytes(data: bytes) -> RecallQueries:
 
 
 def _floor(scores: Matrix, depth: int) -> Matrix:
-    """The lowest listed score of each query whose list is full; -inf otherwise."""
+    """The floor of each query: the lowest score in its list if the list is full, else -inf."""
     if scores.shape[1] < depth:
         return np.full(len(scores), -np.inf, np.float32)
     return scores[:, -1].copy()

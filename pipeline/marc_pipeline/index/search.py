@@ -94,8 +94,8 @@ class IndexSearch:
     ) -> Iterator[SearchResult]:
         """The top k of each query, and all results that tie with the k-th, because FAISS orders ties arbitrarily.
 
-        Without a filter the search has its tuned width. With a filter the search is wider, the fewer vectors are
-        allowed. Inverted lists are probed further until k results are found or every list was probed.
+        Without a filter the search has its tuned width. The fewer vectors a filter allows, the wider
+        is the search. Inverted lists are probed further until k results are found or every list was probed.
 
         Args:
             queries: [n, d].

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class QueryBatch:
     """Recall queries: row ids [q], vectors [q, d], and the number of neighbours to keep per query.
 
-    Every task compares them with the vectors that it reads.
+    Every task compares these queries with the vectors that it reads.
     """
 
     ids: Ids
@@ -82,7 +82,7 @@ class ShardTask(IndexTask):
     work_uri: str
 
     def digest(self) -> str:
-        """SHA-256 of the inputs that decide the shard's content."""
+        """SHA-256 of the inputs that determine the shard's content."""
         parts = [self.of, self.number, files_digest(self.source.files), self.factory, self.queries.digest()]
         return hashlib.sha256(json.dumps([*parts, self.trained.sha256 if self.trained else None]).encode()).hexdigest()
 
@@ -228,7 +228,7 @@ def patch_loaded(task: PatchTask) -> PatchedShard:
     vectors = np.concatenate([np.empty((0, task.source.dim), np.float32), *(one.vectors for one in found)])
     near = exact_neighbours(task.queries.ids, task.queries.vectors, [(added, vectors)], task.queries.depth)
     same = not (len(removed) or len(added))
-    # Retention may delete files of a release that shares no table file with this one before this one is published.
+    # Retention may delete an earlier release before this one is published, unless both share a table file.
     if same and {file.path for file in task.before} == {file.path for file in task.source.files}:
         return PatchedShard(task.number, None, task.file, removed, 0, 0, near)
     try:

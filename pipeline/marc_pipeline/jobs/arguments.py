@@ -46,8 +46,8 @@ def job(
 
     Args:
         description: docstring of the job, for ``--help``.
-        of: name of the id that an earlier task of the run announced.
-        announced: whether the id is required.
+        of: which id the job takes as an option.
+        announced: whether this option is required.
         backfill: whether buckets can be chosen.
     """
     parser = argparse.ArgumentParser(description=description)
@@ -81,7 +81,7 @@ def spark_job(
     Args:
         description: docstring of the job, for ``--help``.
         name: name of the session, without the date.
-        of: name of the id that an earlier task of the run announced.
+        of: which id the job takes as an option.
         gpu_tasks: whether every task takes a whole GPU.
     """
     from marc_pipeline.spark.session import configured_session

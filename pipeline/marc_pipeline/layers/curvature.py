@@ -8,7 +8,7 @@ With v_k = z_{k+1} − z_k, k = 1 … t − 1, of a text's tokens z [t, D]:
 Hosseini and Fedorenko 2023, Large Language Models Implicitly Learn to Straighten Neural Sentence Trajectories to
 Construct a Predictive Representation of Natural Language (NeurIPS): the measure. Skean et al. 2025, Layer by Layer
 (ICML, arXiv 2502.02013): on every layer. Kahan 2006, How Futile Are Mindless Assessments of Roundoff in Floating-Point
-Computation: the second formula, because arccos loses half of its digits near 0 and π. This project chose to leave out
+Computation: the second formula, because arccos loses half of its digits near 0 and π. This project chose to exclude
 steps between equal tokens.
 """
 

@@ -27,7 +27,7 @@ from torch import Tensor
 Normalisation = Literal["raw", "log_rows", "log_width", "log_least"]
 
 ROUNDING = 1e-12
-"""Eigenvalues up to this share of the largest count as 0. It is fixed, so that all ways to the spectrum agree."""
+"""Eigenvalues up to this share of the largest count as 0. It is fixed, so that all functions here agree."""
 NEAR_SHANNON = 0.01
 """Orders within this distance of 1 use a formula that does not divide rounding errors by 1 − α."""
 
@@ -148,7 +148,7 @@ def normalise(entropy: Tensor, rows: Tensor | int, width: Tensor | int, how: Nor
 def _shares(eigenvalues: Tensor) -> Tensor:
     """Divide eigenvalues [..., k] by their sum; negative ones, and those below the rounding threshold, become 0."""
     noise = ROUNDING * eigenvalues.amax(dim=-1, keepdim=True)
-    # NaN ≤ x is false, so masked_fill keeps NaN: a diverged model must not look healthy.
+    # NaN ≤ x is false, so masked_fill keeps NaN: a diverged model gets NaN.
     eigenvalues = eigenvalues.masked_fill((eigenvalues <= noise) | (eigenvalues <= 0), 0.0)
     total = eigenvalues.sum(dim=-1, keepdim=True)
     return eigenvalues / total.masked_fill(total == 0, 1.0)

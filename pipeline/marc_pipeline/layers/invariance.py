@@ -18,8 +18,8 @@ Van den Oord et al. 2018, Representation Learning with Contrastive Predictive Co
 Thilak et al. 2024, LiDAR: Sensing Linear Probing Performance in Joint Embedding SSL Architectures (ICLR).
 Skean et al. 2023, DiME: Maximizing Mutual Information by a Difference of Matrix-Based Entropies (arXiv 2301.08164).
 Skean et al. 2025, Layer by Layer (ICML, arXiv 2502.02013): all three on the layers of a language model.
-Choices of this project: InfoNCE is the mean of both directions; its temperature; the linear kernel and the number of
-permutations of DiME; LiDAR omits the small constant that its authors add to every p.
+This project chose the temperature of InfoNCE and the mean of both directions, and the linear kernel and the number of
+permutations of DiME. LiDAR omits the small constant that its authors add to every p.
 """
 
 import math

@@ -243,7 +243,7 @@ def _sweep_id(settings: Settings, inputs: list[object]) -> str:
 
 
 def _image_paths(folder: str, limit: int) -> tuple[str, ...]:
-    """Images below a folder; more than ``limit`` are sampled by the hash of their paths."""
+    """Images below a folder; of more than ``limit``, a sample that the hashes of their paths determine."""
     from marc_pipeline.layers.image_files import image_files
 
     if is_s3(folder):
@@ -386,7 +386,7 @@ def _with_clicks(
 
 
 def _some(texts: Sequence[str], limit: int) -> list[str]:
-    """Distinct texts; more than ``limit`` are sampled by hash, so that equal texts give equal samples."""
+    """Distinct texts; of more than ``limit``, a sample by hash. Equal texts give equal samples."""
     return sorted(set(texts), key=_hashed)[:limit]
 
 

@@ -1,4 +1,4 @@
-"""Layer metrics of one layer, accumulated over blocks of texts in three D × D sums. Memory is constant in the texts.
+"""Layer metrics of one layer, summed over blocks of texts in three D × D sums. Memory does not grow with the texts.
 
 The accumulated sums, in float64:
 
@@ -233,7 +233,7 @@ class LayerMoments:
         if self._classes < 2:
             return math.nan
         between = self._between / self._classes
-        # Lengths are sqrt(D). NaN ≤ x is false, so NaN continues.
+        # Lengths are sqrt(D). NaN ≤ x is false, so the result is NaN if a number is NaN.
         if between.trace().item() <= SPREAD_ROUNDING**2 * self.width:
             return 0.0
         return lidar(between, self._within / self._views, self.ridge).item()

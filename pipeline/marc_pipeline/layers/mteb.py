@@ -1,4 +1,4 @@
-"""Every layer of a backbone as an encoder for the tasks of mteb; each text goes through the model once.
+"""Encoders for the tasks of mteb, one per layer of a backbone; each text goes through the model once.
 
 The module imports the optional package mteb at the first use of a task.
 """
@@ -137,9 +137,9 @@ class EveryLayer:
 
 
 class LayerEncoder:
-    """One layer as an encoder of mteb (its EncoderProtocol): texts in, pooled states out, compared by cosine.
+    """The encoder of one layer for mteb (its EncoderProtocol): pooled states of texts, compared by cosine.
 
-    Prompts and instructions are not added, because a backbone is not trained on any.
+    Prompts and instructions are not added, because a backbone is not trained on prompts.
     """
 
     def __init__(self, every: EveryLayer, number: int) -> None:
@@ -310,7 +310,7 @@ def _run_task(mteb: Any, cache: Any, task: "AbsTask", encoders: "Sequence[LayerE
 
 
 def _is_unfinished(cache: Any, task: "AbsTask", meta: "ModelMeta") -> bool:  # noqa: ANN401
-    """Whether the result of a layer is missing or incomplete; a broken file of a killed process is deleted."""
+    """Whether the result of a layer is missing or incomplete; a damaged file of a killed process is deleted."""
     path: Path = cache.get_task_result_path(task.metadata.name, meta)
     if not path.is_file():
         return True

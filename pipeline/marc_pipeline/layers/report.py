@@ -150,7 +150,7 @@ def _name(model: JudgedModel, report: LayerReport) -> str:
 
 
 def _aucs(report: LayerReport) -> "Figure":
-    """Test AUC of every layer; beside it the AUC that the choice uses."""
+    """Two panels: test AUC of every layer, and the AUC that the choice uses."""
     figure, (tested, folded) = plots.panel_figure(2, columns=2, height=3.9, sharey=True)
     for place, model in enumerate(report.models):
         style = plots.series_style(place)

@@ -1,4 +1,4 @@
-"""A cache on disk of the pooled states of texts at every layer; a process that is killed leaves it usable."""
+"""A cache on disk of the pooled states of texts at every layer; it stays usable if the process is killed."""
 
 import fcntl
 import hashlib

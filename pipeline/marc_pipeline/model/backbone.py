@@ -148,7 +148,7 @@ class HiddenStates(nn.Module):
             return last
         state, self._state = self._state, None
         if state is None:
-            raise RuntimeError("the model did not run its last kept block")
+            raise RuntimeError("the model did not run its last kept block, so there are no hidden states")
         return state
 
 
@@ -177,7 +177,7 @@ class PooledLayers(nn.Module):
 
     def _keep(self, states: Tensor) -> None:
         if self._batch is None:
-            raise RuntimeError("a block ran outside a pass of PooledLayers")
+            raise RuntimeError("a block ran outside PooledLayers.forward; call PooledLayers, not the model")
         # Pooling at once keeps the token states of one layer in memory, not of all layers.
         self._pooled.append(self.summary(self._batch, states))
 

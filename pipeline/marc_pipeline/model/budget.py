@@ -13,7 +13,7 @@ import torch
 CPU_TOKENS = 8192
 FIRST_TOKENS = 8192
 MOST_TOKENS = 1 << 20
-# A batch of double size is worth its memory if the throughput grows by at least this factor.
+# The batch is doubled only if the throughput grows by at least this factor.
 WORTH = 1.03
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def budget_of(device: torch.device, model: str, seconds_of: Callable[[int], floa
     remembered = _read()
     if key not in remembered:
         found, sure = find_budget(seconds_of)
-        log.info("batches of %d tokens suit %s", found, key)
+        log.info("using batches of %d tokens for %s", found, key)
         if not sure:
             return found
         remembered[key] = found
@@ -43,10 +43,10 @@ def budget_of(device: torch.device, model: str, seconds_of: Callable[[int], floa
 def find_budget(
     seconds_of: Callable[[int], float], *, first: int = FIRST_TOKENS, most: int = MOST_TOKENS
 ) -> tuple[int, bool]:
-    """Double the batch from ``first`` until a larger one is not worth its memory or does not fit.
+    """Double the batch from ``first`` until the throughput hardly grows or the batch does not fit.
 
     Args:
-        seconds_of: seconds for a batch of this number of tokens; raises torch.OutOfMemoryError if it does not fit.
+        seconds_of: seconds for a batch of this many tokens; raises torch.OutOfMemoryError if the batch does not fit.
         first: smallest batch. It is returned even if it does not fit, because the encoder then halves its batches.
         most: largest batch.
 

@@ -63,7 +63,7 @@ class Encoded:
         vectors: zeros for a text that failed.
         tokens: of all texts; ``padded_tokens``: including padding.
         model_seconds: compute time of the model on its device.
-        failed: row and reason of each text that fails even alone.
+        failed: reason by row, for each text that fails even as the only one of its batch.
     """
 
     vectors: NDArray[np.float32]
@@ -156,7 +156,7 @@ class Encoder:
                 process prints the stack of every thread and exits, so that Spark retries the task. None: no limit.
 
         Yields:
-            Each object with the vectors of its texts. If a text fails even alone, ``failed`` has its reason.
+            Each object with the vectors of its texts. ``failed`` has the reason of each failed text.
 
         Raises:
             OutOfMemory: the device lacks memory for a single text.
@@ -227,7 +227,7 @@ class Encoder:
         vector: NDArray[np.float32] = self._forward([ids]).cpu().numpy()
         if _not_finite(vector).any():
             self._require_good()
-            failed[row] = "its vector holds NaN or infinity"
+            failed[row] = "its vector contains NaN or infinity"
             vector = np.zeros_like(vector)
         found: NDArray[np.float32] = vector[0]
         return found
@@ -235,7 +235,7 @@ class Encoder:
     def _require_good(self) -> None:
         """Raise an error if a known good text fails too: then the model or the device is broken, not the text."""
         if _not_finite(self._forward(self._good).cpu().numpy()).any():
-            raise Unencodable(f"the model on {self.device} gives NaN or infinity for any text")
+            raise Unencodable(f"the model on {self.device} returns NaN or infinity even for a known good text")
 
     def _prepare_bfloat16(self) -> None:
         """Pack the weights for oneDNN if the CPU multiplies bf16; otherwise leave them unchanged."""

@@ -13,7 +13,7 @@ from marc_pipeline.storage import Storage, join
 
 TOKENIZER = "backbone/tokenizer.json"
 Z_95 = 1.96
-# Most tokens are shorter. Of a long text, this many characters per token usually suffice to fill the token limit.
+# Most tokens are shorter. This many characters per token usually suffice to fill the token limit of a long text.
 CHARACTERS_PER_TOKEN = 16
 TEXTS_AT_ONCE = 1024
 GOOD_TEXT = "a plain text of a few words"

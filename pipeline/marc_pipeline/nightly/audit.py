@@ -94,7 +94,7 @@ def audit_bucket(task: AuditTask, _resources: TaskResources) -> BucketAudit:
         except CorruptFile as error:
             problems.append(str(error))
     elif missing := task.work.items - len(task.receipt.quarantined):
-        problems.append(f"{missing} items and no file")
+        problems.append(f"{missing} planned items, but no file")
     if rows.num_rows:
         problems += [*_identity_problems(task, rows), *_vector_problems(task, rows)]
     moments = _moments(rows if not problems else rows.slice(0, 0), task.plan.dim)
@@ -131,7 +131,7 @@ def apply_gates(
     if not problems:
         expected = plan.items - sum(len(receipt.quarantined) for receipt in receipts)
         if gained.rows != expected:
-            problems.append(f"the files hold {gained.rows:,} rows, the plan has {expected:,} items")
+            problems.append(f"the files contain {gained.rows:,} rows, the plan has {expected:,} items")
         elif day.rows == 0:
             problems.append("the snapshot is empty: no row of the catalogue could be used")
     quarantined = quarantined_rows(plan.quarantined, receipts)
@@ -193,7 +193,7 @@ def _deletion_problems(plan: Plan, lost: Moments, base: Release | None, *, limit
         return []
     where = f" in buckets {list(plan.chosen)}" if plan.chosen else ""
     return [
-        f"{plan.deleted:,} of the base release's {before:,} items{where} are gone, "
+        f"{plan.deleted:,} of the base release's {before:,} items{where} would be deleted, "
         f"audit.max_deleted_fraction allows {limit:.1%}"
     ]
 
@@ -219,7 +219,7 @@ def _identity_problems(task: AuditTask, rows: pa.Table) -> list[str]:
     others = set(rows["bundle"].unique().to_pylist()) - {plan.bundle}
     faults = [
         (duplicates, f"{duplicates} duplicate item ids"),
-        (not same_ids, f"its {rows.num_rows} ids are not the {planned.num_rows} planned ones in order"),
+        (not same_ids, f"its {rows.num_rows} item ids or their order differ from the {planned.num_rows} planned ids"),
         (
             same_ids and not rows["content_hash"].equals(planned["content_hash"]),
             "content hashes differ from the plan's",
@@ -227,7 +227,7 @@ def _identity_problems(task: AuditTask, rows: pa.Table) -> list[str]:
         (not same_row_ids, "row ids are not the hashes of their item ids"),
         (same_row_ids and len(np.unique(stored)) != len(stored), "two items share a row id"),
         (np.any(stored % plan.buckets != bucket), "items of another bucket"),
-        (others, f"vectors of bundle {sorted(others)}, the plan says {plan.bundle}"),
+        (others, f"vectors of bundle {sorted(others)} instead of {plan.bundle}"),
     ]
     return [problem for found, problem in faults if found]
 
@@ -242,10 +242,10 @@ def _vector_problems(task: AuditTask, rows: pa.Table) -> list[str]:
     norms, zero = np.sqrt(squares), squares < SMALLEST_SQUARE
     skewed = finite & ~zero & (np.abs(norms - 1) > UNIT_TOLERANCE + rounding_error(bits))
     faults = [
-        (~finite, "hold NaN or infinity"),
+        (~finite, "contain NaN or infinity"),
         (zero, "are zero"),
         (finite & (norms > LONGEST), "are too long for inner products in float32"),
-        (skewed & task.normalised, "have no unit length"),
+        (skewed & task.normalised, "are not normalised"),
         (finite & (round_mantissas(vectors, bits) != vectors).any(axis=1), f"have more than {bits} mantissa bits"),
     ]
     return [

@@ -45,7 +45,7 @@ because every additional column costs Spark time for every row.
 NEWEST_FIRST = [
     ("item_id", "ascending"), ("updated_at", "descending"), ("content_hash", "descending"), ("source", "ascending")
 ]  # fmt: skip
-"""Order in which the first row of an id is kept; same as :data:`marc_pipeline.catalogue.rows.NEWEST_FIRST`."""
+"""Sort order; the first row per id is kept. Same as :data:`marc_pipeline.catalogue.rows.NEWEST_FIRST`."""
 # Spark's to_json writes hexadecimal escapes in upper case; Python writes them in lower case.
 JSON_ESCAPES = {code: f"\\u{code:04X}" for code in range(32)} | {
     ord(raw): f"\\{letter}" for raw, letter in ('""', "\\\\", "\bb", "\ff", "\nn", "\rr", "\tt")

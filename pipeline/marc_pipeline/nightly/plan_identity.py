@@ -100,12 +100,12 @@ def _require_replaceable(settings: Settings, live: Release, chosen: Sequence[int
     if live.table.template != settings.catalogue.template:
         raise UserError(
             f"release {live.release_id} of {live.ds} was made with template {live.table.template!r}, the configuration "
-            f"says {settings.catalogue.template!r}: backfill the whole day"
+            f"has {settings.catalogue.template!r}: backfill the whole day"
         )
     if live.table.mantissa_bits != settings.mantissa_bits:
         raise UserError(
             f"release {live.release_id} of {live.ds} stores {live.table.mantissa_bits} mantissa bits, the "
-            f"configuration says {settings.mantissa_bits}: backfill the whole day"
+            f"configuration has {settings.mantissa_bits}: backfill the whole day"
         )
 
 

@@ -34,10 +34,10 @@ def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
 
     Raises:
         UserError: an earlier stage has not finished.
-        GateRefused: the audit refused the plan, or audited other files than the receipts name.
+        GateRefused: the audit refused the plan, or its files changed after the audit.
         CorruptFile: a file of the index or the bundle differs from its checksum, or a table file is missing or has
             another size.
-        DayMoved: the index was built for other files than the day has now.
+        DayMoved: the files of the date changed after the index was built.
         Superseded: another run published the same buckets since the plan was made, or a vacuum deleted the plan.
     """
     storage = workspace.storage
@@ -56,7 +56,7 @@ def publish(workspace: Workspace, plan: Plan, *, table_uri: str) -> Release:
     # A vacuum deletes the plan of a dead run first, then checks once more whether it is alive, then deletes its files.
     if workspace.read_plan() is None:
         raise Superseded(
-            f"superseded: a vacuum deleted plan {plan.plan_id}, which looked like that of a dead run; run again"
+            f"superseded: a vacuum deleted plan {plan.plan_id} because its run was idle for the grace period; run again"
         )
     if not append(storage, table_uri, [release]):
         raise DayMoved(f"another run published {plan.ds} at the same moment; run again to publish on top of it")

@@ -65,7 +65,7 @@ def backfill(
     found = release_log.read_log(deployment.storage, deployment.settings.table_uri)
     identity = identify_plan(deployment, ds=ds, chosen=buckets, recompute=recompute)
     if expected and expected != identity.plan_id and (made := made_by(found, ds, expected)):
-        # An earlier attempt published the announced plan, so the files to recompute, and the plan_id, are others now.
+        # An earlier attempt published the announced plan, which changed the files to recompute and thus the plan_id.
         return Outcome(release=made, fresh=False)
     require_expected(identity, expected)
     return _run_stages(deployment, identity, already_published(deployment, identity, whole=True))

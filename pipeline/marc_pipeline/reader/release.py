@@ -204,7 +204,7 @@ class OpenRelease:
         the wider the index is searched, and missing neighbours are found by the table's vectors. If few items are
         allowed, the result is exact for every index type.
 
-        A query's answer does not depend on the other queries of the call. One exception: with an exact index
+        A query's result does not depend on the other queries of the call. One exception: with an exact index
         (``Flat``), FAISS multiplies batches of 20 and more queries differently, and the last bits of scores may differ.
 
         Args:

@@ -50,7 +50,7 @@ def _content_problems(storage: Storage, release: Release, table_uri: str) -> Ite
         if table.num_rows != file.rows:
             yield f"{file.path} has {table.num_rows:,} rows, the release lists {file.rows:,}"
         if table["bundle"].unique().to_pylist() != [release.bundle.version]:
-            yield f"{file.path} has vectors of another bundle than {release.bundle.version}"
+            yield f"{file.path} has vectors of a bundle other than {release.bundle.version}"
     if rows != release.counts.items:
         yield f"the table has {rows:,} rows, the release lists {release.counts.items:,} items"
     in_table = np.concatenate(row_ids)

@@ -17,7 +17,7 @@ from marc_pipeline.table.commit import commit_day, committed_files
 from marc_schemas.arrow import from_arrow, to_arrow
 from marc_schemas.release import FORMAT_VERSION, OLDEST_FORMAT, RELEASES, Release
 
-# Delta and Spark ignore folders with an underscore, so the log is no data of the feature table.
+# Delta and Spark ignore folders with an underscore, so they do not read the log as data of the table.
 FOLDER = "_releases"
 TRIES = 5
 
@@ -95,7 +95,7 @@ def new_release_id(now: datetime) -> str:
 
 
 def live_releases(releases: Iterable[Release]) -> dict[str, Release]:
-    """Return the release that readers of each date see, in order of date: its last turn, unless that withdrew it."""
+    """Return the release that readers of each date see, in order of date: its last turn, unless it is a withdrawal."""
     last = {release.ds: release for release in sorted(releases, key=lambda release: release.turn)}
     return {ds: last[ds] for ds in sorted(last) if not last[ds].withdrawn}
 
@@ -132,7 +132,7 @@ def find_release(
         raise UserError(f"no release at {table_uri} yet; the nightly run publishes one")
     release = found.find(release_id) if release_id is not None else newest(found.releases, ds=ds)
     if release is not None and release.withdrawn:
-        raise UserError(f"release {release_id} withdrew {release.ds} and holds no vectors; choose another release")
+        raise UserError(f"release {release_id} withdrew {release.ds} and contains no vectors; choose another release")
     days = list(live)
     if release is None:
         wanted = f"release {release_id}" if release_id is not None else f"release of {ds}"

@@ -52,7 +52,7 @@ def vacuum(deployment: Deployment, *, now: datetime | None = None, dry_run: bool
     """Retire releases beyond retention, and delete files that no release, reader or run needs.
 
     A release is retired first. The first vacuum after the grace period removes it from the log and deletes its files;
-    until then, readers that have it open can read on. A file that no release names belongs to a run. It is deleted
+    until then, open readers can continue. A file that no release names belongs to a run. It is deleted
     when that run has written no file for the grace period. The log record is removed before the files, so the next
     vacuum finishes the work of a vacuum that was killed.
 

@@ -24,7 +24,7 @@ def roll_back(storage: Storage, table_uri: str, release_id: str) -> list[Release
     Raises:
         UserError: there is no such release, or retention retired it.
         CorruptFile: a file of the release is damaged or missing. Nothing was changed.
-        Superseded: other runs published at every attempt.
+        Superseded: other runs published during every attempt.
     """
     for _ in range(ROLL_BACK_TRIES):
         found = read_log(storage, table_uri)

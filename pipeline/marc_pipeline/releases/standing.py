@@ -1,4 +1,4 @@
-"""The standing of a plan in the release log: whether it may be published, is published, and has an intact release."""
+"""The status of a plan in the release log: whether it may be published, is published, and has an intact release."""
 
 import logging
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 def published(
     storage: Storage, table_uri: str, *, ds: str, plan_id: str, chosen: tuple[int, ...] | None = None
 ) -> Release | None:
-    """Return the live release of a date if it holds the result of this plan; then no work is left."""
+    """Return the live release of a date if it contains the result of this plan; None if the plan must run."""
     found = read_log(storage, table_uri)
     live = found.live(ds)
     return live if live is not None and holds(found, live, plan_id, chosen) else None
 
 
 def holds(found: ReleaseLog, live: Release, plan_id: str, chosen: tuple[int, ...] | None) -> bool:
-    """Return whether a live release contains what a plan made, for all buckets or for the ``chosen`` ones."""
+    """Return whether a live release contains the result of a plan, for all buckets or for the ``chosen`` ones."""
     if live.plan_id == plan_id:
         return True
     # Backfills of other buckets may have been published on top of this plan.

@@ -34,7 +34,7 @@ def describe_file(local: Path, *, path: str, rows: int = 0) -> PublishedFile:
 
 
 def check_file(storage: Storage, root: str, published: PublishedFile) -> str | None:
-    """Read a whole published file; return what is wrong with it, or None."""
+    """Read a whole published file; return its fault as one line, or None if it is intact."""
     uri = join(root, published.path)
     filesystem, path = storage.filesystem(uri)
     sha, size = hashlib.sha256(), 0
@@ -46,7 +46,7 @@ def check_file(storage: Storage, root: str, published: PublishedFile) -> str | N
     except FileNotFoundError:
         return f"{uri} is missing"
     if size != published.bytes:
-        return f"{uri} has {size:,} bytes, the release says {published.bytes:,}"
+        return f"{uri} has {size:,} bytes, the release lists {published.bytes:,}"
     if sha.hexdigest() != published.sha256:
         return f"{uri} does not match its SHA-256 {published.sha256[:12]}…"
     return None
@@ -89,7 +89,7 @@ def _copies() -> Path:
 
 
 def _downloaded(storage: Storage, uri: str, path: Path, sha256: str) -> str | None:
-    """Download one file and return what is wrong with it; None when it matches its checksum."""
+    """Download one file; return its fault as one line, or None if it matches its checksum."""
     try:
         storage.fetch(uri, path)
     except FileNotFoundError:
@@ -98,7 +98,7 @@ def _downloaded(storage: Storage, uri: str, path: Path, sha256: str) -> str | No
 
 
 def _difference(path: Path, sha256: str) -> str | None:
-    """Return what is wrong with a local file; None when it matches its checksum."""
+    """Return the fault of a local file as one line; None if it matches its checksum."""
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -128,7 +128,7 @@ def require_size(size: int, uri: str, published: PublishedFile) -> None:
         CorruptFile: the size differs.
     """
     if size != published.bytes:
-        raise CorruptFile(f"{uri} has {size:,} bytes, the release says {published.bytes:,}")
+        raise CorruptFile(f"{uri} has {size:,} bytes, the release lists {published.bytes:,}")
 
 
 @contextmanager

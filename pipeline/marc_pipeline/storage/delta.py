@@ -11,7 +11,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 from marc_pipeline.storage import Storage, require_no_credentials
 
 # Errors of a commit: a conflict (CommitFailedError is a DeltaError) or a failure of the store, which delta-rs does not
-# retry. The commit may have succeeded although its answer was lost: reopen the table and check before a retry.
+# retry. The commit may have succeeded although its response was lost: reopen the table and check before a retry.
 COMMIT_ERRORS = (DeltaError, OSError)
 STORE_FAILED = "S3 error"
 REFUSED = re.compile(r"status code\W.*?\b4\d\d\b", re.DOTALL)
@@ -28,7 +28,7 @@ def open_table(storage: Storage, uri: str) -> DeltaTable | None:
             except TableNotFoundError:
                 return None
 
-    # delta-rs retries requests, but not an answer that breaks off.
+    # delta-rs retries requests, but not a response that is cut off.
     return storage.repeated(uri, opened, on=(_StoreError,))
 
 
@@ -42,7 +42,7 @@ def open_or_create(
     options = storage.delta_options()
 
     def created() -> DeltaTable:
-        # If another run was faster, or the answer was lost, the table exists. Opening it raises every other error.
+        # If another run was faster, or the response was lost, the table exists. Opening it raises every other error.
         with suppress(DeltaError, OSError):
             DeltaTable.create(uri, schema=schema, name=name, partition_by=list(partition_by), storage_options=options)
         with _store_errors():

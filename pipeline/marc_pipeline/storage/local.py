@@ -133,7 +133,7 @@ def _raise_unless_gone(error: OSError) -> None:
 
 
 def _in_folder(folder: Path, action: Callable[[], R]) -> R:
-    """Create a folder and act in it; repeat both if another process removes the empty folder in between."""
+    """Create a folder and run an action in it; repeat both if another process removes the folder in between."""
     for _ in range(FOLDER_TRIES):
         with suppress(FileNotFoundError, FileExistsError):
             folder.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ class Storage:
     def create(self, uri: str, data: bytes) -> bool:
         """Write one object unless it exists; return whether this call created it. The first writer wins.
 
-        On S3 the answer to a successful write may be lost. The retry then finds an object and treats equal content as
+        On S3 the response to a successful write may be lost. The retry then finds an object and treats equal content as
         its own. A caller that must be the only creator therefore writes unique content.
         """
         return self._objects(uri).create(uri, data)
@@ -82,7 +82,7 @@ class Storage:
         return self._objects(uri).stat(uri)
 
     def remove(self, uris: Iterable[str]) -> None:
-        """Delete objects. A missing object is no error; local folders that become empty are deleted as well.
+        """Delete objects. A missing object is not an error; local folders that become empty are deleted as well.
 
         Raises:
             OSError: some could not be deleted; the others were.

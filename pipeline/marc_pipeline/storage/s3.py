@@ -34,7 +34,7 @@ PASSING_ERRORS = {"InternalError", "SlowDown", "ServiceUnavailable", "RequestTim
 
 
 class _BrokenAnswer(Exception):
-    """The store's answer is incomplete or not final; the request must be repeated."""
+    """The store's response is incomplete or not final; the request must be repeated."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class S3Objects:
             try:
                 answer = client.get_object(Bucket=bucket, Key=key)
             except client.exceptions.ClientError as error:
-                # The status is reliable even if the error document broke off.
+                # The status is reliable even if the error document is cut off.
                 if _status(error) == 404 and error.response["Error"]["Code"] != "NoSuchBucket":
                     raise FileNotFoundError(uri) from None
                 raise
             _require_whole_head(answer)
             return answer["Body"].read()
 
-        # boto3 retries requests, but not an answer that breaks off.
+        # boto3 retries requests, but not a response that is cut off.
         return repeated(uri, get, on=_broken_bodies(), attempts=self.attempts)
 
     def write(self, uri: str, data: bytes) -> None:
@@ -115,10 +115,10 @@ class S3Objects:
             except S3UploadFailedError as error:
                 if "NoSuchUpload" not in str(error):
                     raise
-                # The upload was completed and the answer lost, or another client aborted the upload.
+                # The upload was completed and the response lost, or another client aborted the upload.
                 raise _BrokenAnswer(str(error)) from error
 
-        # boto3 raises KeyError for an answer that broke off within its headers.
+        # boto3 raises KeyError for a response that is cut off within its headers.
         repeated(uri, upload, on=(_BrokenAnswer, KeyError), attempts=self.attempts)
 
     def list(self, uri: str, *, hidden: bool) -> Sequence[StoredObject]:
@@ -199,7 +199,7 @@ class S3Objects:
         return aborted
 
     def copy(self, uri: str, path: Path) -> None:
-        """Download one object in parts. boto3's own transfer hangs when an answer breaks off in its headers."""
+        """Download one object in parts. boto3's own transfer hangs if a response is cut off in its headers."""
         stored = self.stat(uri)
         if stored is None:
             raise FileNotFoundError(uri)
@@ -266,10 +266,10 @@ class S3Objects:
 
 
 def _require_whole_head(answer: Any) -> None:  # noqa: ANN401 - any of boto3's typed dictionaries
-    """Refuse an answer whose headers broke off; boto3 treats it as an answer without a body."""
+    """Refuse a response whose headers are cut off; boto3 treats it as a response without a body."""
     headers = answer["ResponseMetadata"]["HTTPHeaders"]
     if "content-length" not in headers and "transfer-encoding" not in headers:
-        raise _BrokenAnswer("the answer broke off")
+        raise _BrokenAnswer("the response is cut off")
 
 
 def _status(error: Any) -> int:  # noqa: ANN401 - boto3's ClientError, made at run time

@@ -25,7 +25,7 @@ class TableFile:
     Files with uncompressed vectors (see :mod:`marc_pipeline.table.plain_pages`) are read by row. Files of an earlier
     version are read by row group.
 
-    ``rows`` is the number of rows by the release, ``dim`` the length d of the vectors.
+    ``rows`` is the number of rows that the release lists, ``dim`` the length d of the vectors.
 
     Raises:
         CorruptFile: the footer is damaged, or rows or columns differ from the release.

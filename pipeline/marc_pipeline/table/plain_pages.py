@@ -1,7 +1,7 @@
 """Offsets of uncompressed values in a Parquet file, so that one row can be read by its number.
 
 pyarrow can only read whole row groups. A column chunk with one plain, uncompressed page ends with its values in row
-order, after the page header and the levels, by Parquet's specification. The reader is our own for this reason.
+order, after the page header and the levels (Parquet's specification). This module therefore computes the offsets.
 """
 
 from collections.abc import Callable

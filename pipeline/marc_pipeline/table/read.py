@@ -42,7 +42,7 @@ class UnknownItems(UserError, KeyError):
 
 
 class TableReader:
-    """The feature table of one release, at the uri by which this reader reaches it."""
+    """The feature table of one release, at the uri that this reader uses."""
 
     def __init__(self, facts: Release, *, uri: str, storage: Storage) -> None:
         self._facts = facts

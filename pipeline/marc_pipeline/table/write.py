@@ -72,10 +72,10 @@ def write_bucket_file(
             pq.ParquetWriter(
                 staged,
                 schema.with_metadata({**footer, LAYOUT_FOOTER: PLAIN_LAYOUT, PRECISION_FOOTER: str(mantissa_bits)}),
-                # On full-precision floats zstd would save only 7 %.
+                # On full-precision vectors zstd would save only 7 %.
                 compression=dict.fromkeys((*schema.names, VECTOR_COLUMN), "zstd") | dict.fromkeys(plain, "none"),
                 use_dictionary=False,
-                # Spark's default Parquet reader refuses BYTE_STREAM_SPLIT; on full floats it would save 5 % more.
+                # BYTE_STREAM_SPLIT would save 5 % more on them, but Spark's default Parquet reader refuses it.
                 use_byte_stream_split=False if plain == PLAIN_COLUMNS else [VECTOR_COLUMN],
                 data_page_size=2 * PAGE_BYTES,
                 write_page_checksum=True,

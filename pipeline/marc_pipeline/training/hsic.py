@@ -113,7 +113,7 @@ def _double_centred(k: Tensor) -> Tensor:
 def _u_centred(k: Tensor) -> Tensor:
     """Return Ã_ij = K̃_ij − Σ_l K̃_il/(n−2) − Σ_l K̃_lj/(n−2) + ΣΣK̃/((n−1)(n−2)), with 0 on the diagonal.
 
-    Σ Ã_ij B̃_ij / (n(n−3)) is Song's estimator. It is an inner product, so that it is ≥ 0 for A = B.
+    Σ Ã_ij B̃_ij / (n(n−3)) is Song's estimator. As an inner product, it is ≥ 0 if A and B are equal.
     """
     n = len(k)
     diagonal = torch.eye(n, dtype=torch.bool, device=k.device)

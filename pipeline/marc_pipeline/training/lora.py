@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LORA_ALPHA_PER_RANK = 2
 LORA_DROPOUT = 0.05
-# Mamba's scan uses the weights of these modules without calling them, so that adapters would have no effect.
+# Mamba's scan reads the weights of these modules without calling the modules: adapters would have no effect.
 UNCALLED_MODULES = ["dt_proj", "out_proj"]
 
 

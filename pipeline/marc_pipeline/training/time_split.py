@@ -36,8 +36,8 @@ def split_by_time(interactions: Interactions, *, train: float = 0.8, validation:
         labels = interactions.labels[rows]
         if not len(labels):
             raise UserError(
-                f"the split of {n:,} interactions by time leaves {name} with 0 rows, but it needs at least one of each "
-                "label; provide more interactions, or finer timestamps if many rows share one"
+                f"the split of {n:,} interactions by time leaves {name} with 0 rows, but both labels are needed; "
+                "provide more interactions, or finer timestamps if many rows share one"
             )
         if labels.min() == labels.max():
             kind = "clicks" if labels[0] else "rows without a click"
@@ -49,7 +49,7 @@ def split_by_time(interactions: Interactions, *, train: float = 0.8, validation:
 
 
 def split_by_user(interactions: Interactions, *, folds: int, fold: int) -> tuple[NDArray[np.int64], Split]:
-    """Deal users into folds: one fold is the test part, the next one the validation part, all others the training part.
+    """Assign users to folds: one fold is the test part, the next the validation part, all others the training part.
 
     Returns:
         Rows sorted by part and by time within each part, and the split of this order.
@@ -65,8 +65,8 @@ def split_by_user(interactions: Interactions, *, folds: int, fold: int) -> tuple
         labels = interactions.labels[of_rows == number]
         if not len(labels) or labels.min() == labels.max():
             raise UserError(
-                f"layers are evaluated on held-out users, but of {len(users):,} users, dealt into {folds} groups, one "
-                "group has no rating or one label only; set train.layers, or provide interactions of more users"
+                f"cannot evaluate layers on held-out users: of {len(users):,} users in {folds} groups, one has no "
+                "rating or one label only; set train.layers, or provide interactions of more users"
             )
     part = np.select([of_rows == fold, of_rows == (fold + 1) % folds], [2, 1], 0)
     first, second, _ = np.cumsum(np.bincount(part, minlength=3)).tolist()

@@ -14,6 +14,9 @@ from example_counts import SLOW_PROFILE
 from repository_paths import REPOSITORY, SHARED
 
 settings.register_profile(SLOW_PROFILE)
+# Make exports MARC_CONFIG; a test finds only the configuration that it names.
+for name in [name for name in os.environ if name.startswith("MARC_")]:
+    del os.environ[name]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Parallel test processes share the cores. With more threads than cores, torch and faiss mostly wait for one another.

@@ -1,4 +1,4 @@
-"""Hashes that identify items, texts, plans and sets of files; every part of the system must compute the same ones."""
+"""Hashes that identify items, texts, plans, receipts and table files; every part must compute the same ones."""
 
 import hashlib
 import json

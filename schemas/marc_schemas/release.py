@@ -1,4 +1,4 @@
-"""A release: one published generation of table, index and bundle, as one record of the release log."""
+"""A release: one record of the release log, and its facts as ``marc run --json`` and the Airflow event give them."""
 
 from datetime import datetime
 from typing import Any

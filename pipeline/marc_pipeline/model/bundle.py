@@ -1,4 +1,4 @@
-"""Bundles on disk: immutable folders named by the hash of their content, and a pointer to the current bundle."""
+"""Bundles on disk: save, hash and open immutable folders, and keep the pointer to the current bundle."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The asset that a DAG updates when a release is published."""
+"""The asset that a DAG updates when a release is published; the event carries the facts of the release."""
 
 from airflow.sdk import Asset, Metadata
 

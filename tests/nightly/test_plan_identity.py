@@ -75,9 +75,9 @@ WHOLE_DAY = "backfill the whole day"
     [
         *((23, 23, {}, (0, n), f"no bucket {n}: release .* has buckets 0 to 3") for n in (-1, 4, 99)),
         (23, 23, {"template": "{title}!"}, (0,), f"of {DS} was made with template .*: {WHOLE_DAY}"),
-        (23, 10, {}, (0,), f"of {DS} stores 23 mantissa bits, .* says 10: {WHOLE_DAY}"),
-        (10, 23, {}, (0,), f"of {DS} stores 10 mantissa bits, .* says 23: {WHOLE_DAY}"),
-        (10, 11, {}, (0,), f"of {DS} stores 10 mantissa bits, .* says 11: {WHOLE_DAY}"),
+        (23, 10, {}, (0,), f"of {DS} stores 23 mantissa bits, .* has 10: {WHOLE_DAY}"),
+        (10, 23, {}, (0,), f"of {DS} stores 10 mantissa bits, .* has 23: {WHOLE_DAY}"),
+        (10, 11, {}, (0,), f"of {DS} stores 10 mantissa bits, .* has 11: {WHOLE_DAY}"),
     ],
 )
 def test_chosen_buckets_must_fit_the_live_release(

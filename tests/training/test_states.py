@@ -123,7 +123,7 @@ def test_a_failed_pass_does_not_affect_the_next(models: Models, batch: Ids, arch
         assert torch.equal(
             pooled(PaddedTokens(ids[:1], mask[:1])), every_layer(models[architecture], (ids[:1], mask[:1]), "mean")
         )
-        with pytest.raises(RuntimeError, match="outside PooledLayers.forward"):
+        with pytest.raises(RuntimeError, match=r"outside PooledLayers\.forward"):
             pooled.model(input_ids=ids, attention_mask=mask)
 
 

@@ -32,7 +32,7 @@ from marc_pipeline.scheduler.tasks import identify_backfills
             default=False,
             type="boolean",
             title="Recompute",
-            description="Compute vectors of unchanged texts as well.",
+            description="Re-encode unchanged items as well.",
         ),
         "config": CONFIG,
     },

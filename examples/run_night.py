@@ -1,4 +1,4 @@
-"""A night without Airflow, for cron or any other scheduler: train once, publish, act on the exit code.
+"""A nightly run without Airflow, for cron or any other scheduler: train once, publish, act on the exit code.
 
     python examples/run_night.py --config marc.yaml --ds 2026-11-20
 
@@ -35,7 +35,7 @@ def main() -> int:
         if done.returncode != SUPERSEDED:
             break
     if done.returncode:
-        # 2: mend catalogue or configuration. 3: a gate refused. 1: a fault; a retry does only what is missing.
+        # 2: correct catalogue or configuration. 3: a gate refused. 1: a fault; a retry does only what is missing.
         print(f"no release for {given.ds}: exit code {done.returncode}", file=sys.stderr)
         return done.returncode
     facts = json.loads(done.stdout)

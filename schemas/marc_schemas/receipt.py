@@ -55,7 +55,7 @@ def day_moments(gained: Moments, lost: Moments, live: Release | None) -> Moments
     Args:
         gained: moments of the plan's files.
         lost: moments of the files that they replace.
-        live: the day's release that a plan of some buckets changes; None for a plan of the whole day.
+        live: the day's release that a plan of some buckets changes; None for a plan of the whole date.
     """
     return gained if live is None else live.moments - lost + gained
 

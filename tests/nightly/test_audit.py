@@ -299,7 +299,7 @@ def test_a_plan_of_some_buckets_gains_and_loses_their_moments(site: Site, live: 
     assert_moments(report.lost, in_buckets(VECTORS, BUCKET))
     day = in_buckets(VECTORS, 0, 2, 3) | changed()
     assert_moments(day_moments(report.gained, report.lost, live), day)
-    # Drift is measured over the whole day.
+    # Drift is measured over the whole date.
     drift = math.dist(plainly(day)[1], live.moments.mean) / math.sqrt(live.moments.variance)
     assert report.figures.drift == pytest.approx(drift, abs=1e-9)
     assert "the mean vector moved by" in encoded.audit(AuditSettings(max_drift=0.0)).problems[0]

@@ -91,7 +91,7 @@ spark: {{master: "local[1,4]"}}
     kept = {file for file in before.facts.table.files if re.search(r"/bucket=[89]/", file.path)}
     assert len(kept) == 2
     assert kept == set(before.facts.table.files) & set(made.facts.table.files)
-    # The expected rows come from one run of the whole day.
+    # The expected rows come from one run of the whole date.
     call("run", "--ds", DS, config=tmp_path / "whole.yaml")
     new = rows_of(tmp_path / "whole" / "item_vectors").to_pylist()
     rows = zip(new, old.to_pylist(), strict=True)

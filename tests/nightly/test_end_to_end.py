@@ -312,7 +312,7 @@ def test_runs_with_another_precision_publish_other_releases(runs: Runs, tmp_path
 
     refused = marc.call("backfill", "--ds", SECOND, "--bucket", "1", env={"MARC_MANTISSA_BITS": "7"})
     assert refused.returncode == 2
-    assert "stores 12 mantissa bits, the configuration has 7: backfill the whole day" in refused.stderr
+    assert "stores 12 mantissa bits, the configuration has 7: backfill the whole date" in refused.stderr
     shown = " ".join(re.sub("[│┃]", " ", marc.call("summary", "--ds", SECOND).stdout).split())
     assert re.search(r"[\d,]+ bytes per item, 12 mantissa bits\)", shown)
     assert marc.call("verify", "--ds", SECOND).returncode == 0

@@ -67,17 +67,17 @@ def test_a_plan_id_stays_when_files_are_touched_or_copied(tmp_path: Path) -> Non
     assert plan_id(settings_at(tmp_path / "moved", copied)) == before
 
 
-WHOLE_DAY = "backfill the whole day"
+WHOLE_DATE = "backfill the whole date"
 
 
 @pytest.mark.parametrize(
     ("before", "now", "changes", "chosen", "message"),
     [
         *((23, 23, {}, (0, n), f"no bucket {n}: release .* has buckets 0 to 3") for n in (-1, 4, 99)),
-        (23, 23, {"template": "{title}!"}, (0,), f"of {DS} was made with template .*: {WHOLE_DAY}"),
-        (23, 10, {}, (0,), f"of {DS} stores 23 mantissa bits, .* has 10: {WHOLE_DAY}"),
-        (10, 23, {}, (0,), f"of {DS} stores 10 mantissa bits, .* has 23: {WHOLE_DAY}"),
-        (10, 11, {}, (0,), f"of {DS} stores 10 mantissa bits, .* has 11: {WHOLE_DAY}"),
+        (23, 23, {"template": "{title}!"}, (0,), f"of {DS} was made with template .*: {WHOLE_DATE}"),
+        (23, 10, {}, (0,), f"of {DS} stores 23 mantissa bits, .* has 10: {WHOLE_DATE}"),
+        (10, 23, {}, (0,), f"of {DS} stores 10 mantissa bits, .* has 23: {WHOLE_DATE}"),
+        (10, 11, {}, (0,), f"of {DS} stores 10 mantissa bits, .* has 11: {WHOLE_DATE}"),
     ],
 )
 def test_chosen_buckets_must_fit_the_live_release(
@@ -90,7 +90,7 @@ def test_chosen_buckets_must_fit_the_live_release(
     with pytest.raises(UserError, match=message) as error:
         identify(other, chosen=chosen)
     assert live.release_id in str(error.value)
-    # Both the whole day and buckets with the settings of the release can be planned.
+    # Both the whole date and buckets with the settings of the release can be planned.
     whole = identify(other)
     assert (whole.chosen, whole.mantissa_bits) == (None, now)
     assert identify(wanted, chosen=(0,)).chosen == (0,)

@@ -155,7 +155,7 @@ def test_a_commit_whose_answer_was_lost_makes_one_release(ready: Encoded, monkey
     assert ready.site.log == [made]
 
 
-@pytest.mark.parametrize("chosen", [None, (2,)], ids=["whole day", "one bucket"])
+@pytest.mark.parametrize("chosen", [None, (2,)], ids=["whole date", "one bucket"])
 def test_concurrent_runs_of_one_plan_make_one_release(
     site: Site, monkeypatch: pytest.MonkeyPatch, chosen: tuple[int] | None
 ) -> None:

@@ -37,7 +37,7 @@ def assert_superseded(plan: Encoded, reason: str = "") -> None:
     assert DeltaTable(plan.site.table_uri).version() == version
 
 
-# --- plans of a whole day
+# --- plans of a whole date
 
 
 @pytest.mark.parametrize("first_of_the_day", [True, False])
@@ -175,7 +175,7 @@ def again(**changes: Any) -> Callable[[Site], Any]:
     [
         pytest.param(again(weights="other weights"), id="another bundle"),
         pytest.param(again(buckets=BUCKETS * 2), id="another number of buckets"),
-        pytest.param(again(), id="the whole day"),
+        pytest.param(again(), id="the whole date"),
         pytest.param(lambda site: site.roll_back(site.log[0]), id="withdrawn"),
         pytest.param(with_another_template, id="another template"),
         pytest.param(again(mantissa_bits=10), id="another precision"),

@@ -29,6 +29,7 @@ from tiny_models import (
     TEXTS,
     WIDTH,
     hidden_state_index,
+    padded_batch,
     save_tiny_backbone,
     tiny_model,
 )
@@ -52,12 +53,7 @@ def models() -> Models:
 
 @pytest.fixture(scope="module")
 def batch() -> Ids:
-    """Token ids and mask [3, 9], two of the rows padded on the right."""
-    ids = torch.randint(4, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[1, 5:] = 0
-    mask[2, 1:] = 0
-    return ids * mask, mask
+    return padded_batch(VOCABULARY)
 
 
 def every_layer(model: PreTrainedModel, batch: Ids, pooling: Pooling) -> Tensor:

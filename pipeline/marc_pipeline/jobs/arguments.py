@@ -21,8 +21,8 @@ class Job:
     Attributes:
         plan_id, training_id: id that an earlier task of the run announced.
         decided: LAYERS:POOLING:DECISION, as the training run announced it; empty for a job that is started alone.
-        buckets: buckets that a backfill replaces; empty for the whole day.
-        recompute: whether a backfill computes vectors of unchanged texts as well.
+        buckets: buckets that a backfill replaces; empty for the whole date.
+        recompute: whether a backfill re-encodes unchanged items as well.
     """
 
     deployment: Deployment
@@ -58,7 +58,7 @@ def job(
         parser.add_argument("--decided", default="", help="LAYERS:POOLING:DECISION, as the run announced it")
     if backfill:
         parser.add_argument("--bucket", type=int, action="append", default=[], help="replace only these buckets")
-        parser.add_argument("--recompute", action="store_true", help="compute vectors of unchanged texts as well")
+        parser.add_argument("--recompute", action="store_true", help="re-encode unchanged items as well")
     arguments = vars(parser.parse_args())
     configure_logging()
     with reported_errors():

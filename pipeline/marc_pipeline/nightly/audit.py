@@ -68,7 +68,7 @@ def audit_tasks(
     base: Release | None = None,
 ) -> list[AuditTask]:
     """Return one task per bucket; ``base`` is the release that the plan was compared with."""
-    # A plan of a whole day replaces no files.
+    # A plan of a whole date replaces no files.
     old = base.table.files if plan.chosen and base else ()
     return [
         AuditTask(

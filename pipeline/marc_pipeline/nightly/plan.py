@@ -117,7 +117,7 @@ def _plan_buckets(
     place = "bucket"
     if chosen:
         listed = ", ".join(map(str, chosen))
-        # Rows without an id have no bucket: only a plan of the whole day quarantines them.
+        # Rows without an id have no bucket: only a plan of the whole date quarantines them.
         rows = rows.where(f"item_id IS NOT NULL AND row_id % {buckets} IN ({listed})")
         # Chosen numbers may all be multiples of the number of partitions, so rows are partitioned by place in the list.
         place = f"CAST(array_position(array({listed}), bucket) AS INT)"

@@ -29,7 +29,7 @@ class PlanIdentity:
         bundle: the current bundle; for chosen buckets, the bundle of the date's release.
         buckets: number of buckets; for chosen buckets, that of the date's release.
         mantissa_bits: number of mantissa bits that vectors are stored with.
-        chosen: buckets of a backfill; None for the whole day.
+        chosen: buckets of a backfill; None for the whole date.
         recompute: whether vectors of unchanged texts are computed again as well.
     """
 
@@ -51,9 +51,9 @@ def identify_plan(
     Args:
         deployment: settings and storage.
         ds: date of the snapshot.
-        chosen: buckets to replace in the release of the date; empty for the whole day. A date without a release is
+        chosen: buckets to replace in the release of the date; empty for the whole date. A date without a release is
             always planned whole, because a release contains all buckets.
-        recompute: compute vectors of unchanged texts as well.
+        recompute: re-encode unchanged items as well.
 
     Raises:
         UserError: no catalogue for the date, no bundle, or buckets that the release of the date does not have.
@@ -62,7 +62,7 @@ def identify_plan(
     seen = release_log.read_log(storage, settings.table_uri).live(ds) if chosen or recompute else None
     live = seen if chosen else None
     if chosen and live is None:
-        log.warning("plan: %s has no release, so the whole day is planned instead of buckets %s", ds, list(chosen))
+        log.warning("plan: %s has no release, so the whole date is planned instead of buckets %s", ds, list(chosen))
     if live is not None:
         _require_replaceable(settings, live, chosen)
     bundle = open_bundle(storage, live.bundle.uri if live else settings.bundle_uri)
@@ -100,12 +100,12 @@ def _require_replaceable(settings: Settings, live: Release, chosen: Sequence[int
     if live.table.template != settings.catalogue.template:
         raise UserError(
             f"release {live.release_id} of {live.ds} was made with template {live.table.template!r}, the configuration "
-            f"has {settings.catalogue.template!r}: backfill the whole day"
+            f"has {settings.catalogue.template!r}: backfill the whole date"
         )
     if live.table.mantissa_bits != settings.mantissa_bits:
         raise UserError(
             f"release {live.release_id} of {live.ds} stores {live.table.mantissa_bits} mantissa bits, the "
-            f"configuration has {settings.mantissa_bits}: backfill the whole day"
+            f"configuration has {settings.mantissa_bits}: backfill the whole date"
         )
 
 

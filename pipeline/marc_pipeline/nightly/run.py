@@ -50,8 +50,8 @@ def backfill(
     Args:
         deployment: settings and storage.
         ds: date of the snapshot.
-        buckets: the buckets to replace; empty for the whole day. A date without a release is run whole.
-        recompute: compute vectors of unchanged texts as well.
+        buckets: the buckets to replace; empty for the whole date. A date without a release is run whole.
+        recompute: re-encode unchanged items as well.
         expected: plan_id that an earlier task of the same run announced.
 
     Raises:

@@ -41,7 +41,7 @@ def identify_backfills(
         first: first date.
         last: last date; default: the first date.
         buckets: the buckets to replace; empty for whole dates.
-        recompute: compute vectors of unchanged texts as well.
+        recompute: re-encode unchanged items as well.
         config: configuration file.
 
     Raises:

@@ -7,7 +7,7 @@ from pydantic import Field
 from marc_schemas.bundle import Pooling
 from marc_schemas.files import Contract, PublishedFile
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 
 
 class TrainingSetCard(Contract):
@@ -23,10 +23,11 @@ class TrainingSetCard(Contract):
         pooling, max_tokens: how a text became one vector per layer.
         dtype, device: number type and device of the computation.
         items, users, interactions, clicks: counts.
+        implicit: whether the interactions are positives only, so that negatives must be sampled.
         files: files by name, relative to the folder.
     """
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     training_id: str
     ds: str
     template: str
@@ -41,6 +42,7 @@ class TrainingSetCard(Contract):
     users: int
     interactions: int
     clicks: int
+    implicit: bool
     files: dict[str, PublishedFile]
 
 

@@ -57,7 +57,7 @@ def test_shares_are_exact_without_ties_and_tied_rows_go_to_the_later_part() -> N
 def test_a_part_without_rows_is_refused(times: list[int], name: str) -> None:
     found = make([(0, 0, row % 2, moment) for row, moment in enumerate(times)])
     assert refusal(lambda: split_by_time(found)) == (
-        f"the split of {len(found)} interactions by time leaves {name} with 0 rows, but both labels are needed; "
+        f"the split of {len(found)} interactions by time leaves {name} with 0 rows; "
         "provide more interactions, or finer timestamps if many rows share one"
     )
 

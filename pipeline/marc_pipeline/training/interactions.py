@@ -1,8 +1,8 @@
-"""Interactions of users with items, in the order of time, as arrays; read from files of ratings."""
+"""Interactions of users with items, in the order of time, as arrays; read from files of ratings or purchases."""
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Interactions:
-    """Ratings in the order of time; rows with the same time keep the order of the files.
+    """Interactions in the order of time; rows with the same time keep the order of the files.
 
     Attributes:
         users: int64 [n], numbered from 0 by first appearance.
@@ -31,6 +31,8 @@ class Interactions:
         profiles: int64 [n], rows of ``profile_texts`` with the text about the user at that time, −1 if there is none;
             None if users have no texts.
         profile_texts: distinct texts.
+        weights: float32 [n], weight of the event of each row; 1 if not given, and for ratings.
+        implicit: whether the files have positives only: all ``labels`` are 1, and negatives must be sampled.
     """
 
     users: NDArray[np.int64]
@@ -39,8 +41,12 @@ class Interactions:
     times: NDArray[np.int64]
     profiles: NDArray[np.int64] | None = None
     profile_texts: tuple[str, ...] = ()
+    weights: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    implicit: bool = False
 
     def __post_init__(self) -> None:
+        if not len(self.weights):
+            object.__setattr__(self, "weights", np.ones(len(self.times), np.float32))
         # Splits and histories rely on the order; without it the future would leak into them.
         if (np.diff(self.times) < 0).any():
             raise ValueError("interactions must be sorted by time")
@@ -55,10 +61,8 @@ class Interactions:
 
     def take(self, rows: slice | NDArray[np.int64]) -> "Interactions":
         """Return some of the rows, which must be ascending; users keep their numbers."""
-        profiles = None if self.profiles is None else self.profiles[rows]
-        return Interactions(
-            self.users[rows], self.items[rows], self.labels[rows], self.times[rows], profiles, self.profile_texts
-        )
+        columns = {name: values[rows] for name, values in vars(self).items() if isinstance(values, np.ndarray)}
+        return replace(self, **columns)
 
 
 def named_items(storage: Storage, settings: InteractionSettings) -> list[str]:

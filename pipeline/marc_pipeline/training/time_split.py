@@ -22,7 +22,7 @@ def split_by_time(interactions: Interactions, *, train: float = 0.8, validation:
     """Split at two moments. Rows with the same time as a boundary all go to the later part.
 
     Raises:
-        UserError: the shares are not valid, or a part is empty or has one label only.
+        UserError: the shares are not valid, or a part is empty, or a part of ratings has one label only.
     """
     if not (train > 0 and validation > 0 and train + validation < 1):
         raise UserError(
@@ -36,10 +36,10 @@ def split_by_time(interactions: Interactions, *, train: float = 0.8, validation:
         labels = interactions.labels[rows]
         if not len(labels):
             raise UserError(
-                f"the split of {n:,} interactions by time leaves {name} with 0 rows, but both labels are needed; "
+                f"the split of {n:,} interactions by time leaves {name} with 0 rows; "
                 "provide more interactions, or finer timestamps if many rows share one"
             )
-        if labels.min() == labels.max():
+        if not interactions.implicit and labels.min() == labels.max():
             kind = "clicks" if labels[0] else "rows without a click"
             raise UserError(
                 f"the split of {n:,} interactions by time leaves {name} with {kind} only ({len(labels):,} rows); "

@@ -156,9 +156,9 @@ def make_training_set(
     interactions = read_interactions(storage, settings.interactions, item_ids)
     split_by_time(interactions)  # reports a split that is not possible before the long pass
     log.info(
-        "training set: %s items, %s users, %s interactions (%.0f %% clicks)",
+        "training set: %s items, %s users, %s interactions (%s)",
         *(f"{n:,}" for n in (len(items), interactions.n_users, len(interactions))),
-        100 * interactions.labels.mean(),
+        "positives only" if interactions.implicit else f"{interactions.labels.mean():.0%} clicks",
     )
     files: dict[str, PublishedFile] = {}
 
@@ -185,6 +185,7 @@ def make_training_set(
         users=interactions.n_users,
         interactions=len(interactions),
         clicks=int(interactions.labels.sum()),
+        implicit=interactions.implicit,
         files=files,
     )
     storage.write(join(uri, CARD), card.model_dump_json(indent=1).encode())
@@ -216,7 +217,11 @@ def open_training_set(storage: Storage, work_uri: str, training_id: str) -> Trai
         card=card,
         item_ids=items["item_id"].to_pylist(),
         texts=items["text"].to_pylist(),
-        interactions=Interactions(**columns, profile_texts=tuple(pq.read_table(folder / PROFILES)["text"].to_pylist())),
+        interactions=Interactions(
+            **columns,
+            profile_texts=tuple(pq.read_table(folder / PROFILES)["text"].to_pylist()),
+            implicit=card.implicit,
+        ),
     )
 
 

@@ -59,6 +59,10 @@ class InteractionSettings(Section):
     )
     timestamp_column: str = Field("timestamp", description="Column of integer seconds, timestamps or ISO dates.")
     history: int = Field(10, ge=1, description="Number of latest clicks that describe a user.")
+    negatives: int = Field(4, ge=1, description="Items drawn as negatives per positive, if there are no ratings.")
+    negative_popularity: float = Field(
+        0.75, ge=0, le=2, description="Exponent of an item's popularity in the draw of negatives; 0: all items alike."
+    )
     max_unknown_fraction: float = Field(
         0.1, ge=0, le=1, description="Largest share of rows with items that the catalogue lacks."
     )
@@ -94,6 +98,8 @@ class AuditSettings(Section):
         0.5, ge=0, le=1, description="Largest share of deleted items of the base release."
     )
     max_drift: float = Field(0.25, ge=0, description="Largest move of the mean vector, in standard deviations.")
+    min_effective_rank: float = Field(1.5, ge=0, description="Fewest directions that the vectors use, effectively.")
+    max_mean_cosine: float = Field(0.95, ge=-1, le=1, description="Largest mean cosine of two random vectors.")
 
 
 class IndexSettings(Section):
@@ -120,7 +126,10 @@ class TrainSettings(Section):
     )
     compressor: Literal["auto", "marc", "pca"] = Field("auto", description="auto: marc with interactions, else pca.")
     layers: int | None = Field(
-        None, ge=1, description="Number of backbone layers to keep; default: marc chooses by evaluation, pca keeps all."
+        None,
+        ge=0,
+        description="Number of backbone layers to keep, 0 for the embeddings alone; default: marc chooses by "
+        "evaluation, pca keeps all.",
     )
     pooling: Pooling = Field("mean", description="How token states become one vector: mean, last or cls.")
     max_tokens: int = Field(256, ge=2, description="Longest text in tokens; longer texts are truncated.")
@@ -130,21 +139,27 @@ class TrainSettings(Section):
     matching: Literal["residual", "crossing"] = Field("residual", description="Structure of the matching network.")
     hidden: int = Field(128, ge=1, description="Width of the compressor's residual branch.")
     dropout: float = Field(0.4, ge=0, lt=1, description="Dropout rate of the residual branch.")
-    keep: float = Field(0.0, ge=0, description="Weight α of nHSIC(h, z) in the loss of MARC.")
-    decouple: float = Field(0.1, ge=0, description="Weight β of nHSIC(z, s) in the loss of MARC.")
+    keep: float | None = Field(
+        None, ge=0, description="Weight α of nHSIC(h, z) in the loss of MARC; default: chosen by evaluation."
+    )
+    decouple: float | None = Field(
+        None, ge=0, description="Weight β of nHSIC(z, s) in the loss of MARC; default: chosen by evaluation."
+    )
     kernel: Literal["linear", "rbf"] = Field("linear", description="Kernel of HSIC.")
     estimator: Literal["biased", "unbiased"] = Field("biased", description="Estimator of HSIC.")
     constraint_rows: int = Field(512, ge=4, description="Items per step that HSIC is estimated on.")
-    learning_rate: float = Field(3e-3, gt=0, description="Learning rate of AdamW.")
+    learning_rate: float = Field(1e-3, gt=0, description="Learning rate of AdamW.")
     backbone_learning_rate: float = Field(2e-4, gt=0, description="Learning rate of LoRA in the tuned regime.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
-    warm_up: int = Field(100, ge=0, description="Steps of linear warm-up.")
-    batch: int = Field(1024, ge=2, description="Interactions per step and process.")
+    warm_up: float = Field(0.02, ge=0, lt=1, description="Share of the most steps for the linear warm-up.")
+    batch: int = Field(512, ge=2, description="Interactions per step and process; sampled negatives are added.")
     accumulate: int = Field(1, ge=1, description="Number of batches whose gradients form one step.")
-    epochs: int = Field(3, ge=1, description="Most passes over the training part.")
-    max_steps: int | None = Field(None, ge=1, description="Most steps; default: no limit.")
-    patience: int = Field(2, ge=1, description="Validations without a better AUC before training ends.")
-    validate_every: int | None = Field(None, ge=1, description="Steps between validations; default: one epoch.")
+    epochs: int = Field(100, ge=1, description="Most passes over the training part; early stopping ends before.")
+    max_steps: int = Field(20_000, ge=1, description="Most steps; early stopping ends before.")
+    patience: int = Field(4, ge=1, description="Validations without a better AUC before training ends.")
+    validate_every: int | None = Field(
+        None, ge=1, description="Steps between validations; default: one epoch, at most 500 steps."
+    )
     holdout: float = Field(0.1, gt=0, lt=1, description="Latest share of the training part, for early stopping.")
     refit: bool = Field(True, description="Frozen regime: train again on every row, as long as early stopping chose.")
     checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints.")

@@ -5,11 +5,11 @@ For a row of user u and item i, with v the frozen vectors and h the mean of v ov
     p(click) = σ(MLP([v_i, h, v_i ⊙ h, e_u, e_i]))        MLP = Linear, ReLU, dropout, Linear; e = trained id embeddings
 
 All systems share everything but v, so a difference in AUC is a difference between vectors. Inputs, widths and training
-are this project's choice, see ``CtrSettings``.
+are this project's choice, see ``CtrSettings``. The models of several systems are trained in one pass over the rows.
 """
 
-import copy
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,35 +19,14 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
-from marc_pipeline.training.interactions import Interactions
-from marc_pipeline.training.time_split import Split, histories
+from marc_pipeline.evaluation.click_data import ClickData
+from marc_pipeline.evaluation.ranking import Ranking, ranking
 
-COLD_RATINGS = 5
 ID_SPREAD = 0.01
 PREDICTED_AT_ONCE = 8192
+NO_RANKING = Ranking(recall=float("nan"), ndcg=float("nan"), lookup_recall=float("nan"))
 
-
-@dataclass(frozen=True, eq=False)
-class ClickData:
-    """Interactions and histories for the click model, sorted by time within each part.
-
-    Attributes:
-        users, items: int64 [n].
-        labels: float32 [n], 1 for a click, else 0.
-        clicks: int64 [n, k], items that the row's user had clicked strictly before; −1 is padding.
-        split: rows of the three parts.
-        n_users, n_items: numbers of users and items.
-        cold: bool [test rows], whether the item has fewer than ``COLD_RATINGS`` ratings in the training part.
-    """
-
-    users: NDArray[np.int64]
-    items: NDArray[np.int64]
-    labels: NDArray[np.float32]
-    clicks: NDArray[np.int64]
-    split: Split
-    n_users: int
-    n_items: int
-    cold: NDArray[np.bool_]
+Vectors = NDArray[np.float32] | None
 
 
 @dataclass(frozen=True)
@@ -78,7 +57,9 @@ class ClickScore:
         validation_auc: AUC of the chosen epoch on the validation part.
         epoch: number of the chosen epoch, from 1.
         predictions: float32 [test rows], probability of a click.
-        seconds: wall time of training and prediction.
+        validation_predictions: float32 [validation rows].
+        ranking: ranks of the test part's positives in the whole catalogue; NaN unless asked for.
+        seconds: wall time of training and prediction, divided by the number of systems in the pass.
     """
 
     auc: float
@@ -88,187 +69,251 @@ class ClickScore:
     validation_auc: float
     epoch: int
     predictions: NDArray[np.float32]
+    validation_predictions: NDArray[np.float32]
+    ranking: Ranking
     seconds: float
 
 
 DEFAULTS = CtrSettings()
 
 
-def click_data(
-    interactions: Interactions,
-    split: Split,
+def score_vectors(vectors: Vectors, data: ClickData, *, seed: int, settings: CtrSettings = DEFAULTS) -> ClickScore:
+    """Train the click model on the frozen vectors of one system; see :func:`score_together`."""
+    return score_together([vectors], data, seed=seed, settings=settings)[0]
+
+
+def score_together(
+    systems: Sequence[Vectors],
+    data: ClickData,
     *,
-    n_items: int,
-    history: int,
-    order: NDArray[np.int64] | None = None,
-) -> ClickData:
-    """Add histories of at most ``history`` clicks to interactions, and mark cold items.
+    seed: int,
+    settings: CtrSettings = DEFAULTS,
+    ranked: bool = False,
+    done: Callable[[float], None] = lambda _: None,
+) -> list[ClickScore]:
+    """Train one click model per system in one pass over the rows, and evaluate each on the test part.
 
-    ``n_items`` is the number of items in the catalogue. ``order`` are row numbers in the order of ``split``; None if
-    the split has the order of time.
-    """
-    rows = np.arange(len(interactions)) if order is None else order
-    items = interactions.items[rows]
-    ratings = np.bincount(interactions.items[rows[split.train]], minlength=n_items)
-    return ClickData(
-        users=interactions.users[rows],
-        items=items,
-        labels=interactions.labels[rows],
-        clicks=histories(interactions, length=history, label=1)[rows],
-        split=split,
-        n_users=interactions.n_users,
-        n_items=n_items,
-        cold=ratings[items[split.test]] < COLD_RATINGS,
-    )
-
-
-def score_vectors(
-    vectors: NDArray[np.float32] | None, data: ClickData, *, seed: int, settings: CtrSettings = DEFAULTS
-) -> ClickScore:
-    """Train the click model on frozen vectors, and evaluate it on the test part.
-
-    The training part trains it, and the validation part chooses the epoch. The same seed gives the same bits on the
-    same machine with the same number of threads. Torch's global generator does not change.
+    The training part trains the models, and the validation part chooses the epoch of each. They share order, dropout
+    and initial weights, and nothing else: a score does not depend on the other systems, except for rounding. The same
+    seed gives the same bits on the same machine with the same number of threads. Torch's global generator does not
+    change.
 
     Args:
-        vectors: float32 [n_items, d], which are scaled to length √d, except zeros; None for id embeddings only.
+        systems: float32 [n_items, d] each, with the same d, which are scaled to length √d, except zeros; None for id
+            embeddings only.
         data: interactions.
         seed: seed of initial weights, dropout and the order of rows.
         settings: architecture and training.
+        ranked: whether the test part's positives are ranked among all items.
+        done: called with the share of the most epochs that is done.
 
     Raises:
-        ValueError: the vectors are not one finite row per item, or the validation part has one label only.
+        ValueError: vectors are not one finite row per item, or the validation part has one label only.
     """
     started = time.perf_counter()
     if len(np.unique(data.labels[data.split.validation])) < 2:
         raise ValueError("the validation part chooses the epoch by AUC and needs rows of both labels")
-    table = _lookup_table(vectors, data.n_items)
-    train, validation, test = (
-        _part(data, rows, table) for rows in (data.split.train, data.split.validation, data.split.test)
-    )
+    table = _lookup_table(systems, data.n_items)
+    train, validation, test = (_part(data, rows) for rows in (data.split.train, data.split.validation, data.split.test))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _ClickModel(table, n_users=data.n_users, n_items=data.n_items, settings=settings)
-        epoch, validation_auc = _fit(model, train, validation, seed=seed, settings=settings)
-    predictions, labels = _predict(model, test), data.labels[data.split.test]
-    return ClickScore(
-        auc=_auc(labels, predictions),
-        cold_auc=_auc(labels[data.cold], predictions[data.cold]),
-        warm_auc=_auc(labels[~data.cold], predictions[~data.cold]),
-        # float64, because log_loss clips predictions of 0 and 1 to the rounding of their type.
-        log_loss=float(log_loss(labels, predictions.astype(np.float64), labels=[0, 1])),
-        validation_auc=validation_auc,
-        epoch=epoch,
-        predictions=predictions,
-        seconds=time.perf_counter() - started,
-    )
+        model = _ClickModels(table, len(systems), n_users=data.n_users, n_items=data.n_items, settings=settings)
+        epochs, aucs = _fit(model, train, validation, seed=seed, settings=settings, done=done)
+    predicted, chosen = _predict(model, test), _predict(model, validation)
+    ranks = [NO_RANKING] * len(systems)
+    if ranked:
+        ranks = ranking(data, table, model.catalogue_logits, len(systems))
+    labels, weights = data.labels[data.split.test], data.weights[data.split.test]
+    seconds = (time.perf_counter() - started) / len(systems)
+    return [
+        ClickScore(
+            auc=_auc(labels, predictions, weights),
+            cold_auc=_auc(labels[data.cold], predictions[data.cold], weights[data.cold]),
+            warm_auc=_auc(labels[~data.cold], predictions[~data.cold], weights[~data.cold]),
+            # float64, because log_loss clips predictions of 0 and 1 to the rounding of their type.
+            log_loss=float(log_loss(labels, predictions.astype(np.float64), labels=[0, 1], sample_weight=weights)),
+            validation_auc=auc,
+            epoch=epoch,
+            predictions=predictions,
+            validation_predictions=validated,
+            ranking=ranks[number],
+            seconds=seconds,
+        )
+        for number, (predictions, validated, epoch, auc) in enumerate(zip(predicted, chosen, epochs, aucs, strict=True))
+    ]
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Rows of one part: users [n], items [n], mean vectors of the histories [n, d] and labels [n]."""
+    """Rows of one part: users [n], items [n], histories [n, k] with padding, labels [n] and weights [n]."""
 
     users: Tensor
     items: Tensor
-    means: Tensor
+    clicks: Tensor
     labels: Tensor
+    weights: Tensor
 
     def take(self, rows: Tensor | slice) -> "_Part":
-        return _Part(self.users[rows], self.items[rows], self.means[rows], self.labels[rows])
+        return _Part(*(part[rows] for part in vars(self).values()))
 
 
-class _ClickModel(nn.Module):
-    """Returns logits of rows. ``table`` is frozen and not copied."""
+class _ClickModels(nn.Module):
+    """Click models of g systems; returns logits [g, n]. ``table`` [n_items + 1, g · d] is frozen and not copied."""
 
-    def __init__(self, table: Tensor, *, n_users: int, n_items: int, settings: CtrSettings) -> None:
+    def __init__(self, table: Tensor, systems: int, *, n_users: int, n_items: int, settings: CtrSettings) -> None:
         super().__init__()
-        # Not persistent, because every best epoch copies the state.
+        self.systems, self.dropout = systems, settings.dropout
+        dim = table.shape[1] // systems
         self.register_buffer("table", table, persistent=False)
-        self.users = nn.Embedding(n_users, settings.id_width)
-        self.items = nn.Embedding(n_items, settings.id_width)
-        for embedding in (self.users, self.items):
-            nn.init.normal_(embedding.weight, std=ID_SPREAD)
-        self.net = nn.Sequential(
-            nn.Linear(3 * table.shape[1] + 2 * settings.id_width, settings.hidden),
-            nn.ReLU(),
-            nn.Dropout(settings.dropout),
-            nn.Linear(settings.hidden, 1),
+        width = settings.id_width
+        # The models have the same initial weights. The embeddings of one id lie side by side.
+        self.users, self.items = (
+            nn.Embedding.from_pretrained(
+                nn.init.normal_(torch.empty(n, width), std=ID_SPREAD).repeat(1, systems), freeze=False
+            )
+            for n in (n_users, n_items)
+        )
+        first, second = nn.Linear(3 * dim + 2 * width, settings.hidden), nn.Linear(settings.hidden, 1)
+        self.first, self.second = (nn.Parameter(layer.weight.detach().T.repeat(systems, 1, 1)) for layer in (first, second))
+        self.first_bias, self.second_bias = (
+            nn.Parameter(layer.bias.detach().repeat(systems, 1, 1)) for layer in (first, second)
         )
 
     table: Tensor
 
     def forward(self, part: _Part) -> Tensor:
-        # Looked up and multiplied per batch, because rows of all inputs would take three times the memory.
-        own = functional.embedding(part.items, self.table)
-        ids = self.users(part.users), self.items(part.items)
-        logits: Tensor = self.net(torch.cat([own, part.means, own * part.means, *ids], dim=1))
-        return logits.squeeze(1)
+        own = self._each(functional.embedding(part.items, self.table))
+        means = self.means(part.clicks)
+        ids = [self._each(self.users(part.users)), self._each(self.items(part.items))]
+        hidden = functional.relu(torch.baddbmm(self.first_bias, torch.cat([own, means, own * means, *ids], 2), self.first))
+        if self.training and self.dropout:
+            # One mask for all systems, so that a system's score does not depend on the others.
+            kept = torch.rand(hidden.shape[1:]) >= self.dropout
+            hidden = hidden * (kept / (1 - self.dropout))
+        return torch.baddbmm(self.second_bias, hidden, self.second).squeeze(2)
+
+    def means(self, clicks: Tensor) -> Tensor:
+        """Return the mean vectors [g, n, d] of histories; the mean of padding only is 0."""
+        padding = len(self.table) - 1
+        return self._each(functional.embedding_bag(clicks, self.table, mode="mean", padding_idx=padding))
+
+    @torch.no_grad()
+    def catalogue_logits(self, users: Tensor, clicks: Tensor) -> Tensor:
+        """Return logits [g, n, n_items] of every item for rows with these users [n] and histories [n, k]."""
+        dim, width = self.table.shape[1] // self.systems, self.first.shape[1]
+        blocks = (width - 3 * dim) // 2
+        by_item, by_mean, by_product, by_user, by_id = self.first.split([dim, dim, dim, blocks, blocks], dim=1)
+        items = self._each(self.table[:-1])
+        per_item = items @ by_item + self._each(self.items.weight) @ by_id  # [g, n_items, hidden]
+        means = self.means(clicks)
+        per_row = means @ by_mean + self._each(self.users(users)) @ by_user + self.first_bias
+        found = torch.empty(self.systems, len(users), items.shape[1])
+        for row in range(len(users)):
+            # (v ⊙ h) W = v (h ⊙ W): one product per row instead of one input per pair.
+            crossed = items @ (means[:, row].unsqueeze(2) * by_product)
+            hidden = functional.relu(crossed.add_(per_item).add_(per_row[:, row : row + 1]))
+            found[:, row] = (hidden @ self.second + self.second_bias).squeeze(2)
+        return found
+
+    def _each(self, wide: Tensor) -> Tensor:
+        """Return [n, g · d] as [g, n, d]."""
+        return wide.view(len(wide), self.systems, wide.shape[1] // self.systems).transpose(0, 1)
+
+    def copy_best(self, best: dict[str, Tensor], improved: Tensor) -> None:
+        """Copy the weights of the improved systems [g] into ``best``."""
+        for name, value in self.state_dict().items():
+            into, new = (part if part.ndim == 3 else self._each(part) for part in (best[name], value))
+            into[improved] = new[improved]
 
 
-def _lookup_table(vectors: NDArray[np.float32] | None, n_items: int) -> Tensor:
-    """Return vectors scaled to length √d, and a row of zeros for padding: float32 [n_items + 1, d]."""
-    if vectors is None:
-        return torch.zeros(n_items + 1, 0)
-    if vectors.ndim != 2 or len(vectors) != n_items:
-        raise ValueError(f"vectors must be [{n_items}, d], one row per item, not {[*vectors.shape]}")
-    # float64, because squares of large float32 numbers overflow.
-    lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
-    if len(bad := np.flatnonzero(~np.isfinite(lengths))):
-        raise ValueError(f"{len(bad)} of {n_items} vectors contain NaN or infinity; the first is row {bad[0]}")
-    scale = np.sqrt(vectors.shape[1]) / np.where(lengths > 0, lengths, 1)
-    table = torch.zeros(n_items + 1, vectors.shape[1])
-    np.multiply(vectors, scale[:, None], out=table[:-1].numpy(), casting="same_kind")
-    return table
+def _lookup_table(systems: Sequence[Vectors], n_items: int) -> Tensor:
+    """Return vectors scaled to length √d, side by side, and a row of zeros for padding: float32 [n_items + 1, g · d]."""
+    tables = []
+    for vectors in systems:
+        if vectors is None:
+            tables.append(torch.zeros(n_items + 1, 0))
+            continue
+        if vectors.ndim != 2 or len(vectors) != n_items:
+            raise ValueError(f"vectors must be [{n_items}, d], one row per item, not {[*vectors.shape]}")
+        # float64, because squares of large float32 numbers overflow.
+        lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
+        if len(bad := np.flatnonzero(~np.isfinite(lengths))):
+            raise ValueError(f"{len(bad)} of {n_items} vectors contain NaN or infinity; the first is row {bad[0]}")
+        scale = np.sqrt(vectors.shape[1]) / np.where(lengths > 0, lengths, 1)
+        table = torch.zeros(n_items + 1, vectors.shape[1])
+        np.multiply(vectors, scale[:, None], out=table[:-1].numpy(), casting="same_kind")
+        tables.append(table)
+    if len({table.shape[1] for table in tables}) > 1:
+        raise ValueError("systems of one pass must have the same dimension")
+    return torch.cat(tables, dim=1)
 
 
-def _part(data: ClickData, rows: slice, table: Tensor) -> _Part:
+def _part(data: ClickData, rows: slice) -> _Part:
     clicks = data.clicks[rows]
-    padding = data.n_items
     return _Part(
         users=torch.from_numpy(data.users[rows]),
         items=torch.from_numpy(data.items[rows]),
-        # The mean of padding only is 0.
-        means=functional.embedding_bag(
-            torch.from_numpy(np.where(clicks < 0, padding, clicks)), table, mode="mean", padding_idx=padding
-        ),
+        clicks=torch.from_numpy(np.where(clicks < 0, data.n_items, clicks)),
         labels=torch.from_numpy(data.labels[rows]),
+        weights=torch.from_numpy(data.weights[rows]),
     )
 
 
-def _fit(model: _ClickModel, train: _Part, validation: _Part, *, seed: int, settings: CtrSettings) -> tuple[int, float]:
-    """Train until the validation AUC has not risen for ``patience`` epochs, and restore the best epoch.
+def _fit(
+    model: _ClickModels,
+    train: _Part,
+    validation: _Part,
+    *,
+    seed: int,
+    settings: CtrSettings,
+    done: Callable[[float], None],
+) -> tuple[list[int], list[float]]:
+    """Train until no validation AUC has risen for ``patience`` epochs, and restore each system's best epoch.
 
     Returns:
-        Number of the best epoch, from 1, and its validation AUC.
+        Number of the best epoch, from 1, and its validation AUC, of each system.
     """
     optimiser = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     order = torch.Generator().manual_seed(seed)
-    labels = validation.labels.numpy()
-    best_epoch, best_auc, best_state = 0, -np.inf, model.state_dict()
+    labels, weights = validation.labels.numpy(), validation.weights.numpy()
+    best_epochs, best_aucs = np.zeros(model.systems, int), np.full(model.systems, -np.inf)
+    best = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = -(-len(train.labels) // settings.batch)
     for epoch in range(1, settings.max_epochs + 1):
         model.train()
-        for rows in torch.split(torch.randperm(len(train.labels), generator=order), settings.batch):
+        for number, rows in enumerate(torch.split(torch.randperm(len(train.labels), generator=order), settings.batch)):
             batch = train.take(rows)
             optimiser.zero_grad()
-            torch.autograd.backward(functional.binary_cross_entropy_with_logits(model(batch), batch.labels))
+            # Summed over systems, so that no system's gradient depends on the others.
+            losses = functional.binary_cross_entropy_with_logits(
+                model(batch), batch.labels.expand(model.systems, -1), weight=batch.weights, reduction="sum"
+            )
+            torch.autograd.backward(losses / batch.weights.sum())
             optimiser.step()
-        auc = _auc(labels, _predict(model, validation))
-        if auc > best_auc:
-            best_epoch, best_auc, best_state = epoch, auc, copy.deepcopy(model.state_dict())
-        elif epoch - best_epoch >= settings.patience:
+            done((epoch - 1 + (number + 1) / batches) / settings.max_epochs)
+        aucs = np.array([_auc(labels, predictions, weights) for predictions in _predict(model, validation)])
+        waiting = epoch - best_epochs < settings.patience
+        # A system whose patience ended keeps its epoch, as if it had been trained alone.
+        improved = (aucs > best_aucs) & ((epoch - 1 - best_epochs) < settings.patience)
+        best_epochs[improved], best_aucs[improved] = epoch, aucs[improved]
+        model.copy_best(best, torch.from_numpy(improved))
+        if not (waiting | improved).any():
             break
-    model.load_state_dict(best_state)
-    return best_epoch, best_auc
+    model.load_state_dict(best)
+    return best_epochs.tolist(), best_aucs.tolist()
 
 
 @torch.no_grad()
-def _predict(model: _ClickModel, part: _Part) -> NDArray[np.float32]:
+def _predict(model: _ClickModels, part: _Part) -> NDArray[np.float32]:
+    """Return probabilities [g, n]."""
     model.eval()
     starts = range(0, len(part.labels), PREDICTED_AT_ONCE)
     logits = [model(part.take(slice(start, start + PREDICTED_AT_ONCE))) for start in starts]
-    probabilities: NDArray[np.float32] = torch.sigmoid(torch.cat(logits)).numpy()
+    probabilities: NDArray[np.float32] = torch.sigmoid(torch.cat(logits, dim=1)).numpy()
     return probabilities
 
 
-def _auc(labels: NDArray[np.float32], predictions: NDArray[np.float32]) -> float:
-    return float(roc_auc_score(labels, predictions)) if len(np.unique(labels)) == 2 else float("nan")
+def _auc(labels: NDArray[np.float32], predictions: NDArray[np.float32], weights: NDArray[np.float32]) -> float:
+    if len(np.unique(labels)) < 2:
+        return float("nan")
+    return float(roc_auc_score(labels, predictions, sample_weight=weights))

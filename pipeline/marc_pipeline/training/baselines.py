@@ -75,9 +75,7 @@ class Matryoshka(TwoTower):
         """Return the loss."""
         items, users = self._towers(batch)
         losses = [
-            functional.binary_cross_entropy_with_logits(
-                scale * functional.cosine_similarity(users[:, :size], items[:, :size]) + bias, batch.labels
-            )
+            batch.click_loss(scale * functional.cosine_similarity(users[:, :size], items[:, :size]) + bias)
             for size, scale, bias in zip(self.sizes, self.scale, self.bias, strict=True)
         ]
         return {"loss": torch.stack(losses).mean()}

@@ -4,10 +4,10 @@ import hashlib
 import io
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,10 +27,26 @@ PROGRESS_SECONDS = 10.0
 DIGEST_BYTES = hashlib.sha256().digest_size
 CHECKPOINT_FORMAT = 2
 """A checkpoint of another format is ignored."""
+VALIDATE_STEPS = 500
+"""Most steps between validations: an epoch of many interactions would be too long."""
+REFIT_ROWS = 1_000_000
 LEAST_ROWS = 4
 """Number of rows that the unbiased HSIC needs."""
 
 log = logging.getLogger(__name__)
+
+
+class TrainingRows(Protocol):
+    """Interactions for the loss: ratings, or positives with negatives that every batch draws anew."""
+
+    def __len__(self) -> int:
+        """Return the number of rows, without sampled negatives."""
+
+    def to(self, device: torch.device) -> "TrainingRows":
+        """Return the rows on another device."""
+
+    def batch(self, rows: Tensor, seed: Sequence[int]) -> Clicks:
+        """Return the interactions of some rows."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,7 @@ class Progress:
         best: best validation score; best_step: its step.
         bad: validations since the best one.
         history: one row per validation: epoch, step, mean of every loss term since the last one, validation score.
+        capped: whether the training ended at a cap while the validation score was still rising.
     """
 
     step: int = 0
@@ -58,12 +75,13 @@ class Progress:
     best_step: int = 0
     bad: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    capped: bool = False
 
 
 def fit(
     objective: Objective,
     *,
-    training: Clicks,
+    training: TrainingRows,
     validation: Clicks | None,
     settings: TrainSettings,
     seed: int,
@@ -103,13 +121,14 @@ def fit(
     if checkpoint is not None:
         run.resume(checkpoint)
     progress = run.progress
-    every = settings.validate_every or steps.per_epoch
+    every = settings.validate_every or min(steps.per_epoch, VALIDATE_STEPS)
     objective.train()
     reported = time.monotonic()
     while progress.step < steps.total and progress.bad < settings.patience:
         # Seeded at every step, so that a resumed run has the same dropout on every process and device.
         torch.manual_seed(int(np.random.SeedSequence([seed, progress.step, rank]).generate_state(1, np.uint64)[0]))
-        run.step(model, training, steps.rows(progress.step))
+        parts = enumerate(steps.rows(progress.step))
+        run.step(model, [training.batch(rows, (seed, progress.step, rank, part)) for part, rows in parts])
         if validation is not None and (progress.step % every == 0 or progress.step == steps.total):
             run.validated(objective.validate(validation), epoch=progress.step / steps.per_epoch)
             if label and rank == 0:
@@ -121,6 +140,13 @@ def fit(
             run.save(checkpoint)
     if validation is not None:
         objective.load_state_dict(run.best, strict=False)
+        progress.capped = progress.step >= steps.total and progress.bad == 0
+        if progress.capped and label and rank == 0:
+            log.warning(
+                "%s: stopped at the cap of %d steps while the validation score was still rising; raise train.epochs or "
+                "train.max_steps",
+                *(label, steps.total),
+            )
     objective.eval()
     return progress
 
@@ -136,7 +162,8 @@ def learn(
 ) -> tuple[Objective, Progress]:
     """Train with early stopping; in the frozen regime, then train again on every row for the best number of steps.
 
-    The latest rows predict the future best. They first choose the number of steps, and are then trained on.
+    The latest rows predict the future best. They first choose the number of steps, and are then trained on. Above
+    ``REFIT_ROWS`` rows, the holdout changes little, and there is no second training.
 
     The second training has its own checkpoint beside the first. Other arguments are those of :func:`fit`.
 
@@ -148,7 +175,7 @@ def learn(
     progress = fitted(
         objective, training=data.training, validation=data.holdout, settings=settings, checkpoint=checkpoint
     )
-    if not settings.ends_on_every_row:
+    if not settings.ends_on_every_row or len(data.training) > REFIT_ROWS:
         return objective, progress
     whole = data.whole()
     steps = max(1, round(progress.best_step * len(whole.training) / len(data.training)))
@@ -159,7 +186,7 @@ def learn(
         objective,
         training=whole.training,
         validation=None,
-        settings=settings.model_copy(update={"max_steps": steps}),
+        settings=settings.model_copy(update={"max_steps": steps, "epochs": steps}),
         checkpoint=checkpoint and replace(checkpoint, uri=f"{checkpoint.uri}.whole"),
     )
     return objective, progress
@@ -213,7 +240,7 @@ def _steps(rows: int, settings: TrainSettings, *, seed: int, rank: int, world: i
     # The last batch of an epoch has at least half the size, because few rows give a noisy estimate of HSIC.
     per_epoch = max(1, round(rows / size))
     total = per_epoch * settings.epochs
-    total = min(total, settings.max_steps or total)
+    total = min(total, settings.max_steps)
     return _Steps(_EpochOrder(rows, seed), settings.batch, settings.accumulate, per_epoch, total, rank, world)
 
 
@@ -234,10 +261,10 @@ class _TrainingState:
         """Return the mean loss since the last validation."""
         return self.sums["loss"] / max(1, self.progress.step - self.since)
 
-    def step(self, model: nn.Module, training: Clicks, parts: list[Tensor]) -> None:
-        for rows in parts:
-            share = len(rows) / sum(map(len, parts))
-            terms: dict[str, Tensor] = model(training[rows])
+    def step(self, model: nn.Module, batches: Sequence[Clicks]) -> None:
+        for batch in batches:
+            share = len(batch) / sum(map(len, batches))
+            terms: dict[str, Tensor] = model(batch)
             torch.autograd.backward(terms["loss"] * share)
             for name, value in terms.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value.item() * share
@@ -314,8 +341,8 @@ def _groups(objective: nn.Module, settings: TrainSettings) -> list[dict[str, Any
 
 
 def _warm_up(optimiser: torch.optim.Optimizer, settings: TrainSettings, total: int) -> LinearLR:
-    """Return a schedule that warms up for ``train.warm_up`` steps, at most half of all steps."""
-    steps = max(1, min(settings.warm_up, total // 2))
+    """Return a schedule that warms up for the share ``train.warm_up`` of all steps."""
+    steps = max(1, round(settings.warm_up * total))
     return LinearLR(optimiser, start_factor=1 / steps, total_iters=steps - 1)
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from marc_pipeline.training.hsic import Estimator, Kernel, nhsic
 from marc_pipeline.training.matching import CrossingNetwork, ResidualNetwork
@@ -69,7 +68,7 @@ class Marc(Objective):
         hidden = self.source(items, candidate)  # [m, D]
         vectors = scaled(self.compressor(hidden))  # [m, d]
         logits, states, chosen = self._match(vectors, local)
-        terms = {"click": functional.binary_cross_entropy_with_logits(logits, batch.labels)}
+        terms = {"click": batch.click_loss(logits)}
         loss, wanted = terms["click"], self.constraints
         if wanted.keep:
             rows = torch.randperm(len(items), device=items.device)[: wanted.rows]

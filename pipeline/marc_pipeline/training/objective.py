@@ -1,6 +1,6 @@
 """The interface of training objectives: a batch of interactions, states of items, and a loss with validation AUC."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,6 +8,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
+
+ITEM_FIELDS = ("items", "clicked", "skipped", "profiles")
+"""Fields of ``Clicks`` with row numbers of states."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Clicks:
         skipped: int64 [b, k], items that the user rated earlier without a click.
         labels: float32 [b], 1 for a click.
         profiles: int64 [b, 1], rows of the users' texts; None if users have no texts.
+        weights: float32 [b], weights in the loss; None for equal weights.
     """
 
     items: Tensor
@@ -27,6 +31,7 @@ class Clicks:
     skipped: Tensor
     labels: Tensor
     profiles: Tensor | None = None
+    weights: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> "Clicks":
         return self._each(lambda part: part[rows])
@@ -37,6 +42,15 @@ class Clicks:
     def to(self, device: torch.device) -> "Clicks":
         """Return the batch on another device."""
         return self._each(lambda part: part.to(device))
+
+    def batch(self, rows: Tensor, seed: Sequence[int]) -> "Clicks":
+        """Return the interactions of a batch; ``seed`` is for negatives, which rated interactions do not need."""
+        return self[rows]
+
+    def click_loss(self, logits: Tensor) -> Tensor:
+        """Return the weighted mean of the cross-entropy of logits [b] with the labels, in nats."""
+        losses = functional.binary_cross_entropy_with_logits(logits, self.labels, weight=self.weights, reduction="sum")
+        return losses / (len(self) if self.weights is None else self.weights.sum())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Clicks":
         parts: dict[str, Any] = {name: None if part is None else change(part) for name, part in vars(self).items()}
@@ -126,7 +140,7 @@ def distinct(batch: Clicks) -> tuple[Tensor, Tensor, Clicks]:
     Returns:
         The items [m]; a mask [m] of the candidates; and the batch with row numbers of these items.
     """
-    parts = {name: part for name, part in vars(batch).items() if name != "labels" and part is not None}
+    parts = {name: getattr(batch, name) for name in ITEM_FIELDS if getattr(batch, name) is not None}
     everything = torch.cat([part.flatten() for part in parts.values()])
     # Replace padding (−1) with an item that is already in the batch.
     items, places = torch.unique(everything.where(everything >= 0, batch.items[:1]), return_inverse=True)

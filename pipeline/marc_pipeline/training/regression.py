@@ -22,7 +22,7 @@ def fit_regression(states: NDArray[np.float32], data: LearningData, *, dim: int)
     """Return the d whitened directions of h that predict users' clicks best, in the form of a PCA.
 
     X [m, D] are the centred states of the known items. Y [m, users] are the clicks minus the user's mean, divided by
-    the root of the item's number of ratings. The fit is Ŷ = X A with A = (XᵀX + λI)⁻¹ XᵀY. The directions are those of
+    the root of the item's number of rows, and multiplied by the row's weight. The fit is Ŷ = X A with A = (XᵀX + λI)⁻¹ XᵀY. The directions are those of
     its d leading left singular vectors. No dense matrix grows with the number of users.
 
     Izenman, Reduced-rank regression for the multivariate linear model, Journal of Multivariate Analysis 5 (1975).
@@ -59,11 +59,14 @@ def fit_regression(states: NDArray[np.float32], data: LearningData, *, dim: int)
 
 def _clicked(x: NDArray[np.float64], data: LearningData) -> NDArray[np.float64]:
     """Return XᵀY (XᵀY)ᵀ [D, D], computed for one block of users at a time."""
-    labels = data.training.labels.numpy().astype(np.float64)
-    users, items = data.users.numpy(), np.searchsorted(data.known.numpy(), data.training.items.numpy())
+    fitted, raters = data.fitted
+    labels = fitted.labels.numpy().astype(np.float64)
+    users, items = raters.numpy(), np.searchsorted(data.known.numpy(), fitted.items.numpy())
     rated = np.bincount(users)
     means = (np.bincount(users, weights=labels) + PRIOR * labels.mean()) / (rated + PRIOR)
     values = (labels - means[users]) / np.sqrt(np.bincount(items))[items]
+    if fitted.weights is not None:
+        values *= fitted.weights.numpy()
     ratings = csr_matrix((values, (users, items)), shape=(len(rated), len(x)))  # Yᵀ [users, m]
     product = np.zeros((x.shape[1], x.shape[1]))
     for start in range(0, len(rated), USERS_AT_ONCE):

@@ -63,7 +63,7 @@ def split_by_user(interactions: Interactions, *, folds: int, fold: int) -> tuple
     of_rows = dealt[interactions.users]
     for number in range(folds):
         labels = interactions.labels[of_rows == number]
-        if not len(labels) or labels.min() == labels.max():
+        if not len(labels) or (labels.min() == labels.max() and not interactions.implicit):
             raise UserError(
                 f"cannot evaluate layers on held-out users: of {len(users):,} users in {folds} groups, one has no "
                 "rating or one label only; set train.layers, or provide interactions of more users"
@@ -78,11 +78,11 @@ def _start_of_moment(times: NDArray[np.int64], row: int) -> int:
     return int(np.searchsorted(times, times[row])) if row < len(times) else row
 
 
-def histories(interactions: Interactions, *, length: int, label: int) -> NDArray[np.int64]:
+def histories(interactions: Interactions, *, length: int, label: int) -> NDArray[np.int32]:
     """Return the items that each row's user had with ``label`` strictly before the row's time.
 
     Returns:
-        int64 [n, length], newest first, and the later row first at equal times; −1 is padding.
+        int32 [n, length], newest first, and the later row first at equal times; −1 is padding.
     """
     users, times = interactions.users, interactions.times
     # Distinct times are numbered, because a user and a number fit into 64 bits together, but a user and a time do not.
@@ -93,7 +93,7 @@ def histories(interactions: Interactions, *, length: int, label: int) -> NDArray
     items = interactions.items[rows]
     starts = np.searchsorted(users[rows], users)
     ends = np.searchsorted(keys[rows], keys)
-    found = np.full((len(users), length), -1, np.int64)
+    found = np.full((len(users), length), -1, np.int32)
     # Column by column, because a matrix of all positions would take several times the memory of the result.
     for column in range(length):
         places = ends - 1 - column

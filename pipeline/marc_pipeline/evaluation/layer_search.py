@@ -1,0 +1,143 @@
+"""The AUC of layers within the training part, by successive halving over samples of users.
+
+Every layer is represented by the regression that initialises MARC. It is not trained, and therefore varies less between
+seeds than a trained compressor. Unlike a PCA, it finds the directions that predict clicks.
+
+Jamieson and Talwalkar 2016, Non-stochastic Best Arm Identification and Hyperparameter Optimization (AISTATS).
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from marc_pipeline.config import InteractionSettings
+from marc_pipeline.evaluation.click_data import rows_within, sample_users, user_fold_data
+from marc_pipeline.evaluation.click_model import score_together
+from marc_pipeline.training.interactions import Interactions
+from marc_pipeline.training.learning import learning_data
+from marc_pipeline.training.regression import fit_regression
+
+FOLDS = 5
+"""Number of groups of users in the last round."""
+FINALISTS = 8
+"""Most layers of the last round."""
+ROUND_ROWS, FINAL_ROWS = 100_000, 250_000
+"""Most rows of a round with one fold, and of the last round, negatives included."""
+RANDOM = -1
+"""Key of the random vectors, which are scored beside the layers."""
+
+log = logging.getLogger(__name__)
+
+States = Callable[[int], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class SampledShop:
+    """Interactions of a sample of users and the items that they touch, numbered anew.
+
+    Attributes:
+        interactions: of the sampled users, with the new numbers.
+        items: places [m] of the items among all items.
+    """
+
+    interactions: Interactions
+    items: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, interactions: Interactions, *, rows: int, items: int, settings: InteractionSettings) -> "SampledShop":
+        """Return a sample of at most about ``rows`` rows with negatives; a shop with fewer rows keeps all items."""
+        kept = sample_users(interactions, rows_within(interactions, rows, settings))
+        if kept is interactions:
+            return cls(interactions, np.arange(items))
+        touched, numbers = np.unique(kept.items, return_inverse=True)
+        return cls(replace(kept, items=numbers), touched)
+
+
+def search_layers(
+    interactions: Interactions,
+    states: States,
+    *,
+    layers: Sequence[int],
+    items: int,
+    dim: int,
+    settings: InteractionSettings,
+    holdout: float,
+) -> dict[int, list[float]]:
+    """Return the AUC of every layer on held-out users, one per fold, and of random vectors (``RANDOM``).
+
+    Rounds with one fold halve the layers until ``FINALISTS`` are left, each on more users. These are scored on every
+    fold. A layer that left earlier has the AUC of its last round only.
+
+    Args:
+        interactions: those of the training part.
+        states: returns the pooled hidden states [items, D] of a layer.
+        layers: the layers to compare.
+        items: number of items in the catalogue.
+        dim: dimension of the vectors.
+        settings: histories and negatives.
+        holdout: share of the latest rows, as for a training.
+
+    Raises:
+        UserError: there are too few users, or the states span too few directions.
+    """
+    scores: dict[int, list[float]] = {}
+    left, rows = sorted(layers), ROUND_ROWS
+    rounds = _rounds(len(left))
+    for number in range(rounds):
+        last = number == rounds - 1
+        size = FINAL_ROWS if last else min(rows, FINAL_ROWS)
+        shop = SampledShop.of(interactions, rows=size, items=items, settings=settings)
+        wanted = list(range(FOLDS)) if last else [0]
+        found = {layer: [] for layer in [*left, RANDOM]} if last else {layer: [] for layer in left}
+        for fold in wanted:
+            label = f"layers: round {number + 1} of {rounds}, group {fold + 1} of {len(wanted)}"
+            for layer, auc in _fold(shop, states, left, fold, label, dim, settings, holdout, random=last):
+                found[layer].append(auc)
+        scores |= found
+        ranked = sorted(left, key=lambda layer: -fmean(scores[layer]))
+        left, rows = sorted(ranked[: max(FINALISTS, len(left) // 2)]), 2 * rows
+    return scores
+
+
+def _rounds(layers: int) -> int:
+    """Return the number of rounds, the last one included."""
+    rounds = 1
+    while layers > FINALISTS:
+        layers, rounds = max(FINALISTS, layers // 2), rounds + 1
+    return rounds
+
+
+def _fold(
+    shop: SampledShop,
+    states: States,
+    layers: Sequence[int],
+    fold: int,
+    label: str,
+    dim: int,
+    settings: InteractionSettings,
+    holdout: float,
+    *,
+    random: bool,
+) -> Iterator[tuple[int, float]]:
+    """Yield layers with their AUC on the users of a fold."""
+    items = len(shop.items)
+    data, learned = user_fold_data(shop.interactions, folds=FOLDS, fold=fold, items=items, settings=settings)
+    learning = learning_data(learned, settings=settings, holdout=holdout, items=items).whole()
+    clock = Progress(label, len(layers) + 1)
+    vectors = []
+    for number, layer in enumerate(layers):
+        own = states(layer)[shop.items]
+        with torch.no_grad():
+            vectors.append(fit_regression(own, learning, dim=dim)(torch.from_numpy(own)).numpy())
+        clock.at(number + 1, f"layer {layer}")
+    if random:
+        vectors.append(np.random.default_rng(fold).standard_normal((items, dim), dtype=np.float32))
+    scored = score_together(
+        vectors, data, seed=fold, done=lambda share: clock.at(len(layers) + share, "click models, at most")
+    )
+    yield from zip([*layers, *([RANDOM] if random else [])], (score.auc for score in scored), strict=True)

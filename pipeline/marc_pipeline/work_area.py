@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import UserError
+from marc_pipeline.progress import SECONDS
 from marc_pipeline.storage import Storage, join
 from marc_schemas.files import Contract
 from marc_schemas.plan import Plan
@@ -22,7 +24,43 @@ PLAN_FILE = "plan.json"
 
 C = TypeVar("C", bound=Contract)
 
+_written: dict[tuple[str, int], float] = {}
+"""Time of the last record of each task of this process."""
+
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ProgressFiles:
+    """Files in which running tasks record how much they have done, because Spark reports finished tasks only."""
+
+    storage: Storage
+    uri: str
+
+    def write(self, task: int, done: float) -> None:
+        """Record how much a running task has done; at most once in 5 s."""
+        now = time.monotonic()
+        if now - _written.get((self.uri, task), -math.inf) < SECONDS / 2:
+            return
+        _written[self.uri, task] = now
+        # Progress is only logged: a failure to record it must not fail the task.
+        with suppress(OSError):
+            self.storage.write(join(self.uri, f"{task:05d}"), f"{done:.2f}".encode())
+
+    def clear(self, tasks: Iterable[int] | None = None) -> None:
+        """Delete the progress of tasks that are finished, or of all tasks."""
+        if tasks is None:
+            self.storage.remove(stored.uri for stored in self.storage.list(self.uri))
+        else:
+            self.storage.remove(join(self.uri, f"{task:05d}") for task in tasks)
+
+    def total(self) -> float:
+        """Return how much all running tasks have done."""
+        found = 0.0
+        for stored in self.storage.list(self.uri):
+            with suppress(ValueError, FileNotFoundError):
+                found += float(self.storage.read(stored.uri))
+        return found
 
 
 @dataclass(frozen=True)
@@ -118,21 +156,10 @@ class Workspace:
             self.storage.write(uri, _json(receipt))
         return receipt
 
-    def write_progress(self, bucket: int, tokens: int) -> None:
-        """Record how many tokens of a running bucket are encoded."""
-        self.storage.write(join(self.uri, "progress", f"{bucket:05d}"), str(tokens).encode())
-
-    def clear_progress(self, buckets: Iterable[int]) -> None:
-        """Delete the progress of buckets that are finished or start again."""
-        self.storage.remove(join(self.uri, "progress", f"{bucket:05d}") for bucket in buckets)
-
-    def read_progress(self) -> dict[int, int]:
-        """Return the number of tokens encoded so far, by running bucket."""
-        found = {}
-        for stored in self.storage.list(join(self.uri, "progress")):
-            with suppress(ValueError, FileNotFoundError):
-                found[int(stored.uri.rsplit("/", 1)[1])] = int(self.storage.read(stored.uri))
-        return found
+    @property
+    def progress(self) -> "ProgressFiles":
+        """Return the place where running buckets record how many tokens they have encoded."""
+        return ProgressFiles(self.storage, join(self.uri, "progress"))
 
     def read_audit(self) -> AuditReport | None:
         """Return the audit's report; None before the audit."""

@@ -23,7 +23,7 @@ class BundleCard(Contract):
 
     Attributes:
         backbone: name or path of the original backbone; its weights are in the bundle.
-        layers_kept: number of blocks of the truncated backbone.
+        layers_kept: number of blocks that are computed, 0 for the embeddings alone.
         backbone_layers: number of blocks of the original backbone.
         pooling: how token states become one vector.
         max_tokens: longest text in tokens, special tokens included; longer texts are truncated.
@@ -39,7 +39,7 @@ class BundleCard(Contract):
 
     format_version: Literal[1] = FORMAT_VERSION
     backbone: str
-    layers_kept: int = Field(ge=1)
+    layers_kept: int = Field(ge=0)
     backbone_layers: int = Field(ge=1)
     pooling: Pooling
     max_tokens: int = Field(ge=2)

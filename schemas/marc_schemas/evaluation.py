@@ -1,5 +1,6 @@
 """Evaluation: click-model scores of every system, dimension and seed, their means and the findings."""
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -26,6 +27,9 @@ class SystemScore(Contract):
         log_loss: log loss on the test part, in nats.
         validation_auc: validation AUC of the chosen epoch.
         epoch: the chosen epoch of the click model, from 1.
+        recall, ndcg: Recall@10 and NDCG@10 of the test part's positives by the click model among all items; NaN for
+            ratings, which do not tell what a user would have taken.
+        lookup_recall: Recall@10 of a look-up with the mean vector of the user's history; NaN for ratings.
         train_seconds: time to fit or train the vectors.
         score_seconds: time to train the click model.
     """
@@ -41,6 +45,9 @@ class SystemScore(Contract):
     log_loss: float
     validation_auc: float
     epoch: int
+    recall: float = math.nan
+    ndcg: float = math.nan
+    lookup_recall: float = math.nan
     train_seconds: float
     score_seconds: float
 
@@ -74,6 +81,10 @@ class Summary(Contract):
     warm_auc: float
     log_loss: float
     log_loss_std: float
+    recall: float = math.nan
+    recall_std: float = math.nan
+    ndcg: float = math.nan
+    lookup_recall: float = math.nan
     bytes_per_item: int
     compared_with: str | None = None
     difference: float | None = None
@@ -94,6 +105,7 @@ class Evaluation(Contract):
         backbone: name of the backbone; ``layers`` is its number of blocks, ``width`` its dimension D.
         rows: number of interactions in the training, validation and test part.
         cold_rows: number of test rows of cold items.
+        negatives: where the rows without a click come from.
         chosen_layer: layer that the systems read.
         decision: basis of that choice.
         findings: results as sentences with figures.
@@ -107,6 +119,7 @@ class Evaluation(Contract):
     items: int
     rows: tuple[int, int, int]
     cold_rows: int
+    negatives: str = ""
     chosen_layer: int
     decision: Decision = "clicks"
     scores: list[SystemScore]

@@ -66,7 +66,7 @@ class Recommendation(Contract):
     """
 
     backbone: str
-    layers: int = Field(ge=1)
+    layers: int = Field(ge=0)
     pooling: Pooling
     basis: Basis
     reason: str

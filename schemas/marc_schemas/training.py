@@ -54,6 +54,7 @@ class TrainingRun(Contract):
         run_id: digest of the training set and the settings.
         bundle: version of the resulting bundle.
         layers: number of blocks of the bundle.
+        keep, decouple: weights α and β of the constraints.
         layer_auc: mean AUC of every layer within the training part, if the layer was chosen by it.
         history: one row per validation: epoch, step, loss terms, validation AUC.
     """
@@ -62,5 +63,7 @@ class TrainingRun(Contract):
     run_id: str
     bundle: str
     layers: int
+    keep: float = 0.0
+    decouple: float = 0.0
     layer_auc: dict[int, float] = Field(default_factory=dict)
     history: list[dict[str, float]]

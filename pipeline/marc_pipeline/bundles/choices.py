@@ -15,6 +15,8 @@ from marc_pipeline.work_area import read_contract
 from marc_schemas.bundle import Pooling
 from marc_schemas.layers import Adopted, Decision
 
+AUTO = "auto"
+
 log = logging.getLogger(__name__)
 
 
@@ -23,7 +25,7 @@ class LayerDecision:
     """Layers and pooling that a training decided at its start. As text: ``LAYERS:POOLING:DECISION``.
 
     Attributes:
-        layers: number of layers to keep; None, written as 0, if the training part chooses.
+        layers: number of layers to keep; None, written as "auto", if the training part chooses.
         pooling: how token states become one vector.
         decision: basis of the choice.
     """
@@ -33,7 +35,7 @@ class LayerDecision:
     decision: Decision
 
     def __str__(self) -> str:
-        return f"{self.layers or 0}:{self.pooling}:{self.decision}"
+        return f"{AUTO if self.layers is None else self.layers}:{self.pooling}:{self.decision}"
 
     @classmethod
     def parse(cls, text: str) -> "LayerDecision":
@@ -45,7 +47,7 @@ class LayerDecision:
         try:
             layers, pooling, decision = text.split(":")
             return cls(
-                int(layers) or None,
+                None if layers == AUTO else int(layers),
                 TypeAdapter[Pooling](Pooling).validate_python(pooling),
                 TypeAdapter[Decision](Decision).validate_python(decision),
             )
@@ -53,6 +55,26 @@ class LayerDecision:
             raise UserError(
                 f"--decided {text!r} is not LAYERS:POOLING:DECISION, as the task `identify` of marc_train writes it"
             ) from None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Everything that a training decided before MARC is trained.
+
+    Attributes:
+        layers: number of layers to keep.
+        keep, decouple: weights α and β of the constraints.
+        decision: basis of the choice of the layers.
+    """
+
+    layers: int
+    keep: float
+    decouple: float
+    decision: Decision
+
+    def applied(self, train: TrainSettings) -> TrainSettings:
+        """Return the settings of the training with the chosen values."""
+        return train.model_copy(update={"layers": self.layers, "keep": self.keep, "decouple": self.decouple})
 
 
 def with_train(settings: Settings, overrides: Mapping[str, object]) -> Settings:

@@ -6,6 +6,7 @@ from marc_pipeline.config import Settings
 from marc_pipeline.errors import CorruptFile, Unencodable, UserError
 from marc_pipeline.model.bundle import check_bundle, open_bundle
 from marc_pipeline.model.encoder import load_encoder
+from marc_pipeline.model.space import degenerate, space_shape
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.storage import Storage, join
 
@@ -47,6 +48,7 @@ def problems(
     off = int((np.abs(np.linalg.norm(vectors, axis=1) - 1) > UNIT_TOLERANCE).sum())
     if bundle.card.normalised and off:
         found.append(f"{off} of {len(sample)} sampled vectors are not normalised")
+    found += degenerate(space_shape(vectors), settings.audit, rows=len(vectors), dim=vectors.shape[1])
     spread = float(vectors.std(axis=0).max())
     if spread < MIN_SPREAD:
         found.append(

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from marc_pipeline.config import EncodeSettings, TrainSettings
+from marc_pipeline.config import EncodeSettings, InteractionSettings, TrainSettings
 from marc_pipeline.errors import UserError
 from marc_pipeline.evaluation.factory import new_compressor, new_marc, new_objective
 from marc_pipeline.model.backbone import HiddenStates, PooledStates, blocks, load_backbone, load_tokenizer, truncate
@@ -20,6 +20,7 @@ from marc_pipeline.model.budget import CPU_TOKENS
 from marc_pipeline.model.bundle import Bundle, save_bundle
 from marc_pipeline.model.compressor import fit_pca, save_compressor
 from marc_pipeline.model.device import choose_device, choose_dtype
+from marc_pipeline.model.space import space_shape
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.storage import Storage
 from marc_pipeline.training import lora as tuned
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SHAPE_ROWS = 20_000
+"""About the most vectors that the shape of a space is computed from."""
 MATCHING_PARTS = ("matching.", "clicked.", "skipped.", "profile.")
 
 
@@ -87,12 +90,13 @@ def train_pca(
     backbone = load_backbone(train.backbone)
     tokenizer, max_tokens = cutting_tokenizer(backbone, train)
     total = len(blocks(backbone)[2])
-    layers = train.layers or total
+    layers = total if train.layers is None else train.layers
     truncate(backbone, layers)
     log.info("train: %d distinct texts through %d of %d layers of %s", len(distinct), layers, total, train.backbone)
     pooled = PooledStates(HiddenStates(backbone, whole=layers == total), train.pooling)
     hidden = state_encoder(pooled, tokenizer, encode=encode, resources=resources).encode(distinct).vectors
     compressor, explained = fit_pca(hidden, dim=train.dim)
+    shape = _shape(compressor, hidden)
     log.info("train: %d of %d dimensions explain %.1f %% of the variance", train.dim, hidden.shape[1], 100 * explained)
 
     def write(folder: Path) -> BundleCard:
@@ -108,10 +112,67 @@ def train_pca(
             template=template,
             compressor=CompressorCard(kind="pca", arguments={"width": hidden.shape[1], "dim": train.dim}),
             training={**facts, "fingerprint": fingerprint(distinct)},
-            metrics={"explained_variance": round(explained, 6)},
+            metrics={"explained_variance": round(explained, 6), **shape},
         )
 
     return save_bundle(storage, bundle_uri, write)
+
+
+def save_layer_pca(
+    training_set: TrainingSet,
+    *,
+    layers: int,
+    train: TrainSettings,
+    interactions: InteractionSettings,
+    storage: Storage,
+    bundle_uri: str,
+) -> Bundle:
+    """Save the whitened PCA of a layer as a bundle: the rival of MARC in the gate, with the vectors compared there."""
+    card, states = training_set.card, training_set.states(layers, np.arange(len(training_set.item_ids)))
+    known = known_items(training_set, train=train, interactions=interactions)
+    compressor, explained = fit_pca(states[known], dim=train.dim)
+
+    def write(folder: Path) -> BundleCard:
+        _write_backbone(folder, truncate(load_backbone(train.backbone), layers), train.backbone)
+        save_compressor(compressor, folder)
+        return _card(
+            train,
+            layers=layers,
+            of=card.layers,
+            max_tokens=card.max_tokens,
+            template=card.template,
+            compressor=CompressorCard(kind="pca", arguments={"width": card.width, "dim": train.dim}),
+            training={
+                "regime": "pca", "layers_from": "gate", "texts": len(known), "training_id": card.training_id,
+                "fingerprint": fingerprint([training_set.texts[item] for item in known]),
+            },
+            metrics={"explained_variance": round(explained, 6), **_shape(compressor, states)},
+        )  # fmt: skip
+
+    return save_bundle(storage, bundle_uri, write)
+
+
+def known_items(
+    training_set: TrainingSet, *, train: TrainSettings, interactions: InteractionSettings
+) -> NDArray[np.int64]:
+    """Return the items [m] of the training part that a PCA may be fitted on."""
+    data = learning_data(
+        training_set.interactions.take(training_set.split.train),
+        settings=interactions,
+        holdout=train.holdout,
+        items=len(training_set.item_ids),
+    )
+    known: NDArray[np.int64] = data.whole().known.numpy()
+    return known
+
+
+@torch.no_grad()
+def _shape(compressor: torch.nn.Module, states: NDArray[np.float32]) -> dict[str, float]:
+    """Return the shape of the space of a compressor's vectors, for the bundle's card."""
+    compressor.eval()
+    some = states[:: max(1, len(states) // SHAPE_ROWS)]
+    vectors = compressor(torch.from_numpy(np.ascontiguousarray(some))).numpy()
+    return {name: round(value, 6) for name, value in space_shape(vectors).model_dump().items()}
 
 
 def train_marc(
@@ -120,7 +181,7 @@ def train_marc(
     layers: int,
     train: TrainSettings,
     encode: EncodeSettings,
-    history: int,
+    interactions: InteractionSettings,
     resources: TaskResources,
     checkpoint: Checkpoint | None = None,
 ) -> Trained:
@@ -135,7 +196,7 @@ def train_marc(
         torch.set_num_threads(encode.threads or resources.cpus)
     data = learning_data(
         training_set.interactions.take(training_set.split.train),
-        history=history,
+        settings=interactions,
         holdout=train.holdout,
         items=len(training_set.texts),
     )
@@ -152,7 +213,7 @@ def train_marc(
         return objective
 
     objective, progress = learn(made, data, settings=train, seed=train.seed, checkpoint=checkpoint)
-    log.info("train: best validation AUC %.4f at step %d of %d", progress.best, progress.best_step, progress.step)
+    log.info("train: best AUC on the holdout %.4f at step %d of %d", progress.best, progress.best_step, progress.step)
     learned = data.whole() if train.ends_on_every_row else data
     return Trained(objective, backbone, progress, layers, len(learned.training))
 
@@ -171,6 +232,7 @@ def save_marc(
     ``training_set`` and ``train`` are those of the training; ``layers_from`` is the basis for the number of layers.
     """
     card, objective, layers, progress = training_set.card, trained.objective, trained.layers, trained.progress
+    shape = _shape(torch.nn.Identity(), objective.vectors().numpy(force=True)[: len(training_set.item_ids)])
 
     def write(folder: Path) -> BundleCard:
         if trained.backbone is None:
@@ -198,7 +260,12 @@ def save_marc(
                 "seed": train.seed,
                 "settings": train.model_dump(exclude={"processes", "checkpoint_every", "backbone"}),
             },
-            metrics={"validation_auc": round(progress.best, 6), "steps": progress.best_step},
+            metrics={
+                "holdout_auc": round(progress.best, 6),
+                "steps": progress.best_step,
+                "capped": float(progress.capped),
+                **shape,
+            },
         )
 
     return save_bundle(storage, bundle_uri, write)

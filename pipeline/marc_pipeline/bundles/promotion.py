@@ -1,31 +1,41 @@
-"""Promotion: compare a bundle with the current one; if the gate passes it, make it current in one atomic write."""
+"""Promotion: compare a bundle with its rivals; if the gate passes it, make it current in one atomic write."""
 
 import logging
-import math
+from collections.abc import Iterator
 from statistics import fmean
-from typing import TYPE_CHECKING
 
+import numpy as np
+
+from marc_pipeline.bundles import gate
+from marc_pipeline.bundles.making import known_items, save_layer_pca
 from marc_pipeline.config import Settings
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import GateRefused, UserError
+from marc_pipeline.evaluation.click_model import ClickScore, Vectors, score_together
+from marc_pipeline.evaluation.factory import pca_vectors
+from marc_pipeline.evaluation.statistics import user_interval
+from marc_pipeline.evaluation.systems import System
+from marc_pipeline.evaluation.tasks import as_scores, evaluation_data
+from marc_pipeline.model.bundle import current_version, open_bundle, promote
+from marc_pipeline.model.device import use_threads
+from marc_pipeline.model.encoder import load_encoder
+from marc_pipeline.progress import ProgressLog
 from marc_pipeline.resources import machine
 from marc_pipeline.storage import join
-from marc_pipeline.training.training_set import open_training_set, training_uri
+from marc_pipeline.training.training_set import TrainingSet, open_training_set, training_uri
 from marc_pipeline.work_area import read_contract
 from marc_schemas.promotion import BundleComparison
 
-if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
+RANDOM = "random"
 
 log = logging.getLogger(__name__)
 
 
-def compare_stage(spark: "SparkSession", deployment: Deployment, training_id: str, candidate: str) -> BundleComparison:
-    """Evaluate a bundle and the current one on the same split, verify its checksums and audit its vectors."""
-    from marc_pipeline.bundles import gate
-    from marc_pipeline.evaluation.tasks import bundle_task, run_tasks
-    from marc_pipeline.model.bundle import current_version
+def compare_stage(deployment: Deployment, training_id: str, candidate: str) -> BundleComparison:
+    """Evaluate a bundle and its rivals on the same split, verify its checksums and audit its vectors.
 
+    If a PCA has the highest validation AUC, it is saved as a bundle, for :func:`promote_stage`.
+    """
     settings, storage = deployment.settings, deployment.storage
     current = current_version(storage, settings.bundle_uri)
     training_set = open_training_set(storage, settings.work_uri, training_id)
@@ -35,53 +45,153 @@ def compare_stage(spark: "SparkSession", deployment: Deployment, training_id: st
     damage = gate.damage(settings, rival, storage=storage) if rival else []
     if damage:
         log.warning("promote: the current bundle is damaged and not evaluated: %s", "; ".join(damage))
-    versions = [] if problems else [candidate, *([rival] if rival and not damage else [])]
-    tasks = [bundle_task(deployment, training_set, version=version) for version in versions]
-    scores = [score for found in run_tasks(spark, tasks, label="promote") for score in found.scores]
-    means = {version: fmean(s.auc for s in scores if s.system == f"bundle:{version}") for version in versions}
-    auc, current_auc = means.get(candidate, math.nan), means.get(current) if current else None
-    if current_auc is not None and auc < current_auc - settings.evaluate.tolerance:
-        problems.append(
-            f"its mean test AUC over {settings.evaluate.seeds} seeds is {auc:.4f}, that of the current "
-            f"bundle {current} is {current_auc:.4f}; evaluate.tolerance is {settings.evaluate.tolerance:g}"
-        )
+    versions = [*([] if problems else [candidate]), *([rival] if rival and not damage else [])]
     comparison = BundleComparison(
         training_id=training_id,
         candidate=candidate,
         current=current,
-        auc=auc,
-        current_auc=current_auc,
         tolerance=settings.evaluate.tolerance,
-        scores=scores,
+        scores=[],
         problems=problems,
     )
+    if not problems:
+        layer = open_bundle(storage, join(settings.bundle_uri, candidate)).card.layers_kept
+        comparison = _decided(
+            deployment, training_set, comparison, _evaluated(deployment, training_set, versions, layer)
+        )
     storage.write(_comparison_uri(settings, training_id, candidate), comparison.model_dump_json(indent=1).encode())
-    beside = "there is no current bundle" if current_auc is None else f"the current {current} has {current_auc:.4f}"
-    log.info("promote: bundle %s has AUC %.4f; %s", candidate, comparison.auc, beside)
     return comparison
 
 
-def promote_stage(deployment: Deployment, training_id: str, candidate: str) -> BundleComparison:
+def promote_stage(
+    deployment: Deployment, training_id: str, candidate: str, *, replace: bool = True
+) -> BundleComparison:
     """Make a bundle the current one by one atomic write, if the gate passes it.
 
+    With ``replace``, the PCA that is better than the candidate and the current bundle becomes current instead.
+
     Raises:
-        GateRefused: the comparison found a reason against the bundle.
+        GateRefused: the comparison found a reason against the bundle, and there is nothing better to promote.
         UserError: the bundle was not evaluated, or another bundle became current since then.
     """
-    from marc_pipeline.model.bundle import current_version, promote
-
     settings, storage = deployment.settings, deployment.storage
     comparison = read_contract(storage, _comparison_uri(settings, training_id, candidate), BundleComparison)
     if comparison is None:
         raise UserError(f"bundle {candidate} was not evaluated on training set {training_id}; evaluate it first")
-    if comparison.problems:
+    chosen = comparison.replacement if replace and comparison.replacement else candidate
+    if comparison.problems and chosen == candidate:
         raise GateRefused(f"bundle {candidate} is not promoted: " + "; ".join(comparison.problems))
     current = current_version(storage, settings.bundle_uri)
-    if current not in {comparison.current, candidate}:
+    if current not in {comparison.current, chosen}:
         raise UserError(f"bundle {current} became current since {candidate} was evaluated; evaluate again")
-    promote(storage, settings.bundle_uri, candidate)
-    log.info("promote: bundle %s is current; the next nightly run re-encodes every item", candidate)
+    if chosen != candidate:
+        log.warning(
+            "promote: %s; bundle %s, the %s, is promoted instead", comparison.problems[0], chosen, comparison.best
+        )
+    promote(storage, settings.bundle_uri, chosen)
+    log.info("promote: bundle %s is current; the next nightly run re-encodes every item", chosen)
     return comparison
+
+
+def _evaluated(
+    deployment: Deployment, training_set: TrainingSet, versions: list[str], layer: int
+) -> "dict[str, tuple[System, int | None, Vectors]]":
+    """Return the systems to compare with their layers and vectors [items, d], by name."""
+    storage, settings = deployment.storage, deployment.settings
+    items, train = len(training_set.item_ids), settings.train
+    found: dict[str, tuple[System, int | None, Vectors]] = {}
+    for version in versions:
+        uri = join(settings.bundle_uri, version)
+        log.info("promote: %s texts through bundle %s", f"{items:,}", version)
+        encoder = load_encoder(storage, uri, version, settings.encode, machine())
+        name = f"bundle:{version}"
+        found[name] = System(name, "bundle", None), None, encoder.encode(training_set.texts).vectors
+    known = known_items(training_set, train=train, interactions=settings.interactions)
+    for number in dict.fromkeys((layer, training_set.card.layers)):
+        name = f"pca-layer-{number}"
+        states = training_set.states(number, np.arange(items))
+        found[name] = System(name, "layer", number), number, pca_vectors(states, known, dim=train.dim)
+    vectors = np.random.default_rng(0).standard_normal((items, train.dim), dtype=np.float32)
+    found[RANDOM] = System(RANDOM, "reference", None), None, vectors
+    return found
+
+
+def _decided(
+    deployment: Deployment,
+    training_set: TrainingSet,
+    comparison: BundleComparison,
+    systems: "dict[str, tuple[System, int | None, Vectors]]",
+) -> BundleComparison:
+    """Score the systems, and decide by the validation part which bundle may be promoted."""
+    settings = deployment.settings
+    use_threads(machine().cpus)
+    data = evaluation_data(training_set, settings)
+    progress = ProgressLog("promote: click models", settings.evaluate.seeds, "seeds")
+    runs: dict[str, list[ClickScore]] = {name: [] for name in systems}
+    scores = []
+    for seed in range(settings.evaluate.seeds):
+        for dim, names in _by_dim(systems):
+            group = [systems[name] for name in names]
+            scored = score_together(
+                [vectors for *_, vectors in group],
+                data,
+                seed=seed,
+                ranked=training_set.interactions.implicit,
+                done=progress.part(seed),
+            )
+            evaluated = [(system, layer) for system, layer, _ in group]
+            scores += as_scores(evaluated, scored, dim=dim, seed=seed, seconds=[0.0] * len(group)).scores
+            for name, score in zip(names, scored, strict=True):
+                runs[name].append(score)
+    validation = {name: fmean(score.validation_auc for score in found) for name, found in runs.items()}
+    test = {name: fmean(score.auc for score in found) for name, found in runs.items()}
+    best = max((name for name in validation if name != RANDOM), key=lambda name: validation[name])
+    averaged = {
+        name: np.mean([score.validation_predictions for score in found], axis=0) for name, found in runs.items()
+    }
+    interval = user_interval(averaged[best], averaged[RANDOM], data, part=data.split.validation)
+    comparison = comparison.model_copy(
+        update={
+            "validation_auc": validation, "auc": test, "best": best, "scores": scores,
+            "beats_random": interval is None or interval[0] > 0,
+        }
+    )  # fmt: skip
+    for name in sorted(validation, key=lambda one: -validation[one]):
+        log.info("promote: %s: validation AUC %.4f, test AUC %.4f", name, validation[name], test[name])
+    if not comparison.beats_random:
+        log.warning("promote: no vector beats random ones: the texts say nothing about what users take")
+    own = f"bundle:{comparison.candidate}"
+    if validation[own] >= validation[best] - comparison.tolerance:
+        return comparison
+    problem = (
+        f"its mean validation AUC over {settings.evaluate.seeds} seeds is {validation[own]:.4f}, that of "
+        f"{_named(best)} is {validation[best]:.4f}; evaluate.tolerance is {comparison.tolerance:g}"
+    )
+    update: dict[str, object] = {"problems": [problem]}
+    if best.startswith("pca-layer-"):
+        made = save_layer_pca(
+            training_set,
+            layers=systems[best][1] or 0,
+            train=settings.train,
+            interactions=settings.interactions,
+            storage=deployment.storage,
+            bundle_uri=settings.bundle_uri,
+        )
+        update["replacement"] = made.version
+    return comparison.model_copy(update=update)
+
+
+def _by_dim(systems: "dict[str, tuple[System, int | None, Vectors]]") -> Iterator[tuple[int, list[str]]]:
+    """Yield the names of systems of one dimension, which share a pass."""
+    dims: dict[int, list[str]] = {}
+    for name, (_, _, vectors) in systems.items():
+        dims.setdefault(0 if vectors is None else vectors.shape[1], []).append(name)
+    yield from dims.items()
+
+
+def _named(system: str) -> str:
+    kind, _, rest = system.partition(":")
+    return f"the current bundle {rest}" if kind == "bundle" else f"the PCA of layer {system.removeprefix('pca-layer-')}"
 
 
 def _comparison_uri(settings: Settings, training_id: str, candidate: str) -> str:

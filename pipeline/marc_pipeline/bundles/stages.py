@@ -5,17 +5,17 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from marc_pipeline.bundles.choices import with_train
+from marc_pipeline.bundles.choices import Chosen, with_train
 from marc_pipeline.config import Settings
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import UserError
+from marc_pipeline.model.device import use_threads
 from marc_pipeline.resources import machine
 from marc_pipeline.storage import join
 from marc_pipeline.training.training_set import (
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
     from marc_pipeline.bundles.making import Trained
-    from marc_pipeline.evaluation.tasks import EvaluateTask
 
 RUN = "run.json"
 CHECKPOINT = "checkpoint.pt"
@@ -51,7 +50,11 @@ log = logging.getLogger(__name__)
 
 def run_id(settings: Settings, training_id: str) -> str:
     """Return the id of a training run. It depends on data and settings only, so that a retry resumes the same run."""
-    parts = [training_id, settings.interactions.history, settings.train.model_dump(exclude={"checkpoint_every"})]
+    wanted = settings.interactions
+    parts = [
+        training_id, wanted.history, wanted.negatives, wanted.negative_popularity,
+        settings.train.model_dump(exclude={"checkpoint_every"}),
+    ]  # fmt: skip
     return digest(parts, chars=16)
 
 
@@ -90,59 +93,94 @@ def states_stage(
     return made
 
 
-def fold_scores(spark: "SparkSession", deployment: Deployment, training_id: str) -> dict[int, list[float]]:
-    """Return the AUC of every layer within the training part, one per group of users; computed once."""
-    from marc_pipeline.evaluation import tasks as evaluation
+def fold_scores(deployment: Deployment, training_id: str) -> dict[int, list[float]]:
+    """Return the AUC of every layer within the training part, one per group of users; computed once.
 
-    return _layer_scores(spark, deployment, training_id, LAYERS, partial(evaluation.layer_tasks, deployment))
+    The key ``layer_search.RANDOM`` has the AUC of random vectors.
+    """
+    from marc_pipeline.evaluation.layer_search import search_layers
+
+    def found(training_set: TrainingSet) -> dict[int, list[float]]:
+        settings = deployment.settings
+        return search_layers(
+            training_set.interactions.take(training_set.split.train),
+            training_set.states,
+            layers=range(training_set.card.layers + 1),
+            items=len(training_set.item_ids),
+            dim=settings.train.dim,
+            settings=settings.interactions,
+            holdout=settings.train.holdout,
+        )
+
+    return _layer_scores(deployment, training_id, LAYERS, found)
 
 
-def tested_layers(spark: "SparkSession", deployment: Deployment, training_id: str) -> dict[int, list[float]]:
+def tested_layers(deployment: Deployment, training_id: str) -> dict[int, list[float]]:
     """Return the test AUC of every layer's PCA at the dimension of a training, one per seed; computed once."""
-    from marc_pipeline.evaluation import tasks as evaluation
+    from marc_pipeline.evaluation.layer_search import test_layers
 
-    settings = deployment.settings
-    dims, seeds = (settings.train.dim,), settings.evaluate.seeds
-    update = {"evaluate": settings.evaluate.model_copy(update={"dims": dims})}
-    one_dim = deployment.with_settings(settings.model_copy(update=update))
+    settings, seeds = deployment.settings, deployment.settings.evaluate.seeds
 
-    def tasks(training_set: TrainingSet) -> "list[EvaluateTask]":
-        wanted = [f"pca-layer-{layer}" for layer in range(training_set.card.layers + 1)]
-        return evaluation.evaluation_tasks(one_dim, training_set, chosen=0, wanted=wanted)
+    def found(training_set: TrainingSet) -> dict[int, list[float]]:
+        return test_layers(training_set, settings, seeds=seeds)
 
-    return _layer_scores(spark, deployment, training_id, f"layers_tested_{seeds}.json", tasks)
+    return _layer_scores(deployment, training_id, f"layers_tested_{seeds}.json", found)
 
 
 def _layer_scores(
-    spark: "SparkSession",
-    deployment: Deployment,
-    training_id: str,
-    name: str,
-    tasks: "Callable[[TrainingSet], list[EvaluateTask]]",
+    deployment: Deployment, training_id: str, name: str, found: Callable[[TrainingSet], dict[int, list[float]]]
 ) -> dict[int, list[float]]:
     """Return the AUC of every layer from a file of the training run, which the first call writes."""
-    from marc_pipeline.evaluation import tasks as evaluation
-
     settings, storage = deployment.settings, deployment.storage
     uri = join(run_uri(settings, training_id), name)
     with suppress(FileNotFoundError):
         return {int(layer): aucs for layer, aucs in json.loads(storage.read(uri)).items()}
-    training_set = open_training_set(storage, settings.work_uri, training_id)
-    scores = evaluation.layer_scores(evaluation.run_tasks(spark, tasks(training_set), label="layers"))
+    use_threads(machine().cpus)
+    scores = found(open_training_set(storage, settings.work_uri, training_id))
     storage.write(uri, json.dumps(scores).encode())
     return scores
 
 
-def layer_stage(spark: "SparkSession", deployment: Deployment, training_id: str) -> int:
+def layer_stage(deployment: Deployment, training_id: str) -> int:
     """Return the number of layers to keep, from the configuration or chosen on the training part."""
-    from marc_pipeline.evaluation.layer_choice import choose_layer
+    from marc_pipeline.evaluation.layer_choice import choose_layer, final_scores
+    from marc_pipeline.evaluation.layer_search import RANDOM, beats_random
 
-    if deployment.settings.train.layers is not None:
-        return deployment.settings.train.layers
-    scores = fold_scores(spark, deployment, training_id)
-    chosen = choose_layer(scores)
-    means = ", ".join(f"{layer} {fmean(aucs):.4f}" for layer, aucs in scores.items())
-    log.info("layers: mean AUC by layer: %s; %d layers are kept", means, chosen)
+    train = deployment.settings.train
+    if train.layers is not None:
+        return train.layers
+    scores = fold_scores(deployment, training_id)
+    layers = {layer: aucs for layer, aucs in scores.items() if layer != RANDOM and (layer or train.regime == "frozen")}
+    chosen = choose_layer(layers)
+    means = ", ".join(f"{layer} {fmean(aucs):.4f}" for layer, aucs in sorted(final_scores(layers).items()))
+    log.info(
+        "layers: mean AUC by layer: %s; random vectors %.4f; %d layers are kept, the fewest within one standard error",
+        *(means, fmean(scores[RANDOM]), chosen),
+    )
+    if not beats_random(scores):
+        log.warning("layers: no layer beats random vectors: the texts say nothing about what users take")
+    return chosen
+
+
+def weight_stage(spark: "SparkSession", deployment: Deployment, training_id: str, *, layer: int) -> tuple[float, float]:
+    """Return α and β, the weights of the constraints, from the configuration or chosen on the training part."""
+    from marc_pipeline.evaluation.constraint_search import candidates, choose_weights, search_weights
+
+    settings, storage = deployment.settings, deployment.storage
+    pairs = candidates(settings.train)
+    # A tuned backbone trains for too long to be tried several times.
+    if len(pairs) == 1 or settings.train.regime == "tuned":
+        return pairs[0]
+    uri = join(run_uri(settings, training_id), f"weights_{layer}.json")
+    try:
+        scores = [(tuple(pair), auc) for pair, auc in json.loads(storage.read(uri))]
+    except FileNotFoundError:
+        training_set = open_training_set(storage, settings.work_uri, training_id)
+        scores = list(search_weights(spark, deployment, training_set, layer=layer).items())
+        storage.write(uri, json.dumps(scores).encode())
+    chosen = choose_weights(dict(scores))
+    shown = ", ".join(f"keep {keep:g} decouple {decouple:g} {auc:.4f}" for (keep, decouple), auc in scores)
+    log.info("weights: mean AUC: %s; keep %g and decouple %g are taken", shown, *chosen)
     return chosen
 
 
@@ -168,23 +206,26 @@ def train_stage(
     # Checked before Spark, which would report the same error in many lines.
     card = read_card(storage, settings.work_uri, training_id)
     require_shape(settings.train, (settings.train.dim,), layers=card.layers, width=card.width)
-    layers = layer_stage(spark, deployment, training_id)
+    layers = layer_stage(deployment, training_id)
+    keep, decouple = weight_stage(spark, deployment, training_id, layer=layers)
+    chosen = Chosen(layers, keep, decouple, decision)
     if settings.train.processes > 1:
         from marc_pipeline.spark.tasks import distribute
 
         bundle, history = distribute(
-            spark, train_member, deployment, training_id, layers, decision, processes=settings.train.processes
+            spark, train_member, deployment, training_id, chosen, processes=settings.train.processes
         )
     else:
-        bundle, history = train_process(deployment, training_id, layers, decision)
-    chosen = settings.train.layers is None
-    scores = json.loads(storage.read(join(uri, LAYERS))) if chosen else {}
+        bundle, history = train_process(deployment, training_id, chosen)
+    scores = fold_scores(deployment, training_id) if settings.train.layers is None else {}
     run = TrainingRun(
         training_id=training_id,
         run_id=run_id(settings, training_id),
         bundle=bundle,
         layers=layers,
-        layer_auc={int(layer): fmean(aucs) for layer, aucs in scores.items()},
+        keep=keep,
+        decouple=decouple,
+        layer_auc={layer: fmean(aucs) for layer, aucs in scores.items() if layer >= 0},
         history=history,
     )
     with storage.staged(join(uri, CURVES)) as staged:
@@ -207,9 +248,7 @@ def trained_bundle(deployment: Deployment, training_id: str) -> str:
     return run.bundle
 
 
-def train_process(
-    deployment: Deployment, training_id: str, layers: int, decision: Decision
-) -> tuple[str, list[dict[str, float]]]:
+def train_process(deployment: Deployment, training_id: str, chosen: Chosen) -> tuple[str, list[dict[str, float]]]:
     """Train in one process, or as one of several processes, of which the first one writes the bundle.
 
     Returns:
@@ -219,28 +258,26 @@ def train_process(
     from marc_pipeline.training.distributed import place
 
     settings = deployment.settings
-    trained, training_set = _train(deployment, training_id, layers)
+    trained, training_set = _train(deployment, training_id, chosen)
     if place()[0] > 0:
         return "", []
     bundle = save_marc(
         trained,
         training_set,
-        train=settings.train,
+        train=chosen.applied(settings.train),
         storage=deployment.storage,
         bundle_uri=settings.bundle_uri,
-        layers_from=decision,
+        layers_from=chosen.decision,
     )
     return bundle.version, trained.progress.history
 
 
-def train_member(
-    deployment: Deployment, training_id: str, layers: int, decision: Decision
-) -> tuple[str, list[dict[str, float]]]:
+def train_member(deployment: Deployment, training_id: str, chosen: Chosen) -> tuple[str, list[dict[str, float]]]:
     """Run :func:`train_process` as a member of a process group."""
     from marc_pipeline.training.distributed import process_group
 
     with process_group():
-        return train_process(deployment, training_id, layers, decision)
+        return train_process(deployment, training_id, chosen)
 
 
 def tuned_stage(deployment: Deployment, training_id: str) -> str:
@@ -249,6 +286,8 @@ def tuned_stage(deployment: Deployment, training_id: str) -> str:
     Returns:
         Uri of a ``.npy`` file with the states of its final layer [items, D].
     """
+    from marc_pipeline.evaluation.constraint_search import candidates
+
     storage, settings, wanted = deployment.storage, deployment.settings, deployment.settings.evaluate
     layers = read_card(storage, settings.work_uri, training_id).layers
     steps = {"max_steps": wanted.tuned_steps, "validate_every": wanted.tuned_steps, "batch": wanted.tuned_batch}
@@ -256,28 +295,28 @@ def tuned_stage(deployment: Deployment, training_id: str) -> str:
     uri = join(run_uri(settings, training_id), TUNED)
     if storage.stat(uri) is None:
         log.info("tune: at most %d steps of %d interactions on all layers", wanted.tuned_steps, wanted.tuned_batch)
-        trained, _ = _train(deployment.with_settings(settings), training_id, layers)
+        weights = candidates(settings.train)[0]
+        trained, _ = _train(deployment.with_settings(settings), training_id, Chosen(layers, *weights, "configuration"))
         buffer = io.BytesIO()
         np.save(buffer, trained.objective.source.all_states().numpy(force=True))
         storage.write(uri, buffer.getvalue())
     return uri
 
 
-def _train(deployment: Deployment, training_id: str, layers: int) -> "tuple[Trained, TrainingSet]":
+def _train(deployment: Deployment, training_id: str, chosen: Chosen) -> "tuple[Trained, TrainingSet]":
     from marc_pipeline.bundles.making import train_marc
     from marc_pipeline.training.fit import Checkpoint
 
     settings, storage = deployment.settings, deployment.storage
     training_set = open_training_set(storage, settings.work_uri, training_id)
-    checkpoint = Checkpoint(
-        storage, join(run_uri(settings, training_id), CHECKPOINT), key=f"{run_id(settings, training_id)}-{layers}"
-    )
+    key = f"{run_id(settings, training_id)}-{chosen.layers}-{chosen.keep:g}-{chosen.decouple:g}"
+    checkpoint = Checkpoint(storage, join(run_uri(settings, training_id), CHECKPOINT), key=key)
     trained = train_marc(
         training_set,
-        layers=layers,
-        train=settings.train,
+        layers=chosen.layers,
+        train=chosen.applied(settings.train),
         encode=settings.encode,
-        history=settings.interactions.history,
+        interactions=settings.interactions,
         resources=machine(),
         checkpoint=checkpoint,
     )

@@ -12,6 +12,7 @@ from marc_pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from marc_pipeline.model.bundle import Bundle
+    from marc_schemas.promotion import BundleComparison
 
 TrainDs = Annotated[str, typer.Option("--ds", help="Date of the catalogue.")]
 Layers = Annotated[int | None, typer.Option(help="Number of backbone layers to keep; overrides train.layers.")]
@@ -31,11 +32,14 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Overrides train.max_steps.")] = None,
     promote: Annotated[bool, typer.Option(help="Make the bundle current if it passes the gate.")] = True,
     if_none: Annotated[bool, typer.Option("--if-none", help="Do nothing if there is a current bundle.")] = False,
+    replace_marc: Annotated[
+        bool, typer.Option("--replace-marc", help="Without interactions: let a PCA replace a MARC bundle.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a bundle, and make it current if it passes the gate.
 
-    The gate refuses a bundle that is worse than the current one.
+    With interactions, the best of the new bundle, the current bundle and the PCA of a layer becomes current.
     """
     from marc_pipeline.bundles import run as stages
     from marc_pipeline.bundles.choices import with_train
@@ -54,8 +58,8 @@ def train(
         "compressor": compressor, "regime": regime, "dim": dim, "layers": layers, "seed": seed, "max_steps": max_steps,
     }  # fmt: skip
     wanted = deployment.with_settings(with_train(settings, given))
-    bundle = stages.train_bundle(wanted, ds=parse_ds(ds), promote=promote)
-    _print_bundle(bundle, as_json=as_json)
+    bundle, comparison = stages.train_bundle(wanted, ds=parse_ds(ds), promote=promote, replace_marc=replace_marc)
+    _print_bundle(bundle, comparison, as_json=as_json)
 
 
 def evaluate(
@@ -106,11 +110,11 @@ def promote(
     from marc_pipeline.bundles import run as stages
 
     comparison = stages.evaluate_and_promote(context.ensure_object(State).deployment, version, ds=parse_ds(ds))
-    facts = comparison.model_dump(exclude={"scores", "problems"})
     if as_json:
-        print_json(facts)
+        print_json(comparison.model_dump(exclude={"scores", "problems"}))
     else:
-        print_table("Promoted", ["", ""], [[name.replace("_", " "), str(value)] for name, value in facts.items()])
+        print_table("Promoted", ["", ""], [["bundle", comparison.candidate], ["before", comparison.current or "none"]])
+        _print_comparison(comparison)
 
 
 def demote(context: typer.Context, as_json: Json = False) -> None:
@@ -125,10 +129,11 @@ def demote(context: typer.Context, as_json: Json = False) -> None:
         print_table(None, ["", ""], [["current bundle", version]])
 
 
-def _print_bundle(bundle: "Bundle", *, as_json: bool) -> None:
+def _print_bundle(bundle: "Bundle", comparison: "BundleComparison | None" = None, *, as_json: bool) -> None:
     card = bundle.card
     if as_json:
-        print_json({"bundle": bundle.version, "uri": bundle.uri, **card.model_dump(exclude={"files"})})
+        gate = comparison and comparison.model_dump(exclude={"scores"})
+        print_json({"bundle": bundle.version, "uri": bundle.uri, **card.model_dump(exclude={"files"}), "gate": gate})
         return
     rows = [
         ["bundle", bundle.version],
@@ -138,6 +143,18 @@ def _print_bundle(bundle: "Bundle", *, as_json: bool) -> None:
         *([name.replace("_", " "), f"{value:.4f}"] for name, value in card.metrics.items()),
     ]
     print_table("Bundle", ["", ""], rows)
+    if comparison is not None:
+        _print_comparison(comparison)
+
+
+def _print_comparison(comparison: "BundleComparison") -> None:
+    ranked = sorted(comparison.validation_auc, key=lambda name: -comparison.validation_auc[name])
+    rows = [[name, f"{comparison.validation_auc[name]:.4f}", f"{comparison.auc[name]:.4f}"] for name in ranked]
+    print_table("Gate: the validation part decides", ["", "validation AUC", "test AUC"], rows, right=(1, 2))
+    if comparison.problems:
+        print_table(None, [""], [[f"Bundle {comparison.candidate} was not promoted: {comparison.problems[0]}."]])
+    if not comparison.beats_random:
+        print_table(None, [""], [["No vector beats random ones: the texts say nothing about what users take."]])
 
 
 COMMANDS = (train, evaluate, promote, demote)

@@ -23,7 +23,7 @@ class ClickData:
     Attributes:
         users, items: int64 [n].
         labels: float32 [n], 1 for a click, else 0.
-        clicks: int64 [n, k], items that the row's user had clicked strictly before; −1 is padding.
+        clicks: int32 [n, k], items that the row's user had clicked strictly before; −1 is padding.
         split: rows of the three parts.
         n_users, n_items: numbers of users and items.
         cold: bool [test rows], whether the item has fewer than ``COLD_RATINGS`` ratings in the training part.
@@ -34,7 +34,7 @@ class ClickData:
     users: NDArray[np.int64]
     items: NDArray[np.int64]
     labels: NDArray[np.float32]
-    clicks: NDArray[np.int64]
+    clicks: NDArray[np.int32]
     split: Split
     n_users: int
     n_items: int
@@ -58,7 +58,7 @@ def click_data(
     the split has the order of time. ``implicit`` tells that the rows without a click are sampled negatives.
     """
     rows = np.arange(len(interactions)) if order is None else order
-    users, items, labels = (values[rows] for values in (interactions.users, interactions.items, interactions.labels))
+    users, items, labels = interactions.users[rows], interactions.items[rows], interactions.labels[rows]
     learned = split.train
     # Sampled negatives say nothing about how often an item was rated.
     rated = items[learned][labels[learned] > 0] if implicit else items[learned]
@@ -107,8 +107,8 @@ def user_fold_data(
     learned = interactions.take(np.sort(order[split.train]))
     rows = with_negatives(interactions, known=len(interactions), items=items, settings=settings)
     order, split = split_by_user(rows, folds=folds, fold=fold)
-    facts = {"n_items": items, "history": settings.history, "implicit": interactions.implicit}
-    return click_data(rows, split, order=order, **facts), learned
+    data = click_data(rows, split, n_items=items, history=settings.history, order=order, implicit=interactions.implicit)
+    return data, learned
 
 
 def sample_users(interactions: Interactions, most: int) -> Interactions:

@@ -168,13 +168,13 @@ class _ClickModels(nn.Module):
         width = settings.id_width
         # The models have the same initial weights. The embeddings of one id lie side by side.
         self.users, self.items = (
-            nn.Embedding.from_pretrained(
-                nn.init.normal_(torch.empty(n, width), std=ID_SPREAD).repeat(1, systems), freeze=False
-            )
+            nn.Parameter(nn.init.normal_(torch.empty(n, width), std=ID_SPREAD).repeat(1, systems))
             for n in (n_users, n_items)
         )
         first, second = nn.Linear(3 * dim + 2 * width, settings.hidden), nn.Linear(settings.hidden, 1)
-        self.first, self.second = (nn.Parameter(layer.weight.detach().T.repeat(systems, 1, 1)) for layer in (first, second))
+        self.first, self.second = (
+            nn.Parameter(layer.weight.detach().T.repeat(systems, 1, 1)) for layer in (first, second)
+        )
         self.first_bias, self.second_bias = (
             nn.Parameter(layer.bias.detach().repeat(systems, 1, 1)) for layer in (first, second)
         )
@@ -184,8 +184,10 @@ class _ClickModels(nn.Module):
     def forward(self, part: _Part) -> Tensor:
         own = self._each(functional.embedding(part.items, self.table))
         means = self.means(part.clicks)
-        ids = [self._each(self.users(part.users)), self._each(self.items(part.items))]
-        hidden = functional.relu(torch.baddbmm(self.first_bias, torch.cat([own, means, own * means, *ids], 2), self.first))
+        ids = [self._each(functional.embedding(*pair)) for pair in ((part.users, self.users), (part.items, self.items))]
+        hidden = functional.relu(
+            torch.baddbmm(self.first_bias, torch.cat([own, means, own * means, *ids], 2), self.first)
+        )
         if self.training and self.dropout:
             # One mask for all systems, so that a system's score does not depend on the others.
             kept = torch.rand(hidden.shape[1:]) >= self.dropout
@@ -202,11 +204,11 @@ class _ClickModels(nn.Module):
         """Return logits [g, n, n_items] of every item for rows with these users [n] and histories [n, k]."""
         dim, width = self.table.shape[1] // self.systems, self.first.shape[1]
         blocks = (width - 3 * dim) // 2
-        by_item, by_mean, by_product, by_user, by_id = self.first.split([dim, dim, dim, blocks, blocks], dim=1)
+        by_item, by_mean, by_product, by_user, by_id = torch.split(self.first, [dim, dim, dim, blocks, blocks], dim=1)
         items = self._each(self.table[:-1])
-        per_item = items @ by_item + self._each(self.items.weight) @ by_id  # [g, n_items, hidden]
+        per_item = items @ by_item + self._each(self.items) @ by_id  # [g, n_items, hidden]
         means = self.means(clicks)
-        per_row = means @ by_mean + self._each(self.users(users)) @ by_user + self.first_bias
+        per_row = means @ by_mean + self._each(functional.embedding(users, self.users)) @ by_user + self.first_bias
         found = torch.empty(self.systems, len(users), items.shape[1])
         for row in range(len(users)):
             # (v ⊙ h) W = v (h ⊙ W): one product per row instead of one input per pair.
@@ -227,7 +229,7 @@ class _ClickModels(nn.Module):
 
 
 def _lookup_table(systems: Sequence[Vectors], n_items: int) -> Tensor:
-    """Return vectors scaled to length √d, side by side, and a row of zeros for padding: float32 [n_items + 1, g · d]."""
+    """Return vectors scaled to length √d, side by side, and a row of zeros for padding: float32 [n_items + 1, g·d]."""
     tables = []
     for vectors in systems:
         if vectors is None:

@@ -1,5 +1,7 @@
 """The factory of systems: the vectors of each system, and the objectives and networks that are trained for them."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,16 +18,26 @@ from marc_pipeline.training.objective import FrozenStates, ItemStates, Objective
 from marc_pipeline.training.regression import fit_regression
 
 MATCHING_HIDDEN = 64
+DEFAULT_WEIGHTS = (0.0, 0.1)
+"""α and β of a system whose weights were neither configured nor chosen."""
 KEEP = 0.5
-"""α of the system with the keep constraint, which the default settings leave out."""
+"""α of the system with the keep constraint, unless its settings have one."""
 
 
 def make_vectors(
-    system: System, *, states: NDArray[np.float32], data: LearningData, dim: int, seed: int, train: TrainSettings
+    system: System,
+    *,
+    states: NDArray[np.float32],
+    data: LearningData,
+    dim: int,
+    seed: int,
+    train: TrainSettings,
+    tick: Callable[[float], None] = lambda _: None,
 ) -> NDArray[np.float32] | None:
     """Return vectors [items, d] of a system, or None for the system without vectors.
 
     They are made from the pooled states [items, D] of its layer, and from the interactions of the training part.
+    A training calls ``tick`` with the share of its most steps that is done.
     """
     if system.name == "ids":
         return None
@@ -39,14 +51,34 @@ def make_vectors(
         with torch.no_grad():
             return np.asarray(fit_regression(states, whole, dim=dim)(torch.from_numpy(states)).numpy())
     if system.family == "layer" or system.name == "pca-tuned":
-        with torch.no_grad():
-            pca, _ = fit_pca(known_states(states, whole), dim=dim)
-            return np.asarray(pca(torch.from_numpy(states)).numpy())
+        return pca_vectors(states, whole.known.numpy(), dim=dim)
+
+    return train_vectors(system.name, states=states, data=data, dim=dim, seed=seed, train=train, tick=tick)
+
+
+@torch.no_grad()
+def pca_vectors(states: NDArray[np.float32], known: NDArray[np.int64], *, dim: int) -> NDArray[np.float32]:
+    """Return the vectors [n, d] of the whitened PCA of states [n, D] that is fitted on the known rows."""
+    pca, _ = fit_pca(states[known], dim=dim)
+    return np.asarray(pca(torch.from_numpy(states)).numpy())
+
+
+def train_vectors(
+    name: str,
+    *,
+    states: NDArray[np.float32],
+    data: LearningData,
+    dim: int,
+    seed: int,
+    train: TrainSettings,
+    tick: Callable[[float], None] = lambda _: None,
+) -> NDArray[np.float32]:
+    """Train a system over frozen states [items, D], and return its vectors [items, d]."""
 
     def made(rows: LearningData) -> Objective:
-        return new_objective(system.name, states=states, data=rows, dim=dim, seed=seed, train=train)
+        return new_objective(name, states=states, data=rows, dim=dim, seed=seed, train=train)
 
-    objective, _ = learn(made, data, settings=train, seed=seed, label="")
+    objective, _ = learn(made, data, settings=train, seed=seed, label="", tick=tick)
     return np.asarray(objective.vectors().numpy())
 
 
@@ -89,7 +121,10 @@ def new_marc(
     variant: str = "marc",
 ) -> Marc:
     """Return MARC, or the ablation of it that ``variant`` names."""
-    keep, decouple = train.keep, train.decouple
+    keep, decouple = (
+        default if given is None else given
+        for given, default in zip((train.keep, train.decouple), DEFAULT_WEIGHTS, strict=True)
+    )
     if variant == "marc-no-constraints":
         keep, decouple = 0.0, 0.0
     if variant == "marc-keep":

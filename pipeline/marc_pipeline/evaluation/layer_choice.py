@@ -14,7 +14,7 @@ def choose_layer(scores: Mapping[int, Sequence[float]]) -> int:
     rule of one standard error.
 
     Args:
-        scores: AUC of every layer, one per fold; layers with fewer folds than others left the search and are not chosen.
+        scores: AUC of every layer, one per fold; layers with fewer folds left the search and are not chosen.
     """
     finalists = final_scores(scores)
     best = max(finalists, key=lambda layer: (fmean(finalists[layer]), -layer))

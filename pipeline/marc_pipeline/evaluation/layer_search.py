@@ -6,21 +6,24 @@ seeds than a trained compressor. Unlike a PCA, it finds the directions that pred
 Jamieson and Talwalkar 2016, Non-stochastic Best Arm Identification and Hyperparameter Optimization (AISTATS).
 """
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from statistics import fmean, stdev
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from marc_pipeline.config import InteractionSettings
-from marc_pipeline.evaluation.click_data import rows_within, sample_users, user_fold_data
+from marc_pipeline.config import InteractionSettings, Settings
+from marc_pipeline.evaluation.click_data import rows_within, sample_users, time_split_data, user_fold_data
 from marc_pipeline.evaluation.click_model import score_together
+from marc_pipeline.evaluation.factory import pca_vectors
+from marc_pipeline.evaluation.layer_choice import final_scores
+from marc_pipeline.progress import ProgressLog
 from marc_pipeline.training.interactions import Interactions
 from marc_pipeline.training.learning import learning_data
 from marc_pipeline.training.regression import fit_regression
+from marc_pipeline.training.training_set import TrainingSet
 
 FOLDS = 5
 """Number of groups of users in the last round."""
@@ -28,12 +31,11 @@ FINALISTS = 8
 """Most layers of the last round."""
 ROUND_ROWS, FINAL_ROWS = 100_000, 250_000
 """Most rows of a round with one fold, and of the last round, negatives included."""
+CERTAIN_ERRORS = 2.0
 RANDOM = -1
 """Key of the random vectors, which are scored beside the layers."""
 
-log = logging.getLogger(__name__)
-
-States = Callable[[int], NDArray[np.float32]]
+States = Callable[[int, NDArray[np.int64]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def search_layers(
 
     Args:
         interactions: those of the training part.
-        states: returns the pooled hidden states [items, D] of a layer.
+        states: returns the pooled hidden states [m, D] of a layer for some items [m].
         layers: the layers to compare.
         items: number of items in the catalogue.
         dim: dimension of the vectors.
@@ -93,7 +95,7 @@ def search_layers(
         size = FINAL_ROWS if last else min(rows, FINAL_ROWS)
         shop = SampledShop.of(interactions, rows=size, items=items, settings=settings)
         wanted = list(range(FOLDS)) if last else [0]
-        found = {layer: [] for layer in [*left, RANDOM]} if last else {layer: [] for layer in left}
+        found: dict[int, list[float]] = {layer: [] for layer in ([*left, RANDOM] if last else left)}
         for fold in wanted:
             label = f"layers: round {number + 1} of {rounds}, group {fold + 1} of {len(wanted)}"
             for layer, auc in _fold(shop, states, left, fold, label, dim, settings, holdout, random=last):
@@ -102,6 +104,37 @@ def search_layers(
         ranked = sorted(left, key=lambda layer: -fmean(scores[layer]))
         left, rows = sorted(ranked[: max(FINALISTS, len(left) // 2)]), 2 * rows
     return scores
+
+
+def beats_random(scores: Mapping[int, Sequence[float]]) -> bool:
+    """Return whether the best layer is more than two standard errors above random vectors, paired by fold."""
+    layers = {layer: aucs for layer, aucs in scores.items() if layer != RANDOM}
+    best = max(final_scores(layers).values(), key=fmean)
+    above = np.subtract(best, scores[RANDOM]).tolist()
+    return bool(fmean(above) > CERTAIN_ERRORS * stdev(above) / len(above) ** 0.5)
+
+
+def test_layers(training_set: TrainingSet, settings: Settings, *, seeds: int) -> dict[int, list[float]]:
+    """Return the test AUC of the whitened PCA of every layer, one per seed. Reports show it; it decides nothing."""
+    interactions, items = training_set.interactions, len(training_set.item_ids)
+    data = time_split_data(interactions, items=items, settings=settings.interactions)
+    learned = interactions.take(training_set.split.train)
+    known = (
+        learning_data(learned, settings=settings.interactions, holdout=settings.train.holdout, items=items)
+        .whole()
+        .known.numpy()
+    )
+    layers, vectors = range(training_set.card.layers + 1), []
+    progress = ProgressLog("layers: test part", seeds, "seeds")
+    for layer in layers:
+        states = training_set.states(layer, np.arange(items))
+        vectors.append(pca_vectors(states, known, dim=settings.train.dim))
+    found: dict[int, list[float]] = {layer: [] for layer in layers}
+    for seed in range(seeds):
+        scored = score_together(vectors, data, seed=seed, done=progress.part(seed))
+        for layer, score in zip(layers, scored, strict=True):
+            found[layer].append(score.auc)
+    return found
 
 
 def _rounds(layers: int) -> int:
@@ -128,16 +161,14 @@ def _fold(
     items = len(shop.items)
     data, learned = user_fold_data(shop.interactions, folds=FOLDS, fold=fold, items=items, settings=settings)
     learning = learning_data(learned, settings=settings, holdout=holdout, items=items).whole()
-    clock = Progress(label, len(layers) + 1)
+    progress = ProgressLog(label, 100, "%")
     vectors = []
     for number, layer in enumerate(layers):
-        own = states(layer)[shop.items]
+        own = states(layer, shop.items)
         with torch.no_grad():
             vectors.append(fit_regression(own, learning, dim=dim)(torch.from_numpy(own)).numpy())
-        clock.at(number + 1, f"layer {layer}")
+        progress.at(50 * (number + 1) / len(layers), f"layer {layer} is fitted")
     if random:
         vectors.append(np.random.default_rng(fold).standard_normal((items, dim), dtype=np.float32))
-    scored = score_together(
-        vectors, data, seed=fold, done=lambda share: clock.at(len(layers) + share, "click models, at most")
-    )
+    scored = score_together(vectors, data, seed=fold, done=progress.part(50, 50))
     yield from zip([*layers, *([RANDOM] if random else [])], (score.auc for score in scored), strict=True)

@@ -38,9 +38,7 @@ class Ranking:
     lookup_recall: float
 
 
-def ranking(
-    data: ClickData, table: Tensor, logits: Callable[[Tensor, Tensor], Tensor], systems: int
-) -> list[Ranking]:
+def ranking(data: ClickData, table: Tensor, logits: Callable[[Tensor, Tensor], Tensor], systems: int) -> list[Ranking]:
     """Return the ranking of each system.
 
     Args:
@@ -51,8 +49,11 @@ def ranking(
     """
     rows = _ranked_rows(data)
     clicks = np.where(data.clicks[rows] < 0, data.n_items, data.clicks[rows])
-    ranks, looked_up = [], []
-    vectors = functional.normalize(table[:-1].view(data.n_items, systems, table.shape[1] // systems).transpose(0, 1), dim=2)
+    ranks: list[NDArray[np.float64]] = []
+    looked_up: list[NDArray[np.float64]] = []
+    vectors = functional.normalize(
+        table[:-1].view(data.n_items, systems, table.shape[1] // systems).transpose(0, 1), dim=2
+    )
     for start in range(0, len(rows), AT_ONCE):
         some, history = rows[start : start + AT_ONCE], torch.from_numpy(clicks[start : start + AT_ONCE])
         mean = functional.embedding_bag(history, table, mode="mean", padding_idx=data.n_items)
@@ -71,7 +72,7 @@ def ranking(
 
 
 def _ranked_rows(data: ClickData) -> NDArray[np.int64]:
-    rows = data.split.test.start + np.flatnonzero(data.labels[data.split.test] > 0)
+    rows: NDArray[np.int64] = data.split.test.start + np.flatnonzero(data.labels[data.split.test] > 0)
     most = max(1, RANKED_PAIRS // data.n_items)
     if len(rows) <= most:
         return rows

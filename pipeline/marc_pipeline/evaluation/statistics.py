@@ -4,17 +4,19 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from marc_pipeline.evaluation.click_model import ClickData
+from marc_pipeline.evaluation.click_data import ClickData
 from marc_schemas.evaluation import Summary, SystemScore
 
 CONFIDENCE = 0.95
 USER_DRAWS = 1000
 DRAW_SEED = 0
+MEANS = ("auc", "cold_auc", "warm_auc", "log_loss", "recall", "ndcg", "lookup_recall", "train_seconds")
 BYTES_PER_NUMBER = 4
 
 Key = tuple[str, int]
@@ -54,7 +56,7 @@ class WeightedAUC:
         self._ties = np.flatnonzero(np.append(True, ranked[1:] != ranked[:-1]))
         self._clicked = labels[self._order] > 0
 
-    def __call__(self, weights: NDArray[np.int64] | NDArray[np.float64]) -> float:
+    def __call__(self, weights: NDArray[Any]) -> float:
         """Return Σ w_p w_n ([s_p > s_n] + [s_p = s_n] / 2) / Σ w_p w_n over clicks p and other rows n.
 
         The result is NaN without a pair. Weights [n] must not be negative.
@@ -107,19 +109,23 @@ def paired_difference(one: Mapping[int, float], other: Mapping[int, float]) -> P
     return PairedDifference(mean, float(interval.low), float(interval.high), p_value, len(pairs))
 
 
-def user_interval(one: NDArray[np.float32], other: NDArray[np.float32], data: ClickData) -> tuple[float, float] | None:
-    """Return the 95 % interval of AUC(one) − AUC(other) over resampled test users, each with all rows.
+def user_interval(
+    one: NDArray[np.float32], other: NDArray[np.float32], data: ClickData, *, part: slice | None = None
+) -> tuple[float, float] | None:
+    """Return the 95 % interval of AUC(one) − AUC(other) over resampled users of a part, each with all rows.
 
     Args:
-        one: predictions [test rows].
-        other: predictions [test rows] of the other system; identical predictions give exactly (0, 0).
+        one: predictions [rows of the part].
+        other: predictions of the other system; identical predictions give exactly (0, 0).
         data: interactions of the evaluation.
+        part: rows of the part; None for the test part.
 
     Returns:
         The interval over 1,000 draws with a fixed seed; None if there is one user only, or no draw has both labels.
     """
-    users, row_users = np.unique(data.users[data.split.test], return_inverse=True)
-    labels = data.labels[data.split.test]
+    part = data.split.test if part is None else part
+    users, row_users = np.unique(data.users[part], return_inverse=True)
+    labels, own = data.labels[part], data.weights[part]
     if len(users) < 2:
         return None
     first, second = WeightedAUC(labels, one), WeightedAUC(labels, other)
@@ -127,7 +133,7 @@ def user_interval(one: NDArray[np.float32], other: NDArray[np.float32], data: Cl
     found = []
     for _ in range(USER_DRAWS):
         times = np.bincount(rng.integers(len(users), size=len(users)), minlength=len(users))
-        weights = times[row_users]
+        weights = times[row_users] * own
         found.append(first(weights) - second(weights))
     differences = np.array(found)
     differences = differences[~np.isnan(differences)]
@@ -177,8 +183,8 @@ def _means(key: Key, seeds: Sequence[SystemScore]) -> Summary:
         layer=seeds[0].layer,
         dim=dim,
         seeds=len(seeds),
-        **{name: mean(name) for name in ("auc", "cold_auc", "warm_auc", "log_loss", "train_seconds")},
-        **{f"{name}_std": deviation(name) for name in ("auc", "cold_auc", "log_loss")},
+        **{name: mean(name) for name in MEANS},
+        **{f"{name}_std": deviation(name) for name in ("auc", "cold_auc", "log_loss", "recall")},
         bytes_per_item=BYTES_PER_NUMBER * dim,
     )
 

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import logging
-import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,14 +17,13 @@ from marc_pipeline.index.faiss_index import faiss_message, fill, mergeable, new_
 from marc_pipeline.index.files import load_index, map_index
 from marc_pipeline.index.recall import ExactNeighbours, exact_neighbours, merge_neighbours, no_neighbours
 from marc_pipeline.index.vectors import Ids, Matrix, TableVectors, VectorChanges, changed_vectors
+from marc_pipeline.progress import ProgressLog
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.storage import Storage, join
 from marc_pipeline.storage.checksums import check_file, describe_file
 from marc_schemas.feature_table import bucket_number
 from marc_schemas.files import PublishedFile
 from marc_schemas.identity import files_digest
-
-PROGRESS_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -175,21 +173,20 @@ def fill_and_compare(index: Any, source: TableVectors, queries: QueryBatch, fact
     Raises:
         UserError: FAISS cannot add vectors to it.
     """
-    near, reading, logged = queries.no_neighbours(), 0, time.monotonic()
+    near, reading = queries.no_neighbours(), 0
 
     def batches() -> Iterator[tuple[Ids, Matrix]]:
-        nonlocal near, reading, logged
+        nonlocal near, reading
         reading, read = reading + 1, 0
+        what = "vectors compared" if reading == 1 else "vectors added"
+        progress = ProgressLog("index", source.items, what)
         for ids, vectors in source.batches():
             if reading == 1:
                 found = exact_neighbours(queries.ids, queries.vectors, [(ids, vectors)], queries.depth)
                 near = merge_neighbours(near, found)
             yield ids, vectors
             read += len(ids)
-            if time.monotonic() - logged > PROGRESS_SECONDS:
-                logged = time.monotonic()
-                done = "compared" if reading == 1 else "added"
-                log.info("index: %s of %s vectors %s", f"{read:,}", f"{source.items:,}", done)
+            progress.at(read)
 
     try:
         fill(index, batches)

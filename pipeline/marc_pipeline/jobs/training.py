@@ -35,13 +35,13 @@ def train_marc() -> None:
 
 
 def evaluate_marc() -> None:
-    """Compare the trained bundle with the current one."""
+    """Compare the trained bundle with the current one and with PCA."""
     from marc_pipeline.bundles.promotion import compare_stage
     from marc_pipeline.bundles.stages import trained_bundle
 
-    with spark_job(evaluate_marc.__doc__, "evaluate", of="training_id") as (called, spark):
+    with job(evaluate_marc.__doc__, of="training_id") as called:
         deployment, _ = _decided(called)
-        compare_stage(spark, deployment, called.training_id, trained_bundle(deployment, called.training_id))
+        compare_stage(deployment, called.training_id, trained_bundle(deployment, called.training_id))
 
 
 def _decided(called: Job) -> tuple[Deployment, Decision]:

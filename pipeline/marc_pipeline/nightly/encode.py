@@ -35,7 +35,6 @@ from marc_schemas.receipt import Receipt
 if TYPE_CHECKING:
     from marc_pipeline.model.encoder import Encoded
 
-PROGRESS_SECONDS = 10.0
 QUARANTINE_PREFIX = "encode-"
 
 log = logging.getLogger(__name__)
@@ -119,7 +118,7 @@ def encode_bucket(task: EncodeTask, resources: TaskResources) -> Receipt:
         file = attempt.write()
     quarantine = _write_quarantine(task, attempt.quarantined) if attempt.quarantined else None
     with suppress(OSError):
-        task.workspace.clear_progress([task.work.bucket])
+        task.workspace.progress.clear([task.work.bucket])
     receipt = Receipt(
         plan_id=task.workspace.plan_id,
         bucket=task.work.bucket,
@@ -154,7 +153,6 @@ class _Attempt:
         self.device = self.dtype = "none"
         self.quarantined: list[dict[str, Any]] = []
         self._shared: dict[str, NDArray[np.float32] | str] = {}
-        self._reported = time.monotonic()
 
     def write(self) -> PublishedFile | None:
         """Write the bucket's file; None if no item is left.
@@ -223,11 +221,7 @@ class _Attempt:
             self.tokens += encoded.tokens
             self.padded_tokens += encoded.padded_tokens
             self.model_seconds += encoded.model_seconds
-            if time.monotonic() - self._reported > PROGRESS_SECONDS:
-                self._reported = time.monotonic()
-                # Progress is only logged: a failure to write it must not fail the bucket.
-                with suppress(OSError):
-                    task.workspace.write_progress(task.work.bucket, self.tokens)
+            task.workspace.progress.write(task.work.bucket, self.tokens)
             yield window, encoded
 
     def _rows(self, window: Window, encoded: "Encoded | None", carried: CarriedVectors) -> pa.Table:

@@ -70,7 +70,7 @@ def encode_stage(spark: "SparkSession", deployment: Deployment, plan_id: str) ->
     with workspace.timed("encode"):
         tasks = encode.pending_tasks(workspace, plan, table_uri=settings.table_uri, settings=settings.encode)
         log.info("encode: %d of %d buckets to encode", len(tasks), len(plan.work))
-        workspace.clear_progress(workspace.read_progress())
+        workspace.progress.clear()
         run_buckets(
             spark,
             encode.encode_bucket,
@@ -78,7 +78,7 @@ def encode_stage(spark: "SparkSession", deployment: Deployment, plan_id: str) ->
             label="encode",
             weight=lambda task: task.work.tokens,
             unit="tokens",
-            running=lambda: sum(workspace.read_progress().values()),
+            running=workspace.progress.total,
         )
     receipts = workspace.require_receipts(plan)
     log.info(

@@ -13,13 +13,14 @@ from pyspark.ml.torch.distributor import TorchDistributor
 from pyspark.sql import SparkSession
 
 from marc_pipeline.errors import PipelineError
+from marc_pipeline.progress import SECONDS
 from marc_pipeline.resources import TaskResources, machine
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 # Progress is logged every 10 s at first, and less often in a long run: after another tenth of its time, at most 300 s.
-PROGRESS_SECONDS, PROGRESS_SHARE = 10.0, 0.1
+PROGRESS_SHARE = 0.1
 MOST_PROGRESS_SECONDS = 300.0
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def run_buckets(
     weight: Callable[[T], int],
     unit: str,
     each: str = "buckets",
-    running: Callable[[], int] = lambda: 0,
+    running: Callable[[], float] = lambda: 0.0,
 ) -> list[R]:
     """Run one Spark task per bucket, largest first, and log the progress. Returns the results in any order.
 
@@ -52,7 +53,7 @@ def run_buckets(
         return []
     context = spark.sparkContext
     ordered = sorted(tasks, key=weight, reverse=True)
-    total, done, finished = sum(map(weight, ordered)), context.accumulator(0), context.accumulator(0)
+    total, done, finished = sum(map(weight, ordered)), context.accumulator(0.0), context.accumulator(0)
 
     def work(task: T) -> R:
         result = function(task, task_resources())
@@ -75,7 +76,7 @@ def run_buckets(
                 share, seconds = so_far / total if total else 1.0, time.monotonic() - started
                 log.info(
                     "%s: %d of %d %s, %s of %s %s (%.0f %%)%s",
-                    *(label, finished.value, len(ordered), each, f"{so_far:,}", f"{total:,}", unit, 100 * share),
+                    *(label, finished.value, len(ordered), each, f"{so_far:,.0f}", f"{total:,}", unit, 100 * share),
                     f", about {seconds / share - seconds:,.0f} s left" if share > 0 else "",
                 )
         except BaseException:
@@ -132,7 +133,7 @@ def task_resources() -> TaskResources:
 
 def _pause(seconds: float) -> float:
     """Return the seconds until the next progress line, ``seconds`` after the start."""
-    return min(max(PROGRESS_SECONDS, PROGRESS_SHARE * seconds), MOST_PROGRESS_SECONDS)
+    return min(max(SECONDS, PROGRESS_SHARE * seconds), MOST_PROGRESS_SECONDS)
 
 
 def _finished(future: Future[list[R]], seconds: float) -> bool:

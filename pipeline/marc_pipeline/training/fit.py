@@ -3,7 +3,6 @@
 import hashlib
 import io
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,12 +17,12 @@ from torch.optim.lr_scheduler import LinearLR
 
 from marc_pipeline.config import TrainSettings
 from marc_pipeline.errors import UserError
+from marc_pipeline.progress import ProgressLog
 from marc_pipeline.storage import Storage
 from marc_pipeline.training.distributed import place
 from marc_pipeline.training.learning import LearningData
 from marc_pipeline.training.objective import Clicks, Objective
 
-PROGRESS_SECONDS = 10.0
 DIGEST_BYTES = hashlib.sha256().digest_size
 CHECKPOINT_FORMAT = 2
 """A checkpoint of another format is ignored."""
@@ -87,6 +86,7 @@ def fit(
     seed: int,
     label: str = "train",
     checkpoint: Checkpoint | None = None,
+    tick: Callable[[float], None] = lambda _: None,
 ) -> Progress:
     """Train an objective, and leave it with the weights of the best validation, or with the last weights.
 
@@ -101,6 +101,7 @@ def fit(
         seed: seed of batches and dropout.
         label: start of the log lines; without it there are none.
         checkpoint: file of the state; None for short runs.
+        tick: called with the share of the most steps that is done.
 
     Raises:
         UserError: the loss or the validation score is not finite, or there are too few interactions.
@@ -123,19 +124,19 @@ def fit(
     progress = run.progress
     every = settings.validate_every or min(steps.per_epoch, VALIDATE_STEPS)
     objective.train()
-    reported = time.monotonic()
+    reported = ProgressLog(label, steps.total, "steps at most")
     while progress.step < steps.total and progress.bad < settings.patience:
         # Seeded at every step, so that a resumed run has the same dropout on every process and device.
         torch.manual_seed(int(np.random.SeedSequence([seed, progress.step, rank]).generate_state(1, np.uint64)[0]))
         parts = enumerate(steps.rows(progress.step))
         run.step(model, [training.batch(rows, (seed, progress.step, rank, part)) for part, rows in parts])
+        tick(progress.step / steps.total)
         if validation is not None and (progress.step % every == 0 or progress.step == steps.total):
             run.validated(objective.validate(validation), epoch=progress.step / steps.per_epoch)
             if label and rank == 0:
                 _log_row(label, progress.history[-1], steps.total)
-        elif label and rank == 0 and time.monotonic() - reported > PROGRESS_SECONDS:
-            reported = time.monotonic()
-            log.info("%s: step %d of at most %d, loss %.4f", label, progress.step, steps.total, run.loss)
+        elif label and rank == 0:
+            reported.at(progress.step, f"loss {run.loss:.4f}")
         if checkpoint is not None and rank == 0 and progress.step % settings.checkpoint_every == 0:
             run.save(checkpoint)
     if validation is not None:
@@ -159,6 +160,7 @@ def learn(
     seed: int,
     label: str = "train",
     checkpoint: Checkpoint | None = None,
+    tick: Callable[[float], None] = lambda _: None,
 ) -> tuple[Objective, Progress]:
     """Train with early stopping; in the frozen regime, then train again on every row for the best number of steps.
 
@@ -171,7 +173,7 @@ def learn(
         The trained objective, and the progress of the training with early stopping.
     """
     objective = build(data)
-    fitted = partial(fit, seed=seed, label=label)
+    fitted = partial(fit, seed=seed, label=label, tick=tick)
     progress = fitted(
         objective, training=data.training, validation=data.holdout, settings=settings, checkpoint=checkpoint
     )
@@ -182,11 +184,13 @@ def learn(
     if label and place()[0] == 0:
         log.info("%s: training again for %d steps on all %s interactions", label, steps, f"{len(whole.training):,}")
     objective = build(whole)
+    # The warm-up takes as many steps as in the first training.
+    warm_up = min(0.5, settings.warm_up * _steps(len(data.training), settings).total / steps)
     fitted(
         objective,
         training=whole.training,
         validation=None,
-        settings=settings.model_copy(update={"max_steps": steps, "epochs": steps}),
+        settings=settings.model_copy(update={"max_steps": steps, "epochs": steps, "warm_up": warm_up}),
         checkpoint=checkpoint and replace(checkpoint, uri=f"{checkpoint.uri}.whole"),
     )
     return objective, progress
@@ -235,7 +239,7 @@ class _Steps:
         return [torch.from_numpy(part.copy()) for part in np.array_split(own, parts)]
 
 
-def _steps(rows: int, settings: TrainSettings, *, seed: int, rank: int, world: int) -> _Steps:
+def _steps(rows: int, settings: TrainSettings, *, seed: int = 0, rank: int = 0, world: int = 1) -> _Steps:
     size = settings.batch * world * settings.accumulate
     # The last batch of an epoch has at least half the size, because few rows give a noisy estimate of HSIC.
     per_epoch = max(1, round(rows / size))

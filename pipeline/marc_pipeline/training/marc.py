@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from marc_pipeline.training.hsic import Estimator, Kernel, nhsic
 from marc_pipeline.training.matching import CrossingNetwork, ResidualNetwork

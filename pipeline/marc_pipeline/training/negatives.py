@@ -41,7 +41,8 @@ class NegativeSampler:
 
         ``known`` is the number of first rows that the popularity is counted on; ``popularity`` is α.
         """
-        weights = (1.0 + np.bincount(positives.items[:known], minlength=items)) ** popularity
+        counts = np.bincount(positives.items[:known], minlength=items).astype(np.float64)
+        weights: NDArray[np.float64] = np.power(1.0 + counts, popularity)
         cumulative = np.cumsum(weights)
         return cls(weights, cumulative / cumulative[-1], np.unique(positives.users * items + positives.items))
 
@@ -130,12 +131,10 @@ def with_negatives(
     rows = np.repeat(np.arange(len(interactions)), 1 + count)
     found, positive = interactions.take(rows), np.arange(len(rows)) % (1 + count) == 0
     chosen, random = found.items.copy(), np.random.default_rng(SEED)
-    for part, avoided in (
-        (rows < known, interactions.take(slice(0, known))),
-        (rows >= known, interactions),
-    ):
+    for part, avoided in ((rows < known, interactions.take(slice(0, known))), (rows >= known, interactions)):
         if (drawn := part & ~positive).any():
-            facts = {"items": items, "popularity": settings.negative_popularity, "known": known}
-            chosen[drawn] = NegativeSampler.of(avoided, **facts).draw(found.users[drawn], random)
+            popularity = settings.negative_popularity
+            sampler = NegativeSampler.of(avoided, items=items, popularity=popularity, known=known)
+            chosen[drawn] = sampler.draw(found.users[drawn], random)
     found = replace(found, items=chosen, labels=positive.astype(np.float32), implicit=False)
     return found.take(np.flatnonzero(chosen >= 0))

@@ -22,8 +22,9 @@ def fit_regression(states: NDArray[np.float32], data: LearningData, *, dim: int)
     """Return the d whitened directions of h that predict users' clicks best, in the form of a PCA.
 
     X [m, D] are the centred states of the known items. Y [m, users] are the clicks minus the user's mean, divided by
-    the root of the item's number of rows, and multiplied by the row's weight. The fit is Ŷ = X A with A = (XᵀX + λI)⁻¹ XᵀY. The directions are those of
-    its d leading left singular vectors. No dense matrix grows with the number of users.
+    the root of the item's number of rows, and multiplied by the row's weight. The fit is Ŷ = X A with
+    A = (XᵀX + λI)⁻¹ XᵀY. The directions are those of its d leading left singular vectors. No dense matrix grows with
+    the number of users.
 
     Izenman, Reduced-rank regression for the multivariate linear model, Journal of Multivariate Analysis 5 (1975).
     ``states`` are those of all items [items, D]; ``data`` are interactions of the training part.

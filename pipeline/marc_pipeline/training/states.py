@@ -1,7 +1,6 @@
 """Hidden states of every layer for a list of texts: one pass over the backbone, streamed to a .npy file."""
 
 import logging
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from marc_pipeline.config import EncodeSettings, TrainSettings
 from marc_pipeline.model.backbone import PooledLayers, PooledStates, blocks, load_backbone, load_tokenizer
 from marc_pipeline.model.device import choose_device, choose_dtype
 from marc_pipeline.model.encoder import Encoder
+from marc_pipeline.progress import ProgressLog
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.training.training_set import StatesFacts, require_shape
 
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel
 
-TEXTS_AT_ONCE = 2048
-PROGRESS_SECONDS = 10.0
+TEXTS_AT_ONCE = 512
 
 log = logging.getLogger(__name__)
 
@@ -52,18 +51,12 @@ def write_states(
     encoder = state_encoder(PooledLayers(backbone, train.pooling), tokenizer, encode=encode, resources=resources)
     log.info("states: %s texts through all %d layers of %s", f"{len(texts):,}", layers, train.backbone)
     states = open_memmap(path, mode="w+", dtype=np.float32, shape=(layers + 1, len(texts), width))
-    started = reported = time.monotonic()
-    tokens = 0
+    progress, tokens = ProgressLog("states", len(texts), "texts"), 0
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         encoded = encoder.encode(texts[start : start + TEXTS_AT_ONCE])
         states[:, start : start + TEXTS_AT_ONCE] = encoded.vectors.swapaxes(0, 1)
         tokens += encoded.tokens
-        if time.monotonic() - reported > PROGRESS_SECONDS:
-            reported = time.monotonic()
-            done = min(len(texts), start + TEXTS_AT_ONCE)
-            left = (reported - started) * (len(texts) / done - 1)
-            counts = [f"{number:,}" for number in (done, len(texts), tokens)]
-            log.info("states: %s of %s texts, %s tokens, about %.0f s left", *counts, left)
+        progress.at(min(len(texts), start + TEXTS_AT_ONCE), f"{tokens:,} tokens")
     states.flush()
     dtype = str(encoder.dtype).removeprefix("torch.")
     return StatesFacts(layers=layers, width=width, max_tokens=max_tokens, dtype=dtype, device=str(encoder.device))

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -88,9 +88,13 @@ class TrainingSet:
         """Return training, validation and test part: 80, 10 and 10 % in the order of time."""
         return split_by_time(self.interactions)
 
-    def states(self, layer: int) -> NDArray[np.float32]:
-        """Return a copy of the pooled hidden states [items + profiles, D] after a block; layer 0 are the embeddings."""
-        return np.array(np.load(self.folder / STATES, mmap_mode="r")[layer])
+    def states(self, layer: int, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """Return a copy of the pooled hidden states [items + profiles, D] after a block, or of some of their rows.
+
+        Layer 0 are the embeddings.
+        """
+        states = np.load(self.folder / STATES, mmap_mode="r")[layer]
+        return np.array(states if rows is None else states[rows])
 
 
 def identify_training(deployment: Deployment, *, ds: str) -> TrainingIdentity:
@@ -223,6 +227,12 @@ def open_training_set(storage: Storage, work_uri: str, training_id: str) -> Trai
             implicit=card.implicit,
         ),
     )
+
+
+@lru_cache(maxsize=1)
+def cached_training_set(storage: Storage, work_uri: str, training_id: str) -> TrainingSet:
+    """Return :func:`open_training_set`, once per process, for the tasks of a worker."""
+    return open_training_set(storage, work_uri, training_id)
 
 
 def read_card(storage: Storage, work_uri: str, training_id: str) -> TrainingSetCard:

@@ -9,7 +9,7 @@ from marc_pipeline.bundles.stages import layer_stage, states_stage, train_stage,
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.resources import machine
 from marc_pipeline.storage import join
-from marc_pipeline.training.training_set import identify_training
+from marc_pipeline.training.training_set import identify_training, require_interactions
 from marc_schemas.evaluation import Evaluation
 from marc_schemas.layers import Decision
 from marc_schemas.promotion import BundleComparison
@@ -35,6 +35,7 @@ def train_bundle(deployment: Deployment, *, ds: str, promote: bool = True) -> "B
     if trains_pca(settings):
         return _train_pca(deployment, ds=ds, promote=promote, decision=decision)
     identity = identify_training(deployment, ds=ds)
+    require_interactions(deployment, identity)
     with configured_session(settings, name=f"marc train {ds}") as spark:
         states_stage(spark, deployment, identity, dims=(settings.train.dim,))
         run = train_stage(spark, deployment, identity.training_id, decision=decision)
@@ -85,6 +86,7 @@ def evaluate(deployment: Deployment, *, ds: str, wanted: Sequence[str] = ()) -> 
     deployment, decision = reviewed(deployment)
     settings = deployment.settings
     identity = identify_training(deployment, ds=ds)
+    require_interactions(deployment, identity)
     with configured_session(settings, name=f"marc evaluate {ds}") as spark:
         training_set = states_stage(spark, deployment, identity, dims=(settings.train.dim, *settings.evaluate.dims))
         chosen = layer_stage(spark, deployment, identity.training_id)
@@ -102,6 +104,7 @@ def evaluate_and_promote(deployment: Deployment, version: str, *, ds: str) -> Bu
 
     deployment, _ = reviewed(deployment)
     identity = identify_training(deployment, ds=ds)
+    require_interactions(deployment, identity)
     with configured_session(deployment.settings, name=f"marc promote {version}") as spark:
         states_stage(spark, deployment, identity)
         compare_stage(spark, deployment, identity.training_id, version)

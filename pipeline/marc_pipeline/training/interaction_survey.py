@@ -68,7 +68,7 @@ class Survey:
             binary=self.binary and other.binary,
             numbers=_span(self.numbers, other.numbers),
             dates=_span(self.dates, other.dates),
-            units={**self.units, **{unit: other.units[unit] for unit in other.units.keys() - self.units.keys()}},
+            units={**self.units, **{unit: at for unit, at in other.units.items() if unit not in self.units}},
         )
 
     @property

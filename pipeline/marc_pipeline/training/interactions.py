@@ -116,13 +116,13 @@ def _by_appearance(codes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray
 
 def _is_new(users: NDArray[np.int64], items: NDArray[np.int64], weights: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Return whether each row has a larger weight than all earlier rows of its user and item; rows are in order."""
-    levels, level = np.unique(weights, return_inverse=True)
-    _, pair = np.unique(users * (items.max(initial=0) + 1) + items, return_inverse=True)
-    # Pairs are ascending, so that the highest level so far never comes from another pair.
-    key = pair * len(levels) + level
-    order = np.argsort(pair, kind="stable")
-    highest = np.maximum.accumulate(key[order])
-    new = np.empty(len(key), bool)
+    pairs = users * (items.max(initial=0) + 1) + items
+    order = np.argsort(pairs, kind="stable")
+    levels = np.unique(weights)
+    # Numbered in ascending order, so that the highest level so far never comes from another pair.
+    number = np.cumsum(np.diff(pairs[order], prepend=-1) > 0)
+    highest = np.maximum.accumulate(number * len(levels) + np.searchsorted(levels, weights[order]))
+    new = np.empty(len(pairs), bool)
     new[order] = np.diff(highest, prepend=-1) > 0
     return new
 
@@ -167,8 +167,9 @@ def _require_variety(interactions: Interactions, settings: InteractionSettings, 
     if interactions.n_users == 1:
         raise UserError(one_user(n, settings))
     if interactions.implicit:
-        pairs = np.unique(interactions.users * n_items + interactions.items)
-        if (np.bincount(pairs // n_items) == n_items).all():
+        # Counted only if every user has enough rows, because it takes long.
+        full = (np.bincount(interactions.users) >= n_items).all()
+        if full and len(np.unique(interactions.users * n_items + interactions.items)) == interactions.n_users * n_items:
             raise UserError(
                 f"every user of the interactions at {settings.uri} took all {n_items:,} items of the catalogue, so "
                 "that no negative is left to sample; provide a larger catalogue, or ratings"

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from marc_pipeline.config import InteractionSettings
 from marc_pipeline.storage import Storage
-from marc_pipeline.training.interactions import read_interactions
-from rating_files import GOOD, ITEMS, equal, read, refusal, write
+from rating_files import GOOD, ITEMS, equal, read, read_all, refusal, write
 
 BOTH = ("r.csv", "r.parquet")
 PARQUET = ("r.parquet",)
@@ -87,9 +86,9 @@ def test_files_are_opened_through_the_storage_and_its_errors_are_not_the_users(t
 
     for name in BOTH:
         wanted = InteractionSettings(uri=str(write(tmp_path / name, GOOD)))
-        assert len(read_interactions(Moved(), wanted, ITEMS)) == 5
+        assert len(read_all(Moved(), wanted, ITEMS)) == 5
         with pytest.raises(OSError, match="no connection"):
-            read_interactions(Down(), wanted, ITEMS)
+            read_all(Down(), wanted, ITEMS)
 
 
 # Values
@@ -180,17 +179,37 @@ REFUSED: list[tuple[tuple[str, ...], str, Any, str]] = [
             BOTH,
             column,
             [*GOOD[column][:first], *[None] * count, *GOOD[column][first + count :]],
-            f"has {no} in {count} of 5 rows, first in row {first + 1}; remove them",
+            f"has {no} in {count} of the first 5 rows, first in row {first + 1}; remove them",
         )
         for column, no in MISSING.items()
         for first, count in ((2, 2), (0, 5))
     ),
-    (BOTH, "user_id", ["a", "b", "c", "a", " \t"], "has no user in 1 of 5 rows, first in row 5; remove them"),
-    (BOTH, "item_id", ["a", "b", "c", "a", " \t"], "has no item in 1 of 5 rows, first in row 5; remove them"),
-    (BOTH, "rating", [1.0, NAN, 4.0, NAN, 5.0], "has no rating (null or NaN) in 2 of 5 rows, first in row 2; remove"),
-    (PARQUET, "rating", [1.0, None, 4.0, NAN, 5.0], "has no rating (null or NaN) in 2 of 5 rows, first in row 2"),
-    (BOTH, "rating", [1.0, 4.0, 5.0, INFINITY, 5.0], "has an infinite rating in 1 of 5 rows, first in row 4; remove"),
-    (BOTH, "rating", [1.0, 4.0, 5.0, -INFINITY, 5.0], "has an infinite rating in 1 of 5 rows, first in row 4; remove"),
+    (BOTH, "user_id", ["a", "b", "c", "a", " \t"], "has no user in 1 of the first 5 rows, first in row 5; remove them"),
+    (BOTH, "item_id", ["a", "b", "c", "a", " \t"], "has no item in 1 of the first 5 rows, first in row 5; remove them"),
+    (
+        BOTH,
+        "rating",
+        [1.0, NAN, 4.0, NAN, 5.0],
+        "has no rating (null or NaN) in 2 of the first 5 rows, first in",
+    ),
+    (
+        PARQUET,
+        "rating",
+        [1.0, None, 4.0, NAN, 5.0],
+        "has no rating (null or NaN) in 2 of the first 5 rows, first in",
+    ),
+    (
+        BOTH,
+        "rating",
+        [1.0, 4.0, 5.0, INFINITY, 5.0],
+        "has an infinite rating in 1 of the first 5 rows, first in row 4",
+    ),
+    (
+        BOTH,
+        "rating",
+        [1.0, 4.0, 5.0, -INFINITY, 5.0],
+        "has an infinite rating in 1 of the first 5 rows, first in row 4",
+    ),
     (
         BOTH,
         "rating",
@@ -248,12 +267,13 @@ def test_an_unusable_value_is_refused_with_column_file_and_row(
 
 @pytest.mark.parametrize("column", GOOD)
 def test_a_missing_or_ambiguous_column_is_refused(tmp_path: Path, column: str) -> None:
+    named = {"rating_column": "rating"} if column == "rating" else {}
     rest = {key: values for key, values in GOOD.items() if key != column}
     setting = f"interactions.{column.removesuffix('_id')}_column names column {column!r}, which"
     for name in BOTH:
         path = write(tmp_path / name, rest)
         expected = f"{setting} {path} does not have (it has: {', '.join(rest)})"
-        assert refusal(lambda path=path: read(path)) == expected
+        assert refusal(lambda path=path: read(path, **named)) == expected
     path = tmp_path / "twice.csv"
     path.write_text(f"user_id,item_id,rating,timestamp,{column}\nu,a,1,2,3\n")
     assert refusal(lambda: read(path)) == f"{setting} {path} has more than once"
@@ -285,7 +305,7 @@ def test_an_unreadable_file_is_refused(tmp_path: Path, name: str, content: bytes
 
 
 def test_missing_files_empty_files_and_unknown_formats_are_refused(tmp_path: Path) -> None:
-    message = refusal(lambda: read_interactions(Storage(), InteractionSettings(), ITEMS))
+    message = refusal(lambda: read_all(Storage(), InteractionSettings(), ITEMS))
     assert message.startswith("interactions.uri is not set; name Parquet or CSV files")
     (tmp_path / "empty").mkdir()
     for uri in ("none.csv", "no/folder", "*.parquet", "empty"):

@@ -62,21 +62,6 @@ def test_a_user_with_skipped_rows_only_has_no_number(tmp_path: Path) -> None:
     assert found.users.tolist() == [0, 1, 1, 0, 2]
 
 
-def test_one_label_and_one_user_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "r.csv", GOOD)
-    assert refusal(lambda: read(path, positive_rating=0.5)) == (
-        f"all 5 interactions at {path} are clicks: no rating is below interactions.positive_rating 0.5; raise it"
-    )
-    assert refusal(lambda: read(path, positive_rating=6)) == (
-        f"none of the 5 interactions at {path} is a click: no rating reaches interactions.positive_rating 6; lower it"
-    )
-    write(path, GOOD | {"user_id": ["u"] * 5})
-    assert refusal(lambda: read(path)) == (
-        f"all 5 interactions at {path} are of one user, and at least 2 are needed; "
-        "does interactions.user_column 'user_id' name the users?"
-    )
-
-
 def test_texts_about_users_are_read_once_each_and_blanks_are_missing(tmp_path: Path) -> None:
     about = ["likes trains", " ", "likes trains", None, "new here"]
     path = write(tmp_path / "ratings.parquet", {**GOOD, "about": about})

@@ -16,6 +16,7 @@ from marc_pipeline.config import Settings
 from marc_pipeline.deployment import Deployment, open_deployment
 from marc_pipeline.errors import CorruptFile, UserError
 from marc_pipeline.storage import Storage, join, s3
+from marc_pipeline.training import interaction_rows
 from marc_pipeline.training.training_set import (
     StatesFacts,
     TrainingIdentity,
@@ -73,7 +74,11 @@ CHANGES: dict[str, Callable[[Shop], Settings]] = {
     "sample": lambda shop: shop.settings(train={"sample": 10}),
     "dtype": lambda shop: shop.settings(encode={"dtype": "bfloat16"}),
     "threshold of clicks": lambda shop: shop.settings(interactions={"positive_rating": 3.0}),
-    "user texts": lambda shop: shop.settings(interactions={"user_text_column": "about"}),
+    "user texts": lambda shop: shop.settings(interactions={"user_text_column": "user_id"}),
+    "feedback": lambda shop: shop.settings(interactions={"feedback": "positives"}),
+    "weights of events": lambda shop: shop.settings(interactions={"event_weights": {"view": 1.0}}),
+    "window": lambda shop: shop.settings(interactions={"days": 30}),
+    "most rows": lambda shop: shop.settings(interactions={"max_rows": 99}),
     "unknown items": lambda shop: shop.settings(interactions={"max_unknown_fraction": 0.5}),
     "one more item": lambda shop: _with(shop, catalogue=[item(number) for number in range(ITEMS + 1)]),
     "another title": lambda shop: _with(shop, catalogue=[*map(item, range(ITEMS - 1)), {**item(149), "title": "New"}]),
@@ -180,6 +185,32 @@ def test_a_training_set_has_texts_interactions_split_card_and_states(made: tuple
 
 
 @pytest.mark.spark
+@pytest.mark.parametrize("large", [False, True])
+def test_purchases_are_stored_with_weights_and_as_positives_only(
+    shop: Shop, spark: Any, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    """Large files are read by Spark, to the same rows."""
+    kinds = {"2": "view", "5": "purchase"}
+    shop.rated([{"event": kinds[row.pop("rating")], **row} for row in ratings()])
+    if large:
+        monkeypatch.setattr(interaction_rows, "DRIVER_BYTES", 0)
+    found = make(spark, shop.settings(interactions={"event_column": "event"}))
+    best: dict[tuple[str, str], float] = {}
+    expected = []
+    for row in ratings():
+        weight = {"2": 0.1, "5": 1.0}[row["rating"]]
+        if weight > best.get((row["user_id"], row["item_id"]), 0):
+            best[row["user_id"], row["item_id"]] = weight
+            expected.append((row["item_id"], float(np.float32(weight))))
+    rows = found.interactions
+    assert [(found.item_ids[i], w) for i, w in zip(rows.items, rows.weights.tolist(), strict=True)] == expected
+    assert (rows.implicit, found.card.implicit) == (True, True)
+    assert found.card.clicks == found.card.interactions == rows.labels.sum() == len(expected)
+    assert found.split.train.stop == round(0.8 * len(expected)), "one label can be split"
+    assert {path.name for path in found.folder.iterdir()} == {"training_set.json", *found.card.files}
+
+
+@pytest.mark.spark
 @pytest.mark.parametrize("sample", [2, 12, 10_000])
 def test_unrated_items_are_sampled(shop: Shop, spark: Any, sample: int) -> None:
     settings = shop.settings(train={"sample": sample})
@@ -268,7 +299,7 @@ def test_an_existing_training_set_is_opened_without_another_pass(
     assert "exists already" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in again.folder.iterdir()} == written
     assert (again.card, again.item_ids, again.texts) == (first.card, first.item_ids, first.texts)
-    for name in ("users", "items", "labels", "times"):
+    for name in ("users", "items", "labels", "times", "weights"):
         assert np.array_equal(getattr(again.interactions, name), getattr(first.interactions, name))
 
 

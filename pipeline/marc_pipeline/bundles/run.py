@@ -9,7 +9,7 @@ from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import GateRefused, UserError
 from marc_pipeline.resources import machine
 from marc_pipeline.storage import join
-from marc_pipeline.training.training_set import identify_training
+from marc_pipeline.training.training_set import identify_training, require_interactions
 from marc_schemas.evaluation import Evaluation
 from marc_schemas.layers import Decision
 from marc_schemas.promotion import BundleComparison
@@ -47,6 +47,7 @@ def train_bundle(
             deployment, ds=ds, promote=promote, decision=decision, replace_marc=replace_marc
         ), None
     identity = identify_training(deployment, ds=ds)
+    require_interactions(deployment, identity)
     comparison = None
     with configured_session(settings, name=f"marc train {ds}") as spark:
         if trains_pca(settings):
@@ -146,6 +147,7 @@ def evaluate(deployment: Deployment, *, ds: str, wanted: Sequence[str] = ()) -> 
     deployment, decision = reviewed(deployment)
     settings = deployment.settings
     identity = identify_training(deployment, ds=ds)
+    require_interactions(deployment, identity)
     with configured_session(settings, name=f"marc evaluate {ds}") as spark:
         training_set = states_stage(spark, deployment, identity, dims=(settings.train.dim, *settings.evaluate.dims))
         chosen = layer_stage(deployment, identity.training_id)
@@ -167,6 +169,7 @@ def evaluate_and_promote(deployment: Deployment, version: str, *, ds: str) -> Bu
 
     deployment, _ = reviewed(deployment)
     identity = identify_training(deployment, ds=ds)
+    require_interactions(deployment, identity)
     with configured_session(deployment.settings, name=f"marc promote {version}") as spark:
         states_stage(spark, deployment, identity)
     compare_stage(deployment, identity.training_id, version)

@@ -1,5 +1,6 @@
 """Sections of ``marc.yaml`` (catalogue, index, audit, retention, …): keys with type, limits and default value."""
 
+import math
 import string
 from typing import Any, Literal
 
@@ -46,16 +47,32 @@ class CatalogueSettings(Section):
 
 
 class InteractionSettings(Section):
-    """Ratings that the compressor and the click models are trained and evaluated on."""
+    """Purchases, views or ratings that the compressor and the click models are trained and evaluated on."""
 
-    uri: str | None = Field(None, description="File, folder or glob of ratings; Parquet or CSV.")
+    uri: str | None = Field(None, description="File, folder or glob of purchases, views or ratings; Parquet or CSV.")
     format: Literal["auto", "parquet", "csv"] = Field("auto", description="File format; auto: by file ending.")
     user_column: str = Field("user_id", description="Column of the user id.")
     item_column: str = Field("item_id", description="Column of the catalogue's item id.")
-    rating_column: str = Field("rating", description="Column of the rating, a number; 0 and 1 are valid ratings.")
+    feedback: Literal["auto", "ratings", "positives"] = Field(
+        "auto",
+        description="positives: every row is a positive, and negatives are sampled; auto: ratings if they tell clicks "
+        "from others, else positives.",
+    )
+    rating_column: str | None = Field(
+        None, description="Column of the rating, a number or a boolean; default: rating, if the files have it."
+    )
+    event_column: str | None = Field(
+        None, description="Column of the kind of event, such as view or purchase; every event is a positive."
+    )
+    event_weights: dict[str, float] = Field(
+        {"view": 0.1, "cart": 0.3, "purchase": 1.0},
+        description="Weight of each kind of event in the training; 0 leaves a kind out.",
+    )
     user_text_column: str | None = Field(None, description="Column of a text about the user, for the same backbone.")
     positive_rating: float = Field(
-        4.0, allow_inf_nan=False, description="Lowest rating of a click; 1 for ratings of 0 and 1."
+        4.0,
+        allow_inf_nan=False,
+        description="Lowest rating of a click; in a column of only 0 and 1, or of booleans, 1 and true are clicks.",
     )
     timestamp_column: str = Field("timestamp", description="Column of integer seconds, timestamps or ISO dates.")
     history: int = Field(10, ge=1, description="Number of latest clicks that describe a user.")
@@ -66,6 +83,25 @@ class InteractionSettings(Section):
     max_unknown_fraction: float = Field(
         0.1, ge=0, le=1, description="Largest share of rows with items that the catalogue lacks."
     )
+    days: int | None = Field(None, ge=1, description="Days before the latest row that are read; default: all.")
+    max_rows: int = Field(
+        10_000_000, ge=1, description="Most rows that are read; of more, all rows of a sample of users are kept."
+    )
+
+    @field_validator("event_weights")
+    @classmethod
+    def _require_weights(cls, weights: dict[str, float]) -> dict[str, float]:
+        if not all(weight >= 0 and math.isfinite(weight) for weight in weights.values()):
+            raise ValueError("a weight is a finite number of at least 0")
+        if not any(weights.values()):
+            raise ValueError("at least one kind of event needs a weight above 0")
+        return weights
+
+    @model_validator(mode="after")
+    def _one_kind_of_feedback(self) -> "InteractionSettings":
+        if self.event_column and (self.rating_column or self.feedback == "ratings"):
+            raise ValueError("with event_column every event is a positive: remove rating_column and feedback: ratings")
+        return self
 
 
 class EncodeSettings(Section):

@@ -96,6 +96,7 @@ def judge_layers(
     from marc_pipeline.layers.sweep import require_kind
     from marc_pipeline.spark.session import configured_session
     from marc_pipeline.spark.tasks import assigns_gpus
+    from marc_pipeline.training.training_set import require_interactions
 
     settings, storage = deployment.settings, deployment.storage
     if bool(ds) == bool(images):
@@ -113,6 +114,8 @@ def judge_layers(
         return done
     for backbone in dict.fromkeys(candidate.train.backbone for candidate in candidates):
         require_kind(backbone, images=bool(images))
+    if (identity := candidates[0].identity) is not None:  # the candidates have the same interactions
+        require_interactions(candidates[0].deployment, identity)
     name = f"marc layers {ds or images}"
     with configured_session(settings, name=name, gpu_tasks=True) as spark:
         models, inputs = _sweep(spark, deployment, candidates, ds=ds)

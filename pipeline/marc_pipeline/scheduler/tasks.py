@@ -76,18 +76,19 @@ def identify_training_run(*, ds: str, config: str) -> dict[str, str]:
     """Return ds, configuration file, training_id and the decided layers of a date's training.
 
     Raises:
-        UserError: bad date or configuration, no catalogue, no interactions.
+        UserError: bad date or configuration, no catalogue, no interactions, or interactions that cannot be used.
     """
     from marc_pipeline.bundles.choices import LayerDecision, reviewed
     from marc_pipeline.config import parse_ds
-    from marc_pipeline.training.training_set import identify_training
+    from marc_pipeline.training.training_set import identify_training, require_interactions
 
     opened, path = _opened(config)
     deployment, decision = reviewed(opened)
     train = deployment.settings.train
-    training_id = identify_training(deployment, ds=parse_ds(ds)).training_id
+    identity = identify_training(deployment, ds=parse_ds(ds))
+    require_interactions(deployment, identity)
     decided = LayerDecision(train.layers, train.pooling, decision)
-    return {"ds": ds, "config": path, "training_id": training_id, "decided": str(decided)}
+    return {"ds": ds, "config": path, "training_id": identity.training_id, "decided": str(decided)}
 
 
 def promote_training(*, config: str, training_id: str, decided: str) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from marc_pipeline.config import InteractionSettings
 from marc_pipeline.errors import UserError
-from marc_pipeline.storage import Storage
 from marc_pipeline.training.interaction_columns import TEXT, shown
-from marc_pipeline.training.interaction_files import read_files
+from marc_pipeline.training.interaction_survey import one_user
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +46,8 @@ class Interactions:
     def __post_init__(self) -> None:
         if not len(self.weights):
             object.__setattr__(self, "weights", np.ones(len(self.times), np.float32))
+        if len(self.weights) != len(self.times):
+            raise ValueError(f"interactions need one weight per row: {len(self.weights)} for {len(self.times)} rows")
         # Splits and histories rely on the order; without it the future would leak into them.
         if (np.diff(self.times) < 0).any():
             raise ValueError("interactions must be sorted by time")
@@ -61,55 +62,92 @@ class Interactions:
 
     def take(self, rows: slice | NDArray[np.int64]) -> "Interactions":
         """Return some of the rows, which must be ascending; users keep their numbers."""
-        columns = {name: values[rows] for name, values in vars(self).items() if isinstance(values, np.ndarray)}
+        columns: dict[str, Any] = {
+            name: values[rows] for name, values in vars(self).items() if isinstance(values, np.ndarray)
+        }
         return replace(self, **columns)
 
 
-def named_items(storage: Storage, settings: InteractionSettings) -> list[str]:
-    """Return the distinct item ids of the interactions.
+def make_interactions(
+    table: pa.Table, settings: InteractionSettings, item_ids: Sequence[str], *, implicit: bool
+) -> Interactions:
+    """Return rows (columns ``ROWS``) with the items of ``item_ids`` as interactions. Ids are compared as text.
+
+    Of positives only, a repeat is left out: the same item of the same user, after an event of at least this weight.
 
     Raises:
-        UserError: the interactions cannot be read.
+        UserError: too many rows name an unknown item, or all rows have the same label or user, or every user took
+            every item.
     """
-    names: list[str] = pc.unique(read_files(storage, settings)["item"]).to_pylist()
-    return names
-
-
-def read_interactions(storage: Storage, settings: InteractionSettings, item_ids: Sequence[str]) -> Interactions:
-    """Read the interactions with the items of ``item_ids``. Ids are compared as text.
-
-    Raises:
-        UserError: the interactions cannot be read, too many name an unknown item, or all have the same label or user.
-    """
-    table = _of_known_items(read_files(storage, settings), settings, item_ids)
-    table = table.take(np.argsort(table["time"].to_numpy(), kind="stable"))
-    # astype copies, because torch warns about Arrow's read-only memory.
+    positions, known = _of_known_items(table, settings, item_ids)
+    times = table["time"].to_numpy()
+    rows = known[np.argsort(times[known], kind="stable")]
+    users = _codes(table["user"])
+    if implicit:
+        weights = table["weight"].to_numpy()
+        first = _is_new(users[rows], positions[rows], weights[rows])
+        if not first.all():
+            log.info("interactions: %s repeats are left out: the user had the item before", f"{(~first).sum():,}")
+            rows = rows[first]
+    columns = {name: table[name].to_numpy()[rows] for name in ("label", "weight", "time")}
     interactions = Interactions(
-        users=table["user"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64),
-        items=table["position"].to_numpy().astype(np.int64),
-        labels=table["label"].to_numpy().astype(np.float32),
-        times=table["time"].to_numpy().astype(np.int64),
-        **(_profiles(table) if settings.user_text_column else {}),
+        users=_by_appearance(users[rows])[0],
+        items=positions[rows],
+        labels=columns["label"],
+        times=columns["time"],
+        **(_profiles(table["profile"], rows) if settings.user_text_column else {}),
+        weights=columns["weight"],
+        implicit=implicit,
     )
-    _require_variety(interactions, settings)
+    _require_variety(interactions, settings, n_items=len(item_ids))
     return interactions
 
 
-def _profiles(table: pa.Table) -> dict[str, Any]:
+def _codes(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Return the place of each row's value in the dictionary of a column; −1 for no value."""
+    return np.array(column.combine_chunks().indices.fill_null(-1), np.int64)
+
+
+def _by_appearance(codes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return codes numbered from 0 by first appearance, where −1 stays −1, and the code of each number."""
+    encoded = pa.array(codes, mask=codes < 0).dictionary_encode()
+    return encoded.indices.fill_null(-1).to_numpy().astype(np.int64), encoded.dictionary.to_numpy()
+
+
+def _is_new(users: NDArray[np.int64], items: NDArray[np.int64], weights: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return whether each row has a larger weight than all earlier rows of its user and item; rows are in order."""
+    pairs = users * (items.max(initial=0) + 1) + items
+    order = np.argsort(pairs, kind="stable")
+    levels = np.unique(weights)
+    # Numbered in ascending order, so that the highest level so far never comes from another pair.
+    number = np.cumsum(np.diff(pairs[order], prepend=-1) > 0)
+    highest = np.maximum.accumulate(number * len(levels) + np.searchsorted(levels, weights[order]))
+    new = np.empty(len(pairs), bool)
+    new[order] = np.diff(highest, prepend=-1) > 0
+    return new
+
+
+def _profiles(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> dict[str, Any]:
     """Return the fields ``profiles`` and ``profile_texts``; a blank text counts as no text."""
-    texts = table["profile"].combine_chunks()
-    texts = pc.if_else(pc.equal(pc.utf8_trim_whitespace(texts), ""), pa.scalar(None, TEXT), texts)
-    encoded = texts.dictionary_encode()
-    profiles = encoded.indices.fill_null(-1).to_numpy().astype(np.int64)
-    return {"profiles": profiles, "profile_texts": tuple(encoded.dictionary.to_pylist())}
+    texts = column.combine_chunks().dictionary
+    blank = pc.equal(pc.utf8_trim_whitespace(texts), "").to_numpy(zero_copy_only=False)
+    codes = _codes(column)[rows]
+    # The last value of ``blank`` stands for the code −1.
+    profiles, distinct = _by_appearance(np.where(np.append(blank, True)[codes], -1, codes))
+    return {"profiles": profiles, "profile_texts": tuple(texts.take(distinct).to_pylist())}
 
 
-def _of_known_items(table: pa.Table, settings: InteractionSettings, item_ids: Sequence[str]) -> pa.Table:
-    """Return the rows with a known item, and a column ``position`` with its place in ``item_ids``."""
-    positions = pc.index_in(table["item"], value_set=pa.array(item_ids, TEXT))
-    n, unknown = table.num_rows, positions.null_count
+def _of_known_items(
+    table: pa.Table, settings: InteractionSettings, item_ids: Sequence[str]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the place of each row's item in ``item_ids``, −1 for an unknown one, and the rows of known items."""
+    column = table["item"].combine_chunks()
+    places = pc.index_in(column.dictionary, value_set=pa.array(item_ids, TEXT)).fill_null(-1).to_numpy()
+    positions = places.astype(np.int64)[column.indices.to_numpy()]
+    known = np.flatnonzero(positions >= 0)
+    n, unknown = len(positions), len(positions) - len(known)
     if unknown:
-        example = shown(table["item"].filter(positions.is_null())[0])
+        example = shown(column.dictionary[column.indices[int((positions < 0).argmax())].as_py()])
         what = f"of the {n:,} rows at {settings.uri} name items that the catalogue lacks, for example {example}"
         if unknown == n:
             raise UserError(f"all {what}; is interactions.item_column {settings.item_column!r} the catalogue's id?")
@@ -120,19 +158,27 @@ def _of_known_items(table: pa.Table, settings: InteractionSettings, item_ids: Se
                 "interactions.max_unknown_fraction to skip these rows"
             )
         log.warning("interactions: %s: skipped", share)
-    return table.append_column("position", positions).filter(positions.is_valid()).combine_chunks()
+    return positions, known
 
 
-def _require_variety(interactions: Interactions, settings: InteractionSettings) -> None:
-    n, where = len(interactions), f"interactions at {settings.uri}"
-    clicks = int(interactions.labels.sum(dtype=np.int64))
-    threshold = f"interactions.positive_rating {settings.positive_rating:g}"
-    if clicks == n:
-        raise UserError(f"all {n:,} {where} are clicks: no rating is below {threshold}; raise it")
-    if clicks == 0:
-        raise UserError(f"none of the {n:,} {where} is a click: no rating reaches {threshold}; lower it")
+def _require_variety(interactions: Interactions, settings: InteractionSettings, *, n_items: int) -> None:
+    """Check again what :func:`.interaction_survey.require_usable` checked, for the rows that are left."""
+    n = len(interactions)
     if interactions.n_users == 1:
+        raise UserError(one_user(n, settings))
+    if interactions.implicit:
+        # Counted only if every user has enough rows, because it takes long.
+        full = (np.bincount(interactions.users) >= n_items).all()
+        if full and len(np.unique(interactions.users * n_items + interactions.items)) == interactions.n_users * n_items:
+            raise UserError(
+                f"every user of the interactions at {settings.uri} took all {n_items:,} items of the catalogue, so "
+                "that no negative is left to sample; provide a larger catalogue, or ratings"
+            )
+        return
+    clicks = int(interactions.labels.sum(dtype=np.int64))
+    if clicks in {0, n}:
         raise UserError(
-            f"all {n:,} {where} are of one user, and at least 2 are needed; "
-            f"does interactions.user_column {settings.user_column!r} name the users?"
+            f"{'all' if clicks else 'none'} of the {n:,} interactions at {settings.uri} with known items, within "
+            f"interactions.days and max_rows, {'are clicks' if clicks else 'is a click'}; provide more ratings, or "
+            "set interactions.feedback: positives"
         )

@@ -21,7 +21,8 @@ from marc_pipeline.errors import CorruptFile, UserError
 from marc_pipeline.storage import Storage, StoredObject, join
 from marc_pipeline.storage.checksums import describe_file, verified_folder
 from marc_pipeline.training.interaction_files import find_interactions
-from marc_pipeline.training.interactions import Interactions, named_items, read_interactions
+from marc_pipeline.training.interaction_rows import InteractionSource, Selection, read_rows
+from marc_pipeline.training.interactions import Interactions, make_interactions
 from marc_pipeline.training.time_split import Split, split_by_time
 from marc_schemas.files import PublishedFile
 from marc_schemas.identity import digest
@@ -37,17 +38,19 @@ ITEMS = "items.parquet"
 INTERACTIONS = "interactions.parquet"
 PROFILES = "profiles.parquet"
 STATES = "states.npy"
+ROWS = "rows"
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainingIdentity:
-    """The id and the catalogue of a training set, known before Spark starts."""
+    """The id of a training set, its catalogue and its interactions, known before Spark starts."""
 
     training_id: str
     ds: str
     source: CatalogueSource
+    interactions: InteractionSource
 
 
 @dataclass(frozen=True)
@@ -101,21 +104,33 @@ def identify_training(deployment: Deployment, *, ds: str) -> TrainingIdentity:
     """Find the catalogue and the interactions of a date, and return the id of their training set. Needs no Spark.
 
     Raises:
-        UserError: there is no catalogue for the date, or there are no interactions.
+        UserError: there is no catalogue for the date, there are no interactions, or one of them lacks a column.
     """
     settings, storage = deployment.settings, deployment.storage
     source = find_source(settings.catalogue, settings.catalogue_uri(ds), ds=ds, storage=storage)
-    rated = find_interactions(storage, settings.interactions)
+    found = find_interactions(storage, settings.interactions)
     wanted, train = settings.catalogue, settings.train
     parts = [
         FORMAT_VERSION, ds, sorted((file.uri.rsplit("/", 1)[1], file.digest) for file in source.files), source.format,
         wanted.id_column, wanted.updated_at_column, wanted.template,
-        sorted(storage.content_digest(stored) for stored in rated),
+        sorted(storage.content_digest(stored) for stored in found.files),
         settings.interactions.model_dump(exclude={"uri", "history"}),
         train.backbone, backbone_files(train.backbone), train.pooling, train.max_tokens, train.sample,
         settings.encode.dtype,
     ]  # fmt: skip
-    return TrainingIdentity(training_id=digest(parts), ds=ds, source=source)
+    interactions = InteractionSource(found, settings.interactions, storage)
+    return TrainingIdentity(training_id=digest(parts), ds=ds, source=source, interactions=interactions)
+
+
+def require_interactions(deployment: Deployment, identity: TrainingIdentity) -> None:
+    """Check the rows of the interactions before Spark starts, unless the training set exists or Spark must read them.
+
+    Raises:
+        UserError: a value cannot be read, or the interactions cannot be used.
+    """
+    card = join(training_uri(deployment.settings.work_uri, identity.training_id), CARD)
+    if identity.interactions.small and deployment.storage.stat(card) is None:
+        _ = identity.interactions.selection
 
 
 def require_announced(identity: TrainingIdentity, expected: str) -> None:
@@ -150,14 +165,15 @@ def make_training_set(
     if storage.stat(join(uri, CARD)):
         log.info("training set: %s exists already", identity.training_id)
         return open_training_set(storage, settings.work_uri, identity.training_id)
-    wanted = named_items(storage, settings.interactions)
+    rows, selection = _read_rows(spark, identity.interactions, folder=join(uri, ROWS))
+    wanted = rows["item"].combine_chunks().dictionary.to_pylist()
     items = read_items(
         spark, identity.source, settings.catalogue, storage=storage, wanted=wanted, sample=settings.train.sample
     )
     if not items:
         raise UserError(f"the catalogue of {identity.ds} has no usable row; `marc plan` reports the reasons")
     item_ids, texts = ([row[place] for row in items] for place in (0, 1))
-    interactions = read_interactions(storage, settings.interactions, item_ids)
+    interactions = make_interactions(rows, settings.interactions, item_ids, implicit=selection.feedback.implicit)
     split_by_time(interactions)  # reports a split that is not possible before the long pass
     log.info(
         "training set: %s items, %s users, %s interactions (%s)",
@@ -194,6 +210,14 @@ def make_training_set(
     )
     storage.write(join(uri, CARD), card.model_dump_json(indent=1).encode())
     return open_training_set(storage, settings.work_uri, identity.training_id)
+
+
+def _read_rows(spark: "SparkSession", source: InteractionSource, *, folder: str) -> tuple[pa.Table, Selection]:
+    if source.small:
+        return read_rows(source), source.selection
+    from marc_pipeline.training.interaction_tasks import read_rows_in_spark
+
+    return read_rows_in_spark(spark, source, folder=folder)
 
 
 def open_training_set(storage: Storage, work_uri: str, training_id: str) -> TrainingSet:

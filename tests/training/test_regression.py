@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from clicks import HISTORY, ITEMS, NEW, WIDTH, before_boundary, clicks, learnable, qualities
+from clicks import ITEMS, NEW, SHORT, WIDTH, before_boundary, clicks, learnable, qualities
 from marc_pipeline.errors import UserError
 from marc_pipeline.model.compressor import WhitenedPCA, fit_pca
 from marc_pipeline.training import regression
@@ -134,7 +134,7 @@ def test_users_without_rows_do_not_change_the_fit() -> None:
     interactions, _ = clicks()
     part = interactions.take(before_boundary(interactions))
     part.users[:] += 5
-    found = project(fit_regression(states, learning_data(part, history=HISTORY, holdout=0.1), dim=6), states)
+    found = project(fit_regression(states, learning_data(part, settings=SHORT, holdout=0.1, items=len(states)), dim=6), states)
     np.testing.assert_allclose(aligned(found, expected), expected, atol=1e-4)
 
 

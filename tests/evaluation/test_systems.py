@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 
 from clicks import ITEMS, NEW, SHORT, WIDTH, before_boundary, clicks, train_settings
-from marc_pipeline.evaluation import factory
 from marc_pipeline.evaluation.factory import KEEP, make_vectors, new_objective
 from marc_pipeline.evaluation.systems import System, systems, tuned_systems
 from marc_pipeline.training.interactions import Interactions
@@ -169,5 +168,5 @@ def test_the_check_detects_a_training_on_later_labels(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted({name for name in SYSTEMS if "pca" in name} | {"final-full"} | BASELINES))
 def test_the_check_detects_a_transform_fitted_on_all_items(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factory, "known_states", lambda states, _: states)
+    monkeypatch.setattr(LearningData, "known", property(lambda _: torch.arange(ITEMS)))
     assert leaks(name)

@@ -70,7 +70,7 @@ def test_every_row_is_in_training_or_holdout_with_its_earlier_history(
     assert cut + len(data.holdout) == n
     require_rows(data.training, interactions, 0, length=length)
     require_rows(data.holdout, interactions, cut, length=length)
-    assert data.users.tolist() == interactions.users[:cut].tolist()
+    assert data.fitted[1].tolist() == interactions.users[:cut].tolist()
     assert data.known.tolist() == sorted(set(interactions.items[:cut].tolist()))
     # All rows of one time are on the same side: in the holdout.
     assert interactions.times[:cut].max() < interactions.times[cut:].min() == wanted
@@ -79,7 +79,7 @@ def test_every_row_is_in_training_or_holdout_with_its_earlier_history(
 def arrays(data: LearningData) -> list[bytes]:
     parts = (data.training, data.holdout)
     tensors = [part for clicks in parts for part in (clicks.items, clicks.clicked, clicks.skipped, clicks.labels)]
-    return [tensor.numpy().tobytes() for tensor in (*tensors, data.users, data.known)]
+    return [tensor.numpy().tobytes() for tensor in (*tensors, data.fitted[1], data.known)]
 
 
 @given(ratings(), st.integers(0, 2**32 - 1))
@@ -130,7 +130,7 @@ def test_the_holdout_has_the_configured_share_and_whole_trains_on_every_row() ->
     whole = data.whole()
     assert torch.equal(whole.training.items, torch.cat([data.training.items, data.holdout.items]))
     assert torch.equal(whole.training.clicked, torch.cat([data.training.clicked, data.holdout.clicked]))
-    assert len(whole.users) == len(whole.training)
+    assert len(whole.fitted[1]) == len(whole.training)
     assert whole.known.tolist() == sorted(set(whole.training.items.tolist()))
     assert len(data.training) < len(whole.training)  # the original is unchanged
 

@@ -25,7 +25,7 @@ def project(module: WhitenedPCA, states: NDArray[np.float32]) -> Array:
 def naive_clicks(data: LearningData) -> Array:
     """Y [known items, users]: clicks minus the user's mean, divided by the root of the item's ratings."""
     items = data.known.tolist()
-    rows = list(zip(data.users.tolist(), data.training.items.tolist(), data.training.labels.tolist(), strict=True))
+    rows = list(zip(data.fitted[1].tolist(), data.training.items.tolist(), data.training.labels.tolist(), strict=True))
     overall = sum(label for _, _, label in rows) / len(rows)
     y = np.zeros((len(items), max(user for user, _, _ in rows) + 1))
     for user in range(y.shape[1]):

@@ -22,6 +22,7 @@ class TrainingSetCard(Contract):
         backbone: name of the backbone; ``layers`` is its number of blocks, ``width`` its dimension D.
         pooling, max_tokens: how a text became one vector per layer.
         dtype, device: number type and device of the computation.
+        boundaries: times of the first row of the validation part and of the test part, microseconds since 1970.
         items, users, interactions, clicks: counts.
         implicit: whether the interactions are positives only, so that negatives must be sampled.
         files: files by name, relative to the folder.
@@ -38,6 +39,7 @@ class TrainingSetCard(Contract):
     max_tokens: int
     dtype: str
     device: str
+    boundaries: tuple[int, int]
     items: int
     users: int
     interactions: int

@@ -13,7 +13,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from marc_pipeline.evaluation import click_model as module
 from marc_pipeline.evaluation.click_data import ClickData, click_data
-from marc_pipeline.evaluation.click_model import ClickScore, CtrSettings, score_together, score_vectors
+from marc_pipeline.evaluation.click_model import ClickScore, CtrSettings, score_vectors
 from marc_pipeline.training.interactions import Interactions
 from marc_pipeline.training.time_split import Split, split_by_time
 

@@ -1,5 +1,6 @@
-"""Systems in one pass against each alone, and ranks in the whole catalogue against a model that is run for every pair."""
+"""Systems in one pass against each alone, and ranks in the whole catalogue against a model run for every pair."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -32,7 +33,9 @@ def purchases() -> tuple[Interactions, NDArray[np.float32]]:
 
 @pytest.fixture(scope="module")
 def data() -> ClickData:
-    return time_split_data(purchases()[0], items=ITEMS, settings=WANTED)
+    interactions, _ = purchases()
+    n = len(interactions)
+    return time_split_data(interactions, (round(0.8 * n), round(0.9 * n)), items=ITEMS, settings=WANTED)
 
 
 def noise(seed: int) -> NDArray[np.float32]:
@@ -105,7 +108,7 @@ def test_the_parts_of_purchases_are_those_of_the_positives(data: ClickData) -> N
     interactions, _ = purchases()
     n = len(interactions)
     bounds = [0, round(0.8 * n), round(0.9 * n), n]
-    for part, (start, stop) in zip(vars(data.split).values(), zip(bounds, bounds[1:], strict=False), strict=True):
+    for part, (start, stop) in zip(vars(data.split).values(), itertools.pairwise(bounds), strict=True):
         positives = data.items[part][data.labels[part] > 0]
         assert positives.tolist() == interactions.items[start:stop].tolist()
         assert (part.stop - part.start) == (1 + WANTED.negatives) * (stop - start)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from marc_pipeline.bundles.making import Trained
+from marc_pipeline.config import InteractionSettings
 from marc_pipeline.errors import UserError
 from marc_pipeline.model.backbone import HiddenStates, PooledStates, load_backbone, truncate
 from marc_pipeline.model.bundle import Bundle, check_bundle

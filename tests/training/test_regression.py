@@ -134,7 +134,9 @@ def test_users_without_rows_do_not_change_the_fit() -> None:
     interactions, _ = clicks()
     part = interactions.take(before_boundary(interactions))
     part.users[:] += 5
-    found = project(fit_regression(states, learning_data(part, settings=SHORT, holdout=0.1, items=len(states)), dim=6), states)
+    found = project(
+        fit_regression(states, learning_data(part, settings=SHORT, holdout=0.1, items=len(states)), dim=6), states
+    )
     np.testing.assert_allclose(aligned(found, expected), expected, atol=1e-4)
 
 

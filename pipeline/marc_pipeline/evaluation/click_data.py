@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from marc_pipeline.config import InteractionSettings
 from marc_pipeline.training.interactions import Interactions
 from marc_pipeline.training.negatives import with_negatives
-from marc_pipeline.training.time_split import Split, histories, split_by_time, split_by_user
+from marc_pipeline.training.time_split import Split, histories, split_at, split_by_user
 
 COLD_RATINGS = 5
 EVALUATED_ROWS = 1_000_000
@@ -77,19 +77,20 @@ def click_data(
     )
 
 
-def time_split_data(interactions: Interactions, *, items: int, settings: InteractionSettings) -> ClickData:
+def time_split_data(
+    interactions: Interactions, boundaries: tuple[int, int], *, items: int, settings: InteractionSettings
+) -> ClickData:
     """Return the data of the split by time; positives get negatives that are drawn once.
 
-    Of more than ``EVALUATED_ROWS`` rows, a sample of users is kept. ``items`` is the number of items in the catalogue.
+    Of more than ``EVALUATED_ROWS`` rows, a sample of users is kept. ``boundaries`` are the times of the first row of the
+    validation part and of the test part; ``items`` is the number of items in the catalogue.
     """
-    split = split_by_time(interactions)
-    boundaries = [interactions.times[part.start] for part in (split.validation, split.test)]
     kept = sample_users(interactions, rows_within(interactions, EVALUATED_ROWS, settings))
     known = int(np.searchsorted(kept.times, boundaries[0]))
     rows = with_negatives(kept, known=known, items=items, settings=settings)
-    first, second = np.searchsorted(rows.times, boundaries).tolist()
-    parts = Split(slice(0, first), slice(first, second), slice(second, len(rows)))
-    return click_data(rows, parts, n_items=items, history=settings.history, implicit=interactions.implicit)
+    return click_data(
+        rows, split_at(rows, boundaries), n_items=items, history=settings.history, implicit=interactions.implicit
+    )
 
 
 def user_fold_data(

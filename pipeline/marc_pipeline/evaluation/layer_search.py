@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from marc_pipeline.config import InteractionSettings, Settings
-from marc_pipeline.evaluation.click_data import rows_within, sample_users, time_split_data, user_fold_data
+from marc_pipeline.evaluation.click_data import rows_within, sample_users, user_fold_data
 from marc_pipeline.evaluation.click_model import score_together
 from marc_pipeline.evaluation.factory import pca_vectors
 from marc_pipeline.evaluation.layer_choice import final_scores
+from marc_pipeline.evaluation.tasks import evaluation_data
 from marc_pipeline.progress import ProgressLog
 from marc_pipeline.training.interactions import Interactions
 from marc_pipeline.training.learning import learning_data
@@ -117,7 +118,7 @@ def beats_random(scores: Mapping[int, Sequence[float]]) -> bool:
 def test_layers(training_set: TrainingSet, settings: Settings, *, seeds: int) -> dict[int, list[float]]:
     """Return the test AUC of the whitened PCA of every layer, one per seed. Reports show it; it decides nothing."""
     interactions, items = training_set.interactions, len(training_set.item_ids)
-    data = time_split_data(interactions, items=items, settings=settings.interactions)
+    data = evaluation_data(training_set, settings)
     learned = interactions.take(training_set.split.train)
     known = (
         learning_data(learned, settings=settings.interactions, holdout=settings.train.holdout, items=items)

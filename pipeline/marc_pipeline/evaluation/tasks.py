@@ -113,7 +113,12 @@ def evaluate_task(task: EvaluateTask, resources: TaskResources) -> Scored:
 
 def evaluation_data(training_set: TrainingSet, settings: Settings) -> ClickData:
     """Return the data of the split by time for click models."""
-    return time_split_data(training_set.interactions, items=len(training_set.item_ids), settings=settings.interactions)
+    return time_split_data(
+        training_set.interactions,
+        training_set.card.boundaries,
+        items=len(training_set.item_ids),
+        settings=settings.interactions,
+    )
 
 
 def as_scores(

@@ -48,6 +48,18 @@ def split_by_time(interactions: Interactions, *, train: float = 0.8, validation:
     return split
 
 
+def split_times(interactions: Interactions) -> tuple[int, int]:
+    """Return the times of the first row of the validation part and of the test part of :func:`split_by_time`."""
+    split = split_by_time(interactions)
+    return int(interactions.times[split.validation.start]), int(interactions.times[split.test.start])
+
+
+def split_at(interactions: Interactions, boundaries: tuple[int, int]) -> Split:
+    """Split at the times of the first row of the validation part and of the test part (microseconds since 1970)."""
+    first, second = np.searchsorted(interactions.times, boundaries).tolist()
+    return Split(train=slice(0, first), validation=slice(first, second), test=slice(second, len(interactions)))
+
+
 def split_by_user(interactions: Interactions, *, folds: int, fold: int) -> tuple[NDArray[np.int64], Split]:
     """Assign users to folds: one fold is the test part, the next the validation part, all others the training part.
 

@@ -23,7 +23,7 @@ from marc_pipeline.storage.checksums import describe_file, verified_folder
 from marc_pipeline.training.interaction_files import find_interactions
 from marc_pipeline.training.interaction_rows import InteractionSource, Selection, read_rows
 from marc_pipeline.training.interactions import Interactions, make_interactions
-from marc_pipeline.training.time_split import Split, split_by_time
+from marc_pipeline.training.time_split import Split, split_at, split_times
 from marc_schemas.files import PublishedFile
 from marc_schemas.identity import digest
 from marc_schemas.training import FORMAT_VERSION, TrainingSetCard
@@ -89,7 +89,7 @@ class TrainingSet:
     @cached_property
     def split(self) -> Split:
         """Return training, validation and test part: 80, 10 and 10 % in the order of time."""
-        return split_by_time(self.interactions)
+        return split_at(self.interactions, self.card.boundaries)
 
     def states(self, layer: int, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """Return a copy of the pooled hidden states [items + profiles, D] after a block, or of some of their rows.
@@ -174,7 +174,8 @@ def make_training_set(
         raise UserError(f"the catalogue of {identity.ds} has no usable row; `marc plan` reports the reasons")
     item_ids, texts = ([row[place] for row in items] for place in (0, 1))
     interactions = make_interactions(rows, settings.interactions, item_ids, implicit=selection.feedback.implicit)
-    split_by_time(interactions)  # reports a split that is not possible before the long pass
+    # A split that is not possible is reported before the long pass.
+    boundaries = split_times(interactions)
     log.info(
         "training set: %s items, %s users, %s interactions (%s)",
         *(f"{n:,}" for n in (len(items), interactions.n_users, len(interactions))),
@@ -193,7 +194,7 @@ def make_training_set(
     put(ITEMS, lambda path: pq.write_table(pa.table({"item_id": item_ids, "text": texts}), path))
     profiles = pa.table({"text": pa.array(interactions.profile_texts, pa.string())})
     put(PROFILES, lambda path: pq.write_table(profiles, path))
-    put(INTERACTIONS, lambda path: pq.write_table(_table(interactions), path))
+    put(INTERACTIONS, lambda path: pq.write_table(interactions_table(interactions), path))
     card = TrainingSetCard(
         training_id=identity.training_id,
         ds=identity.ds,
@@ -201,6 +202,7 @@ def make_training_set(
         backbone=settings.train.backbone,
         pooling=settings.train.pooling,
         **vars(facts),
+        boundaries=boundaries,
         items=len(items),
         users=interactions.n_users,
         interactions=len(interactions),
@@ -306,6 +308,7 @@ def training_uri(work_uri: str, training_id: str) -> str:
     return join(work_uri, "training", training_id)
 
 
-def _table(interactions: Interactions) -> pa.Table:
+def interactions_table(interactions: Interactions) -> pa.Table:
+    """Return interactions in the columns of a training set's file."""
     columns = {name: values for name, values in vars(interactions).items() if isinstance(values, np.ndarray)}
     return pa.table(columns)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from statistics import fmean
 
 import numpy as np
+from numpy.typing import NDArray
 
 from marc_pipeline.bundles import gate
 from marc_pipeline.bundles.making import known_items, save_layer_pca
@@ -16,7 +17,7 @@ from marc_pipeline.evaluation.factory import pca_vectors
 from marc_pipeline.evaluation.statistics import user_interval
 from marc_pipeline.evaluation.systems import System
 from marc_pipeline.evaluation.tasks import as_scores, evaluation_data
-from marc_pipeline.model.bundle import current_version, open_bundle, promote
+from marc_pipeline.model.bundle import current_version, local_bundle, open_bundle, promote
 from marc_pipeline.model.device import use_threads
 from marc_pipeline.model.encoder import load_encoder
 from marc_pipeline.progress import ProgressLog
@@ -40,7 +41,9 @@ def compare_stage(deployment: Deployment, training_id: str, candidate: str) -> B
     current = current_version(storage, settings.bundle_uri)
     training_set = open_training_set(storage, settings.work_uri, training_id)
     # The gate runs first, because a damaged bundle, or one with infinite weights, has no vectors to evaluate.
-    problems = gate.problems(settings, training_set.texts, candidate, storage=storage, resources=machine())
+    problems = gate.problems(
+        settings, training_set.texts, candidate, storage=storage, resources=machine(), training_set=training_set
+    )
     rival = current if current != candidate else None
     damage = gate.damage(settings, rival, storage=storage) if rival else []
     if damage:
@@ -97,15 +100,12 @@ def _evaluated(
     deployment: Deployment, training_set: TrainingSet, versions: list[str], layer: int
 ) -> "dict[str, tuple[System, int | None, Vectors]]":
     """Return the systems to compare with their layers and vectors [items, d], by name."""
-    storage, settings = deployment.storage, deployment.settings
-    items, train = len(training_set.item_ids), settings.train
+    settings, items = deployment.settings, len(training_set.item_ids)
+    train = settings.train
     found: dict[str, tuple[System, int | None, Vectors]] = {}
     for version in versions:
-        uri = join(settings.bundle_uri, version)
-        log.info("promote: %s texts through bundle %s", f"{items:,}", version)
-        encoder = load_encoder(storage, uri, version, settings.encode, machine())
         name = f"bundle:{version}"
-        found[name] = System(name, "bundle", None), None, encoder.encode(training_set.texts).vectors
+        found[name] = System(name, "bundle", None), None, _bundle_vectors(deployment, training_set, version)
     known = known_items(training_set, train=train, interactions=settings.interactions)
     for number in dict.fromkeys((layer, training_set.card.layers)):
         name = f"pca-layer-{number}"
@@ -114,6 +114,30 @@ def _evaluated(
     vectors = np.random.default_rng(0).standard_normal((items, train.dim), dtype=np.float32)
     found[RANDOM] = System(RANDOM, "reference", None), None, vectors
     return found
+
+
+def _bundle_vectors(deployment: Deployment, training_set: TrainingSet, version: str) -> NDArray[np.float32]:
+    """Return the vectors [items, d] of a bundle, from the hidden states of this training set if it was made from them.
+
+    The audit of the bundle compares the encoder with these vectors on a sample. Other bundles encode every text.
+    """
+    storage, settings, items = deployment.storage, deployment.settings, len(training_set.item_ids)
+    uri = join(settings.bundle_uri, version)
+    folder, bundle = local_bundle(storage, uri, version)
+    if gate.made_from(bundle, training_set):
+        states = training_set.states(bundle.card.layers_kept, np.arange(items))
+        return gate.vectors_of_states(folder, bundle, states)
+    log.info("promote: %s texts through bundle %s", f"{items:,}", version)
+    encoder = load_encoder(storage, uri, version, settings.encode, machine())
+    progress, done = ProgressLog("promote", items, "texts"), 0
+
+    def report(texts: int, _tokens: int) -> None:
+        nonlocal done
+        done += texts
+        progress.at(done)
+
+    encoder.on_batch = report
+    return encoder.encode(training_set.texts).vectors
 
 
 def _decided(
@@ -136,7 +160,6 @@ def _decided(
                 [vectors for *_, vectors in group],
                 data,
                 seed=seed,
-                ranked=training_set.interactions.implicit,
                 done=progress.part(seed),
             )
             evaluated = [(system, layer) for system, layer, _ in group]
@@ -149,7 +172,9 @@ def _decided(
     averaged = {
         name: np.mean([score.validation_predictions for score in found], axis=0) for name, found in runs.items()
     }
-    interval = user_interval(averaged[best], averaged[RANDOM], data, part=data.split.validation)
+    interval = user_interval(
+        averaged[best], averaged[RANDOM], data, part=data.split.validation, comparisons=len(systems) - 1
+    )
     comparison = comparison.model_copy(
         update={
             "validation_auc": validation, "auc": test, "best": best, "scores": scores,

@@ -191,7 +191,7 @@ class TrainSettings(Section):
     batch: int = Field(512, ge=2, description="Interactions per step and process; sampled negatives are added.")
     accumulate: int = Field(1, ge=1, description="Number of batches whose gradients form one step.")
     epochs: int = Field(100, ge=1, description="Most passes over the training part; early stopping ends before.")
-    max_steps: int = Field(20_000, ge=1, description="Most steps; early stopping ends before.")
+    max_steps: int = Field(10_000, ge=1, description="Most steps; early stopping ends before.")
     patience: int = Field(4, ge=1, description="Validations without a better AUC before training ends.")
     validate_every: int | None = Field(
         None, ge=1, description="Steps between validations; default: one epoch, at most 500 steps."

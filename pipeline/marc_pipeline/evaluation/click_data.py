@@ -11,7 +11,7 @@ from marc_pipeline.training.negatives import with_negatives
 from marc_pipeline.training.time_split import Split, histories, split_at, split_by_user
 
 COLD_RATINGS = 5
-EVALUATED_ROWS = 1_000_000
+EVALUATED_ROWS = 400_000
 """Most rows of a click model, negatives included; of more rows, a sample of users is kept."""
 SAMPLE_SEED = 0
 
@@ -82,8 +82,8 @@ def time_split_data(
 ) -> ClickData:
     """Return the data of the split by time; positives get negatives that are drawn once.
 
-    Of more than ``EVALUATED_ROWS`` rows, a sample of users is kept. ``boundaries`` are the times of the first row of the
-    validation part and of the test part; ``items`` is the number of items in the catalogue.
+    Of more than ``EVALUATED_ROWS`` rows, a sample of users is kept. ``boundaries`` are the times of the first row of
+    the validation part and of the test part; ``items`` is the number of items in the catalogue.
     """
     kept = sample_users(interactions, rows_within(interactions, EVALUATED_ROWS, settings))
     known = int(np.searchsorted(kept.times, boundaries[0]))

@@ -15,6 +15,7 @@ from marc_pipeline.evaluation.factory import train_vectors
 from marc_pipeline.evaluation.layer_search import FOLDS, SampledShop
 from marc_pipeline.evaluation.tasks import progress_files
 from marc_pipeline.model.device import use_threads
+from marc_pipeline.progress import ProgressLog
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.spark.tasks import run_buckets
 from marc_pipeline.training.learning import learning_data
@@ -29,7 +30,7 @@ WEIGHTS = ((0.0, 0.1), (0.5, 0.1), (0.1, 0.1), (0.0, 0.0))
 SEARCH_FOLDS = 2
 """Number of groups of users that the pairs are scored on: each takes one training per pair."""
 TICKS = 100
-SEARCH_ROWS = 250_000
+SEARCH_ROWS = 100_000
 """Most rows of a sample of users, negatives included."""
 
 
@@ -93,13 +94,14 @@ def search_weights(
         running=progress.total,
     )
     scores: dict[tuple[float, float], list[float]] = {}
+    clock = ProgressLog("weights: click models", SEARCH_FOLDS, "groups of users")
     for fold in range(SEARCH_FOLDS):
         own = [(task, vectors) for task, vectors in made if task.fold == fold]
         shop = _shop(training_set, deployment)
         data, _ = user_fold_data(
             shop.interactions, folds=FOLDS, fold=fold, items=len(shop.items), settings=settings.interactions
         )
-        scored = score_together([vectors for _, vectors in own], data, seed=fold)
+        scored = score_together([vectors for _, vectors in own], data, seed=fold, done=clock.part(fold))
         for (task, _), score in zip(own, scored, strict=True):
             scores.setdefault((task.keep, task.decouple), []).append(score.auc)
     return {pair: fmean(scores[pair]) for pair in candidates(settings.train)}

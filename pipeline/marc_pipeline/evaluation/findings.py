@@ -18,17 +18,31 @@ CHANGES = {
     "marc-final": "reading the final layer instead of the chosen one",
 }
 """The change to the comparison system that each ablation makes."""
+NOTHING_TOLD = (
+    "No vector beats random ones: the texts say nothing about what users take, and the differences between systems are "
+    "chance."
+)
 ADVANTAGE = ("is confirmed", "is refuted", "is not confirmed")
 """Verdicts on the mid-layer advantage; see :func:`verdict`."""
 
 
-def findings(summaries: Sequence[Summary], scores: Sequence[SystemScore], *, layers: int, comparison: str) -> list[str]:
+def findings(
+    summaries: Sequence[Summary],
+    scores: Sequence[SystemScore],
+    *,
+    layers: int,
+    comparison: str,
+    beats_random: bool = True,
+) -> list[str]:
     """Return one sentence per claim with its numbers, whether it holds or not.
 
     The 95 % interval over seeds decides every verdict: a claim is confirmed if the interval excludes 0.
 
-    ``layers`` is the number of the backbone's final layer; the claims are about the ``comparison`` system.
+    ``layers`` is the number of the backbone's final layer; the claims are about the ``comparison`` system. If no system
+    beats random vectors, there is no claim about which one is better.
     """
+    if not beats_random:
+        return [NOTHING_TOLD]
     results = _Results(summaries, runs_of(scores), layers, comparison)
     topics = (_mid_layer_advantage, _rivals, _ablations, _cold_items, _tuned)
     sentences = [sentence for topic in topics for dim in results.dims for sentence in topic(results, dim)]

@@ -30,7 +30,7 @@ FOLDS = 5
 """Number of groups of users in the last round."""
 FINALISTS = 8
 """Most layers of the last round."""
-ROUND_ROWS, FINAL_ROWS = 100_000, 250_000
+ROUND_ROWS, FINAL_ROWS = 50_000, 200_000
 """Most rows of a round with one fold, and of the last round, negatives included."""
 CERTAIN_ERRORS = 2.0
 RANDOM = -1

@@ -16,7 +16,7 @@ from torch.nn import functional
 from marc_pipeline.evaluation.click_data import ClickData
 
 BEST = 10
-RANKED_PAIRS = 10_000_000
+RANKED_PAIRS = 50_000_000
 """Most pairs of a positive and an item; of more positives, a sample is ranked."""
 AT_ONCE = 64
 SAMPLE_SEED = 0

@@ -38,6 +38,8 @@ COLOURS = {
 BROWN = "#8C564B"
 SPREAD_OCTAVES = 0.5
 
+RANKS = ("Recall@10 ± std", "NDCG@10", "look-up Recall@10")
+
 METHOD = (
     "Every system makes one vector per item. A small click model is trained for each system, dimension and seed; it "
     "reads the vectors without changing them. Its input: the item's vector, the mean vector of the user's last clicks, "
@@ -51,6 +53,9 @@ METHOD = (
     "predictions averaged over seeds). The interval over seeds shows what another training could give; this one shows "
     "what other users could give.",
     "cold: items with fewer than five ratings in the training part.",
+    "Recall@10, NDCG@10 (for purchases without ratings): ranks of the test part's positives among all items of the "
+    "catalogue, without those that the user took before, by the click model. Look-up: by the cosine with the mean "
+    "vector of the user's last clicks.",
     "The best layer in the findings is the best by test AUC. It cannot be known before the test, so it is the hardest "
     "rival.",
 )
@@ -87,6 +92,7 @@ def _data(evaluation: Evaluation) -> list[str]:
         f"training set {evaluation.training_id}: {evaluation.users:,} users, {evaluation.items:,} items",
         f"{train:,} rows for training, {validation:,} for validation, {test:,} for test, "
         f"{evaluation.cold_rows:,} of these of cold items",
+        f"rows without a click: {evaluation.negatives}",
         f"backbone {evaluation.backbone}: {evaluation.layers} layers of width {evaluation.width}; "
         f"layer {evaluation.chosen_layer} {CHOSEN[evaluation.decision]}",
         plural(len({score.seed for score in evaluation.scores}), "seed"),
@@ -99,8 +105,10 @@ def _table(summaries: Sequence[Summary], dim: int) -> ReportTable:
     elsewhere = f" at d = {max(own)}" if own and dim not in own else ""
     minus = f"minus {COMPARISON}{elsewhere} (95 % interval)"
     scores = ["AUC ± std", "cold AUC ± std", "log loss ± std"]
-    header = ["system", "family", *scores, minus, "p", "other users", "bytes per item"]
-    rows = [_cells(s) for s in sorted(summaries, key=_place) if s.dim == dim]
+    shown = [s for s in sorted(summaries, key=_place) if s.dim == dim]
+    ranked = any(not math.isnan(s.recall) for s in shown)
+    header = ["system", "family", *scores, *(RANKS if ranked else ()), minus, "p", "other users", "bytes per item"]
+    rows = [_cells(s, ranked=ranked) for s in shown]
     return ReportTable(header, rows, numbers=range(2, len(header)))
 
 
@@ -108,7 +116,7 @@ def _place(summary: Summary) -> tuple[int, int]:
     return FAMILIES.index(summary.family), -1 if summary.layer is None else summary.layer
 
 
-def _cells(s: Summary) -> list[str]:
+def _cells(s: Summary, *, ranked: bool) -> list[str]:
     over_seeds = "" if s.low is None else f" ({interval(s.low, s.high)})"
     return [
         s.system,
@@ -116,6 +124,7 @@ def _cells(s: Summary) -> list[str]:
         with_deviation(s.auc, s.auc_std),
         with_deviation(s.cold_auc, s.cold_auc_std),
         with_deviation(s.log_loss, s.log_loss_std),
+        *([with_deviation(s.recall, s.recall_std), fixed(s.ndcg), fixed(s.lookup_recall)] if ranked else []),
         f"{signed(s.difference)}{over_seeds}",
         fixed(None) if s.p_value is None else p_text(s.p_value),
         interval(s.user_low, s.user_high),

@@ -16,6 +16,7 @@ from marc_schemas.evaluation import Summary, SystemScore
 CONFIDENCE = 0.95
 USER_DRAWS = 1000
 DRAW_SEED = 0
+RANDOM = "random"
 MEANS = ("auc", "cold_auc", "warm_auc", "log_loss", "recall", "ndcg", "lookup_recall", "train_seconds")
 BYTES_PER_NUMBER = 4
 
@@ -109,8 +110,33 @@ def paired_difference(one: Mapping[int, float], other: Mapping[int, float]) -> P
     return PairedDifference(mean, float(interval.low), float(interval.high), p_value, len(pairs))
 
 
+def beats_random(summaries: Sequence[Summary], predictions: Predictions, data: ClickData) -> bool:
+    """Return whether the best system is better than random vectors of its dimension for other test users, too.
+
+    The confidence is shared among all systems, because the best of many is above random vectors by chance. Without
+    random vectors the answer is yes.
+    """
+    rivals = [s for s in summaries if s.family != "reference"]
+    found = []
+    for dim in {s.dim for s in summaries if s.system == RANDOM}:
+        same = [s for s in rivals if s.dim == dim]
+        if not same:
+            continue
+        best = max(same, key=lambda s: s.auc)
+        keys = ((best.system, dim), (RANDOM, dim))
+        one, other = (np.mean([p for key, p in predictions.items() if key[:2] == who], axis=0) for who in keys)
+        interval = user_interval(one, other, data, comparisons=len(same))
+        found.append(interval is None or interval[0] > 0)
+    return any(found) if found else True
+
+
 def user_interval(
-    one: NDArray[np.float32], other: NDArray[np.float32], data: ClickData, *, part: slice | None = None
+    one: NDArray[np.float32],
+    other: NDArray[np.float32],
+    data: ClickData,
+    *,
+    part: slice | None = None,
+    comparisons: int = 1,
 ) -> tuple[float, float] | None:
     """Return the 95 % interval of AUC(one) − AUC(other) over resampled users of a part, each with all rows.
 
@@ -119,6 +145,7 @@ def user_interval(
         other: predictions of the other system; identical predictions give exactly (0, 0).
         data: interactions of the evaluation.
         part: rows of the part; None for the test part.
+        comparisons: number of comparisons that share the error of 5 %.
 
     Returns:
         The interval over 1,000 draws with a fixed seed; None if there is one user only, or no draw has both labels.
@@ -139,7 +166,8 @@ def user_interval(
     differences = differences[~np.isnan(differences)]
     if not len(differences):
         return None
-    low, high = np.quantile(differences, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    error = (1 - CONFIDENCE) / 2 / comparisons
+    low, high = np.quantile(differences, [error, 1 - error])
     return float(low), float(high)
 
 

@@ -16,7 +16,7 @@ from marc_pipeline.evaluation.click_data import ClickData, time_split_data
 from marc_pipeline.evaluation.click_model import ClickScore, Vectors, score_together
 from marc_pipeline.evaluation.factory import make_vectors
 from marc_pipeline.evaluation.findings import findings
-from marc_pipeline.evaluation.statistics import summarise
+from marc_pipeline.evaluation.statistics import beats_random, summarise
 from marc_pipeline.evaluation.systems import System, systems, tuned_systems
 from marc_pipeline.model.device import use_threads
 from marc_pipeline.resources import TaskResources
@@ -217,6 +217,7 @@ def evaluation_result(
     predictions = {key: value for one in found for key, value in one.predictions.items()}
     summaries = summarise(scores, predictions, data, comparison=COMPARISON)
     card, split = training_set.card, data.split
+    told = beats_random(summaries, predictions, data)
     return Evaluation(
         training_id=card.training_id,
         backbone=card.backbone,
@@ -231,7 +232,7 @@ def evaluation_result(
         decision=decision,
         scores=scores,
         summaries=summaries,
-        findings=findings(summaries, scores, layers=card.layers, comparison=COMPARISON),
+        findings=findings(summaries, scores, layers=card.layers, comparison=COMPARISON, beats_random=told),
     )
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,7 +95,7 @@ class Gate:
         return self.variant(name, alter)
 
     def compare(self, version: str, settings: Settings | None = None) -> BundleComparison:
-        with spark_session(self.settings.spark, name="tests") as spark:
+        with spark_session(self.settings.spark, name="tests"):
             return promotion.compare_stage(open_deployment(settings or self.settings), self.training_id, version)
 
     def promote(self, version: str) -> BundleComparison:
@@ -134,11 +135,12 @@ def gate(place: Gate) -> Gate:
 def test_a_worse_bundle_is_refused_with_both_figures_unless_tolerated(gate: Gate) -> None:
     worse = gate.worse()
     found = gate.compare(worse)
-    assert found.current_auc is not None
-    assert found.auc < found.current_auc - 0.02
+    current = found.validation_auc[f"bundle:{gate.first.version}"]
+    assert found.candidate_auc < current - 0.02
+    assert (found.best, found.replacement) == (f"bundle:{gate.first.version}", "")
     message = gate.refusal(worse)
     assert message.startswith(f"bundle {worse} is not promoted: ")
-    for part in (f"{found.auc:.4f}", f"{gate.first.version} is {found.current_auc:.4f}", "evaluate.tolerance is 0"):
+    for part in (f"{found.candidate_auc:.4f}", f"{gate.first.version} is {current:.4f}", "evaluate.tolerance is 0"):
         assert part in message
     kept = Path(gate.settings.work_uri, "training", gate.training_id, "comparisons", f"{worse}.json")
     assert BundleComparison.model_validate_json(kept.read_bytes()) == found
@@ -153,7 +155,8 @@ def test_an_equal_bundle_passes_and_demotion_undoes_the_promotion(gate: Gate) ->
     equal = gate.variant("equal")
     for version in (gate.first.version, equal):
         found = gate.compare(version)
-        assert (found.auc, found.current, found.problems) == (found.current_auc, gate.first.version, [])
+        assert (found.current, found.problems) == (gate.first.version, [])
+        assert len({auc for name, auc in found.auc.items() if name.startswith("bundle:")}) == 1
         gate.promote(version)
         assert current_version(STORAGE, gate.settings.bundle_uri) == version
     assert promoted(STORAGE, gate.settings.bundle_uri)[-2:] == [gate.first.version, equal]
@@ -162,10 +165,64 @@ def test_an_equal_bundle_passes_and_demotion_undoes_the_promotion(gate: Gate) ->
 
 
 @pytest.mark.spark
+def test_a_pca_that_is_better_is_promoted_instead(gate: Gate) -> None:
+    worse = gate.worse("worse than a PCA")
+    Path(gate.settings.bundle_uri, POINTER).unlink()
+    found = gate.compare(worse)
+    assert found.best.startswith("pca-layer-")
+    assert found.validation_auc[found.best] > found.candidate_auc
+    assert found.problems
+    with pytest.raises(GateRefused, match="the PCA of layer"):
+        promotion.promote_stage(open_deployment(gate.settings), gate.training_id, worse, replace=False)
+    gate.promote(worse)
+    shipped = open_bundle(STORAGE, gate.settings.bundle_uri)
+    assert (shipped.version, shipped.card.compressor.kind) == (found.replacement, "pca")
+    # The promoted bundle makes the vectors that won.
+    again = gate.compare(shipped.version)
+    assert again.validation_auc[f"bundle:{shipped.version}"] == pytest.approx(
+        found.validation_auc[found.best], abs=1e-3
+    )
+    assert again.problems == []
+
+
+@pytest.mark.spark
+def test_the_test_part_decides_nothing(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test part with flipped labels changes the reported figures only."""
+    worse = gate.worse("worse on the validation part")
+    found, evaluated = gate.compare(worse), promotion.evaluation_data
+
+    def flipped(*given: Any) -> Any:
+        data = evaluated(*given)
+        labels = data.labels.copy()
+        labels[data.split.test] = 1 - labels[data.split.test]
+        return replace(data, labels=labels)
+
+    monkeypatch.setattr(promotion, "evaluation_data", flipped)
+    other = gate.compare(worse)
+    assert (other.validation_auc, other.best, other.problems) == (found.validation_auc, found.best, found.problems)
+    assert all(other.auc[name] == pytest.approx(1 - auc) for name, auc in found.auc.items())
+
+
+@pytest.mark.spark
+def test_an_encoder_with_other_vectors_than_the_training_is_refused(gate: Gate) -> None:
+    def write(folder: Path) -> BundleCard:
+        shutil.copytree(gate.first.uri, folder, dirs_exist_ok=True)
+        (folder / "bundle.json").unlink()
+        weights = load_file(folder / "backbone/model.safetensors")
+        save_file({name: 0.1 * weight for name, weight in weights.items()}, folder / "backbone/model.safetensors")
+        return gate.first.card
+
+    candidate = save_bundle(STORAGE, gate.settings.bundle_uri, write).version
+    gate.compare(candidate)
+    assert "the encoder's vectors differ from those of the training" in gate.refusal(candidate)
+
+
+@pytest.mark.spark
 def test_the_command_line_promotes_and_refuses(gate: Gate) -> None:
     equal, worse = gate.variant("equal by hand"), gate.worse("worse by hand")
     said = gate.world.marc.json("promote", equal, "--ds", DS)
-    assert (said["candidate"], said["current"], said["auc"]) == (equal, gate.first.version, said["current_auc"])
+    assert (said["candidate"], said["current"]) == (equal, gate.first.version)
+    assert said["auc"][f"bundle:{equal}"] == said["auc"][f"bundle:{gate.first.version}"]
     before = gate.pointer
     done = gate.world.marc.call("promote", worse, "--ds", DS)
     lines = [line for line in done.stderr.splitlines() if " ERROR " in line]

@@ -66,22 +66,6 @@ def quarantined_rows(planned: Mapping[str, int], receipts: Sequence[Receipt]) ->
     return {**planned, **({Reason.UNENCODABLE.value: unencodable} if unencodable else {})}
 
 
-class BucketAudit(Contract):
-    """Result of the audit of one bucket's file.
-
-    Attributes:
-        bucket: number of the bucket.
-        problems: sentences with the value and the limit; empty when the bucket passed.
-        moments: moments of the file.
-        replaced: moments of the files that it replaces.
-    """
-
-    bucket: int
-    problems: tuple[str, ...]
-    moments: Moments
-    replaced: Moments
-
-
 class AuditReport(Contract):
     """Result of the gates of one plan.
 

@@ -6,8 +6,9 @@ from typing import Any
 from marc_schemas.arrow import arrow_schema
 from marc_schemas.files import Contract, PublishedFile
 from marc_schemas.moments import Moments
+from marc_schemas.space import SpaceShape
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 # Increase FORMAT_VERSION when a field is added, and give the field a default: records of every format from
 # OLDEST_FORMAT on are read. Do not rename, remove or retype a field.
 OLDEST_FORMAT = 4
@@ -174,10 +175,13 @@ class AuditFigures(Contract):
         quarantined_fraction: quarantined rows divided by the rows that the plan read.
         drift: distance between the mean vectors of this and the base release, divided by the base release's standard
             deviation; None without a base release of the same bundle.
+        space: shape of the space of the plan's vectors; after a backfill of some buckets, of the vectors in these
+            buckets. None for fewer than two vectors, and in records of format 4.
     """
 
     quarantined_fraction: float
     drift: float | None
+    space: SpaceShape | None = None
 
 
 class Release(Contract):
@@ -246,6 +250,7 @@ class Release(Contract):
             "index_factory": self.index.factory,
             "index_bytes_per_item": self.index.bytes_per_item,
             **self.index.figures.model_dump(),
+            **(self.audit.space.model_dump() if self.audit.space else dict.fromkeys(SpaceShape.model_fields)),
         }
 
     def without_files(self) -> "Release":

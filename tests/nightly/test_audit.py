@@ -14,20 +14,21 @@ from hypothesis import strategies as st
 
 from marc_pipeline.config import AuditSettings
 from marc_pipeline.errors import GateRefused
-from marc_pipeline.nightly.audit import apply_gates, require_passed
+from marc_pipeline.nightly.audit import BucketAudit, apply_gates, require_passed
 from marc_pipeline.storage import checksums, mapped_file
 from marc_schemas.catalogue import Change
 from marc_schemas.feature_table import file_schema
 from marc_schemas.files import BLOCK_DIGEST_CHARS
 from marc_schemas.identity import row_id
 from marc_schemas.moments import Moments
-from marc_schemas.receipt import AuditReport, BucketAudit, day_moments
+from marc_schemas.receipt import AuditReport, day_moments
 from marc_schemas.release import Release
 from published import DIM, Encoded, Site, Vector, Vectors, flip, in_buckets, items
 
 VECTORS = items(60)
 NOTHING = Moments(rows=0, vector_sum=(0.0,) * DIM, square_sum=0.0)
 BUCKET = 1  # the bucket with the fault
+NO_VECTORS = np.zeros((0, DIM), np.float32)
 LAX = AuditSettings(max_drift=10)
 
 Alter = Callable[[pa.Table], pa.Table]
@@ -226,7 +227,7 @@ def test_a_base_without_variance_or_of_another_bundle_does_not_refuse_by_drift(s
 def gates(encoded: Encoded, *, rows: int, problems: tuple[str, ...] = ()) -> AuditReport:
     """Apply the gates to one bucket audit with so many rows."""
     moments = Moments(rows=rows, vector_sum=(0.0,) * DIM, square_sum=float(rows))
-    audits = [BucketAudit(bucket=0, problems=problems, moments=moments, replaced=NOTHING)]
+    audits = [BucketAudit(bucket=0, problems=problems, moments=moments, replaced=NOTHING, sample=NO_VECTORS)]
     return apply_gates(encoded.plan, audits, encoded.receipts, base=None, settings=AuditSettings())
 
 
@@ -345,7 +346,7 @@ def test_many_texts_that_cannot_be_encoded_refuse_the_snapshot(
     receipt = made.receipts[0].model_copy(update={"quarantined": gone, "encoded": encoded})
     planned = made.plan.model_copy(update={"rows_read": 1_000_000})
     rows = Moments(rows=planned.items - unencodable, vector_sum=(0.0,) * DIM, square_sum=1.0)
-    audits = [BucketAudit(bucket=0, problems=(), moments=rows, replaced=NOTHING)]
+    audits = [BucketAudit(bucket=0, problems=(), moments=rows, replaced=NOTHING, sample=NO_VECTORS)]
     report = apply_gates(planned, audits, [receipt], base=None, settings=AuditSettings())
     assert bool(report.problems) == refused, report.problems
     assert report.figures.quarantined_fraction == unencodable / 1_000_000

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -13,16 +14,18 @@ import numpy as np
 import pyarrow.dataset as pads
 import pytest
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from marc_command import Marc
 from marc_pipeline.errors import CorruptFile
 from marc_pipeline.example.shop import MESSY_ROWS, write_catalogue
-from marc_pipeline.model.bundle import local_bundle
+from marc_pipeline.model.bundle import local_bundle, promote, save_bundle
 from marc_pipeline.model.encoder import load_encoder
 from marc_pipeline.reader.release import open_release
 from marc_pipeline.releases.log import read_releases
 from marc_pipeline.storage import Storage
 from marc_pipeline.table.precision import round_mantissas
+from marc_schemas.bundle import BundleCard
 from published import flip
 from tiny_models import cosines
 
@@ -93,6 +96,9 @@ def test_the_first_run_publishes_the_usable_items_and_quarantines_the_others(run
     assert {row["item_id"] for row in runs.rows(FIRST)} == set(wanted)
     assert first["bundle"] == runs.bundle["bundle"]
     assert first["recall"] >= 0.95
+    assert 1 < first["effective_rank"] <= 16
+    assert 1 / 16 <= first["first_share"] < 0.9
+    assert abs(first["mean_cosine"]) < 0.5
     assert first["tokens"] == runs.planned["tokens"], "a plan of this size counts tokens exactly"
     assert first.keys() >= {
         "release_id", "ds", "table_version", "bundle", "items", "new", "changed", "reused", "deleted", "quarantined",
@@ -278,6 +284,37 @@ def test_a_refused_gate_has_exit_code_3_and_publishes_no_release(runs: Runs, tmp
     assert done.returncode == 3, done.stderr
     assert "max_quarantined_fraction" in done.stderr
     assert runs.release_ids() == before
+
+
+def collapsed(bundle_uri: Path, version: str, target: Path) -> None:
+    """Promote a copy of a bundle whose compressor gives nearly the same vector for every text."""
+    folder, bundle = local_bundle(Storage(), str(bundle_uri / version), version)
+
+    def write(copy: Path) -> BundleCard:
+        shutil.copytree(folder, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("bundle.json"))
+        weights = load_file(copy / "compressor.safetensors")
+        weights["mean"] += 1000  # z = W (h - mean): the same large vector for every h
+        save_file(weights, copy / "compressor.safetensors")
+        return bundle.card
+
+    promote(Storage(), str(target), save_bundle(Storage(), str(target), write).version)
+
+
+@pytest.mark.parametrize(("items", "refused"), [(ITEMS, True), (40, False)])
+def test_a_collapsed_compressor_is_refused_except_for_few_items(
+    runs: Runs, tmp_path: Path, items: int, refused: bool
+) -> None:
+    marc = Marc(tmp_path, CONFIG + "audit: {{max_quarantined_fraction: 1}}\n")
+    write_catalogue(tmp_path / "catalogue", ds=FIRST, items=items)
+    collapsed(runs.marc.root / "data" / "bundles", runs.bundle["bundle"], tmp_path / "data" / "bundles")
+    done = marc.call("run", "--ds", FIRST)
+    found = read_releases(Storage(), str(marc.table))
+    if refused:
+        assert (done.returncode, found) == (3, [])
+        assert "two random vectors have a mean cosine of 1.000, audit.max_mean_cosine is 0.95" in done.stderr
+    else:
+        assert (done.returncode, len(found)) == (0, 1), done.stderr
+        assert "mean cosine 1.000" in done.stdout
 
 
 def test_runs_with_another_precision_publish_other_releases(runs: Runs, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from marc_schemas.release import (
     Release,
     TableFacts,
 )
+from marc_schemas.space import SpaceShape
 
 FILE = "struct<path: string, bytes: int64, rows: int64, sha256: string, blocks: string>"
 EXPECTED = {
@@ -47,7 +48,8 @@ EXPECTED = {
     "counts": "struct<items: int64, new: int64, changed: int64, reused: int64, deleted: int64, quarantined: int64, "
     "encoded: int64, tokens: int64>",
     "moments": "struct<rows: int64, vector_sum: list<item: double>, square_sum: double>",
-    "audit": "struct<quarantined_fraction: double, drift: double>",
+    "audit": "struct<quarantined_fraction: double, drift: double, "
+    "space: struct<effective_rank: double, first_share: double, mean_cosine: double>>",
     "quarantine_uri": "string",
     "seconds": "map<string, double>",
     "tokens_per_second": "double",
@@ -76,8 +78,8 @@ def test_columns_of_the_release_log_have_these_types() -> None:
         (tuple[tuple[int, ...], ...], pa.list_(pa.list_(pa.int64()))),
         (dict[str, float], pa.map_(pa.string(), pa.float64())),
         (dict[str, int | None], pa.map_(pa.string(), pa.int64())),
-        (AuditFigures, pa.struct([("quarantined_fraction", pa.float64()), ("drift", pa.float64())])),
-        (tuple[AuditFigures, ...] | None, pa.list_(arrow_type(AuditFigures))),
+        (SpaceShape, pa.struct([(name, pa.float64()) for name in ("effective_rank", "first_share", "mean_cosine")])),
+        (tuple[SpaceShape, ...] | None, pa.list_(arrow_type(SpaceShape))),
     ],
     ids=str,
 )
@@ -130,7 +132,7 @@ RELEASES_OF_ANY_KIND = records(
     bundle=records(BundleFacts, card_file=FILES),
     counts=records(Counts),
     moments=records(Moments),
-    audit=records(AuditFigures),
+    audit=records(AuditFigures, space=st.none() | records(SpaceShape)),
     seconds=st.dictionaries(TEXTS, NUMBERS, max_size=4),
 )
 

@@ -105,6 +105,7 @@ def print_release(deployment: Deployment, release: Release, *, fresh: bool, as_j
     facts = [
         ["done", done],
         ["items", f"{counts.items:,} vectors of {release.table.dim} dimensions, bundle {release.bundle.version}"],
+        *([["space", release.audit.space.described(release.table.dim)]] if release.audit.space else []),
         ["table", f"{release.table.uri} ({_table(release.table)})"],
         ["index", f"{release.index.uri} ({_index(release.index)})"],
         *([["quarantine", release.quarantine_uri]] if release.quarantine_uri else []),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from marc_pipeline.config import AuditSettings
 from marc_pipeline.errors import CorruptFile, GateRefused
+from marc_pipeline.model.space import degenerate, sample_rows, space_shape
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.table.precision import round_mantissas, rounding_error
 from marc_pipeline.table.rows import read_rows, read_whole
@@ -20,10 +21,10 @@ from marc_pipeline.work_area import Workspace
 from marc_schemas.catalogue import ITEMS, Reason
 from marc_schemas.feature_table import bucket_number, file_schema
 from marc_schemas.files import PublishedFile
-from marc_schemas.identity import receipts_digest, row_id
+from marc_schemas.identity import ROW_ID_MASK, receipts_digest, row_id
 from marc_schemas.moments import Moments
 from marc_schemas.plan import BucketPlan, Plan
-from marc_schemas.receipt import AuditReport, BucketAudit, Receipt, day_moments, quarantined_rows
+from marc_schemas.receipt import AuditReport, Receipt, day_moments, quarantined_rows
 from marc_schemas.release import AuditFigures, Release
 
 UNIT_TOLERANCE = 1e-3
@@ -47,6 +48,7 @@ class AuditTask:
         plan: without its buckets.
         normalised: whether the bundle makes vectors of unit length.
         replaced: files that the bucket's file replaces in the day's release.
+        share: share of the rows in the sample for the shape of the space, from 0 to 1.
     """
 
     workspace: Workspace
@@ -56,6 +58,27 @@ class AuditTask:
     work: BucketPlan
     receipt: Receipt
     replaced: tuple[PublishedFile, ...]
+    share: float
+
+
+@dataclass(frozen=True, eq=False)
+class BucketAudit:
+    """Result of the audit of one bucket's file; sent back by Spark's Python workers.
+
+    Attributes:
+        bucket: number of the bucket.
+        problems: sentences with the value and the limit; empty when the bucket passed.
+        moments: moments of the file.
+        replaced: moments of the files that it replaces.
+        sample: random vectors of the file [n, d]. Rows travel, not the d × d matrices of the buckets: 1,024 matrices
+            of d = 1,024 have 8 GiB, the samples of all buckets together have :func:`sample_rows` vectors.
+    """
+
+    bucket: int
+    problems: tuple[str, ...]
+    moments: Moments
+    replaced: Moments
+    sample: Matrix
 
 
 def audit_tasks(
@@ -70,6 +93,7 @@ def audit_tasks(
     """Return one task per bucket; ``base`` is the release that the plan was compared with."""
     # A plan of a whole date replaces no files.
     old = base.table.files if plan.chosen and base else ()
+    share = min(1.0, sample_rows(plan.dim) / max(1, plan.items))
     return [
         AuditTask(
             workspace=workspace,
@@ -79,6 +103,7 @@ def audit_tasks(
             work=work,
             receipt=receipt,
             replaced=tuple(file for file in old if bucket_number(file.path) == work.bucket),
+            share=share,
         )
         for work, receipt in zip(plan.work, receipts, strict=True)
     ]
@@ -86,7 +111,7 @@ def audit_tasks(
 
 def audit_bucket(task: AuditTask, _resources: TaskResources) -> BucketAudit:
     """Verify every byte of a bucket's file, and compare its rows with the items of the plan."""
-    rows = file_schema(task.plan.dim).empty_table().select(COLUMNS)
+    rows = empty = file_schema(task.plan.dim).empty_table().select(COLUMNS)
     problems: list[str] = []
     if task.receipt.file is not None:
         try:
@@ -97,12 +122,14 @@ def audit_bucket(task: AuditTask, _resources: TaskResources) -> BucketAudit:
         problems.append(f"{missing} planned items, but no file")
     if rows.num_rows:
         problems += [*_identity_problems(task, rows), *_vector_problems(task, rows)]
-    moments = _moments(rows if not problems else rows.slice(0, 0), task.plan.dim)
+    sound = empty if problems else rows
+    moments = _moments(sound, task.plan.dim)
     return BucketAudit(
         bucket=task.work.bucket,
         problems=tuple(f"bucket {task.work.bucket}: {problem}" for problem in problems),
         moments=moments,
         replaced=_replaced(task, moments),
+        sample=_sample(sound, task.share),
     )
 
 
@@ -115,6 +142,9 @@ def apply_gates(
     settings: AuditSettings,
 ) -> AuditReport:
     """Combine the audits of the buckets, and compare the whole snapshot with the thresholds.
+
+    The shape of the space is that of the plan's files. A backfill of some buckets measures these buckets alone: the
+    other buckets of the date passed an audit before.
 
     Args:
         plan: the plan that the receipts belong to.
@@ -144,12 +174,16 @@ def apply_gates(
             f"the mean vector moved by {drift:.3f} standard deviations since release {base.release_id}, "
             f"audit.max_drift allows {settings.max_drift}"
         )
+    sample = np.concatenate([np.zeros((0, plan.dim), np.float32), *(audit.sample for audit in audits)])
+    space = space_shape(sample) if len(sample) > 1 else None
+    if space is not None:
+        problems += degenerate(space, settings, rows=len(sample), dim=plan.dim)
     return AuditReport(
         plan_id=plan.plan_id,
         receipts_digest=receipts_digest(receipts),
         gained=gained,
         lost=lost,
-        figures=AuditFigures(quarantined_fraction=fraction, drift=drift),
+        figures=AuditFigures(quarantined_fraction=fraction, drift=drift, space=space),
         problems=tuple(problems),
     )
 
@@ -260,6 +294,12 @@ def _vectors(rows: pa.Table) -> Matrix:
     column = rows["vector"].combine_chunks()
     flat: NDArray[np.float32] = column.flatten().to_numpy(zero_copy_only=False)
     return flat.reshape(rows.num_rows, column.type.list_size)
+
+
+def _sample(rows: pa.Table, share: float) -> Matrix:
+    """Return the vectors of a random share of the rows. Row ids are hashes: each night draws nearly the same items."""
+    chosen: Matrix = _vectors(rows)[rows["row_id"].to_numpy() / ROW_ID_MASK <= share]
+    return chosen
 
 
 def _moments(rows: pa.Table, dim: int) -> Moments:

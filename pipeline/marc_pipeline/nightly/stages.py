@@ -143,6 +143,8 @@ def audit_stage(spark: "SparkSession", deployment: Deployment, plan_id: str) -> 
     drift = "no base to compare with" if report.figures.drift is None else f"drift {report.figures.drift:.4f}"
     quarantined = 100 * report.figures.quarantined_fraction
     log.info("audit: passed, %s rows, %.2f %% quarantined, %s", f"{report.gained.rows:,}", quarantined, drift)
+    if report.figures.space:
+        log.info("audit: shape of the space: %s", report.figures.space.described(plan.dim))
     return report
 
 

@@ -95,7 +95,7 @@ class Gate:
 
     def compare(self, version: str, settings: Settings | None = None) -> BundleComparison:
         with spark_session(self.settings.spark, name="tests") as spark:
-            return promotion.compare_stage(spark, open_deployment(settings or self.settings), self.training_id, version)
+            return promotion.compare_stage(open_deployment(settings or self.settings), self.training_id, version)
 
     def promote(self, version: str) -> BundleComparison:
         return promotion.promote_stage(open_deployment(self.settings), self.training_id, version)

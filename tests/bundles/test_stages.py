@@ -323,14 +323,14 @@ def renamed(rows: list[dict[str, Any]], old: str, new: str) -> list[dict[str, An
 
 
 UNKNOWN = [{**row, "item_id": f"x{row['item_id']}"} for row in ratings()]
+LOW = [{**row, "rating": str(1 + number % 2)} for number, row in enumerate(ratings())]
 MISTAKES: dict[str, tuple[list[dict[str, Any]] | None, list[str], str]] = {
     "unknown items only": (UNKNOWN, [], "all of the 3,000 rows"),
-    "clicks only": ([{**row, "rating": "5"} for row in ratings()], [], "all 3,000 interactions .* are clicks"),
-    "no click": ([{**row, "rating": "1"} for row in ratings()], [], "none of the 3,000 interactions .* is a click"),
+    "no click": (LOW, [], "none of the 3,000 interactions .* is a click: column 'rating' has 1 to 2"),
     "no timestamps": (renamed(ratings(), "timestamp", "when"), [], "interactions.timestamp_column names column"),
     "one user": ([{**row, "user_id": "u"} for row in ratings()], [], "all 3,000 interactions .* are of one user"),
     "no rating": ([*ratings()[1:], {**ratings()[0], "rating": "nan"}], [], "column 'rating' .* no rating"),
-    "one moment": ([{**row, "timestamp": "1"} for row in ratings()], [], "leaves train with 0 rows"),
+    "one moment": ([{**row, "timestamp": "1"} for row in ratings()], [], "all 3,000 interactions .* the same time"),
     "no interactions": (None, ["--compressor", "marc"], "interactions.uri is not set"),
     "too many layers": (ratings(), ["--layers", "5"], "layers.* the backbone has 4"),
     "too many dimensions": (ratings(), ["--dim", "33"], "33 dimensions are wanted, .* 32 numbers"),

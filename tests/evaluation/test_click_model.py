@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import log_loss, roc_auc_score
 
 from marc_pipeline.evaluation import click_model as module
-from marc_pipeline.evaluation.click_model import ClickData, ClickScore, CtrSettings, click_data, score_vectors
+from marc_pipeline.evaluation.click_data import ClickData, click_data
+from marc_pipeline.evaluation.click_model import ClickScore, CtrSettings, score_together, score_vectors
 from marc_pipeline.training.interactions import Interactions
 from marc_pipeline.training.time_split import Split, split_by_time
 
@@ -108,7 +109,7 @@ def test_the_epoch_is_the_best_one_before_patience_ends(data: ClickData) -> None
     noise = np.random.default_rng(1).normal(size=(ITEMS, WIDTH)).astype(np.float32)
     epochs = 14
     # Fast enough to overfit. With the same seed, a shorter run is the beginning of a longer one.
-    walk = [score(noise, data, seed=1, learning_rate=0.1, max_epochs=n, patience=epochs) for n in range(1, epochs + 1)]
+    walk = [score(noise, data, seed=2, learning_rate=0.1, max_epochs=n, patience=epochs) for n in range(1, epochs + 1)]
     best = [run.validation_auc for run in walk]
     assert best == sorted(best)
     rises = [n for n in range(1, epochs + 1) if n == 1 or best[n - 1] > best[n - 2]]
@@ -119,7 +120,7 @@ def test_the_epoch_is_the_best_one_before_patience_ends(data: ClickData) -> None
     for patience in (1, 2, 3, 4):
         pauses = [later - earlier > patience for earlier, later in itertools.pairwise(rises)]
         expected = rises[pauses.index(True)] if True in pauses else rises[-1]
-        run = score(noise, data, seed=1, learning_rate=0.1, max_epochs=epochs, patience=patience)
+        run = score(noise, data, seed=2, learning_rate=0.1, max_epochs=epochs, patience=patience)
         assert same(run, walk[expected - 1])
         chosen.add(run.epoch)
     assert len(chosen) > 1
@@ -131,8 +132,8 @@ def test_dropout_is_active_in_training_only(data: ClickData, monkeypatch: pytest
         return original(model, part)
 
     modes: list[tuple[bool, bool]] = []
-    original = module._ClickModel.forward
-    monkeypatch.setattr(module._ClickModel, "forward", forward)
+    original = module._ClickModels.forward
+    monkeypatch.setattr(module._ClickModels, "forward", forward)
     without, with_dropout = (score(None, data, max_epochs=2, dropout=dropout) for dropout in (0.0, 0.5))
     assert not same(without, with_dropout)
     assert set(modes) == {(True, True), (False, False)}
@@ -194,7 +195,7 @@ def test_the_length_of_vectors_has_no_influence(data: ClickData, directions: Vec
 def test_every_vector_has_length_root_d_and_zeros_stay_zeros(directions: Vectors) -> None:
     directions = directions.copy()
     directions[5] = 0
-    table = module._lookup_table(directions, ITEMS).numpy()
+    table = module._lookup_table([directions], ITEMS).numpy()
     lengths = np.linalg.norm(table, axis=1)
     assert table.dtype == np.float32
     assert np.flatnonzero(lengths == 0).tolist() == [5, ITEMS]
@@ -203,9 +204,10 @@ def test_every_vector_has_length_root_d_and_zeros_stay_zeros(directions: Vectors
 
 
 def test_a_history_is_the_mean_of_its_vectors_and_0_without_clicks(data: ClickData, directions: Vectors) -> None:
-    table = module._lookup_table(directions, ITEMS)
+    table = module._lookup_table([directions], ITEMS)
     rows = slice(0, 600)
-    means = module._part(data, rows, table).means.numpy()
+    model = module._ClickModels(table, 1, n_users=USERS, n_items=ITEMS, settings=FAST)
+    means = model.means(module._part(data, rows).clicks)[0].numpy()
     lengths = set()
     for row in range(600):
         before = (data.users[:row] == data.users[row]) & (data.labels[:row] == 1)

@@ -13,7 +13,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from marc_pipeline.evaluation import statistics as module
-from marc_pipeline.evaluation.click_model import ClickData
+from marc_pipeline.evaluation.click_data import ClickData
 from marc_pipeline.evaluation.statistics import (
     PairedDifference,
     WeightedAUC,

@@ -33,7 +33,7 @@ from marc_pipeline.storage import Storage
 from marc_pipeline.storage.checksums import check_file
 from marc_pipeline.table.precision import round_mantissas
 from marc_pipeline.table.write import write_bucket_file
-from marc_pipeline.work_area import Workspace
+from marc_pipeline.work_area import ProgressFiles, Workspace
 from marc_schemas.catalogue import ITEMS, QUARANTINE, Change
 from marc_schemas.feature_table import MANTISSA_BITS, file_schema
 from marc_schemas.files import PublishedFile
@@ -554,30 +554,34 @@ def test_damage_in_the_last_row_group_leaves_no_partial_file(table: Table) -> No
 
 
 def test_a_running_bucket_records_its_progress(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("marc_pipeline.nightly.encode.PROGRESS_SECONDS", 0)
+    monkeypatch.setattr("marc_pipeline.work_area.SECONDS", 0)
     for name in ("WINDOW_TEXTS", "BATCH_ROWS"):
         monkeypatch.setattr(f"marc_pipeline.nightly.windows.{name}", 4)
-    recorded: list[int] = []
-    write = Workspace.write_progress
-    monkeypatch.setattr(Workspace, "write_progress", lambda *given: (recorded.append(given[2]), write(*given)))
+    recorded: list[float] = []
+    write, progress = ProgressFiles.write, table.workspace.progress
+    monkeypatch.setattr(ProgressFiles, "write", lambda *given: (recorded.append(given[2]), write(*given)))
     receipt = table.run(table.work(new(TEXTS[:12])))
-    assert len(recorded) == 3
+    assert len(recorded) >= 3
     assert recorded == sorted(set(recorded))
     assert recorded[-1] == receipt.tokens
-    assert table.workspace.read_progress() == {}, "a finished bucket has a receipt instead"
-    write(table.workspace, BUCKET, 7)
-    assert table.workspace.read_progress() == {BUCKET: 7}
-    table.workspace.clear_progress(table.workspace.read_progress())
-    assert table.workspace.read_progress() == {}
+    assert progress.total() == 0, "a finished bucket has a receipt instead"
+    write(progress, BUCKET, 7)
+    write(progress, BUCKET + 1, 2.5)
+    assert progress.total() == 9.5
+    progress.clear([BUCKET])
+    assert progress.total() == 2.5
+    progress.clear()
+    assert progress.total() == 0
 
 
 def test_a_failure_to_record_progress_is_ignored(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise OSError("the store is not reachable")
 
-    monkeypatch.setattr("marc_pipeline.nightly.encode.PROGRESS_SECONDS", 0)
-    monkeypatch.setattr(Workspace, "write_progress", fails)
-    monkeypatch.setattr(Workspace, "clear_progress", fails)
+    monkeypatch.setattr("marc_pipeline.work_area.SECONDS", 0)
+    monkeypatch.setattr(ProgressFiles, "clear", fails)
+    write = Storage.write
+    monkeypatch.setattr(Storage, "write", lambda s, uri, data: fails() if "/progress/" in uri else write(s, uri, data))
     assert table.run(table.work(new(TEXTS[:12]))).encoded == 12
 
 

@@ -68,7 +68,7 @@ def test_a_night_without_airflow_acts_on_exit_codes(
     assert ("release r1: 7 items, 3 texts encoded" in said) == (code == 0)
 
 
-def test_purchases_become_a_catalogue_and_labelled_interactions(repository: Path, tmp_path: Path) -> None:
+def test_a_shops_export_becomes_a_catalogue_and_purchases(repository: Path, tmp_path: Path) -> None:
     products = [
         {"asin": "a", "title": "Soap &amp; oil", "description": ["One.", "Two."]},
         {"asin": "b", "title": "Mask", "brand": "Maison"},
@@ -87,14 +87,11 @@ def test_purchases_become_a_catalogue_and_labelled_interactions(repository: Path
             file.writelines(json.dumps(row) + "\n" for row in rows)
     files = ("meta.json.gz", "reviews.json.gz", "--out", "data/shop")
     done = run(repository, "prepare_purchases.py", *files, cwd=tmp_path)
-    assert done == (0, "3 items, 4 purchases, 5 interactions in data/shop\n")
+    assert done == (0, "3 items, 5 purchases in data/shop\n")
     found = [json.loads(line) for line in (tmp_path / "data" / "shop" / "items.jsonl").read_text().splitlines()]
     assert found[0] == {"item_id": "a", "title": "Soap & oil", "brand": "", "category": "", "description": "One. Two."}
     assert [(item["item_id"], item["title"]) for item in found[1:]] == [("b", "Mask"), ("c", "")]
-    rows = pq.read_table(tmp_path / "data" / "shop" / "interactions.parquet").to_pylist()
-    bought = [(row["user_id"], row["item_id"], row["timestamp"]) for row in rows if row["bought"]]
-    assert bought == [("u", "a", 5), ("w", "a", 8), ("w", "b", 8), ("w", "c", 8)]
-    # u gets one negative; w bought everything, and gets none.
-    (negative,) = [row for row in rows if not row["bought"]]
-    assert (negative["user_id"], negative["timestamp"]) == ("u", 5)
-    assert negative["item_id"] in {"b", "c"}
+    rows = pq.read_table(tmp_path / "data" / "shop" / "purchases.parquet")
+    assert rows.column_names == ["user_id", "item_id", "timestamp"]
+    bought = [tuple(row.values()) for row in rows.to_pylist()]
+    assert bought == [("u", "a", 5), ("u", "a", 9), ("w", "a", 8), ("w", "b", 8), ("w", "c", 8)]

@@ -32,7 +32,7 @@ def test_progress_includes_running_tasks_if_it_can_be_read(
     running: Callable[[], int],
     message: str,
 ) -> None:
-    monkeypatch.setattr(tasks, "PROGRESS_SECONDS", 0.05)
+    monkeypatch.setattr(tasks, "SECONDS", 0.05)
     caplog.set_level("INFO", logger="marc_pipeline.spark.tasks")
 
     def slowly(task: int, _: TaskResources) -> int:

@@ -35,7 +35,7 @@ def test_the_seed_alone_decides_the_weights() -> None:
 
 
 def test_training_learns() -> None:
-    _, progress = trained(epochs=15, patience=15, keep=0.0)
+    _, progress = trained(epochs=15, patience=15, keep=0.0, learning_rate=3e-3)
     assert progress.best > 0.67
     assert progress.history[-1]["click"] < min(progress.history[0]["click"], math.log(2))
 
@@ -175,8 +175,8 @@ def test_a_loss_that_is_not_finite_is_refused(loss: float, call: int) -> None:
 @pytest.mark.parametrize(
     ("system", "changes"),
     [
-        ("mrl", {"learning_rate": 1e20, "batch": 4096, "warm_up": 0}),
-        ("marc", {"learning_rate": 1e20, "batch": 4096, "warm_up": 0}),
+        ("mrl", {"learning_rate": 1e20, "batch": 4096, "warm_up": 0.0}),
+        ("marc", {"learning_rate": 1e20, "batch": 4096, "warm_up": 0.0}),
         pytest.param("marc", {}, id="a holdout with one label"),
     ],
 )
@@ -333,10 +333,10 @@ def test_learning_rates_warm_up_and_the_backbone_has_its_own(monkeypatch: pytest
 
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
     shares = np.array([0.25, 0.5, 0.75, *[1.0] * 7])
-    np.testing.assert_allclose(of(TunedProbe(), warm_up=4), [0.08 * shares, 0.004 * shares])
+    np.testing.assert_allclose(of(TunedProbe(), warm_up=0.4), [0.08 * shares, 0.004 * shares])
     np.testing.assert_allclose(of(Probe(), warm_up=0), [[0.08] * 10])
     # At most half of the steps warm up.
-    np.testing.assert_allclose(of(Probe(), warm_up=8, max_steps=4), [[0.04, 0.08, 0.08, 0.08]])
+    np.testing.assert_allclose(of(Probe(), warm_up=0.5, max_steps=4), [[0.04, 0.08, 0.08, 0.08]])
 
 
 def test_a_step_is_a_step_of_adamw() -> None:

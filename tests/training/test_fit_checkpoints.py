@@ -51,7 +51,7 @@ def counted(calls: list[int]) -> Callable[[nn.Module], object]:
     return lambda objective: objective.register_forward_hook(lambda *_: calls.append(1))
 
 
-MIDDLE: dict[str, Any] = {"epochs": 3, "validate_every": 4, "checkpoint_every": 3, "patience": 100, "warm_up": 12}
+MIDDLE: dict[str, Any] = {"epochs": 3, "validate_every": 4, "checkpoint_every": 3, "patience": 100, "warm_up": 0.4}
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,17 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from clicks import HISTORY, NEW, before_boundary, clicks, learnable
+from clicks import HISTORY, ITEMS, NEW, before_boundary, clicks, learnable
+from marc_pipeline.config import InteractionSettings
 from marc_pipeline.errors import UserError
 from marc_pipeline.training.interactions import Interactions
 from marc_pipeline.training.learning import LearningData, known_states, learning_data
 from marc_pipeline.training.objective import Clicks
+
+
+def learned(interactions: Interactions, *, history: int, holdout: float) -> LearningData:
+    settings = InteractionSettings(history=history)
+    return learning_data(interactions, settings=settings, holdout=holdout, items=ITEMS)
 
 
 def naive_history(interactions: Interactions, row: int, *, label: int, length: int) -> list[int]:
@@ -59,12 +65,12 @@ def test_every_row_is_in_training_or_holdout_with_its_earlier_history(
     assume(round(n * (1 - share)) < n)
     wanted = interactions.times[round(n * (1 - share))]
     assume(wanted > interactions.times[0])
-    data = learning_data(interactions, history=length, holdout=share)
+    data = learned(interactions, history=length, holdout=share)
     cut = len(data.training)
     assert cut + len(data.holdout) == n
     require_rows(data.training, interactions, 0, length=length)
     require_rows(data.holdout, interactions, cut, length=length)
-    assert data.users.tolist() == interactions.users[:cut].tolist()
+    assert data.fitted[1].tolist() == interactions.users[:cut].tolist()
     assert data.known.tolist() == sorted(set(interactions.items[:cut].tolist()))
     # All rows of one time are on the same side: in the holdout.
     assert interactions.times[:cut].max() < interactions.times[cut:].min() == wanted
@@ -73,7 +79,7 @@ def test_every_row_is_in_training_or_holdout_with_its_earlier_history(
 def arrays(data: LearningData) -> list[bytes]:
     parts = (data.training, data.holdout)
     tensors = [part for clicks in parts for part in (clicks.items, clicks.clicked, clicks.skipped, clicks.labels)]
-    return [tensor.numpy().tobytes() for tensor in (*tensors, data.users, data.known)]
+    return [tensor.numpy().tobytes() for tensor in (*tensors, data.fitted[1], data.known)]
 
 
 @given(ratings(), st.integers(0, 2**32 - 1))
@@ -89,21 +95,21 @@ def test_later_rows_do_not_change_the_training_data(interactions: Interactions, 
         items=np.append(interactions.items[part], rng.integers(0, 99, size=later)),
         labels=np.append(interactions.labels[part], rng.integers(0, 2, size=later).astype(np.float32)),
     )
-    one, other = (learning_data(rows.take(part), history=3, holdout=0.5) for rows in (interactions, scrambled))
+    one, other = (learned(rows.take(part), history=3, holdout=0.5) for rows in (interactions, scrambled))
     assert arrays(one) == arrays(other)
 
 
 def test_training_histories_do_not_contain_held_out_rows() -> None:
     interactions, _ = clicks()
     part = interactions.take(before_boundary(interactions))
-    data = learning_data(part, history=HISTORY, holdout=0.1)
+    data = learned(part, history=HISTORY, holdout=0.1)
     cut = len(data.training)
     scrambled = replace(
         part,
         labels=np.append(part.labels[:cut], 1 - part.labels[cut:]),
         items=np.append(part.items[:cut], part.items[cut:][::-1]),
     )
-    other = learning_data(scrambled, history=HISTORY, holdout=0.1)
+    other = learned(scrambled, history=HISTORY, holdout=0.1)
     assert torch.equal(data.training.clicked, other.training.clicked)
     assert torch.equal(data.training.skipped, other.training.skipped)
     assert torch.equal(data.known, other.known)
@@ -124,7 +130,7 @@ def test_the_holdout_has_the_configured_share_and_whole_trains_on_every_row() ->
     whole = data.whole()
     assert torch.equal(whole.training.items, torch.cat([data.training.items, data.holdout.items]))
     assert torch.equal(whole.training.clicked, torch.cat([data.training.clicked, data.holdout.clicked]))
-    assert len(whole.users) == len(whole.training)
+    assert len(whole.fitted[1]) == len(whole.training)
     assert whole.known.tolist() == sorted(set(whole.training.items.tolist()))
     assert len(data.training) < len(whole.training)  # the original is unchanged
 
@@ -132,6 +138,6 @@ def test_the_holdout_has_the_configured_share_and_whole_trains_on_every_row() ->
 def test_an_empty_holdout_or_training_part_is_refused() -> None:
     interactions, _ = clicks()
     with pytest.raises(UserError, match="splits 100 interactions into 100 for training and 0 for early stopping"):
-        learning_data(interactions.take(slice(0, 100)), history=HISTORY, holdout=0.001)
+        learned(interactions.take(slice(0, 100)), history=HISTORY, holdout=0.001)
     with pytest.raises(UserError, match=r"splits 3,000 interactions into 0 for training"):
-        learning_data(replace(interactions, times=np.zeros(len(interactions), np.int64)), history=2, holdout=0.1)
+        learned(replace(interactions, times=np.zeros(len(interactions), np.int64)), history=2, holdout=0.1)

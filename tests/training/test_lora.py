@@ -135,7 +135,9 @@ def test_only_trained_parameters_of_every_kept_block_get_gradients(trainings: Tr
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     objective = marc(source).train()
-    batch = learning_data(training.training_set.interactions, history=HISTORY, holdout=0.1).training
+    batch = learning_data(
+        training.training_set.interactions, settings=InteractionSettings(history=HISTORY), holdout=0.1, items=len(TEXTS)
+    ).rows
     terms = objective(batch[torch.arange(64)])
     terms["loss"].backward()
     moved = {name for name, p in objective.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
@@ -386,7 +388,7 @@ def test_rows_after_the_boundary_do_not_change_the_bundle(trainings: Trainings) 
         ({"dim": WIDTH + 1, "regime": "frozen"}, r"train\.dim is 33"),
         ({"dim": WIDTH + 1, "regime": "tuned"}, r"train\.dim is 33"),
         (
-            {"learning_rate": 1e20, "max_steps": None, "epochs": 5},
+            {"learning_rate": 1e20, "max_steps": 20_000, "epochs": 5},
             r"the loss is not finite at step \d+; lower train.learning_rate",
         ),
     ],

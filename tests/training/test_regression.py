@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from clicks import HISTORY, ITEMS, NEW, WIDTH, before_boundary, clicks, learnable, qualities
+from clicks import ITEMS, NEW, SHORT, WIDTH, before_boundary, clicks, learnable, qualities
 from marc_pipeline.errors import UserError
 from marc_pipeline.model.compressor import WhitenedPCA, fit_pca
 from marc_pipeline.training import regression
@@ -25,7 +25,7 @@ def project(module: WhitenedPCA, states: NDArray[np.float32]) -> Array:
 def naive_clicks(data: LearningData) -> Array:
     """Y [known items, users]: clicks minus the user's mean, divided by the root of the item's ratings."""
     items = data.known.tolist()
-    rows = list(zip(data.users.tolist(), data.training.items.tolist(), data.training.labels.tolist(), strict=True))
+    rows = list(zip(data.fitted[1].tolist(), data.training.items.tolist(), data.training.labels.tolist(), strict=True))
     overall = sum(label for _, _, label in rows) / len(rows)
     y = np.zeros((len(items), max(user for user, _, _ in rows) + 1))
     for user in range(y.shape[1]):
@@ -134,7 +134,7 @@ def test_users_without_rows_do_not_change_the_fit() -> None:
     interactions, _ = clicks()
     part = interactions.take(before_boundary(interactions))
     part.users[:] += 5
-    found = project(fit_regression(states, learning_data(part, history=HISTORY, holdout=0.1), dim=6), states)
+    found = project(fit_regression(states, learning_data(part, settings=SHORT, holdout=0.1, items=len(states)), dim=6), states)
     np.testing.assert_allclose(aligned(found, expected), expected, atol=1e-4)
 
 

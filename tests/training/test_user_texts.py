@@ -3,14 +3,14 @@
 import numpy as np
 import torch
 
-from marc_pipeline.config import TrainSettings
+from marc_pipeline.config import InteractionSettings, TrainSettings
 from marc_pipeline.evaluation.factory import new_objective
 from marc_pipeline.training.fit import fit
 from marc_pipeline.training.interactions import Interactions
 from marc_pipeline.training.learning import LearningData, learning_data
 
 USERS, ITEMS, WIDTH, DIM = 80, 60, 12, 4
-TRAIN = TrainSettings(hidden=8, dropout=0.0, batch=128, epochs=12, warm_up=5, patience=12, holdout=0.2)
+TRAIN = TrainSettings(hidden=8, dropout=0.0, batch=128, epochs=12, warm_up=0.1, patience=12, holdout=0.2)
 
 
 def data(*, texts: bool) -> tuple[np.ndarray, LearningData]:
@@ -33,7 +33,7 @@ def data(*, texts: bool) -> tuple[np.ndarray, LearningData]:
         profiles=users.astype(np.int64) if texts else None,
         profile_texts=tuple(f"user {number}" for number in range(USERS)) if texts else (),
     )
-    learned = learning_data(interactions, history=3, holdout=0.2, items=ITEMS)
+    learned = learning_data(interactions, settings=InteractionSettings(history=3), holdout=0.2, items=ITEMS)
     return states.astype(np.float32), learned
 
 
@@ -58,7 +58,7 @@ def test_profile_rows_follow_the_items_and_missing_profiles_are_padding() -> Non
         profiles=np.array([0, -1, 1, -1]),
         profile_texts=("likes trains", "likes ships"),
     )
-    learned = learning_data(interactions, history=2, holdout=0.25, items=10)
+    learned = learning_data(interactions, settings=InteractionSettings(history=2), holdout=0.25, items=10)
     assert learned.rows.profiles is not None
     assert learned.rows.profiles.tolist() == [[10], [-1], [11], [-1]]
     assert torch.equal(learned.known, torch.tensor([0, 1]))

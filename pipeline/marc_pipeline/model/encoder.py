@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -106,6 +106,8 @@ class Encoder:
         self._good = token_ids(tokenizer, [GOOD_TEXT])
         self.device = device
         self.dtype = dtype
+        self.on_batch: Callable[[int, int], None] = lambda _texts, _tokens: None
+        """Called after every batch with its numbers of texts and tokens."""
         if device.type == "cpu":
             for name in PROGRAM_CACHES:
                 os.environ.setdefault(name, str(PROGRAMS))
@@ -190,6 +192,7 @@ class Encoder:
             start += len(rows)
             padded += self._computed(lengths[rows])
             parts += self._vectors(rows, window.ids, failed, clock)
+            self.on_batch(len(rows), int(lengths[rows].sum()))
         with self._watched():
             found = [(rows, vectors.cpu().numpy()) for rows, vectors in parts]
         vectors = np.zeros((len(lengths), *(found[0][1].shape[1:] if found else (0,))), np.float32)

@@ -148,7 +148,7 @@ class _Attempt:
 
     def __init__(self, task: EncodeTask, card: BundleCard, resources: TaskResources, *, whole: bool = False) -> None:
         self.task, self.card, self.resources, self.whole = task, card, resources, whole
-        self.texts = self.tokens = self.padded_tokens = 0
+        self.texts = self.tokens = self.padded_tokens = self._started_tokens = 0
         self.model_seconds = self.load_seconds = 0.0
         self.device = self.dtype = "none"
         self.quarantined: list[dict[str, Any]] = []
@@ -215,14 +215,18 @@ class _Attempt:
         encoder = load_encoder(task.workspace.storage, task.bundle_uri, task.bundle, task.settings, self.resources)
         self.load_seconds = time.monotonic() - started
         self.device, self.dtype = str(encoder.device), str(encoder.dtype).removeprefix("torch.")
+        encoder.on_batch = self._report
         texts = ((window, window.items["text"].take(window.rows).to_pylist()) for window in chain([first], windows))
         for window, encoded in encoder.stream(texts, stuck_after_s=task.settings.stuck_after_s):
             self.texts += len(window.rows) - len(encoded.failed)
             self.tokens += encoded.tokens
             self.padded_tokens += encoded.padded_tokens
             self.model_seconds += encoded.model_seconds
-            task.workspace.progress.write(task.work.bucket, self.tokens)
             yield window, encoded
+
+    def _report(self, _texts: int, tokens: int) -> None:
+        self._started_tokens += tokens
+        self.task.workspace.progress.write(self.task.work.bucket, self._started_tokens)
 
     def _rows(self, window: Window, encoded: "Encoded | None", carried: CarriedVectors) -> pa.Table:
         items, count = window.items, window.items.num_rows

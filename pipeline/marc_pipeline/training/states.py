@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel
 
-TEXTS_AT_ONCE = 512
+TEXTS_AT_ONCE = 2048
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +51,17 @@ def write_states(
     encoder = state_encoder(PooledLayers(backbone, train.pooling), tokenizer, encode=encode, resources=resources)
     log.info("states: %s texts through all %d layers of %s", f"{len(texts):,}", layers, train.backbone)
     states = open_memmap(path, mode="w+", dtype=np.float32, shape=(layers + 1, len(texts), width))
-    progress, tokens = ProgressLog("states", len(texts), "texts"), 0
+    progress, done, tokens = ProgressLog("states", len(texts), "texts"), 0, 0
+
+    def report(more: int, more_tokens: int) -> None:
+        nonlocal done, tokens
+        done, tokens = done + more, tokens + more_tokens
+        progress.at(done, f"{tokens:,} tokens")
+
+    encoder.on_batch = report
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         encoded = encoder.encode(texts[start : start + TEXTS_AT_ONCE])
         states[:, start : start + TEXTS_AT_ONCE] = encoded.vectors.swapaxes(0, 1)
-        tokens += encoded.tokens
-        progress.at(min(len(texts), start + TEXTS_AT_ONCE), f"{tokens:,} tokens")
     states.flush()
     dtype = str(encoder.dtype).removeprefix("torch.")
     return StatesFacts(layers=layers, width=width, max_tokens=max_tokens, dtype=dtype, device=str(encoder.device))

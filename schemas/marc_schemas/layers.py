@@ -24,8 +24,8 @@ class JudgedLayer(Contract):
         weights_bytes: size of the model truncated at this layer, in the number type that it ran in.
         test_auc: AUC of the click model on the layer's whitened PCA, fitted on the training part, one per seed; empty
             without interactions.
-        fold_auc: AUC within the training part, one per group of users, which the choice is based on; empty for layer
-            0, which cannot be kept, and without interactions.
+        fold_auc: AUC within the training part, one per group of users, which the choice is based on. A layer that left
+            the search early has fewer; empty without interactions.
     """
 
     layer: int = Field(ge=0)
@@ -43,10 +43,11 @@ class MetricChoice(Contract):
     Attributes:
         metric: name of the metric.
         better: whether high or low values count as better.
-        layer: best layer among those that can be kept; None where the metric is undefined.
+        layer: best layer, embeddings excluded; None where the metric is undefined.
         correlation: Spearman's correlation with the mean test AUC over all layers; None without interactions or
             variation.
-        lost_auc: mean test AUC of the best layer that can be kept minus that of this layer; None without interactions.
+        lost_auc: mean test AUC of the best layer, embeddings included, minus that of this layer; None without
+            interactions.
     """
 
     metric: str
@@ -83,7 +84,9 @@ class JudgedModel(Contract):
         left_out: number of inputs that failed; ``left_out_because`` is the reason of one of them.
         judged: one entry per layer, the embeddings first.
         choices: one entry per metric.
-        keep: layer to keep under this pooling; ``basis`` is the basis of the choice.
+        random_auc: AUC of random vectors within the training part, one per group of users; empty without interactions.
+        keep: layer to keep under this pooling; None if no layer beats random vectors or no metric is defined.
+            ``basis`` is the basis of the choice.
     """
 
     sweep_id: str
@@ -99,6 +102,7 @@ class JudgedModel(Contract):
     left_out_because: str = ""
     judged: list[JudgedLayer]
     choices: list[MetricChoice] = Field(default_factory=list)
+    random_auc: list[float] = Field(default_factory=list)
     keep: int | None = None
     basis: Basis | None = None
 

@@ -120,7 +120,7 @@ def test_missing_bundles_and_broken_pointers_are_user_errors(tmp_path: Path) -> 
 
 
 BAD_FIELDS: list[dict[str, object]] = [
-    {"format_version": 2}, {"format_version": 0}, {"quantisation": "int8"}, {"pooling": "max"}, {"layers_kept": 0},
+    {"format_version": 2}, {"format_version": 0}, {"quantisation": "int8"}, {"pooling": "max"}, {"layers_kept": -1},
 ]  # fmt: skip
 BAD_CARDS = [json.dumps(json.loads(CARD.model_dump_json()) | change) for change in BAD_FIELDS]
 

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from layer_reference import text_states
 from marc_pipeline.config import EncodeSettings, TrainSettings
 from marc_pipeline.errors import UserError
-from marc_pipeline.model.backbone import HiddenStates, PooledLayers, PooledStates, blocks, truncate
+from marc_pipeline.model.backbone import PooledLayers, PooledStates, blocks, kept_states, truncate
 from marc_pipeline.model.batches import PaddedTokens, pool
 from marc_pipeline.training import states
 from marc_pipeline.training.states import write_states
@@ -69,10 +69,11 @@ def test_every_layer_equals_the_truncated_model_bit_for_bit(
 ) -> None:
     found = every_layer(models[architecture], batch, pooling)
     assert (found.shape, found.dtype) == ((3, LAYERS + 1, WIDTH), torch.float32)
-    for kept in range(1, LAYERS + 1):
+    for kept in range(LAYERS + 1):
         truncated = truncate(copy.deepcopy(models[architecture]), kept)
+        states = kept_states(truncated, layers=kept, of=LAYERS)
         with torch.inference_mode():
-            expected = PooledStates(HiddenStates(truncated, whole=kept == LAYERS), pooling)(PaddedTokens(*batch))
+            expected = PooledStates(states, pooling)(PaddedTokens(*batch))
         assert torch.equal(found[:, kept], expected), kept
 
 

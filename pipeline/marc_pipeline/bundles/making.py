@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from marc_pipeline.config import EncodeSettings, InteractionSettings, TrainSettings
 from marc_pipeline.errors import UserError
 from marc_pipeline.evaluation.factory import new_compressor, new_marc, new_objective
-from marc_pipeline.model.backbone import HiddenStates, PooledStates, blocks, load_backbone, load_tokenizer, truncate
+from marc_pipeline.model.backbone import PooledStates, blocks, kept_states, load_backbone, load_tokenizer, truncate
 from marc_pipeline.model.budget import CPU_TOKENS
 from marc_pipeline.model.bundle import Bundle, save_bundle
 from marc_pipeline.model.compressor import fit_pca, save_compressor
@@ -93,7 +93,7 @@ def train_pca(
     layers = total if train.layers is None else train.layers
     truncate(backbone, layers)
     log.info("train: %d distinct texts through %d of %d layers of %s", len(distinct), layers, total, train.backbone)
-    pooled = PooledStates(HiddenStates(backbone, whole=layers == total), train.pooling)
+    pooled = PooledStates(kept_states(backbone, layers=layers, of=total), train.pooling)
     hidden = state_encoder(pooled, tokenizer, encode=encode, resources=resources).encode(distinct).vectors
     compressor, explained = fit_pca(hidden, dim=train.dim)
     shape = _shape(compressor, hidden)

@@ -70,7 +70,10 @@ def layers(
     advice = [
         [f"layer {one.layers} of {one.backbone}, {one.pooling} pooling", one.reason] for one in report.recommendations
     ]
-    print_table("Adopted" if adopted else "Recommended (--adopt makes it the default for training)", ["", ""], advice)
+    if advice:
+        print_table(
+            "Adopted" if adopted else "Recommended (--adopt makes it the default for training)", ["", ""], advice
+        )
     print_table("Written", [""], [[path] for path in written])
 
 

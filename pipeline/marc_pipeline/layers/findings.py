@@ -10,7 +10,8 @@ import numpy as np
 from scipy import stats
 
 from marc_pipeline.evaluation.findings import ADVANTAGE, difference_text, verdict
-from marc_pipeline.evaluation.layer_choice import choose_layer, smoothed
+from marc_pipeline.evaluation.layer_choice import choose_layer, final_scores
+from marc_pipeline.evaluation.layer_search import RANDOM, beats_random
 from marc_pipeline.evaluation.statistics import paired_difference
 from marc_pipeline.report.cells import plural, signed, with_deviation
 from marc_schemas.layers import Basis, JudgedLayer, JudgedModel, MetricChoice, Recommendation
@@ -55,14 +56,19 @@ WITHOUT_CLICKS = ("prompt_entropy", "curvature", "dime")
 
 They were selected on ml-latest-small with the default backbone, where the best layer is known. Dataset entropy,
 InfoNCE and LiDAR prefer the final layer there, which is one of the worst. On other data the choice may be poor.
+
+Metrics never choose the embeddings. No block has mixed their tokens, so that their prompt entropy counts the different
+tokens of a text, whatever the model has learned.
 """
+INPUTS_PER_UNIT = 1000
+"""Number of texts or images that ``JudgedLayer.seconds`` is the time of."""
 
 
 def choices(judged: Sequence[JudgedLayer]) -> list[MetricChoice]:
     """Return the layer that every metric chooses, embeddings excluded, and its loss of test AUC."""
     found = []
     aucs = {layer.layer: fmean(layer.test_auc) for layer in judged if layer.test_auc}
-    best = max((auc for layer, auc in aucs.items() if layer), default=None)
+    best = max(aucs.values(), default=None)
     for metric in METRICS:
         values = {layer.layer: layer.metrics.get(metric.name, math.nan) for layer in judged}
         layer = best_layer(metric, values)
@@ -89,11 +95,18 @@ def choose_by_metrics(judged: Sequence[JudgedLayer]) -> int | None:
     return layers[int(np.argmin(np.mean(ranks, axis=0)))].layer if ranks else None
 
 
-def with_choice(model: JudgedModel) -> JudgedModel:
-    """Add the choices of the metrics and the layer to keep to a model; clicks decide if there are any."""
+def with_choice(model: JudgedModel, *, least: int = 0) -> JudgedModel:
+    """Add the choices of the metrics and the layer to keep to a model; clicks decide if there are any.
+
+    By clicks, no layer below ``least`` is kept, and none at all if random vectors are as good.
+    """
     folds = fold_aucs(model)
     basis: Basis = "clicks" if folds else "metrics"
-    keep = choose_layer(folds) if folds else choose_by_metrics(model.judged)
+    keep = None
+    if not folds:
+        keep = choose_by_metrics(model.judged)
+    elif not is_chance(model):
+        keep = choose_layer({layer: aucs for layer, aucs in folds.items() if layer >= least})
     return model.model_copy(update={"choices": choices(model.judged), "keep": keep, "basis": basis})
 
 
@@ -123,7 +136,7 @@ def layer_findings(models: Sequence[JudgedModel]) -> list[str]:
     found = []
     for model in models:
         lead = f"{model.backbone}, {model.pooling} pooling: " if len(models) > 1 else ""
-        sentences = [*_advantage(model), *_kept(model), *_metrics(model)]
+        sentences = [_chance(model)] if is_chance(model) else [*_advantage(model), *_kept(model), *_metrics(model)]
         if model.left_out:
             sentences.append(
                 f"{model.left_out} of {model.inputs:,} inputs failed and are left out; the first error: "
@@ -136,6 +149,16 @@ def layer_findings(models: Sequence[JudgedModel]) -> list[str]:
 def fold_aucs(model: JudgedModel) -> dict[int, list[float]]:
     """Return the AUCs of all folds within the training part by layer; empty without interactions."""
     return {layer.layer: layer.fold_auc for layer in model.judged if layer.fold_auc}
+
+
+def is_chance(model: JudgedModel) -> bool:
+    """Return whether no layer beats random vectors within the training part; False without interactions."""
+    return bool(model.random_auc) and not beats_random({**fold_aucs(model), RANDOM: model.random_auc})
+
+
+def per_second(layer: JudgedLayer) -> float:
+    """Return the texts or images per second of one worker up to this layer; NaN if the time is too short."""
+    return INPUTS_PER_UNIT / layer.seconds if layer.seconds > 0 else math.nan
 
 
 def mean_auc(layer: JudgedLayer) -> float:
@@ -154,8 +177,17 @@ def auc_text(layer: JudgedLayer) -> str:
 
 
 def best_by_test(model: JudgedModel) -> JudgedLayer | None:
-    """Return the layer with the highest mean test AUC, embeddings excluded; None without interactions."""
-    return max((layer for layer in model.judged if layer.layer and layer.test_auc), key=mean_auc, default=None)
+    """Return the layer with the highest mean test AUC; None without interactions."""
+    return max((layer for layer in model.judged if layer.test_auc), key=mean_auc, default=None)
+
+
+def _chance(model: JudgedModel) -> str:
+    best = max(map(fmean, final_scores(fold_aucs(model)).values()))
+    return (
+        f"Within the training part, no vector beats random ones: the best AUC of a layer is {best:.4f}, that of random "
+        f"vectors {fmean(model.random_auc):.4f}. The texts say nothing about what users take, and no layer is "
+        "recommended."
+    )
 
 
 def _advantage(model: JudgedModel) -> list[str]:
@@ -170,8 +202,9 @@ def _advantage(model: JudgedModel) -> list[str]:
         ]
     layer = model.judged[model.keep]
     difference = paired_difference(dict(enumerate(layer.test_auc)), dict(enumerate(final.test_auc)))
+    kind = "mid-layer advantage" if layer.layer else "advantage of the embeddings alone"
     return [
-        f"The mid-layer advantage {verdict(difference, *ADVANTAGE)}: layer {layer.layer}, chosen without the test "
+        f"The {kind} {verdict(difference, *ADVANTAGE)}: layer {layer.layer}, chosen without the test "
         f"part, has test AUC {auc_text(layer)}, the final layer {auc_text(final)}, {difference_text(difference)}."
     ]
 
@@ -183,15 +216,18 @@ def _kept(model: JudgedModel) -> list[str]:
     found = []
     if final.seconds > 0:
         time, memory = layer.seconds / final.seconds, layer.weights_bytes / final.weights_bytes
+        kept = f"first {model.keep} of {model.layers} layers" if model.keep else "embeddings alone"
         found.append(
-            f"The first {model.keep} of {model.layers} layers take {100 * time:.0f} % of the time of the whole model "
-            f"and {100 * memory:.0f} % of the memory of its weights."
+            f"The {kept} take {100 * time:.0f} % of the time of the whole model and {100 * memory:.0f} % of the memory "
+            "of its weights."
         )
     if folds := fold_aucs(model):
-        curve = smoothed(folds).values()
+        last = [fmean(aucs) for aucs in final_scores(folds).values()]
+        chance = f", that of random vectors is {fmean(model.random_auc):.4f}" if model.random_auc else ""
         found.append(
-            f"Within the training part the smoothed AUC of the layers is between {min(curve):.4f} and "
-            f"{max(curve):.4f}. The smaller this range, the less certain is the choice."
+            f"Within the training part the mean AUC of the {plural(len(last), 'layer')} in the last round of the "
+            f"search is between {min(last):.4f} and {max(last):.4f}{chance}. The smaller this range, the less certain "
+            "is the choice."
         )
     if best is not None and best.layer != layer.layer:
         spread, behind = std_auc(best), mean_auc(best) - mean_auc(layer)
@@ -219,18 +255,26 @@ def _metrics(model: JudgedModel) -> list[str]:
 
 def _reason(model: JudgedModel, others: Sequence[str]) -> str:
     if model.basis == "clicks":
-        folds = fold_aucs(model)
+        final = final_scores(fold_aucs(model))
+        best = max(final, key=lambda layer: (fmean(final[layer]), -layer))
         beside = f", and {model.pooling} pooling is better than {' and '.join(others)}" if others else ""
         return (
-            f"A smooth curve through the AUC within the training part, over {plural(len(folds[min(folds)]), 'group')} "
-            f"of users, is highest at layer {model.keep} of {model.layers}{beside}. The validation and test parts were "
-            "not used."
+            f"Layer {model.keep} of {model.layers} has the fewest layers within one standard error of the best, layer "
+            f"{best}, by the AUC within the training part over {plural(len(final[best]), 'group')} of users{beside}."
+            f"{_cost(model)} The validation and test parts were not used."
         )
     titles = ", ".join(metric.title for metric in _defined(model.judged))
     return (
         f"There are no clicks: layer {model.keep} of {model.layers} has the best mean rank of {titles}. "
         "This is a hint, not a measurement."
     )
+
+
+def _cost(model: JudgedModel) -> str:
+    kept, final = (per_second(model.judged[layer]) for layer in (model.keep or 0, model.layers))
+    if math.isnan(kept) or math.isnan(final):
+        return ""
+    return f" One worker encodes {kept:,.0f} texts per second up to this layer, {final:,.0f} up to the final layer."
 
 
 def _defined(judged: Sequence[JudgedLayer]) -> list[Metric]:
@@ -245,7 +289,7 @@ def _defined(judged: Sequence[JudgedLayer]) -> list[Metric]:
 
 def _score(model: JudgedModel) -> float:
     folds = fold_aucs(model)
-    return max(smoothed(folds).values()) if folds else 0.0
+    return max(map(fmean, final_scores(folds).values())) if folds else 0.0
 
 
 def _spearman(values: Mapping[int, float], aucs: Mapping[int, float]) -> float | None:

@@ -20,7 +20,7 @@ from marc_pipeline.catalogue.source import CatalogueSource, find_source
 from marc_pipeline.config import Settings, TrainSettings
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import UserError
-from marc_pipeline.layers.findings import layer_findings, recommend, with_choice
+from marc_pipeline.layers.findings import INPUTS_PER_UNIT, is_chance, layer_findings, recommend, with_choice
 from marc_pipeline.storage import Storage, StoredObject, is_s3, join
 from marc_pipeline.training.training_set import TrainingIdentity, backbone_files, identify_training, require_announced
 from marc_pipeline.work_area import read_contract
@@ -36,7 +36,6 @@ FORMAT_VERSION = 1
 REPORT = "layers.json"
 SWEPT = "sweep.json"
 MOST_PARTS = 8
-INPUTS_PER_UNIT = 1000
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +94,6 @@ def judge_layers(
     """
     from marc_pipeline.layers.sweep import require_kind
     from marc_pipeline.spark.session import configured_session
-    from marc_pipeline.spark.tasks import assigns_gpus
     from marc_pipeline.training.training_set import require_interactions
 
     settings, storage = deployment.settings, deployment.storage
@@ -116,17 +114,9 @@ def judge_layers(
         require_kind(backbone, images=bool(images))
     if (identity := candidates[0].identity) is not None:  # the candidates have the same interactions
         require_interactions(candidates[0].deployment, identity)
-    name = f"marc layers {ds or images}"
-    with configured_session(settings, name=name, gpu_tasks=True) as spark:
+    with configured_session(settings, name=f"marc layers {ds or images}", gpu_tasks=True) as spark:
         models, inputs = _sweep(spark, deployment, candidates, ds=ds)
-        # Click models need no GPU. Where Spark assigns GPUs to tasks, they run in a second session that shares one GPU.
-        together = not assigns_gpus(spark)
-        if together:
-            models = _with_clicks(spark, candidates, models)
-    if not together:
-        with configured_session(settings, name=name) as spark:
-            models = _with_clicks(spark, candidates, models)
-    models = [with_choice(model) for model in models]
+    models = [_chosen(candidate, model) for candidate, model in zip(candidates, models, strict=True)]
     report = LayerReport(
         report_id=report_id,
         kind="images" if images else "texts",
@@ -171,7 +161,8 @@ def adopt(deployment: Deployment, report: LayerReport) -> Adopted:
     found = [one for one in report.recommendations if one.backbone == settings.train.backbone]
     if not found:
         raise UserError(
-            f"report {report.report_id} has no recommendation for train.backbone {settings.train.backbone!r}"
+            f"report {report.report_id} has no recommendation for train.backbone {settings.train.backbone!r}; its "
+            "findings say why"
         )
     now = datetime.now(UTC)
     record = Adopted(recommendation=found[0], report_id=report.report_id, ds=report.ds, adopted_at=now)
@@ -368,24 +359,27 @@ def _parts(candidate: _Candidate, inputs: int, *, storage: Storage) -> "list[Swe
     ]
 
 
-def _with_clicks(
-    spark: "SparkSession", candidates: Sequence[_Candidate], models: Sequence[JudgedModel]
-) -> list[JudgedModel]:
-    """Add the AUC of every layer to the models, if there are interactions."""
-    found = []
-    for candidate, model in zip(candidates, models, strict=True):
-        if candidate.identity is None:
-            found.append(model)
-            continue
-        training_id = candidate.identity.training_id
-        folds = fold_scores(spark, candidate.deployment, training_id)
-        tested = tested_layers(spark, candidate.deployment, training_id)
-        judged = [
-            layer.model_copy(update={"test_auc": tested[layer.layer], "fold_auc": folds.get(layer.layer, [])})
-            for layer in model.judged
-        ]
-        found.append(model.model_copy(update={"judged": judged}))
-    return found
+def _chosen(candidate: _Candidate, model: JudgedModel) -> JudgedModel:
+    """Add the AUC of every layer, if there are interactions, and the layer to keep."""
+    from marc_pipeline.evaluation.layer_search import RANDOM
+
+    if candidate.identity is None:
+        return with_choice(model)
+    training_id = candidate.identity.training_id
+    folds, tested = fold_scores(candidate.deployment, training_id), tested_layers(candidate.deployment, training_id)
+    judged = [
+        layer.model_copy(update={"test_auc": tested.get(layer.layer, []), "fold_auc": folds.get(layer.layer, [])})
+        for layer in model.judged
+    ]
+    judged_model = model.model_copy(update={"judged": judged, "random_auc": folds[RANDOM]})
+    if is_chance(judged_model):
+        named = (model.backbone, model.pooling)
+        log.warning(
+            "layers: no vector of %s with %s pooling beats random ones: the texts say nothing about what users take",
+            *named,
+        )
+    # LoRA needs a layer to tune.
+    return with_choice(judged_model, least=1 if candidate.train.regime == "tuned" else 0)
 
 
 def _some(texts: Sequence[str], limit: int) -> list[str]:

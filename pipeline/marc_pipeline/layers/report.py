@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from marc_pipeline.evaluation.layer_choice import smoothed
-from marc_pipeline.layers.findings import METRICS, auc_text, fold_aucs, mean_auc, std_auc
+from marc_pipeline.evaluation.layer_choice import final_scores
+from marc_pipeline.layers.findings import METRICS, auc_text, fold_aucs, mean_auc, per_second, std_auc
 from marc_pipeline.report import plots
 from marc_pipeline.report.cells import UNKNOWN, fixed, signed
 from marc_pipeline.report.page import write_folder
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MEGABYTE = 1e6
+FEW_LAYERS = 12
+"""Above this number of layers, neighbours on the axis of speed are so close that their numbers alternate."""
+SPEED = (
+    "Each point is a layer, with its number. The best layers are at the top, the cheapest ones on the right. Below the "
+    "dashed line, random vectors predict better. Hollow points left the search early: their AUC is from fewer users."
+)
 DERIVED = {"effective_rank", "information_bound"}
 MEANING = {
     "prompt_entropy": "matrix-based entropy of the token states of a text, mean over texts: how many directions "
@@ -87,6 +93,8 @@ def choice_table(model: JudgedModel) -> ReportTable:
 
 
 def _sections(report: LayerReport) -> Iterator[ReportSection]:
+    if any(map(fold_aucs, report.models)):
+        yield from plot_section("auc_by_speed.png", "AUC by speed", _speed(report), SPEED)
     if any(layer.test_auc for model in report.models for layer in model.judged):
         yield from plot_section("auc_by_depth.png", "Downstream AUC by relative depth", _aucs(report))
     yield from plot_section("metrics_by_depth.png", "Metrics by relative depth", _metrics(report))
@@ -133,8 +141,15 @@ def _method(report: LayerReport) -> Iterator[str]:
         )
         yield (
             "The choice uses the AUC within the training part: the regression that MARC starts from, on groups of "
-            "users that it was not fitted on, smoothed over the layers."
+            "users that it was not fitted on. Every layer costs time in every nightly run, so that the fewest layers "
+            "within one standard error of the best are kept. Layers that left the search early have a training AUC "
+            "from fewer users."
         )
+    yield (
+        "The metrics choose among the outputs of blocks, not the embeddings: before the first block, prompt entropy "
+        f"counts the different {'patches of an image' if report.kind == 'images' else 'tokens of a text'}, whatever "
+        "the model has learned."
+    )
     yield (
         "Time is that of one worker, for the embeddings and all blocks up to the layer, as a share of the whole model. "
         "Layer 0 is the input of the first block, the last layer the output of the whole model."
@@ -149,6 +164,32 @@ def _name(model: JudgedModel, report: LayerReport) -> str:
 # Plots
 
 
+def _speed(report: LayerReport) -> "Figure | None":
+    """AUC within the training part against texts per second, one point per layer; None if no layer has a time."""
+    figure, (panel,) = plots.panel_figure(height=4.4)
+    for place, model in enumerate(report.models):
+        style, folds, finalists = plots.series_style(place), fold_aucs(model), final_scores(fold_aucs(model))
+        layers = [model.judged[layer] for layer in sorted(folds) if not math.isnan(per_second(model.judged[layer]))]
+        for final in (True, False):
+            some = [layer for layer in layers if (layer.layer in finalists) == final]
+            speeds, aucs = list(map(per_second, some)), [fmean(layer.fold_auc) for layer in some]
+            look = {"linestyle": "none"} | ({"label": _label(model, report)} if final else {"markerfacecolor": "none"})
+            panel.plot(speeds, aucs, **(style | look))
+            for layer, x, y in zip(some, speeds, aucs, strict=True):
+                _number(panel, layer.layer, x, y, crowded=model.layers > FEW_LAYERS)
+                if layer.layer == model.keep:
+                    _ring(panel, x, y)
+        if model.random_auc:
+            panel.axhline(fmean(model.random_auc), label="random vectors", color=plots.GREY, linestyle="--")
+    if not panel.texts:
+        return None
+    plots.log_axis(panel)
+    panel.set_xlabel(f"{report.kind} per second of one worker", fontsize=9)
+    panel.set_ylabel("AUC within the training part", fontsize=9)
+    plots.legend(figure)
+    return figure
+
+
 def _aucs(report: LayerReport) -> "Figure":
     """Two panels: test AUC of every layer, and the AUC that the choice uses."""
     figure, (tested, folded) = plots.panel_figure(2, columns=2, height=3.9, sharey=True)
@@ -158,14 +199,13 @@ def _aucs(report: LayerReport) -> "Figure":
         deviations = [0.0 if math.isnan(std_auc(layer)) else std_auc(layer) for layer in layers]
         aucs, label = list(map(mean_auc, layers)), _label(model, report)
         tested.errorbar(_depths(layers), aucs, yerr=deviations, label=label, **(style | plots.BAR))
-        folds = fold_aucs(model)
-        depths, curve = _depths([model.judged[layer] for layer in folds]), smoothed(folds) if folds else {}
-        folded.plot(depths, list(map(fmean, folds.values())), **(style | {"linestyle": "none"}))
-        folded.plot(depths, list(curve.values()), color=style["color"], linewidth=1.6)
-        _mark_kept(folded, model, curve.get(model.keep or 0))
-        _mark_kept(tested, model, None if model.keep is None else mean_auc(model.judged[model.keep]))
+        folds = {layer: fmean(aucs) for layer, aucs in fold_aucs(model).items()}
+        folded.plot(_depths([model.judged[layer] for layer in folds]), list(folds.values()), **style)
+        if model.keep is not None:
+            _mark_kept(folded, model, folds.get(model.keep))
+            _mark_kept(tested, model, mean_auc(model.judged[model.keep]))
     tested.set_title(f"test AUC of the layer's PCA, d = {report.dim}", fontsize=11)
-    folded.set_title("AUC within the training part, smoothed", fontsize=11)
+    folded.set_title("AUC within the training part", fontsize=11)
     return _finished(figure)
 
 
@@ -209,11 +249,24 @@ def _curves(panel: "Axes", report: LayerReport, value: Callable[[JudgedLayer], f
 def _mark_kept(panel: "Axes", model: JudgedModel, height: float | None) -> None:
     if model.keep is not None and height is not None and not math.isnan(height):
         depth = model.judged[model.keep].depth
-        panel.plot(
-            [depth], [height], label="layer to keep", marker="o", markersize=12, markerfacecolor="none",
-            color=plots.BLACK, linestyle="none",
-        )  # fmt: skip
+        _ring(panel, depth, height)
         panel.axvline(depth, color=plots.GREY, linewidth=0.8, linestyle=":")
+
+
+def _number(panel: "Axes", layer: int, x: float, y: float, *, crowded: bool) -> None:
+    """Write the number of a layer beside its point, outside the ring of the layer to keep."""
+    side = -1 if crowded and layer % 2 else 1
+    panel.annotate(
+        str(layer), (x, y), (-4 * side * crowded, 7 * side), textcoords="offset points", ha="center",
+        va="bottom" if side > 0 else "top", fontsize=7,
+    )  # fmt: skip
+
+
+def _ring(panel: "Axes", x: float, y: float) -> None:
+    panel.plot(
+        [x], [y], label="layer to keep", marker="o", markersize=12, markerfacecolor="none", color=plots.BLACK,
+        linestyle="none",
+    )  # fmt: skip
 
 
 def _label(model: JudgedModel, report: LayerReport) -> str:

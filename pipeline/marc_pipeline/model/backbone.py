@@ -100,12 +100,16 @@ def blocks(model: "PreTrainedModel") -> tuple[nn.Module, str, nn.ModuleList]:
 def truncate(model: "PreTrainedModel", layers: int) -> "PreTrainedModel":
     """Drop every block after the first ``layers`` in place, so that they are neither computed nor saved.
 
+    For 0 layers the first block stays, because transformers loads no model without blocks. :func:`kept_states` does not
+    compute it.
+
     Raises:
         UserError: the model has fewer blocks.
     """
     owner, name, stack = blocks(model)
     if layers > len(stack):
         raise UserError(f"{layers} layers are to be kept, the backbone has {len(stack)}; keep at most {len(stack)}")
+    layers = max(1, layers)
     setattr(owner, name, stack[:layers])
     config = model.config
     config.num_hidden_layers = layers
@@ -152,8 +156,56 @@ class HiddenStates(nn.Module):
         return state
 
 
+class _BeforeBlocks(Exception):
+    """The input of the first block, on its way out of the model's forward pass."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+class InputStates(nn.Module):
+    """Token states before the first block: layer 0, the embeddings alone. No block is computed.
+
+    The forward pass ends at the first block, so that whatever the architecture adds to the embeddings is included:
+    positions, norms, scaling. A pass keeps no state in this module, so that several threads may share it.
+
+    Args:
+        model: a truncated backbone. Its first block loses its weights, which would only use memory.
+    """
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        super().__init__()
+        self.model = model
+        first = blocks(model)[2][0]
+        for name, _ in [*first.named_children(), *first.named_parameters(recurse=False)]:
+            delattr(first, name)
+        first.register_forward_pre_hook(_leave_model, with_kwargs=True)
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Return the states of a batch of token ids, in the layout of the batch."""
+        try:
+            batch.run(self.model)
+        except _BeforeBlocks as reached:
+            return reached.states
+        raise RuntimeError("the model did not run its first block, so there are no states before it")
+
+
+def _leave_model(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+    raise _BeforeBlocks(_block_input(inputs, named))
+
+
+def _block_input(inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
+    return inputs[0] if inputs else named["hidden_states"]
+
+
+def kept_states(model: "PreTrainedModel", *, layers: int, of: int) -> HiddenStates | InputStates:
+    """Return the token states after the kept ``layers`` of a backbone with ``of`` blocks, truncated there."""
+    return HiddenStates(model, whole=layers == of) if layers else InputStates(model)
+
+
 class PooledLayers(nn.Module):
-    """Pooled states of every layer in one pass, equal to :class:`HiddenStates` of the model truncated there.
+    """Pooled states of every layer in one pass, equal to :func:`kept_states` of the model truncated there.
 
     Entry 0 is the input of the first block; entry L is the output of the whole model.
     """
@@ -170,7 +222,7 @@ class PooledLayers(nn.Module):
             block.register_forward_hook(self._leave)
 
     def _enter(self, _module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        self._keep(inputs[0] if inputs else named["hidden_states"])
+        self._keep(_block_input(inputs, named))
 
     def _leave(self, _module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         self._keep(output[0] if isinstance(output, tuple) else output)
@@ -198,7 +250,7 @@ class PooledLayers(nn.Module):
 class PooledStates(nn.Module):
     """Pooled states of the last layer of a truncated backbone."""
 
-    def __init__(self, states: HiddenStates, pooling: Pooling) -> None:
+    def __init__(self, states: HiddenStates | InputStates, pooling: Pooling) -> None:
         super().__init__()
         self.states = states
         self.pooling: Pooling = pooling

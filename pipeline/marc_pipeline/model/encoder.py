@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from marc_pipeline.config import EncodeSettings
 from marc_pipeline.errors import Unencodable
-from marc_pipeline.model.backbone import HiddenStates, PooledLayers, PooledStates, load_backbone
+from marc_pipeline.model.backbone import PooledLayers, PooledStates, kept_states, load_backbone
 from marc_pipeline.model.batches import PackedTokens, PaddedTokens, TokenBatch, next_batch
 from marc_pipeline.model.budget import CPU_TOKENS, budget_of
 from marc_pipeline.model.bundle import local_bundle
@@ -354,7 +354,7 @@ def load_encoder(
     backbone = load_backbone(str(folder / "backbone"), dtype=dtype)
     compressor = load_compressor(folder, card.compressor)
     return Encoder(
-        PooledStates(HiddenStates(backbone, whole=card.layers_kept == card.backbone_layers), card.pooling),
+        PooledStates(kept_states(backbone, layers=card.layers_kept, of=card.backbone_layers), card.pooling),
         load_tokenizer(storage, bundle.uri, card.max_tokens),
         head=Normalised(compressor) if card.normalised else compressor,
         device=device,

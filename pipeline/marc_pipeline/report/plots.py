@@ -66,6 +66,16 @@ def depth_axis(panel: "Axes") -> None:
     panel.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "1"])
 
 
+def log_axis(panel: "Axes") -> None:
+    """Make the x axis of a panel logarithmic, with plain numbers at 1, 2 and 5 times the powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+
+
 def legend(figure: "Figure", *, columns: int | None = None) -> None:
     """Add one legend above all panels, each label once; on one line unless ``columns`` is given."""
     handles: dict[str, Artist] = {}

@@ -292,8 +292,13 @@ def require_shape(train: TrainSettings, dims: Sequence[int], *, layers: int, wid
     """Require a backbone with enough layers and a sufficient width.
 
     Raises:
-        UserError: the backbone has fewer layers, or a smaller width.
+        UserError: the backbone has fewer layers, or a smaller width; or no layer is kept that LoRA could tune.
     """
+    if train.layers == 0 and train.regime == "tuned" and train.compressor != "pca":
+        raise UserError(
+            "train.regime is tuned, and LoRA needs at least one layer; 0 layers are kept: set train.layers to at least "
+            "1, or train.regime to frozen"
+        )
     if train.layers is not None and train.layers > layers:
         raise UserError(f"train.layers is {train.layers}, the backbone has {layers} layers; choose at most {layers}")
     if dims and max(dims) > width:

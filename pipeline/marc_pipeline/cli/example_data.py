@@ -12,7 +12,7 @@ from marc_pipeline.config import parse_ds
 def example(
     ds: Ds,
     folder: Annotated[Path, typer.Option(help="Output folder.")] = Path("data/example"),
-    items: Annotated[int, typer.Option(min=50, help="Number of items on the first day.")] = 5000,
+    items: Annotated[int, typer.Option(min=50, help="Number of items on the first day.")] = 2000,
     as_json: Json = False,
 ) -> None:
     """Write an example catalogue for a date, and interactions. Existing files are kept."""

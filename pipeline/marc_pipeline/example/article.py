@@ -112,17 +112,17 @@ def _description(traits: Traits, *, style: Style, features: tuple[str, ...], dic
     if length < 0.10:
         return dice.pick(words.phrases).format_map(fields)
     told = [dice.pick(style.sentences), dice.pick(words.price_sentences), dice.pick(words.use_sentences)]
-    # Sentences about the item come first; generic sentences make long texts longer.
-    specific = dice.sample(told + dice.sample(features, 3), 6)
+    # What users judge comes first, then features; generic sentences make long texts longer.
+    specific = dice.sample(told, 3) + dice.sample(features, 3)
     lead = dice.pick(words.leads)
-    if length < 0.82:
-        sentences = [lead, *specific[: dice.below(3)]]
-    elif length < 0.95:
+    if length < 0.84:
+        sentences = [lead, *specific[: 1 + dice.below(3)]]
+    elif length < 0.96:
         sentences = [lead, *specific, *dice.sample(words.generic, dice.below(5))]
     else:
         sentences = [lead, *specific, *dice.sample(words.generic, 4 + dice.below(len(words.generic) - 3))]
     written = [sentence.format_map(fields) for sentence in sentences]
-    text = " ".join(written) if length < 0.95 else _article(written, [b.format_map(fields) for b in words.bullets])
+    text = " ".join(written) if length < 0.96 else _article(written, [b.format_map(fields) for b in words.bullets])
     return f"{text} {dice.pick(words.emoji)}" if dice.uniform() < 0.04 else text
 
 

@@ -21,6 +21,11 @@ Ints = npt.NDArray[np.int64]
 
 INTERACTIONS_END: Final = datetime(2026, 11, 1, tzinfo=UTC)
 INTERACTIONS_DAYS: Final = 365
+DEPARTMENT_TASTE, STYLE_TASTE, USE_TASTE, PRICE_TASTE = 0.6, 1.0, 0.5, 0.5
+"""Spread of the users' tastes. The style weighs most: it is a few words of a text, so a PCA of hidden states, which
+follows departments and kinds, sees little of it."""
+MEAN_OPINION, QUALITY, CHANCE, PULL = 3.2, 0.1, 0.4, 0.5
+"""A rating before taste; spread of the items' quality and of chance; weight of taste in which items a user rates."""
 MEAN_INTERACTIONS, FEWEST_INTERACTIONS, MOST_INTERACTIONS = 40, 5, 400
 
 INTERACTIONS: Final = pa.schema(
@@ -37,9 +42,10 @@ INTERACTIONS: Final = pa.schema(
 def write_interactions(path: Path, catalogue: Path, *, users: int = 600, seed: int = 7) -> Path:
     """Write the ratings of invented users as Parquet (``INTERACTIONS``); an existing file is kept.
 
-    A rating depends on the user's taste, the item's quality and chance. Tastes are about the categories, styles, prices
-    and uses that the item's text names. A user rates an item at most once. Users rate about 40 items on average and
-    never more than half of the catalogue. Popularity has a long tail; at least one item in twelve is never rated.
+    A rating depends on the user's taste, the item's quality and chance. Tastes are about the departments, styles, uses
+    and prices that the item's text names, and differ between users. A user who likes a style or a use also likes
+    similar ones, and dislikes the opposite. A user rates an item at most once. Users rate about 40 items on average
+    and never more than half of the catalogue. Popularity has a long tail; at least one item in twelve is never rated.
 
     Args:
         path: file to write.
@@ -67,17 +73,19 @@ def write_interactions(path: Path, catalogue: Path, *, users: int = 600, seed: i
 def _interactions(items: list[Item], *, users: int, seed: int) -> pa.Table:
     """All ratings in order of time."""
     rng = np.random.default_rng((seed, users))
-    attributes = _attributes(items)
-    quality = rng.normal(0.0, 0.35, len(items))
+    axes = _taste_axes(items)
+    quality = rng.normal(0.0, QUALITY, len(items))
     popularity = _log_popularity(rng, len(items))
     counts = _counts(rng, users, limit=int(np.isfinite(popularity).sum()) // 2)
     chosen, ratings = [], []
     for count in counts.tolist():
-        liking = _liking(rng, attributes)
+        liking = axes @ rng.standard_normal(axes.shape[1])
+        # Users would otherwise differ in how generous they are, and their ids alone would predict clicks.
+        liking -= np.average(liking, weights=np.exp(popularity))
         # Gumbel noise and the largest keys: a weighted draw without replacement. Taste changes the weights.
-        keys = popularity + 0.5 * liking + rng.gumbel(size=len(items))
+        keys = popularity + PULL * liking + rng.gumbel(size=len(items))
         rated = np.argsort(-keys, kind="stable")[:count]
-        opinion = 3.4 + liking[rated] + quality[rated] + rng.normal(0.0, 0.6, count)
+        opinion = MEAN_OPINION + liking[rated] + quality[rated] + rng.normal(0.0, CHANCE, count)
         chosen.append(rated)
         ratings.append(np.clip(np.round(opinion * 2) / 2, 0.5, 5.0))
     user, item, rating = np.repeat(np.arange(users), counts), np.concatenate(chosen), np.concatenate(ratings)
@@ -107,33 +115,39 @@ def _counts(rng: np.random.Generator, users: int, *, limit: int) -> Ints:
     return np.minimum(np.clip(counts, FEWEST_INTERACTIONS, MOST_INTERACTIONS), limit)
 
 
-def _liking(rng: np.random.Generator, attributes: list[tuple[Ints, float]]) -> Floats:
-    """How much one user likes every item: the sum of the user's tastes for the values of its attributes."""
-    total = np.zeros(len(attributes[0][0]))
-    for codes, spread in attributes:
-        total += rng.normal(0.0, spread, int(codes.max()) + 1)[codes]
-    return total
+def _taste_axes(items: list[Item]) -> Floats:
+    """Position of every item on the axes of taste [items, axes], scaled with the spread of the users' tastes.
 
-
-def _attributes(items: list[Item]) -> list[tuple[Ints, float]]:
-    """For each attribute: the value that each item's text names, as a code, and the spread of the users' tastes."""
+    Departments have one axis each. Styles and uses lie on a circle of two axes, prices on a line. A style, use or price
+    that the text does not name is in the middle.
+    """
     words, texts = vocabulary(), [f"{item.title} {item.description}".lower() for item in items]
     styles = {name: style.words for name, style in words.styles.items()}
-    return [
-        (_codes([item.category.partition(" > ")[0] for item in items]), 0.65),
-        (_codes([item.category for item in items]), 0.35),
-        (_codes([_named(text, styles) for text in texts]), 0.55),
-        (_codes([_named(text, words.prices) for text in texts]), 0.25),
-        (_codes([_named(text, words.uses) for text in texts]), 0.25),
-    ]
+    departments = list(words.departments)
+    department = [departments.index(item.category.partition(" > ")[0]) for item in items]
+    return np.hstack(
+        [
+            DEPARTMENT_TASTE * np.eye(len(departments))[department],
+            STYLE_TASTE * _circle(len(styles))[_named(texts, styles)],
+            USE_TASTE * _circle(len(words.uses))[_named(texts, words.uses)],
+            PRICE_TASTE * _line(len(words.prices))[_named(texts, words.prices)],
+        ]
+    )
 
 
-def _named(text: str, wordings: Mapping[str, Words]) -> str:
-    """The value that the text names first; empty if it names none."""
-    found = [(text.find(word), value) for value, words in wordings.items() for word in words if word in text]
-    return min(found, default=(0, ""))[1]
+def _circle(count: int) -> Floats:
+    """Equally spaced points on a circle [count, 2], and its centre as the last row."""
+    angles = 2 * np.pi * np.arange(count) / count
+    return np.vstack([np.column_stack([np.cos(angles), np.sin(angles)]), np.zeros(2)])
 
 
-def _codes(values: list[str]) -> Ints:
-    """Each value as a number from 0, in alphabetical order."""
-    return np.unique(np.array(values), return_inverse=True)[1].astype(np.int64)
+def _line(count: int) -> Floats:
+    """Equally spaced points from −1 to 1 [count, 1], and 0 as the last row."""
+    return np.append(np.linspace(-1, 1, count), 0.0)[:, None]
+
+
+def _named(texts: list[str], wordings: Mapping[str, Words]) -> Ints:
+    """Number of the value that each text names first [texts]; −1, for the middle, if it names none."""
+    numbered = [(number, word) for number, words in enumerate(wordings.values()) for word in words]
+    found = ([(text.find(word), number) for number, word in numbered if word in text] for text in texts)
+    return np.array([min(places, default=(0, -1))[1] for places in found])

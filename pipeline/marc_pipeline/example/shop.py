@@ -26,7 +26,7 @@ MIN_ITEMS: Final = 10
 EDITED, ADDED, REMOVED = 0.01, 0.004, 0.006  # shares of ``items``, from one day to the next
 
 
-def write_catalogue(folder: Path, *, ds: str, items: int = 5000, seed: int = 7) -> Path:
+def write_catalogue(folder: Path, *, ds: str, items: int = 2000, seed: int = 7) -> Path:
     """Write one day's catalogue as ``folder/{ds}.csv``; an existing file is kept.
 
     The first day of a folder is the base catalogue. A later day copies the newest earlier day, with 1 % of ``items``

@@ -58,7 +58,7 @@ def _train_pca(deployment: Deployment, *, ds: str, promote: bool, decision: Deci
         texts = sample_texts(spark, source, settings.catalogue, storage=storage, limit=settings.train.sample)
     made = train_pca(
         texts,
-        template=settings.catalogue.template,
+        template=settings.catalogue.rendering,
         train=settings.train,
         encode=settings.encode,
         storage=storage,

@@ -1,5 +1,6 @@
 """Fixtures of all tests: paths of the repository and the real data, an empty site, an S3 server, a Spark session."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,15 @@ def netflix() -> Path:
     if not path.is_file():
         pytest.skip("the real catalogue shared/data/netflix_titles.csv is not beside this checkout")
     return path
+
+
+@pytest.fixture(scope="session")
+def office() -> list[dict[str, str]]:
+    """A real catalogue of 3,459 office products; tests that need it are skipped where it is missing."""
+    path = SHARED / "data" / "office" / "items.jsonl"
+    if not path.is_file():
+        pytest.skip("the real catalogue shared/data/office is not beside this checkout")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ class BundleCard(Contract):
         width: dimension D of the pooled hidden state.
         dim: dimension d of the published vectors.
         normalised: whether published vectors have unit length.
-        template: text template of the training texts.
+        template: text template of the training texts, with the version of the cleaning rules.
         compressor: kind and arguments.
         training: regime, data fingerprint, number of texts, seed.
         metrics: measurements of the training.

@@ -4,6 +4,9 @@ from enum import StrEnum
 
 import pyarrow as pa
 
+CLEANING_RULES = 1
+"""Version of the rules that clean a catalogue's texts. Increase it when any text gets another result."""
+
 
 class Change(StrEnum):
     """State of an item compared with the base release."""
@@ -19,7 +22,7 @@ class Reason(StrEnum):
     MALFORMED = "malformed"  # the record cannot be parsed
     NULL_ID = "null_id"  # the id is missing or blank
     UNDECODABLE = "undecodable"  # the id or the text is not valid UTF-8
-    EMPTY_TEXT = "empty_text"  # every column of the template is null or blank
+    EMPTY_TEXT = "empty_text"  # every column of the template is null, blank, or only markup
     OLDER_DUPLICATE = "older_duplicate"  # a newer row has the same id
     ROW_ID_COLLISION = "row_id_collision"  # a different id has the same 63-bit hash
     UNENCODABLE = "unencodable"  # tokenizer or model fails on the text alone, or returns NaN

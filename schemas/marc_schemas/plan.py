@@ -52,7 +52,7 @@ class Plan(Contract):
         bundle: version of the bundle that encodes.
         bundle_uri: folder of that bundle.
         dim: length d of the vectors.
-        template: text template.
+        template: text template, with the version of the cleaning rules.
         buckets: number of buckets of the table.
         mantissa_bits: precision of the stored vectors.
         chosen: buckets of a backfill, which keeps all others; None for the whole date.

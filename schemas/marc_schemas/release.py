@@ -23,7 +23,7 @@ class TableFacts(Contract):
         files: Parquet files of the snapshot, relative to ``uri``; empty for a withdrawn date.
         dim: length d of the vectors.
         buckets: number of buckets.
-        template: text template of the items.
+        template: text template of the items, with the version of the cleaning rules.
         mantissa_bits: explicit mantissa bits that vectors are rounded to.
     """
 

@@ -18,7 +18,7 @@ class TrainingSetCard(Contract):
     Attributes:
         training_id: digest of all inputs, and name of the folder.
         ds: date of the catalogue.
-        template: text template of the items.
+        template: text template of the items, with the version of the cleaning rules.
         backbone: name of the backbone; ``layers`` is its number of blocks, ``width`` its dimension D.
         pooling, max_tokens: how a text became one vector per layer.
         dtype, device: number type and device of the computation.

@@ -37,6 +37,8 @@ def test_a_plan_id_changes_with_everything_that_changes_the_plan(tmp_path: Path)
         plan_id(at(other({**BEFORE, "item 3": "text 4"}, "byte"))),
         plan_id(at(path, seed=1)),
         plan_id(at(path, template="{title}.")),
+        plan_id(at(path, clean=True)),
+        plan_id(at(path, clean=True, boilerplate=["x"])),
         plan_id(at(path, buckets=5)),
         plan_id(precise(at(path), 22)),
         plan_id(at(path, id_column="title")),
@@ -74,6 +76,7 @@ WHOLE_DATE = "backfill the whole date"
     ("before", "now", "changes", "chosen", "message"),
     [
         *((23, 23, {}, (0, n), f"no bucket {n}: release .* has buckets 0 to 3") for n in (-1, 4, 99)),
+        (23, 23, {"clean": True}, (0,), f"of {DS} was made with template .*{{clean:1}}.*: {WHOLE_DATE}"),
         (23, 23, {"template": "{title}!"}, (0,), f"of {DS} was made with template .*: {WHOLE_DATE}"),
         (23, 10, {}, (0,), f"of {DS} stores 23 mantissa bits, .* has 10: {WHOLE_DATE}"),
         (10, 23, {}, (0,), f"of {DS} stores 10 mantissa bits, .* has 23: {WHOLE_DATE}"),

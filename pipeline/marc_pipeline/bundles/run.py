@@ -122,7 +122,7 @@ def _pca(spark: "SparkSession", deployment: Deployment, *, ds: str, decision: De
     texts = sample_texts(spark, source, settings.catalogue, storage=storage, limit=settings.train.sample)
     made = train_pca(
         texts,
-        template=settings.catalogue.template,
+        template=settings.catalogue.rendering,
         train=settings.train,
         encode=settings.encode,
         storage=storage,

@@ -5,15 +5,18 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import combinations
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from marc_pipeline.catalogue.cleaning import ODD_CHARACTERS, SENTENCE_END, SUSPICIOUS, UNCLEANED, text_cleaner
 from marc_pipeline.catalogue.source import CatalogueSource, FileGroup
+from marc_pipeline.catalogue.template import TemplateField, template_fields
 from marc_pipeline.catalogue.text_records import MALFORMED, RECORD, SOURCE, batch_reader
 from marc_pipeline.config import CatalogueSettings
 from marc_pipeline.storage import Storage, is_s3, join
@@ -31,6 +34,7 @@ NEWEST_FIRST = "updated_at DESC NULLS LAST, content_hash DESC, source"
 # Cut as bytes, because Spark counts the characters of a string.
 CONTENT_HASH = f"CAST(substr(CAST(sha2(text, 256) AS BINARY), 1, {CONTENT_HASH_CHARS}) AS STRING)"
 """SQL of :func:`marc_schemas.identity.content_hash` of the column ``text``."""
+BEFORE = "_before_"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -42,6 +46,63 @@ def read_catalogue(
     Columns: ``item_id``, ``row_id``, ``text``, ``content_hash``, ``updated_at``, ``reason`` (null for a usable row,
     older duplicates included), ``row`` (JSON or the raw record of an unusable row), ``source`` (name of the file).
     """
+    return _read(spark, source, catalogue, storage=storage).drop(BEFORE)
+
+
+def read_uncleaned(
+    spark: "SparkSession", source: CatalogueSource, catalogue: CatalogueSettings, *, storage: Storage
+) -> "DataFrame":
+    """:func:`read_catalogue` for a caller that passes texts to :func:`cleaned_text` itself, which is faster.
+
+    There is no ``content_hash``.
+    """
+    return _read_marked(spark, source, catalogue, storage=storage).drop(BEFORE)
+
+
+@dataclass(frozen=True)
+class SampledText:
+    """The text of one row before and after cleaning; ``after`` is empty for a row that cleaning quarantines."""
+
+    item_id: str
+    before: str
+    after: str
+
+
+def sample_cleaned(
+    spark: "SparkSession", source: CatalogueSource, catalogue: CatalogueSettings, *, storage: Storage, limit: int
+) -> list[SampledText]:
+    """Return at most ``limit`` texts before and after cleaning, changed texts first; a repeatable sample."""
+    rows = _read(spark, source, catalogue, storage=storage).where(f"reason IS NULL OR {BEFORE} != ''")
+    ordered = rows.selectExpr("item_id", BEFORE, "text", f"{BEFORE} = text AS same", f"sha2({BEFORE}, 256) AS place")
+    found = ordered.orderBy("same", "place", "item_id").limit(limit).collect()
+    return [SampledText(row.item_id, row[BEFORE], row.text) for row in found]
+
+
+def _read(
+    spark: "SparkSession", source: CatalogueSource, catalogue: CatalogueSettings, *, storage: Storage
+) -> "DataFrame":
+    """Rows as of :func:`read_catalogue`, and the text before cleaning in the column ``_before_``."""
+    rows = _read_marked(spark, source, catalogue, storage=storage)
+    if catalogue.clean:
+        from marc_pipeline.spark.columns import with_text  # noqa: PLC0415 - imports pyspark, which only a session needs
+
+        marked = rows.withColumn("marked", rows.text.substr(1, 1) == UNCLEANED)
+        marked = marked.selectExpr(
+            "* EXCEPT (text)", "IF(marked, NULL, text) AS text", "IF(marked, text, NULL) AS given"
+        )
+        cleaned = with_text(marked, "cleaned", "given", text_cleaner(catalogue))
+        record = "to_json(named_struct('item_id', item_id, 'fields', from_json(substr(given, 2), 'ARRAY<STRING>')))"
+        rows = cleaned.selectExpr(
+            *("item_id", "row_id", "coalesce(cleaned, text) AS text", "updated_at", "source", BEFORE),
+            f"IF(cleaned = '', '{Reason.EMPTY_TEXT}', reason) AS reason",
+            f"IF(cleaned = '', {record}, row) AS row",
+        )
+    return rows.selectExpr("*", f"{CONTENT_HASH} AS content_hash")
+
+
+def _read_marked(
+    spark: "SparkSession", source: CatalogueSource, catalogue: CatalogueSettings, *, storage: Storage
+) -> "DataFrame":
     frames = [_read_group(spark, group, catalogue, storage=storage) for group in source.groups]
     return reduce(lambda rows, frame: rows.unionByName(frame), frames)
 
@@ -144,27 +205,77 @@ def _normalise(frame: "DataFrame", columns: Mapping[str, str], catalogue: Catalo
         WHEN NOT coalesce({_has_text(item_id)}, false) THEN '{Reason.NULL_ID}'
         WHEN NOT coalesce({has_text}, false) THEN '{Reason.EMPTY_TEXT}' END"""
     as_json = f"to_json(struct({', '.join(_quoted(name) for name in columns)}))"
-    return (
-        frame.selectExpr(
-            f"{item_id} AS item_id",
-            f"{_rendered(catalogue.template, texts)} AS text",
-            f"{_updated_at(catalogue.updated_at_column, columns)} AS updated_at",
-            f"{reason} AS reason",
-            f"coalesce({RECORD}, {as_json}) AS raw",
-            f"{SOURCE} AS source",
-        )
-        .selectExpr("item_id", f"{_trimmed('text')} AS text", "updated_at", "reason", "raw", "source")
-        .selectExpr(
-            "CASE WHEN reason IS NULL OR is_valid_utf8(item_id) THEN item_id END AS item_id",
-            f"xxhash64(item_id) & {ROW_ID_MASK}L AS row_id",
-            "CASE WHEN reason IS NULL THEN text ELSE '' END AS text",
-            f"{CONTENT_HASH} AS content_hash",
-            "updated_at",
-            "reason",
-            "CASE WHEN reason IS NOT NULL THEN make_valid_utf8(raw) END AS row",
-            "source",
-        )
+    places = {name: f"_field_{place}_" for place, name in enumerate(texts)}
+    frame = frame.selectExpr(
+        f"{item_id} AS item_id",
+        f"{_updated_at(catalogue.updated_at_column, columns)} AS updated_at",
+        f"{reason} AS reason",
+        f"coalesce({RECORD}, {as_json}) AS raw",
+        f"{SOURCE} AS source",
+        *(f"coalesce({texts[name]}, '') AS {place}" for name, place in places.items()),
     )
+    frame = _cleanable(frame, catalogue, places) if catalogue.clean else _plain(frame, catalogue.template, places)
+    return frame.selectExpr(
+        "CASE WHEN reason IS NULL OR is_valid_utf8(item_id) THEN item_id END AS item_id",
+        f"xxhash64(item_id) & {ROW_ID_MASK}L AS row_id",
+        "CASE WHEN reason IS NULL THEN text ELSE '' END AS text",
+        "updated_at",
+        "reason",
+        "CASE WHEN reason IS NOT NULL THEN make_valid_utf8(raw) END AS row",
+        "source",
+        BEFORE,
+    )
+
+
+def _plain(frame: "DataFrame", template: str, places: Mapping[str, str]) -> "DataFrame":
+    """Add the column ``text``, and the same text as ``before``."""
+    frame = frame.selectExpr("*", f"{_rendered(template, places)} AS rendered")
+    return frame.selectExpr("*", f"{_trimmed('rendered')} AS text").selectExpr("*", f"text AS {BEFORE}")
+
+
+def _cleanable(frame: "DataFrame", catalogue: CatalogueSettings, places: Mapping[str, str]) -> "DataFrame":
+    """Add the column ``text``, in which rows that cleaning may change are marked, and the text ``before``."""
+    fields = [places[field.column] for field in template_fields(catalogue.template)]
+    carried = ("item_id", "updated_at", "reason", "raw", "source")
+    before = f"{_rendered(catalogue.template, places)} AS rendered"
+    frame = frame.selectExpr(*carried, before, *(f"{_trimmed(place)} AS {place}" for place in places.values()))
+    # A column of its own, because Spark would compute it again for every test.
+    frame = frame.selectExpr("*", f"concat_ws('|', {', '.join(places.values())}) AS fields")
+    joined, changes = _joined(template_fields(catalogue.template), fields), _may_change(fields, catalogue.boilerplate)
+    marked = f"concat({_literal(UNCLEANED)}, to_json(array({', '.join(fields)})))"
+    return frame.selectExpr(
+        *carried,
+        f"CASE WHEN reason IS NULL AND ({changes}) THEN {marked} ELSE {joined} END AS text",
+        f"CASE WHEN reason IS NULL THEN {_trimmed('rendered')} ELSE '' END AS {BEFORE}",
+    )
+
+
+def _may_change(fields: Sequence[str], boilerplate: Sequence[str]) -> str:
+    """SQL that is true for every row whose fields :func:`clean_fields` changes, and for few others.
+
+    The column ``fields`` has all fields of a row. Regular expressions would take most of the time of a plan, so that
+    cheap tests choose the rows that need one.
+    """
+    tests = [f"fields RLIKE r'{SUSPICIOUS}'", *(f"contains(fields, {_literal(text)})" for text in ("  ", *boilerplate))]
+    tests.append(f"(length(fields) != octet_length(fields) AND fields RLIKE r'{ODD_CHARACTERS}')")
+    ends = [f"contains(fields, '{mark} ')" for mark in ".!?"]
+    firsts = [f"lower(left({field}, 1))" for field in fields]
+    ends += [f"({one} = {other} AND {one} != '')" for one, other in combinations(firsts, 2)]
+    present = ", ".join(f"nullif({field}, '')" for field in fields)
+    sentences = f"split(lower(concat_ws('. ', {present})), r'{SENTENCE_END}')"
+    several = " OR ".join(ends)
+    return " OR ".join([*tests, f"(({several}) AND size({sentences}) > size(array_distinct({sentences})))"])
+
+
+def _joined(template: Sequence[TemplateField], fields: Sequence[str]) -> str:
+    """SQL of :func:`join_fields`."""
+    pieces = []
+    for number, (field, value) in enumerate(zip(template, fields, strict=True)):
+        earlier = " OR ".join(f"{name} != ''" for name in fields[:number])
+        separator = [f"CASE WHEN {earlier} THEN {_literal(field.separator)} ELSE '' END"] if earlier else []
+        piece = ", ".join([*separator, _literal(field.prefix), value, _literal(field.suffix)])
+        pieces.append(f"CASE WHEN {value} != '' THEN concat({piece}) ELSE '' END")
+    return f"concat({', '.join(pieces)})"
 
 
 def _as_text(name: str, columns: Mapping[str, str]) -> str:
@@ -177,14 +288,19 @@ def _as_text(name: str, columns: Mapping[str, str]) -> str:
 
 
 def _rendered(template: str, texts: Mapping[str, str]) -> str:
+    """SQL of the template with every column, empty or not."""
     pieces = []
     for literal, name, _, _ in Formatter().parse(template):
         if literal:
-            escaped = literal.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-            pieces.append(f"'{escaped}'")
+            pieces.append(_literal(literal))
         if name is not None:
-            pieces.append(f"coalesce({texts[name]}, '')")
+            pieces.append(texts[name])
     return f"concat({', '.join(pieces)})"
+
+
+def _literal(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
+    return f"'{escaped}'"
 
 
 def _has_text(text: str) -> str:

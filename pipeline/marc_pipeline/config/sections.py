@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from marc_pipeline.errors import UserError
 from marc_pipeline.uris import refuse_credentials
 from marc_schemas.bundle import Pooling
+from marc_schemas.catalogue import CLEANING_RULES
+from marc_schemas.identity import digest
 
 
 class Section(BaseModel):
@@ -25,6 +27,10 @@ class CatalogueSettings(Section):
     id_column: str = Field("item_id", description="Column of the item id.")
     updated_at_column: str | None = Field(None, description="Time of change; the latest row of an id wins.")
     template: str = Field(description='Text of an item from its columns, for example "{title}. {genres}".')
+    clean: bool = Field(
+        True, description="Remove HTML, entities, odd spaces, repeated sentences and the separators of empty columns."
+    )
+    boilerplate: tuple[str, ...] = Field((), description="Phrases that cleaning removes from every column, verbatim.")
 
     @field_validator("uri")
     @classmethod
@@ -39,6 +45,34 @@ class CatalogueSettings(Section):
         if not placeholders(template):
             raise ValueError('the template names no column; write for example "{title}. {genres}"')
         return template
+
+    @field_validator("boilerplate")
+    @classmethod
+    def _collapse_spaces(cls, phrases: tuple[str, ...]) -> tuple[str, ...]:
+        # Phrases are searched in cleaned columns, whose white space is collapsed.
+        collapsed = tuple(" ".join(phrase.split()) for phrase in phrases)
+        if not all(collapsed):
+            raise ValueError("a phrase is empty; remove it")
+        return collapsed
+
+    @model_validator(mode="after")
+    def _require_cleaning(self) -> "CatalogueSettings":
+        if self.boilerplate and not self.clean:
+            raise ValueError("boilerplate is removed by cleaning; set clean to true, or remove the phrases")
+        return self
+
+    @property
+    def rendering(self) -> str:
+        """How a row becomes a text: the template, and the rules that clean its columns. Another rendering, other texts.
+
+        Records of plans, releases and bundles have it as their ``template``. Without cleaning, it is the template
+        itself, as in records from before cleaning existed. No template can end like a rendering, because templates
+        have no format specifications.
+        """
+        if not self.clean:
+            return self.template
+        phrases = f",boilerplate={digest(self.boilerplate, chars=8)}" if self.boilerplate else ""
+        return f"{self.template} {{clean:{CLEANING_RULES}{phrases}}}"
 
     @property
     def text_columns(self) -> list[str]:

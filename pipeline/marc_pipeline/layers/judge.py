@@ -223,7 +223,7 @@ def _inputs(
     if source is not None:
         wanted = deployment.settings.catalogue
         files = sorted(file.digest for file in source.files)
-        return [files, source.format, wanted.id_column, wanted.updated_at_column, wanted.template]
+        return [files, source.format, wanted.id_column, wanted.updated_at_column, wanted.rendering]
     return [[path, deployment.storage.content_digest(StoredObject(uri=path, bytes=0))] for path in images]
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from marc_pipeline.catalogue.rows import CONTENT_HASH, read_catalogue
+from marc_pipeline.catalogue.cleaning import text_cleaner
+from marc_pipeline.catalogue.rows import CONTENT_HASH, read_uncleaned
 from marc_pipeline.catalogue.source import require_unchanged
 from marc_pipeline.config import Settings
 from marc_pipeline.deployment import Deployment
@@ -56,7 +57,7 @@ def make_plan(spark: "SparkSession", deployment: Deployment, identity: PlanIdent
     live, last = found.live(identity.ds), found.last(identity.ds)
     base = base_release(found.releases, ds=identity.ds)
     bundle = identity.bundle
-    wanted = (bundle.version, identity.buckets, settings.catalogue.template, identity.mantissa_bits)
+    wanted = (bundle.version, identity.buckets, settings.catalogue.rendering, identity.mantissa_bits)
     if identity.chosen and (live is None or live.made_with != wanted):
         raise Superseded(f"the release of {identity.ds} was replaced a moment ago; run again to start from the new one")
     earlier = workspace.read_plan()
@@ -64,10 +65,10 @@ def make_plan(spark: "SparkSession", deployment: Deployment, identity: PlanIdent
     if earlier and (earlier.base_release, earlier.live_release) == names:
         log.info("plan: %s exists already", identity.plan_id)
         return earlier
-    if bundle.card.template != settings.catalogue.template:
+    if bundle.card.template != settings.catalogue.rendering:
         log.warning(
             "plan: bundle %s was trained with template %r, the configuration has %r",
-            *(bundle.version, bundle.card.template, settings.catalogue.template),
+            *(bundle.version, bundle.card.template, settings.catalogue.rendering),
         )
     if base and base.table.mantissa_bits < identity.mantissa_bits:
         log.warning(
@@ -84,8 +85,9 @@ def make_plan(spark: "SparkSession", deployment: Deployment, identity: PlanIdent
         base=base,
         mantissa_bits=identity.mantissa_bits,
         recompute=identity.recompute,
+        clean=text_cleaner(settings.catalogue) if settings.catalogue.clean else None,
     )
-    rows = read_catalogue(spark, identity.source, settings.catalogue, storage=storage)
+    rows = read_uncleaned(spark, identity.source, settings.catalogue, storage=storage)
     source_bytes = sum(file.bytes for file in identity.source.files)
     summaries = _plan_buckets(spark, rows, context, chosen=identity.chosen, source_bytes=source_bytes)
     require_unchanged(identity.source, storage=storage)
@@ -183,7 +185,7 @@ def _assemble(
         bundle=context.bundle,
         bundle_uri=context.bundle_uri,
         dim=identity.bundle.card.dim,
-        template=settings.catalogue.template,
+        template=settings.catalogue.rendering,
         buckets=context.buckets,
         mantissa_bits=context.mantissa_bits,
         chosen=identity.chosen,

@@ -4,9 +4,9 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from marc_pipeline.catalogue.cleaning import UNCLEANED
 from marc_pipeline.errors import CorruptFile
 from marc_pipeline.model.tokens import TokenCount, count_tokens, load_tokenizer, sample_of
 from marc_pipeline.storage import Storage, join
@@ -22,6 +23,7 @@ from marc_pipeline.work_area import Workspace
 from marc_schemas.catalogue import ITEMS, QUARANTINE, Change, Reason
 from marc_schemas.feature_table import bucket_number
 from marc_schemas.files import Contract, PublishedFile
+from marc_schemas.identity import content_hash
 from marc_schemas.plan import BucketPlan
 from marc_schemas.release import Release
 
@@ -67,6 +69,7 @@ class BucketContext:
     base: Release | None
     mantissa_bits: int
     recompute: bool = False
+    clean: Callable[[str], str] | None = None
 
     @property
     def carries_over(self) -> bool:
@@ -124,12 +127,14 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
         pieces = (piece for _, piece in _pieces(named, by_id))
         _write(context.workspace.storage, uri, pieces, QUARANTINE)
         return BucketSummary(bucket=bucket, work=None, quarantined=_counts(named["reason"]), exact=True)
+    rows, emptied = _cleaned(context, rows)
     order, older, collided = _in_order(rows)
     rejected = older | collided
-    if rejected.any():
+    if rejected.any() or emptied.num_rows:
         is_older = older[rejected]
-        pieces = (_with_reasons(piece, is_older[where]) for where, piece in _pieces(rows, order[rejected]))
-        _write(context.workspace.storage, join(quarantine_uri, f"bucket-{bucket:05d}.parquet"), pieces, QUARANTINE)
+        refused = (_with_reasons(piece, is_older[where]) for where, piece in _pieces(rows, order[rejected]))
+        rejects = chain(refused, [emptied.rename_columns({"content_hash": "reason", "text": "row"})])
+        _write(context.workspace.storage, join(quarantine_uri, f"bucket-{bucket:05d}.parquet"), rejects, QUARANTINE)
     kept = order[~rejected]
     items = rows.select(["item_id", "content_hash"]).take(kept)
     files = previous_files(context, bucket)
@@ -162,7 +167,11 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
         tokens_error=tokens.error,
         previous=files,
     )
-    unusable = {Reason.OLDER_DUPLICATE.value: int(older.sum()), Reason.ROW_ID_COLLISION.value: int(collided.sum())}
+    unusable = {
+        Reason.EMPTY_TEXT.value: emptied.num_rows,
+        Reason.OLDER_DUPLICATE.value: int(older.sum()),
+        Reason.ROW_ID_COLLISION.value: int(collided.sum()),
+    }
     quarantined = {reason: count for reason, count in unusable.items() if count}
     return BucketSummary(bucket=bucket, work=work, quarantined=quarantined, exact=tokens.exact)
 
@@ -205,6 +214,30 @@ def _previous_rows(context: BucketContext, bucket: int, files: Sequence[Publishe
         return empty_rows(1).select(columns)
     rows = pa.concat_tables([table.replace_schema_metadata() for table in tables])
     return rows.filter(pa.array(rows["row_id"].to_numpy() % context.buckets == bucket))
+
+
+def _cleaned(context: BucketContext, rows: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Clean the marked texts; return the rows with a text, and the rows that have none left, as unusable rows."""
+    marked = pc.starts_with(rows["text"], UNCLEANED)
+    where = np.flatnonzero(marked.to_numpy())
+    if context.clean is None or not len(where):
+        return rows, rows.slice(0, 0)
+    ids, given = (rows[name].take(where).to_pylist() for name in ("item_id", "text"))
+    texts = [context.clean(text) for text in given]
+    records = [
+        text
+        or json.dumps({"item_id": item_id, "fields": json.loads(fields.removeprefix(UNCLEANED))}, ensure_ascii=False)
+        for item_id, text, fields in zip(ids, texts, given, strict=True)
+    ]
+    hashes = [content_hash(text) if text else Reason.EMPTY_TEXT.value for text in texts]
+    for name, values in (("text", records), ("content_hash", hashes)):
+        new = pc.replace_with_mask(
+            rows[name].combine_chunks(), marked.combine_chunks(), pa.array(values, pa.large_string())
+        )
+        rows = rows.set_column(rows.schema.get_field_index(name), name, new)
+    empty = np.zeros(rows.num_rows, bool)
+    empty[where] = [not text for text in texts]
+    return rows.filter(pa.array(~empty)).combine_chunks(), rows.filter(pa.array(empty))
 
 
 def _in_order(rows: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
@@ -280,7 +313,7 @@ def _cost(context: BucketContext, rows: pa.Table, fresh: NDArray[np.int64]) -> T
     return count_tokens(tokenizer, rows["text"].take(distinct[chosen]).to_pylist(), of=len(distinct))
 
 
-def _write(storage: Storage, uri: str, pieces: Iterator[pa.Table], schema: pa.Schema) -> None:
+def _write(storage: Storage, uri: str, pieces: Iterable[pa.Table], schema: pa.Schema) -> None:
     repeated = [name for name in ("change", "reason", "source") if name in schema.names]
     with storage.staged(uri) as staged:
         # Ids, hashes and texts rarely repeat, so dictionaries would only cost time.

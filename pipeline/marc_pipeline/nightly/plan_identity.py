@@ -72,7 +72,7 @@ def identify_plan(
     files = sorted((file.uri.rsplit("/", 1)[1], file.digest) for file in source.files)
     wanted = settings.catalogue
     parts = [
-        FORMAT_VERSION, ds, files, source.format, wanted.id_column, wanted.updated_at_column, wanted.template,
+        FORMAT_VERSION, ds, files, source.format, wanted.id_column, wanted.updated_at_column, wanted.rendering,
         bundle.version, buckets, settings.mantissa_bits, some, _recomputed(seen, some) if recompute else None,
     ]  # fmt: skip
     return PlanIdentity(
@@ -97,10 +97,10 @@ def _require_replaceable(settings: Settings, live: Release, chosen: Sequence[int
     unknown = sorted(set(chosen) - set(range(live.table.buckets)))
     if unknown:
         raise UserError(f"no bucket {unknown[0]}: release {live.release_id} has buckets 0 to {live.table.buckets - 1}")
-    if live.table.template != settings.catalogue.template:
+    if live.table.template != settings.catalogue.rendering:
         raise UserError(
             f"release {live.release_id} of {live.ds} was made with template {live.table.template!r}, the configuration "
-            f"has {settings.catalogue.template!r}: backfill the whole date"
+            f"has {settings.catalogue.rendering!r}: backfill the whole date"
         )
     if live.table.mantissa_bits != settings.mantissa_bits:
         raise UserError(

@@ -112,7 +112,7 @@ def identify_training(deployment: Deployment, *, ds: str) -> TrainingIdentity:
     wanted, train = settings.catalogue, settings.train
     parts = [
         FORMAT_VERSION, ds, sorted((file.uri.rsplit("/", 1)[1], file.digest) for file in source.files), source.format,
-        wanted.id_column, wanted.updated_at_column, wanted.template,
+        wanted.id_column, wanted.updated_at_column, wanted.rendering,
         sorted(storage.content_digest(stored) for stored in found.files),
         settings.interactions.model_dump(exclude={"uri", "history"}),
         train.backbone, backbone_files(train.backbone), train.pooling, train.max_tokens, train.sample,
@@ -198,7 +198,7 @@ def make_training_set(
     card = TrainingSetCard(
         training_id=identity.training_id,
         ds=identity.ds,
-        template=settings.catalogue.template,
+        template=settings.catalogue.rendering,
         backbone=settings.train.backbone,
         pooling=settings.train.pooling,
         **vars(facts),

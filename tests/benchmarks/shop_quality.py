@@ -3,10 +3,10 @@
     python tests/benchmarks/shop_quality.py --config FILE --ds DATE [--fractions 100,30,10] [--seeds 5] [--json FILE]
 
 Every seed is one `marc train`: it chooses layer and weights within the training part, trains, and passes the gate,
-which may ship a PCA instead. A smaller fraction keeps a random part of the training part's rows. The validation part, the
-test part and their negatives stay the same. The table compares on the test part, with a click model of the same seed. The
-best PCA is the best of all layers by test AUC, which no shop can know: the hardest rival. ``users`` is the 95 % interval
-of the difference to it over test users, for predictions averaged over seeds.
+which may ship a PCA instead. A smaller fraction keeps a random part of the training part's rows. The validation part,
+the test part and their negatives stay the same. The table compares on the test part, with a click model of the same
+seed. The best PCA is the best of all layers by test AUC, which no shop can know: the hardest rival. ``users`` is the
+95 % interval of the difference to it over test users, for predictions averaged over seeds.
 
 To compare settings, give them as variables, for example MARC_TRAIN__EPOCHS=3. Choose settings with ``--part
 validation``: it scores the validation part, and the end of the training part then chooses the click model's epoch.

@@ -114,7 +114,7 @@ def identify_training(deployment: Deployment, *, ds: str) -> TrainingIdentity:
         FORMAT_VERSION, ds, sorted((file.uri.rsplit("/", 1)[1], file.digest) for file in source.files), source.format,
         wanted.id_column, wanted.updated_at_column, wanted.rendering,
         sorted(storage.content_digest(stored) for stored in found.files),
-        settings.interactions.model_dump(exclude={"uri", "history"}),
+        settings.interactions.model_dump(exclude={"uri", "history", "negatives", "negative_popularity"}),
         train.backbone, backbone_files(train.backbone), train.pooling, train.max_tokens, train.sample,
         settings.encode.dtype,
     ]  # fmt: skip

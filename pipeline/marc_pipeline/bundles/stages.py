@@ -117,12 +117,12 @@ def fold_scores(deployment: Deployment, training_id: str) -> dict[int, list[floa
 
 def tested_layers(deployment: Deployment, training_id: str) -> dict[int, list[float]]:
     """Return the test AUC of every layer's PCA at the dimension of a training, one per seed; computed once."""
-    from marc_pipeline.evaluation.layer_search import test_layers
+    from marc_pipeline.evaluation.layer_search import pca_test_scores
 
     settings, seeds = deployment.settings, deployment.settings.evaluate.seeds
 
     def found(training_set: TrainingSet) -> dict[int, list[float]]:
-        return test_layers(training_set, settings, seeds=seeds)
+        return pca_test_scores(training_set, settings, seeds=seeds)
 
     return _layer_scores(deployment, training_id, f"layers_tested_{seeds}.json", found)
 
@@ -158,7 +158,9 @@ def layer_stage(deployment: Deployment, training_id: str) -> int:
         *(means, fmean(scores[RANDOM]), chosen),
     )
     if not beats_random(scores):
-        log.warning("layers: no layer beats random vectors: the texts say nothing about what users take")
+        log.warning(
+            "layers: no layer is demonstrably better than random vectors; the texts may not tell what users take"
+        )
     return chosen
 
 

@@ -13,7 +13,7 @@ from marc_schemas.layers import Decision
 
 
 @given(
-    layers=st.none() | st.integers(1, 1000),
+    layers=st.none() | st.integers(0, 1000),
     pooling=st.sampled_from(get_args(Pooling)),
     decision=st.sampled_from(get_args(Decision)),
 )
@@ -22,8 +22,8 @@ def test_a_decision_survives_writing_and_parsing(layers: int | None, pooling: Po
     assert LayerDecision.parse(str(decided)) == decided
 
 
-@pytest.mark.parametrize(("text", "layers"), [("0:mean:clicks", None), ("4:last:adopted", 4)])
-def test_no_layers_are_written_as_zero(text: str, layers: int | None) -> None:
+@pytest.mark.parametrize(("text", "layers"), [("auto:mean:clicks", None), ("0:mean:clicks", 0), ("4:last:adopted", 4)])
+def test_undecided_layers_are_written_as_auto(text: str, layers: int | None) -> None:
     decided = LayerDecision.parse(text)
     assert (decided.layers, str(decided)) == (layers, text)
 

@@ -60,7 +60,7 @@ class Gate:
     def __init__(self, world: World) -> None:
         self.world = world
         self.settings = world.shop.settings(train={"layers": 2})
-        self.first = train.train_bundle(open_deployment(self.settings), ds=DS)
+        self.first = train.train_bundle(open_deployment(self.settings), ds=DS).bundle
         self.training_id = world.training_id
 
     def variant(self, name: str, alter: Callable[[Weights], None] | None = None) -> str:
@@ -143,7 +143,8 @@ def test_a_worse_bundle_is_refused_with_both_figures_unless_tolerated(gate: Gate
     for part in (f"{found.candidate_auc:.4f}", f"{gate.first.version} is {current:.4f}", "evaluate.tolerance is 0"):
         assert part in message
     kept = Path(gate.settings.work_uri, "training", gate.training_id, "comparisons", f"{worse}.json")
-    assert BundleComparison.model_validate_json(kept.read_bytes()) == found
+    # Compared as JSON, because NaN differs from itself.
+    assert kept.read_text() == found.model_dump_json(indent=1)
     found = gate.compare(worse, gate.with_evaluate(tolerance=0.9))
     assert (found.problems, found.tolerance) == ([], 0.9)
     gate.promote(worse)
@@ -278,7 +279,7 @@ def test_a_bundle_with_a_flipped_byte_is_refused_with_the_file(gate: Gate, name:
     [
         (not_finite, "in a sample of 150 texts: the model on cpu returns NaN or infinity even for a known good text"),
         (zeros, "150 of 150 sampled vectors are not normalised"),
-        (constant, "all sampled vectors are nearly equal: the largest standard deviation of a dimension is "),
+        (constant, "two random vectors have a mean cosine of 1.000, audit.max_mean_cosine is 0.95"),
     ],
 )
 def test_a_bundle_with_unusable_vectors_is_refused_with_the_reason(
@@ -300,7 +301,7 @@ def test_the_gate_reports_problems_without_an_evaluation(gate: Gate) -> None:
     assert found(gate.first.version) == []
     expected = "in a sample of 50 texts: the model on cpu returns NaN or infinity even for a known good text"
     assert found(gate.variant("nan", not_finite)) == [expected]
-    assert len(found(gate.variant("alike", constant))) == 1
+    assert found(gate.variant("alike", constant))[0].startswith("the vectors use 0.0")
     cut = gate.variant("cut")
     (Path(gate.settings.bundle_uri) / cut / "backbone/config.json").unlink()
     (reason,) = found(cut)
@@ -317,7 +318,7 @@ def test_the_sample_has_at_most_audit_sample_texts_spread_evenly(
 
     def encode(sample: list[str]) -> Any:
         sampled.extend(map(int, sample))
-        return SimpleNamespace(vectors=np.eye(max(DIM, len(sample)))[: len(sample), :DIM] + 1e-9)
+        return SimpleNamespace(vectors=np.random.default_rng(0).normal(size=(len(sample), DIM)))
 
     monkeypatch.setattr("marc_pipeline.bundles.gate.load_encoder", lambda *_: SimpleNamespace(encode=encode))
     version = tiny_bundle(settings.bundle_uri, normalised=False).version
@@ -342,7 +343,7 @@ def test_a_test_part_without_cold_items_does_not_prevent_promotion(tmp_path: Pat
     """The AUC of cold items is NaN, which must survive being written and read."""
     world = make_world(tmp_path, gate.settings.train.backbone)
     world.shop.rated(ratings(cold=False))
-    bundle = train.train_bundle(open_deployment(world.shop.settings(train={"layers": 2})), ds=DS)
+    bundle = train.train_bundle(open_deployment(world.shop.settings(train={"layers": 2})), ds=DS).bundle
     assert world.current() == bundle
 
 

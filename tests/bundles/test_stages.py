@@ -75,7 +75,7 @@ def test_a_training_makes_the_bundle_current_and_records_the_run(trained: Traine
     assert bundle.card.compressor.kind == printed["compressor"]["kind"] == "bottleneck"
     assert bundle.card.training["training_id"] == world.training_id
     assert bundle.card.training["layers_from"] == "clicks"
-    assert (bundle.card.dim, bundle.card.width, bundle.card.template) == (8, WIDTH, "{title}. {genres}")
+    assert (bundle.card.dim, bundle.card.width, bundle.card.template) == (8, WIDTH, settings.catalogue.rendering)
     texts = ["{title}. {genres}".format(**item(number)) for number in range(ITEMS)]
     encoder = load_encoder(STORAGE, bundle.uri, bundle.version, settings.encode, TaskResources())
     vectors = encoder.encode(texts).vectors
@@ -103,7 +103,9 @@ def test_a_repeated_training_returns_the_same_bundle(trained: Trained, monkeypat
         monkeypatch.setattr(name, None)
     done = world.marc.call("train", "--ds", DS, "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == printed
+    again = json.loads(done.stdout)
+    assert (again.pop("gate")["current"], printed["gate"]["current"]) == (printed["bundle"], None)
+    assert again == {name: value for name, value in printed.items() if name != "gate"}
     assert f"bundle {printed['bundle']} exists already" in done.stderr
     assert f"training set: {world.training_id} exists already" in done.stderr
     assert world.current().version == printed["bundle"]
@@ -127,7 +129,7 @@ def test_other_settings_train_another_bundle_on_the_same_states(
 
 def test_without_interactions_a_pca_is_trained_and_if_none_keeps_it(world: World) -> None:
     settings = world.shop.settings(interactions={"uri": None})
-    bundle = train.train_bundle(open_deployment(settings), ds=DS)
+    bundle = train.train_bundle(open_deployment(settings), ds=DS).bundle
     assert (bundle.card.compressor.kind, bundle.card.training["regime"]) == ("pca", "pca")
     assert world.marc.json("train", "--ds", DS, "--if-none")["bundle"] == bundle.version
     assert not (Path(settings.work_uri) / "training").exists()
@@ -137,7 +139,7 @@ def test_later_interactions_change_neither_layers_nor_weights(trained: Trained, 
     cut = RATINGS * 4 // 5
     rows = ratings()
     world.shop.rated(rows[:cut] + [{**row, "rating": "2" if row["rating"] == "5" else "5"} for row in rows[cut:]])
-    bundle = train.train_bundle(open_deployment(world.settings), ds=DS, promote=False)
+    bundle = train.train_bundle(open_deployment(world.settings), ds=DS, promote=False).bundle
     assert world.training_id != trained[0].training_id
     other = trained[0].current()
     for name in ("compressor.safetensors", "matching.safetensors"):
@@ -170,7 +172,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, name: str, times: int) -> None:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: str, spark: Any) -> str:
     """Version of the bundle of an uninterrupted training with two layers."""
     world = make_world(tmp_path_factory.mktemp("whole"), tiny_backbone)
-    return train.train_bundle(open_deployment(world.shop.settings(train={"layers": 2})), ds=DS).version
+    return train.train_bundle(open_deployment(world.shop.settings(train={"layers": 2})), ds=DS).bundle.version
 
 
 @pytest.mark.parametrize(("name", "times"), [("checkpoint.pt", 4), ("bundle.json", 1)])
@@ -197,9 +199,9 @@ def test_a_killed_training_resumes_and_makes_the_same_bundle(
 
 def test_a_deleted_bundle_is_trained_again(world: World) -> None:
     settings = world.shop.settings(train={"layers": 2, "max_steps": 2})
-    first = train.train_bundle(open_deployment(settings), ds=DS, promote=False)
+    first = train.train_bundle(open_deployment(settings), ds=DS, promote=False).bundle
     shutil.rmtree(first.uri)
-    assert train.train_bundle(open_deployment(settings), ds=DS, promote=False) == first
+    assert train.train_bundle(open_deployment(settings), ds=DS, promote=False).bundle == first
 
 
 # --- the nightly run after a promotion
@@ -215,14 +217,14 @@ def test_the_nightly_run_after_a_promotion_encodes_every_item_with_the_new_bundl
     settings = world.shop.settings(train={"layers": 2})
     changed = [{**item(3), "title": "Something else"}, *(item(n) for n in range(ITEMS + 2) if n not in {3, 7})]
     world.shop.catalogue(changed, ds=NEXT)
-    first = train.train_bundle(open_deployment(settings), ds=DS)
+    first = train.train_bundle(open_deployment(settings), ds=DS).bundle
     before = run.run_all(open_deployment(settings), ds=DS).release
     assert facts_of(before) == (first.version, ITEMS, ITEMS, 0)
     quiet = run.run_all(open_deployment(settings), ds=NEXT).release
     assert facts_of(quiet) == (first.version, ITEMS + 1, 3, ITEMS - 2)
 
     other = training_choices.with_train(settings, {"layers": 3, "max_steps": 3})
-    second = train.train_bundle(open_deployment(other), ds=DS, promote=False)
+    second = train.train_bundle(open_deployment(other), ds=DS, promote=False).bundle
     promote(STORAGE, settings.bundle_uri, second.version)
     after = run.run_all(open_deployment(settings), ds=NEXT).release
     assert facts_of(after) == (second.version, ITEMS + 1, ITEMS + 1, 0)
@@ -369,7 +371,7 @@ def test_a_holdout_with_one_label_is_refused(world: World) -> None:
     world.shop.rated(rows)
     settings = world.shop.settings(train={"layers": 2})
     with pytest.raises(UserError):
-        train.train_bundle(open_deployment(settings), ds=DS)
+        train.train_bundle(open_deployment(settings), ds=DS).bundle
     assert not Path(settings.bundle_uri).exists()
 
 

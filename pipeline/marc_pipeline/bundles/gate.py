@@ -87,11 +87,11 @@ def problems(
     off = int((np.abs(np.linalg.norm(vectors, axis=1) - 1) > UNIT_TOLERANCE).sum())
     if bundle.card.normalised and off:
         found.append(f"{off} of {len(sample)} sampled vectors are not normalised")
-    found += degenerate(space_shape(vectors), settings.audit, rows=len(vectors), dim=vectors.shape[1])
+    flat = degenerate(space_shape(vectors), settings.audit, rows=len(vectors), dim=vectors.shape[1])
     spread = float(vectors.std(axis=0).max())
-    if spread < MIN_SPREAD:
+    if spread < MIN_SPREAD and not flat:
         found.append(
             f"all sampled vectors are nearly equal: the largest standard deviation of a dimension is {spread:.1e}, "
             f"the limit is {MIN_SPREAD:g}"
         )
-    return found
+    return found + flat

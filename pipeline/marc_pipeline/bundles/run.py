@@ -1,6 +1,7 @@
 """Whole trainings, evaluations and promotions: each opens one Spark session and runs its stages in one process."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from marc_pipeline.bundles.choices import reviewed, trains_pca
@@ -20,17 +21,22 @@ if TYPE_CHECKING:
     from marc_pipeline.model.bundle import Bundle
 
 
+@dataclass(frozen=True)
+class TrainingResult:
+    """The bundle that is current after a training, or the trained one if it was not promoted; and the comparison."""
+
+    bundle: "Bundle"
+    comparison: BundleComparison | None = None
+
+
 def train_bundle(
     deployment: Deployment, *, ds: str, promote: bool = True, replace_marc: bool = False
-) -> "tuple[Bundle, BundleComparison | None]":
+) -> TrainingResult:
     """Train a bundle on the catalogue of a date: MARC if there are interactions, else a whitened PCA.
 
     With ``promote``, the bundle becomes current if it passes the gate. With interactions the gate compares it with its
     rivals, and a PCA that is better becomes current instead. Without interactions there is no AUC: a PCA must pass the
     audit of its vectors, and replaces a MARC bundle only with ``replace_marc``.
-
-    Returns:
-        The bundle that is current now, or without ``promote`` the trained one; and the comparison, if there is one.
 
     Raises:
         UserError: the catalogue, the interactions or the settings cannot be used.
@@ -43,9 +49,8 @@ def train_bundle(
     deployment, decision = reviewed(deployment)
     settings, storage = deployment.settings, deployment.storage
     if settings.interactions.uri is None:
-        return _train_without_clicks(
-            deployment, ds=ds, promote=promote, decision=decision, replace_marc=replace_marc
-        ), None
+        made = _train_without_clicks(deployment, ds=ds, promote=promote, decision=decision, replace_marc=replace_marc)
+        return TrainingResult(made)
     identity = identify_training(deployment, ds=ds)
     require_interactions(deployment, identity)
     comparison = None
@@ -61,7 +66,7 @@ def train_bundle(
         compare_stage(deployment, identity.training_id, version)
         comparison = promote_stage(deployment, identity.training_id, version)
         version = current_version(storage, settings.bundle_uri) or version
-    return open_bundle(storage, join(settings.bundle_uri, version)), comparison
+    return TrainingResult(open_bundle(storage, join(settings.bundle_uri, version)), comparison)
 
 
 def _train_without_clicks(
@@ -73,7 +78,7 @@ def _train_without_clicks(
 
     settings, storage = deployment.settings, deployment.storage
     if not trains_pca(settings):
-        raise UserError("train.compressor is marc, which learns from interactions; set interactions.uri")
+        raise UserError("train.compressor is marc, but interactions.uri is not set; set it, or train.compressor to pca")
     if promote:
         _require_no_marc(deployment, replace_marc=replace_marc)
     with configured_session(settings, name=f"marc train {ds}") as spark:

@@ -58,8 +58,8 @@ def train(
         "compressor": compressor, "regime": regime, "dim": dim, "layers": layers, "seed": seed, "max_steps": max_steps,
     }  # fmt: skip
     wanted = deployment.with_settings(with_train(settings, given))
-    bundle, comparison = stages.train_bundle(wanted, ds=parse_ds(ds), promote=promote, replace_marc=replace_marc)
-    _print_bundle(bundle, comparison, as_json=as_json)
+    done = stages.train_bundle(wanted, ds=parse_ds(ds), promote=promote, replace_marc=replace_marc)
+    _print_bundle(done.bundle, done.comparison, as_json=as_json)
 
 
 def evaluate(

@@ -84,7 +84,7 @@ def test_a_training_makes_the_bundle_current_and_records_the_run(trained: Traine
 
     folder, done = world.run_folder(settings), run_of(world)
     assert (done.bundle, done.training_id, done.run_id) == (bundle.version, world.training_id, folder.name)
-    assert done.layer_auc.keys() == set(range(1, LAYERS + 1))
+    assert done.layer_auc.keys() == set(range(LAYERS + 1))
     assert done.layers == printed["layers_kept"]
     assert done.layer_auc[done.layers] >= sorted(done.layer_auc.values())[1], "not the worst"
     assert [row["step"] for row in done.history] == sorted(row["step"] for row in done.history)
@@ -371,7 +371,7 @@ def test_a_holdout_with_one_label_is_refused(world: World) -> None:
     world.shop.rated(rows)
     settings = world.shop.settings(train={"layers": 2})
     with pytest.raises(UserError):
-        train.train_bundle(open_deployment(settings), ds=DS).bundle
+        train.train_bundle(open_deployment(settings), ds=DS)
     assert not Path(settings.bundle_uri).exists()
 
 

@@ -21,7 +21,7 @@ from marc_pipeline.config import LayerSettings, Settings, load_settings
 from marc_pipeline.deployment import open_deployment
 from marc_pipeline.errors import UserError
 from marc_pipeline.evaluation.layer_choice import choose_layer
-from marc_pipeline.evaluation.tasks import FOLDS
+from marc_pipeline.evaluation.layer_search import FOLDS
 from marc_pipeline.layers import judge as module
 from marc_pipeline.layers.findings import METRICS
 from marc_pipeline.layers.judge import adopt, judge_layers, publish_report, report_folder
@@ -120,7 +120,8 @@ def twin(judged: Judged, backbones: Backbones, tmp_path: Path) -> MakeWorld:
 
 def test_an_evaluation_prints_one_json_object_and_writes_its_files(judged: Judged) -> None:
     world, answer = judged
-    names = {"layers.json", "layers.html", "layers.md", "auc_by_depth.png", "metrics_by_depth.png", "cost_by_depth.png"}
+    plots = {"auc_by_speed.png", "auc_by_depth.png", "metrics_by_depth.png", "cost_by_depth.png"}
+    names = {"layers.json", "layers.html", "layers.md", *plots}
     assert {Path(name).name for name in answer["files"]} == names
     assert sorted(answer["files"]) == sorted(str(path) for path in (world.root / "out").iterdir())
     report = report_of(answer)
@@ -149,9 +150,9 @@ def test_every_layer_has_the_auc_of_an_evaluation_and_the_training_part_chooses(
     expected = {summary["system"]: summary["auc"] for summary in found["summaries"]}
     for name, layer in (("pca-layer-0", 0), ("pca-layer-3", 3)):
         assert model.judged[layer].test_auc == pytest.approx([expected[name]], abs=1e-6)
-    assert [len(layer.fold_auc) for layer in model.judged] == [0, *[FOLDS] * LAYERS]
-    assert max(np.mean(layer.fold_auc) for layer in model.judged[1:]) > 0.6, "the vectors predict clicks"
-    chosen = choose_layer({layer.layer: layer.fold_auc for layer in model.judged[1:]})
+    assert [len(layer.fold_auc) for layer in model.judged] == [FOLDS] * (LAYERS + 1)
+    assert max(np.mean(layer.fold_auc) for layer in model.judged) > 0.6 > np.mean(model.random_auc)
+    chosen = choose_layer({layer.layer: layer.fold_auc for layer in model.judged})
     (advice,) = report.recommendations
     assert (model.keep, model.basis) == (chosen, "clicks")
     assert (advice.layers, advice.pooling, advice.basis, advice.backbone) == (chosen, "mean", "clicks", model.backbone)
@@ -185,8 +186,9 @@ def test_other_settings_of_metrics_give_another_report_from_the_same_states_and_
     judged: Judged, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     world, answer = judged
-    for name in ("marc_pipeline.training.states.write_states", "marc_pipeline.evaluation.tasks.run_tasks"):
-        monkeypatch.setattr(name, None)
+    searched = ("search_layers", "test_layers")
+    for name in ("training.states.write_states", *(f"evaluation.layer_search.{name}" for name in searched)):
+        monkeypatch.setattr(f"marc_pipeline.{name}", None)
     other = report_of(world.layers("--ds", DS, "--sample", "50", "--out", str(tmp_path)))
     first = report_of(answer)
     assert other.report_id != first.report_id

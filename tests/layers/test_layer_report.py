@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from marc_pipeline.evaluation.layer_choice import smoothed
 from marc_pipeline.layers import report as module
 from marc_pipeline.layers.findings import METRICS
 from marc_pipeline.layers.report import choice_table, layer_page, layer_table
+from marc_schemas.layers import JudgedModel
 from pages import HOSTILE
 from report_cases import LAYERS, layers_of, model_of
 
@@ -41,6 +41,8 @@ def test_the_page_describes_the_measurement() -> None:
     assert "mean pooling, float32 on cpu; 77 images." in images
     assert not re.search("texts|catalogue|words|tokens", images)
     assert "AUC" not in without
+    assert "before the first block, prompt entropy counts the different tokens of a text" in without
+    assert "the fewest layers within one standard error of the best are kept" in texts
     for name in ("images", "clicks"):
         assert module._cost(LAYERS[name]).axes[0].get_title().endswith("texts" if name == "clicks" else "images")
 
@@ -65,7 +67,8 @@ def test_cells_of_the_table_of_layers() -> None:
     header, rows = table.header, table.rows
     assert header == ["layer", "test AUC", "training AUC", *(metric.title for metric in METRICS), "time", "weights, MB"]
     assert rows[0] == [
-        "0", "0.6100 ± 0.0141", "–", "0.000", "0.100", "0.200", "0.300", "0.400", "0.500", "–", "0.700", "6 %", "2.00",
+        "0", "0.6100 ± 0.0141", "0.6600", "0.000", "0.100", "0.200", "0.300", "0.400", "0.500", "–", "0.700",
+        "6 %", "2.00",
     ]  # fmt: skip
     assert model.keep == 2
     assert [row[0] for row in rows] == ["0", "1", "2 *", "3", "4"]
@@ -145,6 +148,39 @@ def test_axes_of_costs_start_at_0() -> None:
     assert seconds.get_ylim()[0] == weights.get_ylim()[0] == 0
 
 
+def speeds_of(model: JudgedModel) -> list[float]:
+    return [1000 / layer.seconds for layer in model.judged]
+
+
+def test_the_first_picture_has_a_numbered_point_for_every_layer_by_speed() -> None:
+    for report in LAYERS.values():
+        plotted = [plot.file for section in layer_page(report).sections for plot in section.plots]
+        assert (plotted[0] == "auc_by_speed.png") == bool(report.dim)
+        assert ("auc_by_speed.png" in plotted) == bool(report.dim), "no such picture without clicks"
+    folds = [[0.70, 0.72], [0.71, 0.73], [0.74], [0.70, 0.73], [0.69, 0.70]]
+    model = model_of(folds=folds, random_auc=[0.5, 0.6])
+    figure = module._speed(layers_of(model, model_of("b/other", place=1)))
+    assert figure is not None
+    (panel,) = figure.axes
+    assert panel.get_xlabel() == "texts per second of one worker"
+    speeds, means = speeds_of(model), [np.mean(aucs) for aucs in folds]
+    early = [line for line in panel.get_lines() if line.get_markerfacecolor() == "none"]
+    numbers = {note.get_text(): note.xy for note in panel.texts[:5]}  # type: ignore[attr-defined]
+    assert numbers == {str(layer): pytest.approx((speeds[layer], means[layer])) for layer in range(5)}
+    drawn = [line for line in panel.get_lines() if line.get_linestyle() == "None" and line.get_label() == "a/model"]
+    assert [list(map(float, line.get_xdata())) for line in drawn] == [[speeds[layer] for layer in (0, 1, 3, 4)]]
+    hollow = [float(line.get_xdata()[0]) for line in early if len(line.get_xdata()) and line.get_marker() == "o"]
+    assert speeds[2] in hollow, "it left the search early"
+    assert marked(panel)[0] == pytest.approx((speeds[model.keep or 0], means[model.keep or 0]))
+    (chance,) = (line for line in panel.get_lines() if line.get_label() == "random vectors")
+    assert list(chance.get_ydata()) == pytest.approx([0.55, 0.55])
+
+
+def test_layers_without_a_time_are_not_drawn_by_speed() -> None:
+    still = [layer.model_copy(update={"seconds": 0.0}) for layer in model_of().judged]
+    assert module._speed(layers_of(model_of(judged=still))) is None
+
+
 def test_the_test_auc_is_drawn_beside_the_auc_of_the_choice() -> None:
     tested, folded = module._aucs(LAYERS["models"]).axes
     assert "d = 64" in tested.get_title()
@@ -154,12 +190,9 @@ def test_the_test_auc_is_drawn_beside_the_auc_of_the_choice() -> None:
         assert list(line.get_ydata()) == pytest.approx([0.61 + 0.01 * layer.layer for layer in model.judged])
         heights = [float(np.ptp(segment[:, 1])) for segment in spread.get_segments()]
         assert heights == pytest.approx([2 * math.sqrt(2) * 0.01] * len(depths))
-    points, smooth = curves(folded)[0::2], curves(folded)[1::2]
-    for model, depths, (x, y), (along, curve) in zip(MODELS, DEPTHS, points, smooth, strict=True):
-        folds = {layer.layer: layer.fold_auc for layer in model.judged[1:]}
-        assert x == along == depths[1:], "the embeddings cannot be kept"
-        assert y == pytest.approx([fold for (fold,) in folds.values()])
-        assert curve == list(smoothed(folds).values())
+    for model, depths, (x, y) in zip(MODELS, DEPTHS, curves(folded), strict=True):
+        assert x == depths
+        assert y == pytest.approx([layer.fold_auc[0] for layer in model.judged])
     assert [x for x, _ in marked(tested)] == [model.judged[model.keep or 0].depth for model in MODELS]
     assert len(marked(folded)) == 2
 

@@ -25,7 +25,7 @@ DIM, HISTORY = 64, 10
 LAYERS = 6
 MARC_LAYER = 1
 """A low layer, whose choice does not depend on the data: all layers differ by less than the margins."""
-TRAIN = TrainSettings(epochs=30, patience=6, dim=DIM)
+TRAIN = TrainSettings(epochs=30, patience=3, dim=DIM)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def test_marc_beats_the_best_pca_and_pca_beats_random_vectors_also_on_rare_items
     random = shop.score("random")
     pcas = [shop.score(f"pca-layer-{layer}", layer) for layer in range(LAYERS + 1)]
     marc = [shop.score("marc", MARC_LAYER, seed) for seed in range(2)]
-    assert random.auc < 0.64
+    assert random.auc < 0.66
     assert min(pca.auc for pca in pcas) > random.auc + 0.02
     best = max(pca.auc for pca in pcas)
     assert best > random.auc + 0.03

@@ -14,18 +14,20 @@ from marc_pipeline.evaluation.factory import make_vectors
 from marc_pipeline.evaluation.systems import System
 from marc_pipeline.example.ratings import write_interactions
 from marc_pipeline.example.shop import read_good_items, write_catalogue
-from marc_pipeline.resources import machine
+from marc_pipeline.resources import TaskResources
 from marc_pipeline.storage import Storage
 from marc_pipeline.training.interactions import Interactions, read_interactions
 from marc_pipeline.training.learning import learning_data
 from marc_pipeline.training.states import write_states
 from marc_pipeline.training.time_split import Split, split_by_time
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.usefixtures("one_thread")]
+
 DIM, HISTORY = 64, 10
 LAYERS = 6
 MARC_LAYER = 1
 """A low layer, whose choice does not depend on the data: all layers differ by less than the margins."""
-TRAIN = TrainSettings(epochs=30, patience=6, dim=DIM)
+TRAIN = TrainSettings(epochs=30, patience=3, dim=DIM)
 
 
 @dataclass(frozen=True)
@@ -56,25 +58,23 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Shop:
+def shop(tmp_path_factory: pytest.TempPathFactory, repository: Path, one_thread: None) -> Shop:
     folder = tmp_path_factory.mktemp("example")
     catalogue = write_catalogue(folder, ds="2026-11-20")
     interactions = write_interactions(folder / "interactions.parquet", catalogue)
     items, template = read_good_items(catalogue), load_settings(repository / "marc.yaml").catalogue.template
     texts = [template.format_map(item._asdict()) for item in items]
-    write_states(texts, folder / "states.npy", train=TRAIN, encode=EncodeSettings(), resources=machine())
+    write_states(texts, folder / "states.npy", train=TRAIN, encode=EncodeSettings(threads=1), resources=TaskResources())
     settings = InteractionSettings(uri=str(interactions))
     rows = read_interactions(Storage(), settings, [item.item_id for item in items])
     return Shop(rows, len(items), folder / "states.npy")
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_marc_beats_the_best_pca_and_pca_beats_random_vectors_also_on_rare_items(shop: Shop) -> None:
     random = shop.score("random")
     pcas = [shop.score(f"pca-layer-{layer}", layer) for layer in range(LAYERS + 1)]
     marc = [shop.score("marc", MARC_LAYER, seed) for seed in range(2)]
-    assert random.auc < 0.64
+    assert random.auc < 0.66
     assert min(pca.auc for pca in pcas) > random.auc + 0.02
     best = max(pca.auc for pca in pcas)
     assert best > random.auc + 0.03
@@ -82,7 +82,6 @@ def test_marc_beats_the_best_pca_and_pca_beats_random_vectors_also_on_rare_items
     assert min(score.cold_auc for score in marc) > random.cold_auc + 0.03
 
 
-@pytest.mark.slow
 def test_the_gain_of_marc_is_in_the_texts(shop: Shop) -> None:
     """With the texts of other items, MARC is no better than random vectors."""
     states = np.load(shop.states)

@@ -24,6 +24,8 @@ INTERACTIONS_DAYS: Final = 365
 DEPARTMENT_TASTE, STYLE_TASTE, USE_TASTE, PRICE_TASTE = 0.6, 1.0, 0.5, 0.5
 """Spread of the users' tastes. The style weighs most: it is a few words of a text, so a PCA of hidden states, which
 follows departments and kinds, sees little of it."""
+FASHION: Final = 0.4
+"""Correlation of a taste with the fashion that all users share; it gives a training its first steps."""
 MEAN_OPINION, QUALITY, CHANCE, PULL = 3.2, 0.1, 0.4, 0.5
 """A rating before taste; spread of the items' quality and of chance; weight of taste in which items a user rates."""
 MEAN_INTERACTIONS, FEWEST_INTERACTIONS, MOST_INTERACTIONS = 40, 5, 400
@@ -43,9 +45,10 @@ def write_interactions(path: Path, catalogue: Path, *, users: int = 600, seed: i
     """Write the ratings of invented users as Parquet (``INTERACTIONS``); an existing file is kept.
 
     A rating depends on the user's taste, the item's quality and chance. Tastes are about the departments, styles, uses
-    and prices that the item's text names, and differ between users. A user who likes a style or a use also likes
-    similar ones, and dislikes the opposite. A user rates an item at most once. Users rate about 40 items on average
-    and never more than half of the catalogue. Popularity has a long tail; at least one item in twelve is never rated.
+    and prices that the item's text names. They differ between users, and follow a common fashion a little. A user who
+    likes a style or a use also likes similar ones, and dislikes the opposite. A user rates an item at most once. Users
+    rate about 40 items on average and never more than half of the catalogue. Popularity has a long tail; at least one
+    item in twelve is never rated.
 
     Args:
         path: file to write.
@@ -77,9 +80,11 @@ def _interactions(items: list[Item], *, users: int, seed: int) -> pa.Table:
     quality = rng.normal(0.0, QUALITY, len(items))
     popularity = _log_popularity(rng, len(items))
     counts = _counts(rng, users, limit=int(np.isfinite(popularity).sum()) // 2)
+    fashion = rng.standard_normal(axes.shape[1])
     chosen, ratings = [], []
     for count in counts.tolist():
-        liking = axes @ rng.standard_normal(axes.shape[1])
+        own = rng.standard_normal(axes.shape[1])
+        liking = axes @ (FASHION * fashion + np.sqrt(1 - FASHION**2) * own)
         # Users would otherwise differ in how generous they are, and their ids alone would predict clicks.
         liking -= np.average(liking, weights=np.exp(popularity))
         # Gumbel noise and the largest keys: a weighted draw without replacement. Taste changes the weights.

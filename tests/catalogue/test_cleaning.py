@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from marc_command import Marc
 from marc_pipeline.catalogue.cleaning import clean_field, clean_fields, common_sentences
 from marc_pipeline.catalogue.rows import sample_cleaned
 from marc_pipeline.catalogue.source import find_source
@@ -136,8 +137,8 @@ def test_an_empty_field_takes_its_literal_text_with_it(spark: "SparkSession", tm
 
 
 WORDS = [
-    "Red mug", "red mug.", "Blue. Cup!", "a one b. A one b. c", " x\t", "", "a  b", "R&D", "<b>c</b>", "x&amp;y", "e\u00a0f",
-    "5amp;quot;", "two\nlines", "\x1fg", "Ünï", "buy now ok", ".",
+    "Red mug", "red mug.", "Blue. Cup!", "a one b. A one b. c", " x\t", "", "a  b", "R&D", "<b>c</b>", "x&amp;y",
+    "e\u00a0f", "5amp;quot;", "two\nlines", "\x1fg", "Ünï", "buy now ok", ".",
 ]  # fmt: skip
 
 
@@ -216,6 +217,25 @@ def test_cleaning_settings_are_part_of_the_identity() -> None:
     for bad in ({"clean": True, "boilerplate": [" "]}, {"clean": False, "boilerplate": ["x"]}):
         with pytest.raises(ValueError, match="boilerplate"):
             catalogue_settings("x", **bad)
+
+
+@pytest.mark.spark
+@pytest.mark.usefixtures("spark")
+def test_plan_shows_a_sample_and_candidates_for_boilerplate(tmp_path: Path) -> None:
+    titles = [f"Mug {n}. Ships in two days." if n % 2 else f"Cup <b>{n}</b>" for n in range(8)]
+    path = write_jsonl(tmp_path / "c.jsonl", [{"item_id": str(n), "title": t} for n, t in enumerate(titles)])
+    settings_at(tmp_path, path)
+    catalogue = f"catalogue: {{{{uri: {path}, template: '{{{{title}}}}'}}}}"
+    marc = Marc(tmp_path, f"root: {{root}}/data\n{catalogue}\nbuckets: 4\n")
+    found = marc.json("plan", "--ds", DS, "--sample", "5")
+    assert [(row["before"], row["after"]) for row in found["sample"][:4]] == [
+        (row["before"], f"Cup {row['item_id']}") for row in found["sample"][:4]
+    ]
+    assert found["sample"][4]["before"] == found["sample"][4]["after"] == titles[int(found["sample"][4]["item_id"])]
+    assert (found["sampled_texts"], found["boilerplate"]) == (8, [["Ships in two days.", 4]])
+    shown = marc.call("plan", "--ds", DS, "--sample", "5").stdout
+    assert all(text in shown for text in ("Cup <b>0</b>", "unchanged", "candidate for catalogue.boilerplate"))
+    assert "sample" not in marc.json("plan", "--ds", DS)
 
 
 def test_boilerplate_candidates_stand_in_more_than_the_share_of_texts() -> None:

@@ -1,7 +1,7 @@
 """Commands that publish or withdraw releases: plan, run, backfill, rollback, vacuum."""
 
-from dataclasses import asdict
-from typing import Annotated
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,11 +11,24 @@ from marc_pipeline.config import EncodeSettings, parse_ds
 from marc_pipeline.errors import UserError
 from marc_schemas.plan import Plan
 
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from marc_pipeline.catalogue.rows import SampledText
+    from marc_pipeline.catalogue.source import CatalogueSource
+    from marc_pipeline.deployment import Deployment
+
+# Sentences are counted in this many texts; a sentence in a larger share of them is a candidate for boilerplate.
+BOILERPLATE_SAMPLE, BOILERPLATE_SHARE = 1000, 0.2
+
 
 def plan(
     context: typer.Context,
     ds: Ds,
     bucket: Annotated[list[int] | None, typer.Option("--bucket", help="Show only these buckets.")] = None,
+    sample: Annotated[
+        int, typer.Option("--sample", min=0, help="Show this many texts before and after cleaning, changed ones first.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Show what a run would do: items, tokens, time and cost. Publishes nothing."""
@@ -28,15 +41,18 @@ def plan(
     identity = identify_plan(deployment, ds=parse_ds(ds))
     with configured_session(settings, name=f"marc plan {ds}") as spark:
         made = plan_stage(spark, deployment, identity)
+        shown = _sampled(spark, deployment, identity.source, limit=sample) if sample else None
     unknown = sorted(set(bucket or []) - set(range(made.buckets)))
     if unknown:
         raise UserError(f"no bucket {unknown[0]}: the table has buckets 0 to {made.buckets - 1}")
     if bucket:
         made = made.model_copy(update={"work": tuple(work for work in made.work if work.bucket in bucket)})
     if as_json:
-        print_json(describe_plan(made, settings.encode))
+        print_json({**describe_plan(made, settings.encode), **({} if shown is None else asdict(shown))})
     else:
         print_plan(made, settings.encode)
+        if shown is not None:
+            print_sample(shown)
 
 
 def run(context: typer.Context, ds: Ds, as_json: Json = False) -> None:
@@ -152,6 +168,44 @@ def print_plan(made: Plan, encode: EncodeSettings) -> None:
         *([] if cost is None else [["cost", f"about {cost:,.2f}"]]),
     ]
     print_table(None, ["", ""], facts)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The part of ``marc plan --sample``.
+
+    Attributes:
+        sample: texts before and after cleaning.
+        sampled_texts: number of cleaned texts in which sentences were counted.
+        boilerplate: sentences in more than a fifth of them, with the number of texts.
+    """
+
+    sample: "list[SampledText]"
+    sampled_texts: int
+    boilerplate: list[tuple[str, int]]
+
+
+def _sampled(spark: "SparkSession", deployment: "Deployment", source: "CatalogueSource", *, limit: int) -> Sample:
+    from marc_pipeline.catalogue.cleaning import common_sentences
+    from marc_pipeline.catalogue.rows import sample_cleaned, sample_texts
+
+    catalogue, storage = deployment.settings.catalogue, deployment.storage
+    texts = sample_texts(spark, source, catalogue, storage=storage, limit=BOILERPLATE_SAMPLE)
+    shown = sample_cleaned(spark, source, catalogue, storage=storage, limit=limit)
+    return Sample(shown, len(texts), common_sentences(texts, BOILERPLATE_SHARE))
+
+
+def print_sample(found: Sample) -> None:
+    """Print texts before and after cleaning, and sentences that ``catalogue.boilerplate`` could remove."""
+    rows = [
+        [text.item_id, text.before, "unchanged" if text.after == text.before else text.after or "empty: quarantined"]
+        for text in found.sample
+    ]
+    print_table("Texts before and after cleaning", ["item", "before", "after"], rows, lines=True)
+    if found.boilerplate:
+        counts = [[sentence, f"{count:,}"] for sentence, count in found.boilerplate]
+        names = ["candidate for catalogue.boilerplate", f"of {found.sampled_texts:,} texts"]
+        print_table(None, names, counts, right=(1,))
 
 
 def _tokens(made: Plan) -> str:

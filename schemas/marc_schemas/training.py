@@ -57,6 +57,7 @@ class TrainingRun(Contract):
         bundle: version of the resulting bundle.
         layers: number of blocks of the bundle.
         keep, decouple: weights α and β of the constraints.
+        epochs: chosen number of passes over the training part; None if early stopping ended the training.
         layer_auc: mean AUC of every layer within the training part, if the layer was chosen by it.
         history: one row per validation: epoch, step, loss terms, validation AUC.
     """
@@ -67,5 +68,6 @@ class TrainingRun(Contract):
     layers: int
     keep: float = 0.0
     decouple: float = 0.0
+    epochs: int | None = None
     layer_auc: dict[int, float] = Field(default_factory=dict)
     history: list[dict[str, float]]

@@ -5,7 +5,7 @@
 
 The states are noise, with a signal that grows to the middle layer and falls again. Users take items in the direction of
 their taste, with a long tail of popularity. The steps are those of `marc train` after the hidden states: the search for
-the layer, the search for the weights, the training, and the click models of the gate for MARC, two PCAs and random
+the layer, the search for the recipe, the training, and the click models of the gate for MARC, two PCAs and random
 vectors. Peak memory is that of this process and of its largest child. DIR needs 4 bytes per number of the states.
 """
 
@@ -25,11 +25,12 @@ from numpy.lib.format import open_memmap
 
 from marc_pipeline.bundles.choices import Chosen
 from marc_pipeline.bundles.making import known_items, train_marc
-from marc_pipeline.bundles.stages import layer_stage, weight_stage
+from marc_pipeline.bundles.stages import layer_stage, recipe_stage
 from marc_pipeline.config import CatalogueSettings, InteractionSettings, Settings
 from marc_pipeline.deployment import Deployment, open_deployment
 from marc_pipeline.evaluation.click_model import score_together
 from marc_pipeline.evaluation.factory import pca_vectors
+from marc_pipeline.evaluation.recipe_search import Recipe
 from marc_pipeline.evaluation.tasks import evaluation_data
 from marc_pipeline.model.device import use_threads
 from marc_pipeline.resources import machine
@@ -130,7 +131,7 @@ def main() -> None:
         started = time.monotonic()
         result = work()
         rows.append(
-            (name, time.monotonic() - started, peak_mib(), str(result) if isinstance(result, tuple | int) else "")
+            (name, time.monotonic() - started, peak_mib(), str(result) if isinstance(result, int | Recipe) else "")
         )
         progress(f"{name}: {rows[-1][1]:.0f} s, {rows[-1][2]:.0f} MiB")
         return result
@@ -146,10 +147,8 @@ def main() -> None:
         use_threads(CORES)
         layer = timed("choice of the layer", lambda: layer_stage(deployment, TRAINING_ID))
         with configured_session(settings, name="choosing") as spark:
-            keep, decouple = timed(
-                "choice of the weights", lambda: weight_stage(spark, deployment, TRAINING_ID, layer=layer)
-            )
-        chosen = Chosen(layer, keep, decouple, "clicks")
+            recipe = timed("choice of the recipe", lambda: recipe_stage(spark, deployment, TRAINING_ID, layer=layer))
+        chosen = Chosen(layer, recipe.keep, recipe.decouple, recipe.epochs, "clicks")
         train = chosen.applied(settings.train)
         trained = timed(
             "training",

@@ -123,7 +123,7 @@ def measured(deployment: Deployment, training_set: TrainingSet, percent: int, gi
         run = train_stage(spark, one, training_id, decision="clicks")
         train = train.model_copy(update={"layers": run.layers, "keep": run.keep, "decouple": run.decouple})
         gate = compare_stage(one, training_id, run.bundle)
-        chosen = f"{run.layers} layers, keep {run.keep:g}, decouple {run.decouple:g}"
+        chosen = f"{run.layers} layers, keep {run.keep:g}, decouple {run.decouple:g}, epochs {run.epochs}"
         progress(f"{percent} %, seed {seed}: {chosen}; the gate finds {gate.best} best of {gate.validation_auc}")
         for name, version in (("marc", run.bundle), ("shipped", gate.replacement or run.bundle)):
             bundle = open_bundle(storage, join(uri, version))

@@ -13,9 +13,9 @@ from clicks import clicks as made_up_clicks
 from marc_pipeline.config import InteractionSettings, TrainSettings
 from marc_pipeline.evaluation import layer_search
 from marc_pipeline.evaluation.click_data import user_fold_data
-from marc_pipeline.evaluation.constraint_search import WEIGHTS, candidates, choose_weights
 from marc_pipeline.evaluation.layer_choice import choose_layer, final_scores
 from marc_pipeline.evaluation.layer_search import FINALISTS, FOLDS, RANDOM, SampledShop, beats_random, search_layers
+from marc_pipeline.evaluation.recipe_search import WEIGHTS, Recipe, choose_recipe, weights
 from marc_pipeline.training.interactions import Interactions
 from marc_pipeline.training.time_split import histories, split_by_time
 
@@ -151,7 +151,11 @@ def test_a_choice_within_the_training_part_learns_from_other_users(fold: int) ->
 
 
 def test_configured_weights_are_not_searched() -> None:
-    assert candidates(TrainSettings()) == list(WEIGHTS)
-    assert candidates(TrainSettings(keep=0.3)) == [(0.3, beta) for beta in dict.fromkeys(beta for _, beta in WEIGHTS)]
-    assert candidates(TrainSettings(keep=0.3, decouple=0.0)) == [(0.3, 0.0)]
-    assert choose_weights({(0.0, 0.1): 0.7, (0.5, 0.1): 0.7, (0.1, 0.1): 0.6}) == (0.0, 0.1)
+    assert weights(TrainSettings()) == list(WEIGHTS)
+    assert weights(TrainSettings(keep=0.3)) == [(0.3, beta) for beta in dict.fromkeys(beta for _, beta in WEIGHTS)]
+    assert weights(TrainSettings(keep=0.3, decouple=0.0)) == [(0.3, 0.0)]
+
+
+def test_the_recipe_with_the_highest_auc_is_chosen_of_equals_the_shorter() -> None:
+    scores = {Recipe(0.0, 0.1, 1): 0.6, Recipe(0.0, 0.1, 2): 0.7, Recipe(0.0, 0.1): 0.7, Recipe(0.5, 0.1, 1): 0.65}
+    assert choose_recipe(scores) == Recipe(0.0, 0.1, 2)

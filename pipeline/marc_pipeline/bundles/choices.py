@@ -64,17 +64,21 @@ class Chosen:
     Attributes:
         layers: number of layers to keep.
         keep, decouple: weights α and β of the constraints.
+        epochs: number of passes over the training part; None to end by early stopping.
         decision: basis of the choice of the layers.
     """
 
     layers: int
     keep: float
     decouple: float
+    epochs: int | None
     decision: Decision
 
     def applied(self, train: TrainSettings) -> TrainSettings:
         """Return the settings of the training with the chosen values."""
-        return train.model_copy(update={"layers": self.layers, "keep": self.keep, "decouple": self.decouple})
+        epochs = train.epochs if self.epochs is None else self.epochs
+        update = {"layers": self.layers, "keep": self.keep, "decouple": self.decouple, "epochs": epochs}
+        return train.model_copy(update=update)
 
 
 def with_train(settings: Settings, overrides: Mapping[str, object]) -> Settings:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from marc_pipeline.bundles.choices import reviewed, trains_pca
-from marc_pipeline.bundles.stages import layer_stage, states_stage, train_stage, tuned_stage, weight_stage
+from marc_pipeline.bundles.choices import Chosen, reviewed, trains_pca
+from marc_pipeline.bundles.stages import layer_stage, recipe_stage, states_stage, train_stage, tuned_stage
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import GateRefused, UserError
 from marc_pipeline.resources import machine
@@ -156,8 +156,8 @@ def evaluate(deployment: Deployment, *, ds: str, wanted: Sequence[str] = ()) -> 
     with configured_session(settings, name=f"marc evaluate {ds}") as spark:
         training_set = states_stage(spark, deployment, identity, dims=(settings.train.dim, *settings.evaluate.dims))
         chosen = layer_stage(deployment, identity.training_id)
-        keep, decouple = weight_stage(spark, deployment, identity.training_id, layer=chosen)
-        train = settings.train.model_copy(update={"keep": keep, "decouple": decouple})
+        recipe = recipe_stage(spark, deployment, identity.training_id, layer=chosen)
+        train = Chosen(chosen, recipe.keep, recipe.decouple, recipe.epochs, decision).applied(settings.train)
         deployment = deployment.with_settings(settings.model_copy(update={"train": train}))
         names = {system.name for system in tuned_systems()}
         tuned = settings.evaluate.tuned_steps > 0 and (not wanted or not names.isdisjoint(wanted))

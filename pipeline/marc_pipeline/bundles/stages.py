@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
     from marc_pipeline.bundles.making import Trained
+    from marc_pipeline.evaluation.recipe_search import Recipe
 
 RUN = "run.json"
 CHECKPOINT = "checkpoint.pt"
@@ -164,25 +165,35 @@ def layer_stage(deployment: Deployment, training_id: str) -> int:
     return chosen
 
 
-def weight_stage(spark: "SparkSession", deployment: Deployment, training_id: str, *, layer: int) -> tuple[float, float]:
-    """Return α and β, the weights of the constraints, from the configuration or chosen on the training part."""
-    from marc_pipeline.evaluation.constraint_search import candidates, choose_weights, search_weights
+def recipe_stage(spark: "SparkSession", deployment: Deployment, training_id: str, *, layer: int) -> "Recipe":
+    """Return the weights of the constraints and the number of epochs, chosen on the training part; computed once.
+
+    Configured weights are kept. A tuned backbone trains for too long to be tried several times: it ends by early
+    stopping, with the first pair of weights.
+    """
+    from marc_pipeline.evaluation.recipe_search import Recipe, choose_recipe, search_recipes, weights
 
     settings, storage = deployment.settings, deployment.storage
-    pairs = candidates(settings.train)
-    # A tuned backbone trains for too long to be tried several times.
-    if len(pairs) == 1 or settings.train.regime == "tuned":
-        return pairs[0]
-    uri = join(run_uri(settings, training_id), f"weights_{layer}.json")
+    if settings.train.regime == "tuned":
+        return Recipe(*weights(settings.train)[0])
+    uri = join(run_uri(settings, training_id), f"recipes_{layer}.json")
     try:
-        scores = [(tuple(pair), auc) for pair, auc in json.loads(storage.read(uri))]
+        scores = {Recipe(**recipe): auc for recipe, auc in json.loads(storage.read(uri))}
     except FileNotFoundError:
         training_set = open_training_set(storage, settings.work_uri, training_id)
-        scores = list(search_weights(spark, deployment, training_set, layer=layer).items())
-        storage.write(uri, json.dumps(scores).encode())
-    chosen = choose_weights(dict(scores))
-    shown = ", ".join(f"keep {keep:g} decouple {decouple:g} {auc:.4f}" for (keep, decouple), auc in scores)
-    log.info("weights: mean AUC: %s; keep %g and decouple %g are taken", shown, *chosen)
+        scores = search_recipes(spark, deployment, training_set, layer=layer)
+        storage.write(uri, json.dumps([(vars(recipe), auc) for recipe, auc in scores.items()]).encode())
+    chosen = choose_recipe(scores)
+    for keep, decouple in dict.fromkeys((recipe.keep, recipe.decouple) for recipe in scores):
+        own = {
+            recipe.epochs: auc for recipe, auc in scores.items() if (recipe.keep, recipe.decouple) == (keep, decouple)
+        }
+        shown = ", ".join(f"{epochs or 'early stopping'} {auc:.4f}" for epochs, auc in own.items())
+        log.info("recipes: keep %g, decouple %g: mean AUC by epochs: %s", keep, decouple, shown)
+    log.info(
+        "recipes: keep %g, decouple %g and %s are taken",
+        *(chosen.keep, chosen.decouple, f"{chosen.epochs} epochs" if chosen.epochs else "early stopping"),
+    )
     return chosen
 
 
@@ -209,8 +220,8 @@ def train_stage(
     card = read_card(storage, settings.work_uri, training_id)
     require_shape(settings.train, (settings.train.dim,), layers=card.layers, width=card.width)
     layers = layer_stage(deployment, training_id)
-    keep, decouple = weight_stage(spark, deployment, training_id, layer=layers)
-    chosen = Chosen(layers, keep, decouple, decision)
+    recipe = recipe_stage(spark, deployment, training_id, layer=layers)
+    chosen = Chosen(layers, recipe.keep, recipe.decouple, recipe.epochs, decision)
     if settings.train.processes > 1:
         from marc_pipeline.spark.tasks import distribute
 
@@ -225,8 +236,9 @@ def train_stage(
         run_id=run_id(settings, training_id),
         bundle=bundle,
         layers=layers,
-        keep=keep,
-        decouple=decouple,
+        keep=recipe.keep,
+        decouple=recipe.decouple,
+        epochs=recipe.epochs,
         layer_auc={layer: fmean(aucs) for layer, aucs in scores.items() if layer >= 0},
         history=history,
     )
@@ -261,6 +273,8 @@ def train_process(deployment: Deployment, training_id: str, chosen: Chosen) -> t
 
     settings = deployment.settings
     trained, training_set = _train(deployment, training_id, chosen)
+    if chosen.epochs is None and trained.progress.capped:
+        log.warning("train: stopped at a cap while still improving; raise train.epochs or train.max_steps")
     if place()[0] > 0:
         return "", []
     bundle = save_marc(
@@ -288,7 +302,7 @@ def tuned_stage(deployment: Deployment, training_id: str) -> str:
     Returns:
         Uri of a ``.npy`` file with the states of its final layer [items, D].
     """
-    from marc_pipeline.evaluation.constraint_search import candidates
+    from marc_pipeline.evaluation.recipe_search import weights
 
     storage, settings, wanted = deployment.storage, deployment.settings, deployment.settings.evaluate
     layers = read_card(storage, settings.work_uri, training_id).layers
@@ -297,8 +311,8 @@ def tuned_stage(deployment: Deployment, training_id: str) -> str:
     uri = join(run_uri(settings, training_id), TUNED)
     if storage.stat(uri) is None:
         log.info("tune: at most %d steps of %d interactions on all layers", wanted.tuned_steps, wanted.tuned_batch)
-        weights = candidates(settings.train)[0]
-        trained, _ = _train(deployment.with_settings(settings), training_id, Chosen(layers, *weights, "configuration"))
+        chosen = Chosen(layers, *weights(settings.train)[0], None, "configuration")
+        trained, _ = _train(deployment.with_settings(settings), training_id, chosen)
         buffer = io.BytesIO()
         np.save(buffer, trained.objective.source.all_states().numpy(force=True))
         storage.write(uri, buffer.getvalue())
@@ -311,7 +325,7 @@ def _train(deployment: Deployment, training_id: str, chosen: Chosen) -> "tuple[T
 
     settings, storage = deployment.settings, deployment.storage
     training_set = open_training_set(storage, settings.work_uri, training_id)
-    key = f"{run_id(settings, training_id)}-{chosen.layers}-{chosen.keep:g}-{chosen.decouple:g}"
+    key = f"{run_id(settings, training_id)}-{chosen}"
     checkpoint = Checkpoint(storage, join(run_uri(settings, training_id), CHECKPOINT), key=key)
     trained = train_marc(
         training_set,

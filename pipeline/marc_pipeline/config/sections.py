@@ -221,10 +221,14 @@ class TrainSettings(Section):
     learning_rate: float = Field(1e-3, gt=0, description="Learning rate of AdamW.")
     backbone_learning_rate: float = Field(2e-4, gt=0, description="Learning rate of LoRA in the tuned regime.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
-    warm_up: float = Field(0.02, ge=0, lt=1, description="Share of the most steps for the linear warm-up.")
+    warm_up: float = Field(
+        1.0, ge=0, description="Passes over the training part for the linear warm-up, at most half of the training."
+    )
     batch: int = Field(512, ge=2, description="Interactions per step and process; sampled negatives are added.")
     accumulate: int = Field(1, ge=1, description="Number of batches whose gradients form one step.")
-    epochs: int = Field(100, ge=1, description="Most passes over the training part; early stopping ends before.")
+    epochs: int = Field(
+        100, ge=1, description="Most passes over the training part; evaluation and early stopping choose fewer."
+    )
     max_steps: int = Field(10_000, ge=1, description="Most steps; early stopping ends before.")
     patience: int = Field(4, ge=1, description="Validations without a better AUC before training ends.")
     validate_every: int | None = Field(

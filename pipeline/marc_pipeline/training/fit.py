@@ -87,6 +87,7 @@ def fit(
     label: str = "train",
     checkpoint: Checkpoint | None = None,
     tick: Callable[[float], None] = lambda _: None,
+    validated: Callable[[float], None] = lambda _: None,
 ) -> Progress:
     """Train an objective, and leave it with the weights of the best validation, or with the last weights.
 
@@ -102,6 +103,7 @@ def fit(
         label: start of the log lines; without it there are none.
         checkpoint: file of the state; None for short runs.
         tick: called with the share of the most steps that is done.
+        validated: called after each validation with the number of epochs.
 
     Raises:
         UserError: the loss or the validation score is not finite, or there are too few interactions.
@@ -117,7 +119,7 @@ def fit(
         model = DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False)
     optimiser = torch.optim.AdamW(_groups(objective, settings), weight_decay=settings.weight_decay)
     steps = _steps(len(training), settings, seed=seed, rank=rank, world=world)
-    warm_up = _warm_up(optimiser, settings, steps.total)
+    warm_up = _warm_up(optimiser, settings, steps)
     run = _TrainingState(objective, optimiser, warm_up, Progress(), _state(objective))
     if checkpoint is not None:
         run.resume(checkpoint)
@@ -133,6 +135,7 @@ def fit(
         tick(progress.step / steps.total)
         if validation is not None and (progress.step % every == 0 or progress.step == steps.total):
             run.validated(objective.validate(validation), epoch=progress.step / steps.per_epoch)
+            validated(progress.step / steps.per_epoch)
             if label and rank == 0:
                 _log_row(label, progress.history[-1], steps.total)
         elif label and rank == 0:
@@ -142,12 +145,6 @@ def fit(
     if validation is not None:
         objective.load_state_dict(run.best, strict=False)
         progress.capped = progress.step >= steps.total and progress.bad == 0
-        if progress.capped and label and rank == 0:
-            log.warning(
-                "%s: stopped at the cap of %d steps while the validation score was still rising; raise train.epochs or "
-                "train.max_steps",
-                *(label, steps.total),
-            )
     objective.eval()
     return progress
 
@@ -184,13 +181,11 @@ def learn(
     if label and place()[0] == 0:
         log.info("%s: training again for %d steps on all %s interactions", label, steps, f"{len(whole.training):,}")
     objective = build(whole)
-    # The warm-up takes as many steps as in the first training.
-    warm_up = min(0.5, settings.warm_up * _steps(len(data.training), settings).total / steps)
     fitted(
         objective,
         training=whole.training,
         validation=None,
-        settings=settings.model_copy(update={"max_steps": steps, "epochs": steps, "warm_up": warm_up}),
+        settings=settings.model_copy(update={"max_steps": steps, "epochs": steps}),
         checkpoint=checkpoint and replace(checkpoint, uri=f"{checkpoint.uri}.whole"),
     )
     return objective, progress
@@ -239,7 +234,7 @@ class _Steps:
         return [torch.from_numpy(part.copy()) for part in np.array_split(own, parts)]
 
 
-def _steps(rows: int, settings: TrainSettings, *, seed: int = 0, rank: int = 0, world: int = 1) -> _Steps:
+def _steps(rows: int, settings: TrainSettings, *, seed: int, rank: int, world: int) -> _Steps:
     size = settings.batch * world * settings.accumulate
     # The last batch of an epoch has at least half the size, because few rows give a noisy estimate of HSIC.
     per_epoch = max(1, round(rows / size))
@@ -344,10 +339,13 @@ def _groups(objective: nn.Module, settings: TrainSettings) -> list[dict[str, Any
     return groups + ([{"params": tuned, "lr": settings.backbone_learning_rate}] if tuned else [])
 
 
-def _warm_up(optimiser: torch.optim.Optimizer, settings: TrainSettings, total: int) -> LinearLR:
-    """Return a schedule that warms up for the share ``train.warm_up`` of all steps."""
-    steps = max(1, round(settings.warm_up * total))
-    return LinearLR(optimiser, start_factor=1 / steps, total_iters=steps - 1)
+def _warm_up(optimiser: torch.optim.Optimizer, settings: TrainSettings, steps: _Steps) -> LinearLR:
+    """Return a schedule that warms up for ``train.warm_up`` of an epoch, at most half of all steps.
+
+    It counts in epochs, so that a training of other length starts in the same way.
+    """
+    count = max(1, min(round(settings.warm_up * steps.per_epoch), VALIDATE_STEPS, steps.total // 2))
+    return LinearLR(optimiser, start_factor=1 / count, total_iters=count - 1)
 
 
 def _state(objective: nn.Module) -> dict[str, Tensor]:

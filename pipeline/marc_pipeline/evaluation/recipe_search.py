@@ -1,0 +1,188 @@
+"""The choice of a training's recipe within the training part: weights of the constraints, and number of epochs.
+
+The click model learns from the same clicks that the vectors were trained on. The longer the training, the more the
+vectors tell about these clicks, and the less about others. The AUC of MARC's own matching network does not show this.
+So the number of epochs is chosen like the layer: by the click model, on users without a part in the training.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from marc_pipeline.config import TrainSettings
+from marc_pipeline.deployment import Deployment
+from marc_pipeline.evaluation.click_data import user_fold_data
+from marc_pipeline.evaluation.click_model import score_together
+from marc_pipeline.evaluation.factory import new_objective
+from marc_pipeline.evaluation.layer_search import FOLDS, SampledShop
+from marc_pipeline.evaluation.tasks import progress_files
+from marc_pipeline.model.device import use_threads
+from marc_pipeline.progress import ProgressLog
+from marc_pipeline.resources import TaskResources
+from marc_pipeline.spark.tasks import run_buckets
+from marc_pipeline.training.fit import fit
+from marc_pipeline.training.learning import learning_data
+from marc_pipeline.training.training_set import TrainingSet, cached_training_set
+from marc_pipeline.work_area import ProgressFiles
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+WEIGHTS = ((0.0, 0.1), (0.5, 0.1), (0.0, 0.0))
+"""Pairs of α and β to compare."""
+EPOCHS = (1, 2, 3, 5, 8, 12, 20, 30)
+"""Lengths of a training to compare, besides early stopping."""
+SEARCH_FOLDS = 2
+"""Number of groups of users that recipes are scored on: each takes one training per pair of weights."""
+SEARCH_ROWS = 100_000
+"""Most rows of a sample of users, negatives included."""
+TICKS = 100
+
+
+@dataclass(frozen=True, order=True)
+class Recipe:
+    """Settings of a training that are chosen by evaluation.
+
+    Attributes:
+        keep, decouple: α and β, the weights of the constraints.
+        epochs: number of passes over the training part; None to end by early stopping.
+    """
+
+    keep: float
+    decouple: float
+    epochs: int | None = None
+
+
+@dataclass(frozen=True)
+class RecipeTask:
+    """The training with one pair of weights without one group of users. It is pickled for Spark's Python workers.
+
+    Attributes:
+        number: number of the task, for its progress.
+        keep, decouple: α and β.
+        fold: number of the group.
+    """
+
+    number: int
+    deployment: Deployment
+    training_id: str
+    layer: int
+    keep: float
+    decouple: float
+    fold: int
+
+    @property
+    def progress(self) -> ProgressFiles:
+        """Return the place of the progress of all tasks."""
+        return progress_files(self.deployment, self.training_id, "recipes")
+
+
+def weights(train: TrainSettings) -> list[tuple[float, float]]:
+    """Return the pairs of α and β to compare; configured weights are kept."""
+    pairs = (
+        (alpha if train.keep is None else train.keep, beta if train.decouple is None else train.decouple)
+        for alpha, beta in WEIGHTS
+    )
+    return list(dict.fromkeys(pairs))
+
+
+def search_recipes(
+    spark: "SparkSession", deployment: Deployment, training_set: TrainingSet, *, layer: int
+) -> dict[Recipe, float]:
+    """Return the mean AUC of every recipe on held-out users of the training part.
+
+    Raises:
+        UserError: there are too few users or interactions.
+    """
+    settings = deployment.settings
+    each = [(fold, pair) for fold in range(SEARCH_FOLDS) for pair in weights(settings.train)]
+    tasks = [
+        RecipeTask(number, deployment, training_set.card.training_id, layer, *pair, fold=fold)
+        for number, (fold, pair) in enumerate(each)
+    ]
+    progress = tasks[0].progress
+    progress.clear(task.number for task in tasks)
+    made = run_buckets(
+        spark,
+        train_recipes,
+        tasks,
+        label="recipes",
+        weight=lambda _: TICKS,
+        unit="% of the most steps of a training",
+        each="trainings",
+        running=progress.total,
+    )
+    scores: dict[Recipe, list[float]] = {}
+    clock = ProgressLog("recipes: click models", SEARCH_FOLDS, "groups of users")
+    for fold in range(SEARCH_FOLDS):
+        shop = _shop(training_set, deployment)
+        data, _ = user_fold_data(
+            shop.interactions, folds=FOLDS, fold=fold, items=len(shop.items), settings=settings.interactions
+        )
+        own = [found for of, found in sorted(made, key=lambda one: one[0]) if of == fold]
+        distinct = {recipe: vectors for found in own for recipe, vectors in found.items()}
+        scored = score_together([*distinct.values()], data, seed=fold, done=clock.part(fold))
+        aucs = {recipe: score.auc for recipe, score in zip(distinct, scored, strict=True)}
+        for pair in weights(settings.train):
+            for epochs in (*(n for n in EPOCHS if n < settings.train.epochs), None):
+                recipe = Recipe(*pair, epochs)
+                # A training that early stopping ended before has no longer version.
+                scores.setdefault(recipe, []).append(aucs.get(recipe, aucs[replace(recipe, epochs=None)]))
+    return {recipe: fmean(found) for recipe, found in scores.items()}
+
+
+def choose_recipe(scores: Mapping[Recipe, float]) -> Recipe:
+    """Return the recipe with the highest AUC; of equal ones the first, so the shorter training."""
+    return max(scores, key=lambda recipe: scores[recipe])
+
+
+def train_recipes(task: RecipeTask, resources: TaskResources) -> tuple[int, dict[Recipe, NDArray[np.float32]]]:
+    """Train MARC with one pair of weights; return the fold, and the vectors [items, d] after each number of epochs."""
+    use_threads(resources.cpus)
+    settings = task.deployment.settings
+    training_set = cached_training_set(task.deployment.storage, settings.work_uri, task.training_id)
+    shop = _shop(training_set, task.deployment)
+    items = len(shop.items)
+    _, learned = user_fold_data(
+        shop.interactions, folds=FOLDS, fold=task.fold, items=items, settings=settings.interactions
+    )
+    train = settings.train.model_copy(update={"keep": task.keep, "decouple": task.decouple, "validate_every": None})
+    data = learning_data(learned, settings=settings.interactions, holdout=train.holdout, items=items)
+    objective = new_objective(
+        "marc",
+        states=training_set.states(task.layer, shop.items),
+        data=data,
+        dim=train.dim,
+        seed=train.seed,
+        train=train,
+    )
+    found: dict[Recipe, NDArray[np.float32]] = {}
+
+    def keep(epoch: float) -> None:
+        if epoch in EPOCHS:
+            found[Recipe(task.keep, task.decouple, int(epoch))] = objective.vectors().numpy()
+
+    fit(
+        objective,
+        training=data.training,
+        validation=data.holdout,
+        settings=train,
+        seed=train.seed,
+        label="",
+        tick=lambda share: task.progress.write(task.number, TICKS * share),
+        validated=keep,
+    )
+    found[Recipe(task.keep, task.decouple)] = objective.vectors().numpy()
+    task.progress.clear([task.number])
+    return task.fold, found
+
+
+def _shop(training_set: TrainingSet, deployment: Deployment) -> SampledShop:
+    interactions = training_set.interactions.take(training_set.split.train)
+    interactions = replace(interactions, profiles=None, profile_texts=())
+    settings = deployment.settings.interactions
+    return SampledShop.of(interactions, rows=SEARCH_ROWS, items=len(training_set.item_ids), settings=settings)

@@ -18,7 +18,8 @@ from marc_schemas.release import Release
 from published import DIM, Encoded, Site, Vector, Vectors, items
 
 FEW = settings(deadline=None, database=None, max_examples=15)
-LAX = AuditSettings(max_drift=1e30)
+# Equal vectors are a degenerate space.
+LAX = AuditSettings(max_drift=1e30, min_effective_rank=0, max_mean_cosine=1)
 ROUNDING = (DIM + 1) * 2.0**-24
 # Underflow of a product in float32, in each of eight components.
 UNDERFLOW = DIM * 2.0**-149
@@ -49,7 +50,7 @@ def unit(row: Sequence[float]) -> Vector:
 
 def published(site: Site, vectors: Vectors, factory: str = "Flat", *, target: float = 0.95) -> OpenRelease:
     encoded = site.encoded(vectors)
-    assert encoded.audit().problems == ()
+    assert encoded.audit(LAX).problems == ()
     encoded.index(IndexSettings(factory=factory, target_recall=target))
     made = encoded.release()
     assert verify(site.storage, made, table_uri=site.table_uri) == []

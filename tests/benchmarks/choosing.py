@@ -164,7 +164,7 @@ def main() -> None:
     title = f"{given.layers} layers, {given.items:,} items of width {given.width}, {given.interactions:,} purchases"
     notes = [
         f"choosing, training and gate: {total / 60:.1f} minutes",
-        f"training: {trained.progress.step} steps, {'stopped at the cap' if trained.progress.capped else 'stopped early'}",
+        f"training: {trained.progress.step} steps, {'at the cap' if trained.progress.capped else 'stopped early'}",
         f"validation AUC: {shown}",
     ]
     show(title, "step|seconds:.0f|peak MiB:.0f|result", rows, notes=notes)

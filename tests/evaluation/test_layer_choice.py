@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from clicks import clicks as made_up_clicks
 from marc_pipeline.config import InteractionSettings, TrainSettings
+from marc_pipeline.errors import UserError
 from marc_pipeline.evaluation import layer_search
 from marc_pipeline.evaluation.click_data import user_fold_data
 from marc_pipeline.evaluation.layer_choice import choose_layer, final_scores
@@ -108,8 +109,8 @@ def test_the_search_finds_the_layer_that_tells_the_clicks(
     assert {len(aucs) for aucs in finalists.values()} == {len(scores[RANDOM])} == {FOLDS}
     assert choose_layer(layer_scores) == told
     assert beats_random(scores)
-    # Halving fits each layer once, and the finalists once per fold and round.
-    assert len(asked) <= 2 * layers + FINALISTS * (FOLDS + 1)
+    # Halving reads each layer twice, and the finalists once per fold and round.
+    assert len(asked) <= 3 * layers + FINALISTS * (FOLDS + 1)
 
 
 def test_layers_that_say_nothing_do_not_beat_random_vectors() -> None:
@@ -159,3 +160,16 @@ def test_configured_weights_are_not_searched() -> None:
 def test_the_recipe_with_the_highest_auc_is_chosen_of_equals_the_shorter() -> None:
     scores = {Recipe(0.0, 0.1, 1): 0.6, Recipe(0.0, 0.1, 2): 0.7, Recipe(0.0, 0.1): 0.7, Recipe(0.5, 0.1, 1): 0.65}
     assert choose_recipe(scores) == Recipe(0.0, 0.1, 2)
+
+
+def test_a_layer_whose_states_are_equal_is_left_out() -> None:
+    """With cls pooling, the embeddings of all texts are equal except for rounding."""
+    interactions, states = shop(4, told=2)
+
+    def of(layer: int, items: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.full((len(items), 24), 0.1, np.float32) if layer == 0 else states(layer, items)
+
+    scores = search_layers(interactions, of, layers=range(4), items=120, dim=6, settings=WANTED, holdout=0.1)
+    assert scores.keys() == {RANDOM, 1, 2, 3}
+    with pytest.raises(UserError, match=r"train.dim is 6: the states of no layer span so many directions"):
+        search_layers(interactions, of, layers=[0], items=120, dim=6, settings=WANTED, holdout=0.1)

@@ -21,7 +21,8 @@ def choose_layer(scores: Mapping[int, Sequence[float]]) -> int:
     for layer in sorted(finalists):
         behind = np.subtract(finalists[best], finalists[layer]).tolist()
         error = stdev(behind) / len(behind) ** 0.5 if len(behind) > 1 else 0.0
-        if fmean(behind) <= error:
+        # Rounding must not decide between equals.
+        if fmean(behind) <= error + 1e-9:
             return layer
     return best
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from marc_pipeline.config import InteractionSettings, Settings
+from marc_pipeline.errors import UserError
 from marc_pipeline.evaluation.click_data import rows_within, sample_users, user_fold_data
 from marc_pipeline.evaluation.click_model import score_together
 from marc_pipeline.evaluation.factory import pca_vectors
@@ -34,6 +35,7 @@ FINALISTS = 8
 ROUND_ROWS, FINAL_ROWS = 50_000, 200_000
 """Most rows of a round with one fold, and of the last round, negatives included."""
 ERROR = 0.05
+SPAN_ROWS = 4
 RANDOM = -1
 """Key of the random vectors, which are scored beside the layers."""
 
@@ -90,7 +92,9 @@ def search_layers(
         UserError: there are too few users, or the states span too few directions.
     """
     scores: dict[int, list[float]] = {}
-    left, rows = sorted(layers), ROUND_ROWS
+    left, rows = [layer for layer in sorted(layers) if spans(states, layer, items=items, dim=dim)], ROUND_ROWS
+    if not left:
+        raise UserError(f"train.dim is {dim}: the states of no layer span so many directions; lower train.dim")
     rounds = _rounds(len(left))
     for number in range(rounds):
         last = number == rounds - 1
@@ -108,6 +112,15 @@ def search_layers(
     return scores
 
 
+def spans(states: States, layer: int, *, items: int, dim: int) -> bool:
+    """Return whether the states of a layer vary in at least ``dim`` directions.
+
+    With cls pooling, layer 0 does not: the first token is the same in every text.
+    """
+    some = states(layer, np.arange(0, items, max(1, items // (SPAN_ROWS * dim)))).astype(np.float64)
+    return bool(np.linalg.matrix_rank(some - some.mean(axis=0), tol=None) >= min(dim, len(some) - 1))
+
+
 def beats_random(scores: Mapping[int, Sequence[float]]) -> bool:
     """Return whether the best layer is demonstrably above random vectors: a paired t-test over folds, one-sided.
 
@@ -121,7 +134,7 @@ def beats_random(scores: Mapping[int, Sequence[float]]) -> bool:
 
 def pca_test_scores(training_set: TrainingSet, settings: Settings, *, seeds: int) -> dict[int, list[float]]:
     """Return the test AUC of the whitened PCA of every layer, one per seed. Reports show it; it decides nothing."""
-    interactions, items = training_set.interactions, len(training_set.item_ids)
+    interactions, items, dim = training_set.interactions, len(training_set.item_ids), settings.train.dim
     data = evaluation_data(training_set, settings)
     learned = interactions.take(training_set.split.train)
     known = (
@@ -129,11 +142,11 @@ def pca_test_scores(training_set: TrainingSet, settings: Settings, *, seeds: int
         .whole()
         .known.numpy()
     )
-    layers, vectors = range(training_set.card.layers + 1), []
-    progress = ProgressLog("layers: test part", seeds, "seeds")
+    layers = [n for n in range(training_set.card.layers + 1) if spans(training_set.states, n, items=items, dim=dim)]
+    vectors, progress = [], ProgressLog("layers: test part", seeds, "seeds")
     for layer in layers:
         states = training_set.states(layer, np.arange(items))
-        vectors.append(pca_vectors(states, known, dim=settings.train.dim))
+        vectors.append(pca_vectors(states, known, dim=dim))
     found: dict[int, list[float]] = {layer: [] for layer in layers}
     for seed in range(seeds):
         scored = score_together(vectors, data, seed=seed, done=progress.part(seed))

@@ -5,7 +5,7 @@ vectors tell about these clicks, and the less about others. The AUC of MARC's ow
 So the number of epochs is chosen like the layer: by the click model, on users without a part in the training.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from marc_pipeline.config import TrainSettings
+from marc_pipeline.config import InteractionSettings, TrainSettings
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.evaluation.click_data import user_fold_data
 from marc_pipeline.evaluation.click_model import score_together
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = ((0.0, 0.1), (0.5, 0.1), (0.0, 0.0))
 """Pairs of α and β to compare."""
-EPOCHS = (1, 2, 3, 5, 8, 12, 20, 30)
+EPOCHS = (1, 2, 4, 8, 16, 32)
 """Lengths of a training to compare, besides early stopping."""
 SEARCH_FOLDS = 2
 """Number of groups of users that recipes are scored on: each takes one training per pair of weights."""
@@ -55,6 +55,10 @@ class Recipe:
     keep: float
     decouple: float
     epochs: int | None = None
+
+
+Vectors = dict[Recipe, NDArray[np.float32]]
+"""Vectors [items, d] by recipe."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def weights(train: TrainSettings) -> list[tuple[float, float]]:
 def search_recipes(
     spark: "SparkSession", deployment: Deployment, training_set: TrainingSet, *, layer: int
 ) -> dict[Recipe, float]:
-    """Return the mean AUC of every recipe on held-out users of the training part.
+    """Return the mean AUC of recipes on held-out users of the training part: all lengths, then all weights.
 
     Raises:
         UserError: there are too few users or interactions.
@@ -116,23 +120,42 @@ def search_recipes(
         each="trainings",
         running=progress.total,
     )
-    scores: dict[Recipe, list[float]] = {}
-    clock = ProgressLog("recipes: click models", SEARCH_FOLDS, "groups of users")
-    for fold in range(SEARCH_FOLDS):
-        shop = _shop(training_set, deployment)
-        data, _ = user_fold_data(
-            shop.interactions, folds=FOLDS, fold=fold, items=len(shop.items), settings=settings.interactions
-        )
-        own = [found for of, found in sorted(made, key=lambda one: one[0]) if of == fold]
-        distinct = {recipe: vectors for found in own for recipe, vectors in found.items()}
-        scored = score_together([*distinct.values()], data, seed=fold, done=clock.part(fold))
-        aucs = {recipe: score.auc for recipe, score in zip(distinct, scored, strict=True)}
-        for pair in weights(settings.train):
-            for epochs in (*(n for n in EPOCHS if n < settings.train.epochs), None):
-                recipe = Recipe(*pair, epochs)
-                # A training that early stopping ended before has no longer version.
-                scores.setdefault(recipe, []).append(aucs.get(recipe, aucs[replace(recipe, epochs=None)]))
-    return {recipe: fmean(found) for recipe, found in scores.items()}
+    shop = _shop(training_set, deployment)
+    vectors = [_of_fold(made, fold) for fold in range(SEARCH_FOLDS)]
+    first, *others = weights(settings.train)
+    lengths = [Recipe(*first, epochs) for epochs in (*(n for n in EPOCHS if n < settings.train.epochs), None)]
+    scores = _scored(shop, vectors, lengths, settings.interactions, label="recipes: epochs")
+    # The other weights are compared at the best length only.
+    epochs = choose_recipe(scores).epochs
+    rivals = [Recipe(*pair, epochs) for pair in others]
+    return scores | _scored(shop, vectors, rivals, settings.interactions, label="recipes: weights")
+
+
+def _of_fold(made: Sequence[tuple[int, Vectors]], fold: int) -> Vectors:
+    return {recipe: vectors for number, found in made if number == fold for recipe, vectors in found.items()}
+
+
+def _scored(
+    shop: SampledShop,
+    vectors: Sequence[Vectors],
+    recipes: Sequence[Recipe],
+    settings: InteractionSettings,
+    *,
+    label: str,
+) -> dict[Recipe, float]:
+    """Return the mean AUC over the folds of each recipe; ``vectors`` are those of each fold."""
+    scores: dict[Recipe, list[float]] = {recipe: [] for recipe in recipes}
+    progress = ProgressLog(label, len(vectors), "groups of users")
+    for fold, made in enumerate(vectors):
+        data, _ = user_fold_data(shop.interactions, folds=FOLDS, fold=fold, items=len(shop.items), settings=settings)
+        # A training that early stopping ended before has no longer version: its last vectors count.
+        places = {recipe: recipe if recipe in made else replace(recipe, epochs=None) for recipe in recipes}
+        distinct = list(dict.fromkeys(places.values()))
+        found = score_together([made[place] for place in distinct], data, seed=fold, done=progress.part(fold))
+        aucs = {place: score.auc for place, score in zip(distinct, found, strict=True)}
+        for recipe, place in places.items():
+            scores[recipe].append(aucs[place])
+    return {recipe: fmean(aucs) for recipe, aucs in scores.items()}
 
 
 def choose_recipe(scores: Mapping[Recipe, float]) -> Recipe:
@@ -140,7 +163,7 @@ def choose_recipe(scores: Mapping[Recipe, float]) -> Recipe:
     return max(scores, key=lambda recipe: scores[recipe])
 
 
-def train_recipes(task: RecipeTask, resources: TaskResources) -> tuple[int, dict[Recipe, NDArray[np.float32]]]:
+def train_recipes(task: RecipeTask, resources: TaskResources) -> tuple[int, Vectors]:
     """Train MARC with one pair of weights; return the fold, and the vectors [items, d] after each number of epochs."""
     use_threads(resources.cpus)
     settings = task.deployment.settings
@@ -160,7 +183,7 @@ def train_recipes(task: RecipeTask, resources: TaskResources) -> tuple[int, dict
         seed=train.seed,
         train=train,
     )
-    found: dict[Recipe, NDArray[np.float32]] = {}
+    found: Vectors = {}
 
     def keep(epoch: float) -> None:
         if epoch in EPOCHS:

@@ -14,7 +14,7 @@ from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import GateRefused, UserError
 from marc_pipeline.evaluation.click_model import ClickScore, Vectors, score_together
 from marc_pipeline.evaluation.factory import pca_vectors
-from marc_pipeline.evaluation.statistics import user_interval
+from marc_pipeline.evaluation.statistics import user_error, user_interval
 from marc_pipeline.evaluation.systems import System
 from marc_pipeline.evaluation.tasks import as_scores, evaluation_data
 from marc_pipeline.model.bundle import current_version, local_bundle, open_bundle, promote
@@ -186,11 +186,16 @@ def _decided(
     if not comparison.beats_random:
         log.warning("promote: no vector beats random ones: the texts say nothing about what users take")
     own = f"bundle:{comparison.candidate}"
-    if validation[own] >= validation[best] - comparison.tolerance:
+    error = 0.0
+    if best.startswith("pca-layer-"):
+        # The candidate was better within the training part. A small validation part must not overrule that by chance.
+        error = user_error(averaged[best], averaged[own], data, part=data.split.validation)
+    if validation[own] >= validation[best] - comparison.tolerance - error:
         return comparison
     problem = (
         f"its mean validation AUC over {settings.evaluate.seeds} seeds is {validation[own]:.4f}, that of "
-        f"{_named(best)} is {validation[best]:.4f}; evaluate.tolerance is {comparison.tolerance:g}"
+        f"{_named(best)} is {validation[best]:.4f}{f' ± {error:.4f}' if error else ''}; evaluate.tolerance is "
+        f"{comparison.tolerance:g}"
     )
     update: dict[str, object] = {"problems": [problem]}
     if best.startswith("pca-layer-"):

@@ -218,13 +218,13 @@ class TrainSettings(Section):
     kernel: Literal["linear", "rbf"] = Field("linear", description="Kernel of HSIC.")
     estimator: Literal["biased", "unbiased"] = Field("biased", description="Estimator of HSIC.")
     constraint_rows: int = Field(512, ge=4, description="Items per step that HSIC is estimated on.")
-    learning_rate: float = Field(1e-3, gt=0, description="Learning rate of AdamW.")
+    learning_rate: float = Field(3e-3, gt=0, description="Learning rate of AdamW.")
     backbone_learning_rate: float = Field(2e-4, gt=0, description="Learning rate of LoRA in the tuned regime.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
     warm_up: float = Field(
         1.0, ge=0, description="Passes over the training part for the linear warm-up, at most half of the training."
     )
-    batch: int = Field(512, ge=2, description="Interactions per step and process; sampled negatives are added.")
+    batch: int = Field(1024, ge=2, description="Interactions per step and process; sampled negatives are added.")
     accumulate: int = Field(1, ge=1, description="Number of batches whose gradients form one step.")
     epochs: int = Field(
         100, ge=1, description="Most passes over the training part; evaluation and early stopping choose fewer."

@@ -150,11 +150,28 @@ def user_interval(
     Returns:
         The interval over 1,000 draws with a fixed seed; None if there is one user only, or no draw has both labels.
     """
-    part = data.split.test if part is None else part
+    differences = _user_draws(one, other, data, data.split.test if part is None else part)
+    if not len(differences):
+        return None
+    error = (1 - CONFIDENCE) / 2 / comparisons
+    low, high = np.quantile(differences, [error, 1 - error])
+    return float(low), float(high)
+
+
+def user_error(one: NDArray[np.float32], other: NDArray[np.float32], data: ClickData, *, part: slice) -> float:
+    """Return the standard error of AUC(one) − AUC(other) over the users of a part; 0 for fewer than two users."""
+    differences = _user_draws(one, other, data, part)
+    return float(differences.std()) if len(differences) else 0.0
+
+
+def _user_draws(
+    one: NDArray[np.float32], other: NDArray[np.float32], data: ClickData, part: slice
+) -> NDArray[np.float64]:
+    """Return AUC(one) − AUC(other) of each draw of the part's users that has both labels."""
     users, row_users = np.unique(data.users[part], return_inverse=True)
     labels, own = data.labels[part], data.weights[part]
     if len(users) < 2:
-        return None
+        return np.empty(0)
     first, second = WeightedAUC(labels, one), WeightedAUC(labels, other)
     rng = np.random.default_rng(DRAW_SEED)
     found = []
@@ -163,12 +180,7 @@ def user_interval(
         weights = times[row_users] * own
         found.append(first(weights) - second(weights))
     differences = np.array(found)
-    differences = differences[~np.isnan(differences)]
-    if not len(differences):
-        return None
-    error = (1 - CONFIDENCE) / 2 / comparisons
-    low, high = np.quantile(differences, [error, 1 - error])
-    return float(low), float(high)
+    return differences[~np.isnan(differences)]
 
 
 def runs_of(scores: Sequence[SystemScore]) -> dict[Key, dict[int, SystemScore]]:

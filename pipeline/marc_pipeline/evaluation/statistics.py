@@ -179,8 +179,9 @@ def _user_draws(
         times = np.bincount(rng.integers(len(users), size=len(users)), minlength=len(users))
         weights = times[row_users] * own
         found.append(first(weights) - second(weights))
-    differences = np.array(found)
-    return differences[~np.isnan(differences)]
+    differences: NDArray[np.float64] = np.array(found)
+    kept: NDArray[np.float64] = differences[~np.isnan(differences)]
+    return kept
 
 
 def runs_of(scores: Sequence[SystemScore]) -> dict[Key, dict[int, SystemScore]]:

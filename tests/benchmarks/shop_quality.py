@@ -25,7 +25,7 @@ from measuring import CORES, options, progress, show, working_folder, write_json
 
 from marc_pipeline.bundles.making import known_items
 from marc_pipeline.bundles.promotion import compare_stage
-from marc_pipeline.bundles.stages import states_stage, train_stage
+from marc_pipeline.bundles.stages import LAYERS, run_uri, states_stage, train_stage
 from marc_pipeline.config import load_settings
 from marc_pipeline.deployment import Deployment, open_deployment
 from marc_pipeline.evaluation.click_data import ClickData, click_data
@@ -115,16 +115,23 @@ def measured(deployment: Deployment, training_set: TrainingSet, percent: int, gi
         states = own.states(layer, np.arange(len(own.item_ids)))
         systems[f"pca-layer-{layer}"] = pca_vectors(states, known, dim=settings.train.dim)
     systems["random"] = np.random.default_rng(0).standard_normal(systems["pca-layer-0"].shape, dtype=np.float32)
-    scores, predictions, train = [], {}, settings.train
+    scores, predictions, chosen = [], {}, None
     for seed in range(given.seeds):
-        train = train.model_copy(update={"seed": seed})
+        train = settings.train.model_copy(update={"seed": seed})
         uri = join(settings.work_uri, "benchmark", f"{training_id}-{seed}")
         one = deployment.with_settings(settings.model_copy(update={"train": train, "bundle_uri": uri}))
+        folder = Path(run_uri(one.settings, training_id))
+        if chosen is not None:
+            # The choices do not depend on the seed of the training, so later seeds take those of the first.
+            folder.mkdir(parents=True)
+            for name in (LAYERS, f"recipes_{chosen.layers}.json"):
+                shutil.copy(Path(run_uri(first, training_id)) / name, folder / name)
         run = train_stage(spark, one, training_id, decision="clicks")
-        train = train.model_copy(update={"layers": run.layers, "keep": run.keep, "decouple": run.decouple})
+        if chosen is None:
+            chosen, first = run, one.settings
         gate = compare_stage(one, training_id, run.bundle)
-        chosen = f"{run.layers} layers, keep {run.keep:g}, decouple {run.decouple:g}, epochs {run.epochs}"
-        progress(f"{percent} %, seed {seed}: {chosen}; the gate finds {gate.best} best of {gate.validation_auc}")
+        recipe = f"{run.layers} layers, keep {run.keep:g}, decouple {run.decouple:g}, epochs {run.epochs}"
+        progress(f"{percent} %, seed {seed}: {recipe}; the gate finds {gate.best} best of {gate.validation_auc}")
         for name, version in (("marc", run.bundle), ("shipped", gate.replacement or run.bundle)):
             bundle = open_bundle(storage, join(uri, version))
             encoder = load_encoder(storage, bundle.uri, version, settings.encode, machine())

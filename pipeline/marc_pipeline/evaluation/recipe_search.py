@@ -128,6 +128,8 @@ def search_recipes(
     # The other weights are compared at the best length only.
     epochs = choose_recipe(scores).epochs
     rivals = [Recipe(*pair, epochs) for pair in others]
+    if not rivals:
+        return scores
     return scores | _scored(shop, vectors, rivals, settings.interactions, label="recipes: weights")
 
 

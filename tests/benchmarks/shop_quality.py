@@ -52,7 +52,7 @@ from marc_pipeline.training.training_set import (
     open_training_set,
     training_uri,
 )
-from marc_schemas.evaluation import Summary
+from marc_schemas.evaluation import Summary, SystemScore
 from marc_schemas.training import TrainingSetCard
 
 COLUMNS = "training rows|system|test AUC|cold AUC|recall@10|look-up recall|minus best PCA|users"
@@ -115,20 +115,21 @@ def measured(deployment: Deployment, training_set: TrainingSet, percent: int, gi
         states = own.states(layer, np.arange(len(own.item_ids)))
         systems[f"pca-layer-{layer}"] = pca_vectors(states, known, dim=settings.train.dim)
     systems["random"] = np.random.default_rng(0).standard_normal(systems["pca-layer-0"].shape, dtype=np.float32)
-    scores, predictions, chosen = [], {}, None
+    scores: list[SystemScore] = []
+    predictions, made = {}, Path()
     for seed in range(given.seeds):
         train = settings.train.model_copy(update={"seed": seed})
         uri = join(settings.work_uri, "benchmark", f"{training_id}-{seed}")
         one = deployment.with_settings(settings.model_copy(update={"train": train, "bundle_uri": uri}))
         folder = Path(run_uri(one.settings, training_id))
-        if chosen is not None:
+        if seed:
             # The choices do not depend on the seed of the training, so later seeds take those of the first.
             folder.mkdir(parents=True)
-            for name in (LAYERS, f"recipes_{chosen.layers}.json"):
-                shutil.copy(Path(run_uri(first, training_id)) / name, folder / name)
+            for path in [made / LAYERS, *made.glob("recipes_*.json")]:
+                shutil.copy(path, folder)
+        else:
+            made = folder
         run = train_stage(spark, one, training_id, decision="clicks")
-        if chosen is None:
-            chosen, first = run, one.settings
         gate = compare_stage(one, training_id, run.bundle)
         recipe = f"{run.layers} layers, keep {run.keep:g}, decouple {run.decouple:g}, epochs {run.epochs}"
         progress(f"{percent} %, seed {seed}: {recipe}; the gate finds {gate.best} best of {gate.validation_auc}")

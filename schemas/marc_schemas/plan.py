@@ -26,6 +26,8 @@ class BucketPlan(Contract):
         tokens: tokens of the new and changed texts, special tokens included, truncated at the bundle's maximum;
             estimated from a sample in large buckets.
         tokens_error: half-width of the estimate's 95 % interval, in tokens; 0 if ``tokens`` is exact.
+        cut_texts: new and changed texts that are longer than the bundle's maximum; estimated if ``tokens`` is.
+        lost_tokens: estimate of their tokens beyond the maximum.
         previous: files of the base release with the vectors to carry over.
     """
 
@@ -37,6 +39,8 @@ class BucketPlan(Contract):
     deleted: int
     tokens: int
     tokens_error: float = 0.0
+    cut_texts: int = 0
+    lost_tokens: int = 0
     previous: tuple[PublishedFile, ...] = ()
 
 
@@ -128,6 +132,16 @@ class Plan(Contract):
     def tokens_error(self) -> float:
         """Half-width of the 95 % interval of ``tokens``, whose variances add up over buckets."""
         return math.hypot(*(b.tokens_error for b in self.work))
+
+    @property
+    def cut_texts(self) -> int:
+        """Texts to encode that are longer than the bundle's maximum."""
+        return sum(b.cut_texts for b in self.work)
+
+    @property
+    def lost_tokens(self) -> int:
+        """Estimate of their tokens beyond the maximum."""
+        return sum(b.lost_tokens for b in self.work)
 
     @property
     def seconds(self) -> float | None:

@@ -156,6 +156,8 @@ class Counts(Contract):
         reused: items whose vector was carried over.
         quarantined: quarantined rows of the plan; after a backfill of some buckets, those of these buckets.
         encoded, tokens: texts and tokens that the model encoded.
+        cut_texts, lost_tokens: encoded texts that the limit of the tokens cuts, and estimate of their tokens beyond the
+            limit; None in records of format 4.
     """
 
     items: int
@@ -166,6 +168,8 @@ class Counts(Contract):
     quarantined: int
     encoded: int
     tokens: int
+    cut_texts: int | None = None
+    lost_tokens: int | None = None
 
 
 class AuditFigures(Contract):

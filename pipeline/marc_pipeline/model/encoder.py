@@ -63,6 +63,7 @@ class Encoded:
         vectors: zeros for a text that failed.
         tokens: of all texts; ``padded_tokens``: including padding.
         model_seconds: compute time of the model on its device.
+        cut_texts, lost_tokens: number of texts beyond the limit of the tokenizer, and estimate of their tokens beyond.
         failed: reason by row, for each text that fails even as the only one of its batch.
     """
 
@@ -70,6 +71,8 @@ class Encoded:
     tokens: int
     padded_tokens: int
     model_seconds: float
+    cut_texts: int = 0
+    lost_tokens: int = 0
     failed: dict[int, str] = field(default_factory=dict)
 
 
@@ -145,6 +148,8 @@ class Encoder:
             tokens=sum(part.tokens for part in parts),
             padded_tokens=sum(part.padded_tokens for part in parts),
             model_seconds=sum(part.model_seconds for part in parts),
+            cut_texts=sum(part.cut_texts for part in parts),
+            lost_tokens=sum(part.lost_tokens for part in parts),
         )
 
     def stream(
@@ -179,7 +184,8 @@ class Encoder:
 
     @torch.inference_mode()
     def _encode(self, window: TokenisedTexts) -> Encoded:
-        lengths = np.array([len(ids) for ids in window.ids], dtype=np.int64)
+        ids, lost = [text.ids for text in window.texts], [text.lost for text in window.texts]
+        lengths = np.array([len(of_text) for of_text in ids], dtype=np.int64)
         failed = dict(window.failed)
         order = np.argsort(-lengths, kind="stable")
         order = order[~np.isin(order, list(failed))]
@@ -191,7 +197,7 @@ class Encoder:
             rows = order[start : start + next_batch(lengths[order[start:]], self._token_budget, packed=self.packed)]
             start += len(rows)
             padded += self._computed(lengths[rows])
-            parts += self._vectors(rows, window.ids, failed, clock)
+            parts += self._vectors(rows, ids, failed, clock)
             self.on_batch(len(rows), int(lengths[rows].sum()))
         with self._watched():
             found = [(rows, vectors.cpu().numpy()) for rows, vectors in parts]
@@ -199,8 +205,16 @@ class Encoder:
         for rows, part in found:
             vectors[rows] = part
             for row in rows[_not_finite(part)].tolist():
-                vectors[row] = self._retried(row, window.ids[row], failed)
-        return Encoded(vectors, int(lengths.sum()), padded, clock.seconds(), failed)
+                vectors[row] = self._retried(row, ids[row], failed)
+        return Encoded(
+            vectors,
+            tokens=int(lengths.sum()),
+            padded_tokens=padded,
+            model_seconds=clock.seconds(),
+            cut_texts=sum(map(bool, lost)),
+            lost_tokens=sum(lost),
+            failed=failed,
+        )
 
     def _vectors(
         self, rows: NDArray[np.int64], ids: list[NDArray[np.int32]], failed: dict[int, str], clock: DeviceClock

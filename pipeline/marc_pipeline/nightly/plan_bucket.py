@@ -165,6 +165,8 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
         deleted=deleted,
         tokens=tokens.tokens,
         tokens_error=tokens.error,
+        cut_texts=tokens.cut_texts,
+        lost_tokens=tokens.lost_tokens,
         previous=files,
     )
     unusable = {

@@ -167,6 +167,8 @@ def _counts(plan: Plan, receipts: Sequence[Receipt], fresh: Sequence[Receipt], *
         quarantined=sum(quarantined_rows(plan.quarantined, receipts).values()),
         encoded=sum(receipt.encoded for receipt in fresh),
         tokens=sum(receipt.tokens for receipt in fresh),
+        cut_texts=sum(receipt.cut_texts for receipt in fresh),
+        lost_tokens=sum(receipt.lost_tokens for receipt in fresh),
     )
 
 

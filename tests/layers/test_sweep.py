@@ -29,6 +29,7 @@ from marc_pipeline.model import tokens
 from marc_pipeline.model.backbone import load_backbone
 from marc_pipeline.model.tokens import TextTokens, text_tokens
 from marc_pipeline.storage import Storage
+from marc_schemas.bundle import LongTexts
 from tiny_models import (
     ARCHITECTURES,
     CPU_FLOAT32,
@@ -281,10 +282,10 @@ def test_a_killed_part_leaves_no_file(backbones: Backbones, tmp_path: Path, monk
 def fail_on(monkeypatch: pytest.MonkeyPatch, bad: str) -> None:
     """Make the tokenizer fail on texts that start with ``bad``."""
 
-    def fails(tokenizer: Tokenizer, texts: Sequence[str]) -> list[TextTokens]:
+    def fails(tokenizer: Tokenizer, texts: Sequence[str], long_texts: LongTexts = "cut") -> list[TextTokens]:
         if any(text.startswith(bad) for text in texts):
             raise ValueError("no token for this")
-        return text_tokens(tokenizer, texts)
+        return text_tokens(tokenizer, texts, long_texts)
 
     monkeypatch.setattr(tokens, "text_tokens", fails)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from marc_pipeline.model.tokens import TokenCount, count_tokens, load_tokenizer, sample_of, token_ids
+from marc_pipeline.model.tokens import TokenCount, count_tokens, load_tokenizer, sample_of, text_tokens, token_ids
 from marc_pipeline.storage import Storage
 from tiny_models import MAX_TOKENS, TEXTS, save_tiny_backbone, tiny_tokenizer
 
@@ -183,6 +183,28 @@ def test_cut_texts_are_exact_and_lost_tokens_are_close(tokenizer: Tokenizer, tex
     found = count_tokens(tokenizer, [text], of=1)
     assert found.cut_texts == (true > 0)
     assert found.lost_tokens == pytest.approx(true, rel=error)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+@settings(max_examples=60, deadline=None)
+@given(words=st.lists(st.sampled_from(["river", "seven", "naïve", "漢字", "x" * 70, "😀", " "]), max_size=150))
+def test_chunks_contain_every_token_once_and_nothing_is_lost(architecture: str, words: list[str]) -> None:
+    text, tokenizer = " ".join(words), tiny_tokenizer(architecture)
+    special = tokenizer.num_special_tokens_to_add(is_pair=False)
+    whole = tokenizer.encode(text).ids
+    tokenizer.enable_truncation(max_length=MAX_TOKENS)
+    (found,) = text_tokens(tokenizer, [text], "pool")
+    # BERT has one special token at each end, and the tiny Llama has none.
+    first, last = special // 2, special - special // 2
+    content = [token for chunk in found.chunks for token in chunk.tolist()[first : len(chunk) - last]]
+    assert content == whole[first : len(whole) - last]
+    assert all(len(chunk) == MAX_TOKENS for chunk in found.chunks[:-1])
+    assert len(found.chunks[-1]) <= MAX_TOKENS
+    counted = count_tokens(tokenizer, [text], of=1, long_texts="pool")
+    assert counted == TokenCount(sum(map(len, found.chunks)), cut_texts=0, lost_tokens=0)
+    (cut,) = text_tokens(tokenizer, [text])
+    assert cut.chunks[0].tolist() == found.chunks[0].tolist()
+    assert (cut.lost > 0) == (len(found.chunks) > 1)
 
 
 def test_cut_texts_of_a_sample_are_scaled_to_all_texts(tokenizer: Tokenizer) -> None:

@@ -34,6 +34,7 @@ from marc_pipeline.storage.checksums import check_file
 from marc_pipeline.table.precision import round_mantissas
 from marc_pipeline.table.write import write_bucket_file
 from marc_pipeline.work_area import ProgressFiles, Workspace
+from marc_schemas.bundle import LongTexts
 from marc_schemas.catalogue import ITEMS, QUARANTINE, Change
 from marc_schemas.feature_table import MANTISSA_BITS, file_schema
 from marc_schemas.files import PublishedFile
@@ -173,10 +174,10 @@ def cut_a_byte(path: Path) -> None:
 def fail_on(monkeypatch: pytest.MonkeyPatch, *bad: str) -> None:
     """Make the tokenizer fail on some texts."""
 
-    def fails(tokenizer: Tokenizer, texts: Sequence[str]) -> list[TextTokens]:
+    def fails(tokenizer: Tokenizer, texts: Sequence[str], long_texts: LongTexts = "cut") -> list[TextTokens]:
         if set(texts) & set(bad):
             raise ValueError("no token for this")
-        return text_tokens(tokenizer, texts)
+        return text_tokens(tokenizer, texts, long_texts)
 
     monkeypatch.setattr("marc_pipeline.model.tokens.text_tokens", fails)
 

@@ -31,6 +31,7 @@ from plan_cases import (
     naive_changes,
     naive_tokens,
     planned_rows,
+    pooled,
     precise,
     withdrawn,
     write_day,
@@ -288,6 +289,20 @@ def test_vectors_are_carried_over_only_if_they_are_precise_enough(
     assert day.changes == naive_changes(BEFORE, TODAY, same_bundle=carried)[0]
     assert day.plan.mantissa_bits == now
     assert (day.plan.unchanged > 0) is carried
+
+
+def test_pooled_texts_are_not_cut_and_vectors_of_cut_texts_are_not_carried_over(
+    spark: "SparkSession", tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    today = {**TODAY, "long": "word " * 99}
+    wanted = settings_at(tmp_path, write_day(tmp_path, today))
+    planning.publish(wanted, BEFORE)
+    plain, anew = plan_day(spark, wanted), plan_day(spark, pooled(wanted))
+    assert (plain.plan.cut_texts, plain.plan.lost_tokens > 0, plain.plan.unchanged > 0) == (1, True, True)
+    assert (anew.plan.cut_texts, anew.plan.lost_tokens, anew.plan.unchanged) == (0, 0, 0)
+    assert (plain.plan.long_texts, anew.plan.long_texts) == ("cut", "pool")
+    assert "was trained with encode.long_texts cut, the configuration has pool" in caplog.text
+    assert "was made with encode.long_texts cut, the configuration has pool: every item is re-encoded" in caplog.text
 
 
 def test_chosen_buckets_of_a_date_without_a_release_plan_the_whole_date(

@@ -37,7 +37,17 @@ def test_a_log_of_an_unreadable_format_is_the_users_error(
 
 
 # Fields with defaults, at every depth, that the tests treat as fields of a later format.
-ADDED = {"retired_at", "restores", "withdrawn", "tombstones", "blocks", "space", "cut_texts", "lost_tokens"}
+ADDED = {
+    "retired_at",
+    "restores",
+    "withdrawn",
+    "tombstones",
+    "blocks",
+    "space",
+    "cut_texts",
+    "lost_tokens",
+    "long_texts",
+}
 
 
 def before_added(kind: pa.DataType) -> pa.DataType:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer, normalizers, pre_tokenizers
 
 from marc_pipeline.storage import Storage, join
+from marc_schemas.bundle import LongTexts
 
 TOKENIZER = "backbone/tokenizer.json"
 Z_95 = 1.96
@@ -51,13 +52,19 @@ class TextTokens:
     """Tokens of one text.
 
     Attributes:
-        ids: token ids up to the limit, special tokens included, int32 [t].
+        chunks: token ids, special tokens included, int32 [t] each. One chunk if long texts are cut. Otherwise as many
+            chunks as the text needs; each has as many tokens as the limit, except the last.
         lost: number of tokens beyond the limit; more than 0 exactly for a text that is cut. It is estimated for the
             part of a text that is not tokenised: that part has as many tokens per character as the rest.
     """
 
-    ids: NDArray[np.int32]
+    chunks: list[NDArray[np.int32]]
     lost: int = 0
+
+    @property
+    def count(self) -> int:
+        """Number of tokens that are encoded."""
+        return sum(map(len, self.chunks))
 
 
 @dataclass(frozen=True)
@@ -84,10 +91,10 @@ def sample_of(count: int, sample: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(count).choice(count, sample, replace=False, shuffle=False))
 
 
-def count_tokens(tokenizer: Tokenizer, texts: Sequence[str], *, of: int) -> TokenCount:
+def count_tokens(tokenizer: Tokenizer, texts: Sequence[str], *, of: int, long_texts: LongTexts = "cut") -> TokenCount:
     """Return the number of tokens of ``of`` texts, estimated if ``texts`` is a sample by :func:`sample_of`."""
-    found = text_tokens(tokenizer, texts)
-    lengths, lost = (np.array(values, np.int64) for values in ([len(t.ids) for t in found], [t.lost for t in found]))
+    found = text_tokens(tokenizer, texts, long_texts)
+    lengths, lost = (np.array(values, np.int64) for values in ([t.count for t in found], [t.lost for t in found]))
     if len(texts) == of:
         return TokenCount(int(lengths.sum()), cut_texts=int((lost > 0).sum()), lost_tokens=int(lost.sum()))
     # The factor 1 − n/N is the correction for sampling without replacement.
@@ -101,28 +108,28 @@ def count_tokens(tokenizer: Tokenizer, texts: Sequence[str], *, of: int) -> Toke
     )
 
 
-def text_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[TextTokens]:
-    """Return the tokens of each text; only the necessary beginning of a long text is tokenised."""
+def text_tokens(tokenizer: Tokenizer, texts: Sequence[str], long_texts: LongTexts = "cut") -> list[TextTokens]:
+    """Return the tokens of each text. With ``cut``, only the necessary beginning of a long text is tokenised."""
     found: list[TextTokens] = []
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         # The tokenizer's own records take a hundred times the memory of the ids.
-        found += _tokens_of_block(tokenizer, texts[start : start + TEXTS_AT_ONCE])
+        found += _tokens_of_block(tokenizer, texts[start : start + TEXTS_AT_ONCE], long_texts)
     return found
 
 
 def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.int32]]:
     """Return the truncated token ids of each text."""
-    return [tokens.ids for tokens in text_tokens(tokenizer, texts)]
+    return [tokens.chunks[0] for tokens in text_tokens(tokenizer, texts)]
 
 
-def tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> TokenisedTexts:
+def tokenise(tokenizer: Tokenizer, texts: Sequence[str], long_texts: LongTexts = "cut") -> TokenisedTexts:
     """Return the tokens of each text, and the reason for each text that the tokenizer fails on.
 
     Raises:
         Exception: the tokenizer's own error, if it fails on a known good text too.
     """
     failed: dict[int, str] = {}
-    found = _tokens_or_failures(tokenizer, list(texts), failed)
+    found = _tokens_or_failures(tokenizer, list(texts), long_texts, failed)
     if failed:
         text_tokens(tokenizer, [GOOD_TEXT])
     return TokenisedTexts(found, failed)
@@ -134,24 +141,29 @@ def error_line(error: BaseException) -> str:
 
 
 def _tokens_or_failures(
-    tokenizer: Tokenizer, texts: list[str], failed: dict[int, str], first: int = 0
+    tokenizer: Tokenizer, texts: list[str], long_texts: LongTexts, failed: dict[int, str], first: int = 0
 ) -> list[TextTokens]:
     """Halve a failing list of texts until each failing text is alone; ``first`` is the row of the first text."""
     try:
-        return text_tokens(tokenizer, texts)
+        return text_tokens(tokenizer, texts, long_texts)
     except BaseException as error:
         # A Rust panic in the tokenizer is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if len(texts) == 1:
             failed[first] = f"tokenizer: {error_line(error)}"
-            return [TextTokens(np.empty(0, np.int32))]
+            return [TextTokens([np.empty(0, np.int32)])]
     half = len(texts) // 2
-    left = _tokens_or_failures(tokenizer, texts[:half], failed, first)
-    return left + _tokens_or_failures(tokenizer, texts[half:], failed, first + half)
+    left = _tokens_or_failures(tokenizer, texts[:half], long_texts, failed, first)
+    return left + _tokens_or_failures(tokenizer, texts[half:], long_texts, failed, first + half)
 
 
-def _tokens_of_block(tokenizer: Tokenizer, texts: Sequence[str]) -> list[TextTokens]:
+def _tokens_of_block(tokenizer: Tokenizer, texts: Sequence[str], long_texts: LongTexts) -> list[TextTokens]:
+    if long_texts == "pool":
+        return [
+            TextTokens([np.array(chunk.ids, np.int32) for chunk in (encoding, *encoding.overflowing)])
+            for encoding in tokenizer.encode_batch(list(texts))
+        ]
     limit: int = (tokenizer.truncation or {}).get("max_length", 0)
     cuts = limit > 0 and _ends_words_at_spaces(tokenizer)
     characters = CHARACTERS_PER_TOKEN * limit if cuts else max(map(len, texts), default=0)
@@ -179,7 +191,7 @@ def _tokens_of(encoding: Encoding, head: str, text: str, *, special: int) -> Tex
     lost = sum(len(chunk) - special for chunk in encoding.overflowing)
     if lost and len(head) < len(text):
         lost += round((len(ids) - special + lost) / len(head) * (len(text) - len(head)))
-    return TextTokens(ids, lost)
+    return TextTokens([ids], lost)
 
 
 def _head(text: str, characters: int) -> str:

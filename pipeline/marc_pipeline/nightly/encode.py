@@ -33,7 +33,7 @@ from marc_schemas.plan import BucketPlan, Plan
 from marc_schemas.receipt import Receipt
 
 if TYPE_CHECKING:
-    from marc_pipeline.model.encoder import Encoded
+    from marc_pipeline.model.encoded import Encoded
 
 QUARANTINE_PREFIX = "encode-"
 
@@ -82,7 +82,8 @@ def pending_tasks(workspace: Workspace, plan: Plan, *, table_uri: str, settings:
         EncodeTask(
             workspace=workspace,
             table_uri=table_uri,
-            settings=settings,
+            # The plan was made and counted with its own setting.
+            settings=settings.model_copy(update={"long_texts": plan.long_texts}),
             ds=plan.ds,
             bundle=plan.bundle,
             bundle_uri=plan.bundle_uri,

@@ -139,6 +139,7 @@ def _describe(
             buckets=plan.buckets,
             template=plan.template,
             mantissa_bits=plan.mantissa_bits,
+            long_texts=plan.long_texts,
         ),
         index=index,
         bundle=BundleFacts(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import datetime
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pyarrow as pa
 from pydantic import BaseModel
@@ -29,11 +29,15 @@ def arrow_schema(model: type[BaseModel]) -> pa.Schema:
 
 
 def arrow_type(annotation: object) -> pa.DataType:
-    """Return the Arrow type of a scalar, a model, ``X | None``, ``tuple[X, ...]``, ``dict[str, X]`` or Annotated.
+    """Return the Arrow type of an annotation.
+
+    It may be a scalar, a Literal of one type, a model, ``X | None``, ``tuple[X, ...]``, ``dict[str, X]`` or Annotated.
 
     Raises:
         TypeError: the annotation has no Arrow type.
     """
+    if get_origin(annotation) is Literal and len(kinds := set(map(type, get_args(annotation)))) == 1:
+        (annotation,) = kinds
     if annotation in SCALARS:
         return SCALARS[annotation]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

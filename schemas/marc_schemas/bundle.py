@@ -10,6 +10,9 @@ FORMAT_VERSION: Literal[1] = 1
 
 Pooling = Literal["mean", "last", "cls"]
 
+LongTexts = Literal["cut", "pool"]
+"""What happens to a text beyond ``max_tokens``: its end is cut off, or the states of its chunks are pooled."""
+
 
 class CompressorCard(Contract):
     """Kind of the compressor in ``compressor.safetensors``, and the arguments that build it."""
@@ -26,7 +29,8 @@ class BundleCard(Contract):
         layers_kept: number of blocks that are computed, 0 for the embeddings alone.
         backbone_layers: number of blocks of the original backbone.
         pooling: how token states become one vector.
-        max_tokens: longest text in tokens, special tokens included; longer texts are truncated.
+        max_tokens: longest input of the model in tokens, special tokens included.
+        long_texts: whether training texts beyond ``max_tokens`` were cut or pooled.
         width: dimension D of the pooled hidden state.
         dim: dimension d of the published vectors.
         normalised: whether published vectors have unit length.
@@ -43,6 +47,7 @@ class BundleCard(Contract):
     backbone_layers: int = Field(ge=1)
     pooling: Pooling
     max_tokens: int = Field(ge=2)
+    long_texts: LongTexts = "cut"
     width: int
     dim: int = Field(ge=1)
     normalised: bool

@@ -3,6 +3,7 @@
 import math
 from datetime import datetime
 
+from marc_schemas.bundle import LongTexts
 from marc_schemas.files import Contract, PublishedFile
 
 FORMAT_VERSION = 4
@@ -23,9 +24,11 @@ class BucketPlan(Contract):
         bucket: number of the bucket, ``0 <= bucket < plan.buckets``.
         items: rows of the new file = new + changed + unchanged.
         new, changed, unchanged, deleted: items, compared with the base release.
-        tokens: tokens of the new and changed texts, special tokens included, truncated at the bundle's maximum;
-            estimated from a sample in large buckets.
+        tokens: tokens of the new and changed texts, special tokens included, without those beyond the bundle's
+            maximum if long texts are cut; estimated from a sample in large buckets.
         tokens_error: half-width of the estimate's 95 % interval, in tokens; 0 if ``tokens`` is exact.
+        cut_texts: new and changed texts that are cut at the bundle's maximum; estimated if ``tokens`` is.
+        lost_tokens: estimate of their tokens beyond the maximum.
         previous: files of the base release with the vectors to carry over.
     """
 
@@ -37,6 +40,8 @@ class BucketPlan(Contract):
     deleted: int
     tokens: int
     tokens_error: float = 0.0
+    cut_texts: int = 0
+    lost_tokens: int = 0
     previous: tuple[PublishedFile, ...] = ()
 
 
@@ -55,6 +60,7 @@ class Plan(Contract):
         template: text template, with the version of the cleaning rules.
         buckets: number of buckets of the table.
         mantissa_bits: precision of the stored vectors.
+        long_texts: whether texts beyond the bundle's maximum are cut or pooled.
         chosen: buckets of a backfill, which keeps all others; None for the whole date.
         base_release: release that the catalogue was compared with; None in the first run.
         live_release: last release of this date when the plan was made, possibly a withdrawal; the run supersedes it.
@@ -78,6 +84,7 @@ class Plan(Contract):
     template: str
     buckets: int
     mantissa_bits: int
+    long_texts: LongTexts = "cut"
     chosen: tuple[int, ...] | None
     base_release: str | None
     live_release: str | None
@@ -128,6 +135,16 @@ class Plan(Contract):
     def tokens_error(self) -> float:
         """Half-width of the 95 % interval of ``tokens``, whose variances add up over buckets."""
         return math.hypot(*(b.tokens_error for b in self.work))
+
+    @property
+    def cut_texts(self) -> int:
+        """Texts to encode that are cut at the bundle's maximum."""
+        return sum(b.cut_texts for b in self.work)
+
+    @property
+    def lost_tokens(self) -> int:
+        """Estimate of their tokens beyond the maximum."""
+        return sum(b.lost_tokens for b in self.work)
 
     @property
     def seconds(self) -> float | None:

@@ -24,6 +24,7 @@ class Receipt(Contract):
         quarantine: name of their quarantine file; None without such items.
         tokens: encoded tokens.
         padded_tokens: encoded tokens and padding.
+        cut_texts, lost_tokens: texts that the limit of the tokens cuts, and estimate of their tokens beyond the limit.
         seconds: wall time of the bucket.
         load_seconds: part of it spent on loading the model; close to 0 when an earlier bucket loaded the model.
         model_seconds: computing time of the model on its device.
@@ -41,6 +42,8 @@ class Receipt(Contract):
     quarantine: str | None = None
     tokens: int
     padded_tokens: int
+    cut_texts: int = 0
+    lost_tokens: int = 0
     seconds: float
     load_seconds: float = 0.0
     model_seconds: float

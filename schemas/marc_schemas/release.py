@@ -4,6 +4,7 @@ from datetime import datetime
 from typing import Any
 
 from marc_schemas.arrow import arrow_schema
+from marc_schemas.bundle import LongTexts
 from marc_schemas.files import Contract, PublishedFile
 from marc_schemas.moments import Moments
 from marc_schemas.space import SpaceShape
@@ -25,6 +26,7 @@ class TableFacts(Contract):
         buckets: number of buckets.
         template: text template of the items, with the version of the cleaning rules.
         mantissa_bits: explicit mantissa bits that vectors are rounded to.
+        long_texts: whether texts beyond the bundle's maximum were cut or pooled.
     """
 
     uri: str
@@ -34,6 +36,7 @@ class TableFacts(Contract):
     buckets: int
     template: str
     mantissa_bits: int
+    long_texts: LongTexts = "cut"
 
     @property
     def items(self) -> int:
@@ -156,6 +159,8 @@ class Counts(Contract):
         reused: items whose vector was carried over.
         quarantined: quarantined rows of the plan; after a backfill of some buckets, those of these buckets.
         encoded, tokens: texts and tokens that the model encoded.
+        cut_texts, lost_tokens: encoded texts that the limit of the tokens cuts, and estimate of their tokens beyond the
+            limit; None in records of format 4.
     """
 
     items: int
@@ -166,6 +171,8 @@ class Counts(Contract):
     quarantined: int
     encoded: int
     tokens: int
+    cut_texts: int | None = None
+    lost_tokens: int | None = None
 
 
 class AuditFigures(Contract):
@@ -229,9 +236,10 @@ class Release(Contract):
     tokens_per_second: float | None
 
     @property
-    def made_with(self) -> tuple[str, int, str, int]:
-        """Bundle version, buckets, template and mantissa bits: a backfill of some buckets must keep all four."""
-        return self.bundle.version, self.table.buckets, self.table.template, self.table.mantissa_bits
+    def made_with(self) -> tuple[str, int, str, int, LongTexts]:
+        """Bundle, buckets, template, mantissa bits, treatment of long texts: a backfill of some buckets keeps all."""
+        table = self.table
+        return self.bundle.version, table.buckets, table.template, table.mantissa_bits, table.long_texts
 
     def facts(self) -> dict[str, Any]:
         """The release as one flat object for schedulers and scripts: the fields of ``marc run --json``."""
@@ -242,6 +250,7 @@ class Release(Contract):
             "bundle": self.bundle.version,
             **self.counts.model_dump(),
             "mantissa_bits": self.table.mantissa_bits,
+            "long_texts": self.table.long_texts,
             "bytes_per_item": self.table.bytes_per_item,
             "recall": self.index.recall,
             "seconds": self.seconds,

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from marc_schemas.bundle import Pooling
+from marc_schemas.bundle import LongTexts, Pooling
 from marc_schemas.files import Contract, PublishedFile
 
 FORMAT_VERSION: Literal[2] = 2
@@ -21,6 +21,7 @@ class TrainingSetCard(Contract):
         template: text template of the items, with the version of the cleaning rules.
         backbone: name of the backbone; ``layers`` is its number of blocks, ``width`` its dimension D.
         pooling, max_tokens: how a text became one vector per layer.
+        long_texts: whether texts beyond ``max_tokens`` were cut or pooled.
         dtype, device: number type and device of the computation.
         boundaries: times of the first row of the validation part and of the test part, microseconds since 1970.
         items, users, interactions, clicks: counts.
@@ -37,6 +38,7 @@ class TrainingSetCard(Contract):
     width: int = Field(ge=1)
     pooling: Pooling
     max_tokens: int
+    long_texts: LongTexts = "cut"
     dtype: str
     device: str
     boundaries: tuple[int, int]

@@ -179,7 +179,7 @@ def split_bucket(task: EncodeTask) -> Split:
     watch, resources = Stopwatch(), TaskResources(cpus=CORES)
     encoder.load_encoder.cache_clear()
     with (
-        watch.on(TOKENISE, tokenising, "token_ids"),
+        watch.on(TOKENISE, tokenising, "text_tokens"),
         watch.on_results(WAIT, encoder),
         watch.on(POOL, batches.PackedTokens, "pool"),
         watch.on(POOL, compressor.WhitenedPCA, "forward"),

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer
@@ -28,8 +27,9 @@ from marc_pipeline.layers.sweep import INPUT, SAMPLE, SweepFacts, SweepPart, mer
 from marc_pipeline.layers.views import text_views
 from marc_pipeline.model import tokens
 from marc_pipeline.model.backbone import load_backbone
-from marc_pipeline.model.tokens import token_ids
+from marc_pipeline.model.tokens import TextTokens, text_tokens
 from marc_pipeline.storage import Storage
+from marc_schemas.bundle import LongTexts
 from tiny_models import (
     ARCHITECTURES,
     CPU_FLOAT32,
@@ -282,12 +282,12 @@ def test_a_killed_part_leaves_no_file(backbones: Backbones, tmp_path: Path, monk
 def fail_on(monkeypatch: pytest.MonkeyPatch, bad: str) -> None:
     """Make the tokenizer fail on texts that start with ``bad``."""
 
-    def fails(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+    def fails(tokenizer: Tokenizer, texts: Sequence[str], long_texts: LongTexts = "cut") -> list[TextTokens]:
         if any(text.startswith(bad) for text in texts):
             raise ValueError("no token for this")
-        return token_ids(tokenizer, texts)
+        return text_tokens(tokenizer, texts, long_texts)
 
-    monkeypatch.setattr(tokens, "token_ids", fails)
+    monkeypatch.setattr(tokens, "text_tokens", fails)
 
 
 @pytest.fixture

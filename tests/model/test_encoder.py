@@ -26,12 +26,13 @@ from marc_pipeline.errors import CorruptFile, Unencodable, UserError
 from marc_pipeline.model.backbone import HiddenStates, PooledStates, load_backbone, load_tokenizer, locate
 from marc_pipeline.model.bundle import Bundle, save_bundle
 from marc_pipeline.model.device import OutOfMemory, choose_device, choose_dtype
-from marc_pipeline.model.encoder import Encoded, Encoder, load_encoder
+from marc_pipeline.model.encoded import Encoded
+from marc_pipeline.model.encoder import Encoder, load_encoder
 from marc_pipeline.model.onednn import PrepackedLinear
-from marc_pipeline.model.tokens import token_ids
+from marc_pipeline.model.tokens import TextTokens, text_tokens
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.storage import Storage
-from marc_schemas.bundle import BundleCard, Pooling
+from marc_schemas.bundle import BundleCard, LongTexts, Pooling
 from published import flip
 from tiny_models import (
     CPU_FLOAT32,
@@ -54,7 +55,6 @@ SETUPS: list[tuple[str, Pooling]] = [("bert", "mean"), ("bert", "cls"), ("llama"
 SETUPS += [("mamba", "last"), ("mamba", "mean")]
 Fail = Callable[[torch.Tensor], None]
 Vectors = NDArray[np.float32]
-Ids = list[NDArray[np.int32]]
 ON_GPU = TaskResources(gpu="0")
 
 
@@ -349,21 +349,21 @@ class PanicException(BaseException):
 def test_a_text_that_the_tokenizer_fails_on_is_reported_unless_it_fails_on_any_text(
     bert: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def panics(tokenizer: Tokenizer, texts: list[str]) -> Ids:
+    def panics(tokenizer: Tokenizer, texts: list[str], long_texts: LongTexts = "cut") -> list[TextTokens]:
         if "poison" in texts:
             raise PanicException("index out of bounds")
-        return token_ids(tokenizer, texts)
+        return text_tokens(tokenizer, texts, long_texts)
 
-    def broken(*_: object) -> Ids:
+    def broken(*_: object) -> list[TextTokens]:
         raise ValueError("no vocabulary")
 
     encoder = encoder_of("bert", bert)
     expected = encoder.encode(TEXTS[:4]).vectors
-    monkeypatch.setattr("marc_pipeline.model.tokens.token_ids", panics)
+    monkeypatch.setattr("marc_pipeline.model.tokens.text_tokens", panics)
     encoded = streamed(encoder, [*TEXTS[:2], "poison", *TEXTS[2:4]])
     assert encoded.failed == {2: "tokenizer: PanicException: index out of bounds"}
     np.testing.assert_allclose(encoded.vectors[[0, 1, 3, 4]], expected, atol=1e-5)
-    monkeypatch.setattr("marc_pipeline.model.tokens.token_ids", broken)
+    monkeypatch.setattr("marc_pipeline.model.tokens.text_tokens", broken)
     with pytest.raises(ValueError, match="no vocabulary"):
         streamed(encoder, TEXTS[:3])
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from marc_pipeline.model.tokens import TokenCount, count_tokens, load_tokenizer, sample_of, token_ids
+from marc_pipeline.model.tokens import TokenCount, count_tokens, load_tokenizer, sample_of, text_tokens, token_ids
 from marc_pipeline.storage import Storage
 from tiny_models import MAX_TOKENS, TEXTS, save_tiny_backbone, tiny_tokenizer
 
@@ -56,20 +56,29 @@ def naive_count(texts: list[str]) -> int:
     return sum(min(MAX_TOKENS, len(tokenizer.encode(text).ids)) for text in texts)
 
 
+def naive_lost(texts: list[str]) -> list[int]:
+    """The number of tokens of each text beyond the limit, from a tokenizer without a limit."""
+    tokenizer = tiny_tokenizer("bert")
+    return [max(0, len(tokenizer.encode(text).ids) - MAX_TOKENS) for text in texts]
+
+
 def estimate(tokenizer: Tokenizer, texts: list[str], sample: int) -> TokenCount:
     chosen = [texts[n] for n in sample_of(len(texts), sample)]
     return count_tokens(tokenizer, chosen, of=len(texts))
 
 
 @settings(max_examples=30, deadline=None)
-@given(texts=st.lists(st.text(max_size=80), max_size=20))
+@given(texts=st.lists(st.text(max_size=80) | st.sampled_from(["river " * n for n in (3, 30, 70)]), max_size=20))
 def test_few_texts_are_counted_exactly(tokenizer: Tokenizer, texts: list[str]) -> None:
-    assert estimate(tokenizer, texts, 20) == TokenCount(naive_count(texts), error=0, exact=True)
+    lost = naive_lost(texts)
+    expected = TokenCount(naive_count(texts), cut_texts=sum(map(bool, lost)), lost_tokens=sum(lost))
+    assert estimate(tokenizer, texts, 20) == expected
 
 
 def test_counts_of_no_text_and_of_truncated_texts(tokenizer: Tokenizer) -> None:
     assert count_tokens(tokenizer, [], of=0) == TokenCount(0)
-    assert estimate(tokenizer, [LONG] * 3, 10) == TokenCount(3 * MAX_TOKENS)
+    found = estimate(tokenizer, [LONG] * 3, 10)
+    assert (found.tokens, found.cut_texts) == (3 * MAX_TOKENS, 3)
 
 
 @pytest.mark.parametrize("sample", [100, 333, 1000])
@@ -158,6 +167,51 @@ def test_a_shortened_text_has_the_tokens_of_the_whole_text(
     (found,) = token_ids(tokenizer, [text])
     assert found.tolist() == tokenizer.encode(text).ids
     assert count_tokens(tokenizer, [text], of=1).tokens == len(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        pytest.param("river " * (MAX_TOKENS - 2) + " " * 9999, 0, id="only spaces beyond the limit"),
+        pytest.param("x" * 9999 + " river" * 99, 0, id="one long word is tokenised whole"),
+        pytest.param("river " * 9999, 0.01, id="one word again and again"),
+        pytest.param(" ".join(random.Random(3).choices(TEXTS, k=999)), 0.1, id="texts in random order"),  # noqa: S311
+    ],
+)
+def test_cut_texts_are_exact_and_lost_tokens_are_close(tokenizer: Tokenizer, text: str, error: float) -> None:
+    (true,) = naive_lost([text])
+    found = count_tokens(tokenizer, [text], of=1)
+    assert found.cut_texts == (true > 0)
+    assert found.lost_tokens == pytest.approx(true, rel=error)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+@settings(max_examples=60, deadline=None)
+@given(words=st.lists(st.sampled_from(["river", "seven", "naïve", "漢字", "x" * 70, "😀", " "]), max_size=150))
+def test_chunks_contain_every_token_once_and_nothing_is_lost(architecture: str, words: list[str]) -> None:
+    text, tokenizer = " ".join(words), tiny_tokenizer(architecture)
+    special = tokenizer.num_special_tokens_to_add(is_pair=False)
+    whole = tokenizer.encode(text).ids
+    tokenizer.enable_truncation(max_length=MAX_TOKENS)
+    (found,) = text_tokens(tokenizer, [text], "pool")
+    # BERT has one special token at each end, and the tiny Llama has none.
+    first, last = special // 2, special - special // 2
+    content = [token for chunk in found.chunks for token in chunk.tolist()[first : len(chunk) - last]]
+    assert content == whole[first : len(whole) - last]
+    assert all(len(chunk) == MAX_TOKENS for chunk in found.chunks[:-1])
+    assert len(found.chunks[-1]) <= MAX_TOKENS
+    counted = count_tokens(tokenizer, [text], of=1, long_texts="pool")
+    assert counted == TokenCount(sum(map(len, found.chunks)), cut_texts=0, lost_tokens=0)
+    (cut,) = text_tokens(tokenizer, [text])
+    assert cut.chunks[0].tolist() == found.chunks[0].tolist()
+    assert (cut.lost > 0) == (len(found.chunks) > 1)
+
+
+def test_cut_texts_of_a_sample_are_scaled_to_all_texts(tokenizer: Tokenizer) -> None:
+    texts = random.Random(2).choices([*TEXTS, "river " * 30], k=2500)  # noqa: S311 - no secret
+    found, lost = estimate(tokenizer, texts, 1000), naive_lost(texts)
+    assert found.cut_texts == pytest.approx(sum(map(bool, lost)), rel=0.2)
+    assert found.lost_tokens == pytest.approx(sum(lost), rel=0.2)
 
 
 @pytest.mark.parametrize("kind", ["added token with a space", "other words", "other normalizer", "left"])

@@ -26,7 +26,7 @@ from marc_pipeline.errors import CorruptFile
 from marc_pipeline.model import encoder
 from marc_pipeline.model.bundle import Bundle
 from marc_pipeline.model.encoder import load_encoder
-from marc_pipeline.model.tokens import token_ids
+from marc_pipeline.model.tokens import TextTokens, text_tokens
 from marc_pipeline.nightly.encode import EncodeTask, delete_stale_quarantine, encode_bucket, pending_tasks
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.storage import Storage
@@ -34,6 +34,7 @@ from marc_pipeline.storage.checksums import check_file
 from marc_pipeline.table.precision import round_mantissas
 from marc_pipeline.table.write import write_bucket_file
 from marc_pipeline.work_area import ProgressFiles, Workspace
+from marc_schemas.bundle import LongTexts
 from marc_schemas.catalogue import ITEMS, QUARANTINE, Change
 from marc_schemas.feature_table import MANTISSA_BITS, file_schema
 from marc_schemas.files import PublishedFile
@@ -41,7 +42,7 @@ from marc_schemas.identity import content_hash, row_id
 from marc_schemas.plan import BucketPlan, Plan
 from marc_schemas.receipt import Receipt
 from published import flip
-from tiny_models import CPU_FLOAT32, ONE_CORE, TEXTS, cosines, tiny_tokenizer, train_tiny_bundle
+from tiny_models import CPU_FLOAT32, MAX_TOKENS, ONE_CORE, TEXTS, cosines, tiny_tokenizer, train_tiny_bundle
 
 STORAGE = Storage()
 DS, BASE_DS = "2026-11-21", "2026-11-20"
@@ -173,12 +174,19 @@ def cut_a_byte(path: Path) -> None:
 def fail_on(monkeypatch: pytest.MonkeyPatch, *bad: str) -> None:
     """Make the tokenizer fail on some texts."""
 
-    def fails(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+    def fails(tokenizer: Tokenizer, texts: Sequence[str], long_texts: LongTexts = "cut") -> list[TextTokens]:
         if set(texts) & set(bad):
             raise ValueError("no token for this")
-        return token_ids(tokenizer, texts)
+        return text_tokens(tokenizer, texts, long_texts)
 
-    monkeypatch.setattr("marc_pipeline.model.tokens.token_ids", fails)
+    monkeypatch.setattr("marc_pipeline.model.tokens.text_tokens", fails)
+
+
+def test_a_receipt_counts_cut_texts_that_are_encoded_once(table: Table) -> None:
+    texts = ["river " * (MAX_TOKENS + 8), "seven", "river " * (MAX_TOKENS + 8), "moon " * MAX_TOKENS]
+    receipt = table.run(table.work(new(texts)))
+    # Two special tokens take part of the limit.
+    assert (receipt.encoded, receipt.cut_texts, receipt.lost_tokens) == (3, 2, 8 + 2 + 2)
 
 
 def test_a_bucket_of_new_items_is_encoded_with_receipt_and_footer(table: Table) -> None:
@@ -199,6 +207,7 @@ def test_a_bucket_of_new_items_is_encoded_with_receipt_and_footer(table: Table) 
     assert (receipt.encoded, receipt.reused, receipt.device, receipt.dtype) == (12, 0, "cpu", "float32")
     assert receipt.tokens == sum(len(tiny_tokenizer("bert").encode(text).ids) for text in texts)
     assert receipt.padded_tokens >= receipt.tokens
+    assert receipt.cut_texts == receipt.lost_tokens == 0
     assert 0 < receipt.model_seconds <= receipt.seconds
     assert receipt.file is not None
     assert receipt.file.rows == 12

@@ -31,6 +31,7 @@ from plan_cases import (
     naive_changes,
     naive_tokens,
     planned_rows,
+    pooled,
     precise,
     withdrawn,
     write_day,
@@ -290,6 +291,20 @@ def test_vectors_are_carried_over_only_if_they_are_precise_enough(
     assert (day.plan.unchanged > 0) is carried
 
 
+def test_pooled_texts_are_not_cut_and_vectors_of_cut_texts_are_not_carried_over(
+    spark: "SparkSession", tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    today = {**TODAY, "long": "word " * 99}
+    wanted = settings_at(tmp_path, write_day(tmp_path, today))
+    planning.publish(wanted, BEFORE)
+    plain, anew = plan_day(spark, wanted), plan_day(spark, pooled(wanted))
+    assert (plain.plan.cut_texts, plain.plan.lost_tokens > 0, plain.plan.unchanged > 0) == (1, True, True)
+    assert (anew.plan.cut_texts, anew.plan.lost_tokens, anew.plan.unchanged) == (0, 0, 0)
+    assert (plain.plan.long_texts, anew.plan.long_texts) == ("cut", "pool")
+    assert "was trained with encode.long_texts cut, the configuration has pool" in caplog.text
+    assert "was made with encode.long_texts cut, the configuration has pool: every item is re-encoded" in caplog.text
+
+
 def test_chosen_buckets_of_a_date_without_a_release_plan_the_whole_date(
     spark: "SparkSession", wanted: Settings
 ) -> None:
@@ -360,7 +375,7 @@ def test_exact_tokens_equal_those_of_the_tokenizer_and_equal_texts_count_once(
 def test_a_plan_reports_the_error_of_its_tokens_and_its_cost(
     spark: "SparkSession", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts = {f"item {n}": "word " * (n % 25) + str(n) for n in range(2000)}
+    texts = {f"item {n}": "word " * (n % 40) + str(n) for n in range(2000)}
     wanted = settings_at(tmp_path, write_day(tmp_path, texts), buckets=6)
     whole = plan_day(spark, wanted).plan
     assert (whole.tokens_exact, whole.tokens_error) == (True, 0)
@@ -379,8 +394,14 @@ def test_a_plan_reports_the_error_of_its_tokens_and_its_cost(
     assert abs(plan.tokens - true) < 1.5 * plan.tokens_error < 0.06 * true
     shown = describe_plan(plan, EncodeSettings())
     assert shown["tokens_error"] == plan.tokens_error
+    lost = naive_tokens(list(texts.values()), 10**6) - true
+    assert shown["lost_tokens"] == pytest.approx(lost, rel=0.1)
+    assert shown["cut_texts"] == plan.cut_texts > 0
     print_plan(plan, EncodeSettings())
-    assert "cost" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "cost" not in out
+    share = 100 * plan.lost_tokens / (plan.tokens + plan.lost_tokens)
+    assert f"{plan.cut_texts:,} texts to encode; {share:.1f} % of all tokens are lost" in out
     paid = EncodeSettings(price_per_device_hour=3.5, devices=4)
     hour = plan.model_copy(update={"tokens_per_second": plan.tokens / 3590, "start_seconds": 10.0})
     assert describe_plan(hour, paid)["cost"] == pytest.approx(14.0)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import planning
-from marc_pipeline.model.tokens import TokenCount, count_tokens, load_tokenizer
+from marc_pipeline.model.tokens import count_tokens, load_tokenizer
 from marc_pipeline.nightly.plan_bucket import PLANNED_ROWS, TOKEN_SAMPLE, _older_record, by_bucket, compare, plan_bucket
 from marc_schemas.catalogue import Change, Reason
 from marc_schemas.identity import content_hash, row_id
@@ -112,19 +112,25 @@ def test_token_counts_equal_the_tokenizers_own(
 ) -> None:
     bundle = planning.bundle_at(str(tmp_path_factory.mktemp("bundle")), max_tokens=max_tokens)
     tokenizer = load_tokenizer(STORAGE, bundle.uri, max_tokens)
-    assert count_tokens(tokenizer, texts, of=len(texts)) == TokenCount(naive_tokens(texts, max_tokens))
+    found = count_tokens(tokenizer, texts, of=len(texts))
+    assert (found.tokens, found.error, found.exact) == (naive_tokens(texts, max_tokens), 0, True)
 
 
 def test_tokens_of_a_large_bucket_are_estimated(tmp_path: Path) -> None:
     wanted = settings_at(tmp_path, tmp_path, buckets=4)
     context = planning.bucket_context(wanted, None)
     size = TOKEN_SAMPLE // 4
-    today = {f"item {n:05d}": " ".join(["word"] * (n % 20)) + f" {n}" for n in range(size * 3)}
+    today = {f"item {n:05d}": " ".join(["word"] * (n % 40)) + f" {n}" for n in range(size * 3)}
     summary = plan_bucket(context, 0, planned_rows(today))
     assert summary.work is not None
     assert not summary.exact
     true = naive_tokens(list(today.values()), planning.MAX_TOKENS)
     assert 0 < abs(summary.work.tokens - true) < 2 * summary.work.tokens_error < 0.05 * true
+    longer = [text for text in today.values() if naive_tokens([text], 999) > planning.MAX_TOKENS]
+    assert len(longer) > size // 10
+    assert summary.work.cut_texts == pytest.approx(len(longer), rel=0.2)
+    lost = naive_tokens(longer, 999) - len(longer) * planning.MAX_TOKENS
+    assert summary.work.lost_tokens == pytest.approx(lost, rel=0.2)
     exact = plan_bucket(context, 0, planned_rows(dict(list(today.items())[:size])))
     assert exact.work is not None
     assert exact.exact

@@ -19,6 +19,7 @@ from plan_cases import (
     TODAY,
     identify,
     plan_id,
+    pooled,
     precise,
     write_day,
 )
@@ -41,6 +42,7 @@ def test_a_plan_id_changes_with_everything_that_changes_the_plan(tmp_path: Path)
         plan_id(at(path, clean=True, boilerplate=["x"])),
         plan_id(at(path, buckets=5)),
         plan_id(precise(at(path), 22)),
+        plan_id(pooled(at(path))),
         plan_id(at(path, id_column="title")),
         plan_id(at(path, updated_at_column="title")),
         plan_id(at(both, format="csv")),
@@ -70,6 +72,15 @@ def test_a_plan_id_stays_when_files_are_touched_or_copied(tmp_path: Path) -> Non
 
 
 WHOLE_DATE = "backfill the whole date"
+
+
+def test_chosen_buckets_keep_the_treatment_of_long_texts(tmp_path: Path) -> None:
+    wanted = settings_at(tmp_path, write_day(tmp_path, TODAY))
+    live = planning.publish(pooled(wanted), BEFORE)
+    assert live.table.long_texts == "pool"
+    assert identify(pooled(wanted), chosen=(0,)).long_texts == "pool"
+    with pytest.raises(UserError, match=f"long_texts pool, the configuration has cut: {WHOLE_DATE}"):
+        identify(wanted, chosen=(0,))
 
 
 @pytest.mark.parametrize(

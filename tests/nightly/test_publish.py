@@ -48,7 +48,16 @@ def test_a_release_records_the_results_of_plan_receipts_audit_and_index(site: Si
     made = encoded.release()
     assert (made.ds, made.plan_id, made.supersedes) == (DS, encoded.plan.plan_id, None)
     assert made.counts == Counts(
-        items=40, new=40, changed=0, reused=0, deleted=0, quarantined=2, encoded=40, tokens=120
+        items=40,
+        new=40,
+        changed=0,
+        reused=0,
+        deleted=0,
+        quarantined=2,
+        encoded=40,
+        tokens=120,
+        cut_texts=40,
+        lost_tokens=200,
     )
     assert (made.table.dim, made.table.buckets, made.table.template) == (DIM, BUCKETS, TEMPLATE)
     assert (made.tokens_per_second, made.seconds) == (240.0, {"encode": 2.5})

@@ -80,6 +80,7 @@ def test_file_uris_and_home_folders_are_local_paths(tmp_path: Path) -> None:
         (GOOD + "index: {k: 0}\n", "index.k: Input should be greater than or equal to 1 (got 0)"),
         (GOOD + "buckets: many\n", "buckets: Input should be a valid integer"),
         (GOOD + "encode: {device: tpu}\n", "encode.device: Input should be 'auto', 'cpu' or 'cuda' (got 'tpu')"),
+        (GOOD + "encode: {long_texts: pool}\ntrain: {regime: tuned}\n", "set encode.long_texts to cut"),
         ("buckets: 3\n", "catalogue is missing"),
         ("", "catalogue is missing"),
         ("catalogue: {uri: x}\n", "catalogue.template is missing"),

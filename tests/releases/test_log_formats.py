@@ -37,7 +37,17 @@ def test_a_log_of_an_unreadable_format_is_the_users_error(
 
 
 # Fields with defaults, at every depth, that the tests treat as fields of a later format.
-ADDED = {"retired_at", "restores", "withdrawn", "tombstones", "blocks", "space"}
+ADDED = {
+    "retired_at",
+    "restores",
+    "withdrawn",
+    "tombstones",
+    "blocks",
+    "space",
+    "cut_texts",
+    "lost_tokens",
+    "long_texts",
+}
 
 
 def before_added(kind: pa.DataType) -> pa.DataType:
@@ -63,6 +73,8 @@ def old_log(tmp_path: Path, made: Release, monkeypatch: pytest.MonkeyPatch) -> t
         "index__queries_file__blocks": "",
         "bundle__card_file__blocks": "",
         "audit__space": None,
+        "counts__cut_texts": None,
+        "counts__lost_tokens": None,
     }
     return str(tmp_path), [altered(release, format_version=FORMAT_VERSION + 1, **bare) for release in old]
 

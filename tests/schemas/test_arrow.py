@@ -1,7 +1,7 @@
 """Arrow schemas derived from models: the expected type of every column, and round trips through Arrow."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import pyarrow as pa
 import pytest
@@ -38,7 +38,7 @@ EXPECTED = {
     "plan_id": "string",
     "supersedes": "string",
     "table": f"struct<uri: string, version: int64, files: list<item: {FILE}>, dim: int64, buckets: int64, "
-    "template: string, mantissa_bits: int64>",
+    "template: string, mantissa_bits: int64, long_texts: string>",
     "index": f"struct<uri: string, files: list<item: {FILE}>, queries_file: {FILE}, factory: string, nprobe: int64, "
     "ef_search: int64, faiss: string, build: struct<items: int64, nprobe: int64, mean: list<item: double>, "
     "changed: int64, tombstones: int64>, k: int64, recall: double, recall_queries: int64, "
@@ -46,7 +46,7 @@ EXPECTED = {
     "queries_per_second: double>>",
     "bundle": f"struct<version: string, uri: string, card_file: {FILE}>",
     "counts": "struct<items: int64, new: int64, changed: int64, reused: int64, deleted: int64, quarantined: int64, "
-    "encoded: int64, tokens: int64>",
+    "encoded: int64, tokens: int64, cut_texts: int64, lost_tokens: int64>",
     "moments": "struct<rows: int64, vector_sum: list<item: double>, square_sum: double>",
     "audit": "struct<quarantined_fraction: double, drift: double, "
     "space: struct<effective_rank: double, first_share: double, mean_cosine: double>>",
@@ -79,6 +79,7 @@ def test_columns_of_the_release_log_have_these_types() -> None:
         (dict[str, float], pa.map_(pa.string(), pa.float64())),
         (dict[str, int | None], pa.map_(pa.string(), pa.int64())),
         (SpaceShape, pa.struct([(name, pa.float64()) for name in ("effective_rank", "first_share", "mean_cosine")])),
+        (Literal["cut", "pool"], pa.string()),
         (tuple[SpaceShape, ...] | None, pa.list_(arrow_type(SpaceShape))),
     ],
     ids=str,
@@ -88,7 +89,9 @@ def test_annotations_have_arrow_types(annotation: object, expected: pa.DataType)
 
 
 @pytest.mark.parametrize(
-    "annotation", [bytes, object, Any, int | str, list[int], tuple[int, str], dict[int, str], set[str], None], ids=str
+    "annotation",
+    [bytes, object, Any, int | str, list[int], tuple[int, str], dict[int, str], set[str], None, Literal["a", 1]],
+    ids=str,
 )
 def test_an_annotation_without_an_arrow_type_is_refused(annotation: object) -> None:
     with pytest.raises(TypeError, match="has no Arrow type"):
@@ -125,7 +128,7 @@ FILES = records(PublishedFile, path=st.from_regex(r"[a-z=][a-z0-9=.]{0,9}(/[a-z0
 SEVERAL_FILES = st.lists(FILES, max_size=3).map(tuple)
 RELEASES_OF_ANY_KIND = records(
     Release,
-    table=records(TableFacts, files=SEVERAL_FILES),
+    table=records(TableFacts, files=SEVERAL_FILES, long_texts=st.sampled_from(["cut", "pool"])),
     index=records(
         IndexFacts, files=SEVERAL_FILES, queries_file=FILES, build=records(IndexBuild), figures=records(IndexFigures)
     ),

@@ -73,6 +73,7 @@ CHANGES: dict[str, Callable[[Shop], Settings]] = {
     "tokens": lambda shop: shop.settings(train={"max_tokens": 47}),
     "sample": lambda shop: shop.settings(train={"sample": 10}),
     "dtype": lambda shop: shop.settings(encode={"dtype": "bfloat16"}),
+    "long texts": lambda shop: shop.settings(encode={"long_texts": "pool"}),
     "threshold of clicks": lambda shop: shop.settings(interactions={"positive_rating": 3.0}),
     "user texts": lambda shop: shop.settings(interactions={"user_text_column": "user_id"}),
     "feedback": lambda shop: shop.settings(interactions={"feedback": "positives"}),

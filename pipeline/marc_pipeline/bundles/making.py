@@ -31,7 +31,7 @@ from marc_pipeline.training.objective import Objective
 from marc_pipeline.training.regression import fit_regression
 from marc_pipeline.training.states import cutting_tokenizer, state_encoder
 from marc_pipeline.training.training_set import TrainingSet
-from marc_schemas.bundle import BundleCard, CompressorCard
+from marc_schemas.bundle import BundleCard, CompressorCard, LongTexts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -109,6 +109,7 @@ def train_pca(
             layers=layers,
             of=total,
             max_tokens=max_tokens,
+            long_texts=encode.long_texts,
             template=template,
             compressor=CompressorCard(kind="pca", arguments={"width": hidden.shape[1], "dim": train.dim}),
             training={**facts, "fingerprint": fingerprint(distinct)},
@@ -140,6 +141,7 @@ def save_layer_pca(
             layers=layers,
             of=card.layers,
             max_tokens=card.max_tokens,
+            long_texts=card.long_texts,
             template=card.template,
             compressor=CompressorCard(kind="pca", arguments={"width": card.width, "dim": train.dim}),
             training={
@@ -249,6 +251,7 @@ def save_marc(
             layers=layers,
             of=card.layers,
             max_tokens=card.max_tokens,
+            long_texts=card.long_texts,
             template=card.template,
             compressor=CompressorCard(kind="bottleneck", arguments=arguments),
             training={
@@ -277,6 +280,7 @@ def _card(
     layers: int,
     of: int,
     max_tokens: int,
+    long_texts: LongTexts,
     template: str,
     compressor: CompressorCard,
     training: dict[str, Any],
@@ -292,6 +296,7 @@ def _card(
         dim=train.dim,
         normalised=True,
         max_tokens=max_tokens,
+        long_texts=long_texts,
         template=template,
         compressor=compressor,
         training=training,

@@ -9,6 +9,7 @@ from marc_pipeline.cli.options import Ds, Json, State, print_json, print_lines, 
 from marc_pipeline.cli.releases import print_release
 from marc_pipeline.config import EncodeSettings, parse_ds
 from marc_pipeline.errors import UserError
+from marc_pipeline.nightly.stages import cut_and_lost
 from marc_schemas.plan import Plan
 
 if TYPE_CHECKING:
@@ -140,7 +141,10 @@ def vacuum(
 
 def describe_plan(made: Plan, encode: EncodeSettings) -> dict[str, object]:
     """The JSON object of ``marc plan --json``."""
-    totals = ("items", "new", "changed", "unchanged", "deleted", "tokens", "tokens_error", "seconds")
+    totals = (
+        *("items", "new", "changed", "unchanged", "deleted", "tokens", "tokens_error", "cut_texts", "lost_tokens"),
+        "seconds",
+    )
     return {
         **{name: getattr(made, name) for name in totals},
         "cost": encode.cost(made.seconds),
@@ -164,6 +168,7 @@ def print_plan(made: Plan, encode: EncodeSettings) -> None:
         ["rows read", f"{made.rows_read:,}"],
         ["quarantined", quarantined],
         ["tokens", _tokens(made)],
+        *([["cut texts", cut_and_lost(made)]] if made.cut_texts else []),
         ["encode time", seconds],
         *([] if cost is None else [["cost", f"about {cost:,.2f}"]]),
     ]

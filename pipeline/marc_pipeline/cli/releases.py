@@ -11,7 +11,7 @@ from marc_pipeline.cli.options import At, Ds, Json, MaybeDs, State, print_json, 
 from marc_pipeline.config import parse_ds
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import CorruptFile, UserError
-from marc_pipeline.nightly.stages import planned_and_actual
+from marc_pipeline.nightly.stages import cut_and_lost, planned_and_actual
 from marc_pipeline.releases import log as release_log
 from marc_pipeline.work_area import Workspace
 from marc_schemas.feature_table import MANTISSA_BITS
@@ -108,6 +108,7 @@ def print_release(deployment: Deployment, release: Release, *, fresh: bool, as_j
         *([["space", release.audit.space.described(release.table.dim)]] if release.audit.space else []),
         ["table", f"{release.table.uri} ({_table(release.table)})"],
         ["index", f"{release.index.uri} ({_index(release.index)})"],
+        *([["cut texts", cut_and_lost(counts)]] if fresh and counts.cut_texts else []),
         *([["quarantine", release.quarantine_uri]] if release.quarantine_uri else []),
         *([["time", seconds]] if fresh else []),
         *([["encode", _planned(deployment, release)]] if fresh and counts.tokens else []),

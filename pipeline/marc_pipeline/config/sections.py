@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from marc_pipeline.errors import UserError
 from marc_pipeline.uris import refuse_credentials
-from marc_schemas.bundle import Pooling
+from marc_schemas.bundle import LongTexts, Pooling
 from marc_schemas.catalogue import CLEANING_RULES
 from marc_schemas.identity import digest
 
@@ -151,6 +151,10 @@ class EncodeSettings(Section):
         None, ge=0, description="Price of one device per hour, for the cost in marc plan."
     )
     devices: int = Field(1, ge=1, description="Number of devices that encode at the same time and are paid for.")
+    long_texts: LongTexts = Field(
+        "cut",
+        description="Texts beyond train.max_tokens. cut: drop the rest; pool: encode chunks and average their states.",
+    )
     stuck_after_s: float = Field(600.0, gt=0, description="Seconds until the task of a stuck batch is retried.")
 
     def cost(self, seconds: float | None) -> float | None:
@@ -202,7 +206,9 @@ class TrainSettings(Section):
         "evaluation, pca keeps all.",
     )
     pooling: Pooling = Field("mean", description="How token states become one vector: mean, last or cls.")
-    max_tokens: int = Field(256, ge=2, description="Longest text in tokens; longer texts are truncated.")
+    max_tokens: int = Field(
+        256, ge=2, description="Longest text in tokens; encode.long_texts says what happens to longer texts."
+    )
     dim: int = Field(64, ge=1, description="Dimension of the published vectors.")
     sample: int = Field(20_000, ge=2, description="Number of texts to train on, besides those with interactions.")
     regime: Literal["frozen", "tuned"] = Field("frozen", description="tuned: train LoRA on the backbone as well.")

@@ -80,6 +80,12 @@ class Settings(BaseSettings):
             object.__setattr__(self, "interactions", self.interactions.model_copy(update={"uri": uri}))
         return self
 
+    @model_validator(mode="after")
+    def _require_tunable(self) -> "Settings":
+        if self.train.regime == "tuned" and self.encode.long_texts == "pool":
+            raise ValueError("train.regime tuned reads one chunk of every text: set encode.long_texts to cut")
+        return self
+
     def resolved(self, folder: Path) -> "Settings":
         """Return the same settings with local uris made absolute against ``folder``."""
         update: dict[str, Any] = {name: absolute_uri(getattr(self, name), folder) for name in ("root", *OUTPUT_URIS)}

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeVar
 
@@ -26,6 +25,7 @@ from marc_pipeline.model.backbone import PooledLayers, PooledStates, kept_states
 from marc_pipeline.model.batches import PackedTokens, PaddedTokens, TokenBatch, next_batch
 from marc_pipeline.model.budget import CPU_TOKENS, budget_of
 from marc_pipeline.model.bundle import local_bundle
+from marc_pipeline.model.chunks import text_groups, weighted_means
 from marc_pipeline.model.compressor import Normalised, load_compressor
 from marc_pipeline.model.device import (
     DeviceClock,
@@ -35,11 +35,13 @@ from marc_pipeline.model.device import (
     is_device_error,
     is_out_of_memory,
 )
+from marc_pipeline.model.encoded import Encoded, WindowWork
 from marc_pipeline.model.onednn import can_prepack, multiplies_bfloat16, prepack
 from marc_pipeline.model.packed import use_packed
 from marc_pipeline.model.tokens import GOOD_TEXT, TokenisedTexts, error_line, load_tokenizer, token_ids, tokenise
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.storage import Storage
+from marc_schemas.bundle import LongTexts
 
 # Large enough that sorting by length groups many texts of one length, small enough for memory and latency.
 WINDOW_TEXTS = 8192
@@ -49,28 +51,11 @@ FILL_STEPS = 64
 PROGRAM_CACHES, PROGRAMS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), 128
 # Some models read their own weights. With weights packed for oneDNN, their vectors differ or they fail.
 LEAST_COSINE = 0.99
+NOT_FINITE = "its vector contains NaN or infinity"
 
 log = logging.getLogger(__name__)
 
 W = TypeVar("W")
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Vectors float32 [n, d] in the order of the texts, and their cost.
-
-    Attributes:
-        vectors: zeros for a text that failed.
-        tokens: of all texts; ``padded_tokens``: including padding.
-        model_seconds: compute time of the model on its device.
-        failed: reason by row, for each text that fails even as the only one of its batch.
-    """
-
-    vectors: NDArray[np.float32]
-    tokens: int
-    padded_tokens: int
-    model_seconds: float
-    failed: dict[int, str] = field(default_factory=dict)
 
 
 class Encoder:
@@ -87,6 +72,8 @@ class Encoder:
         dtype: of the backbone; pooling and head are float32.
         token_budget: tokens per batch, including padding; a longer text is a batch of its own. 0 chooses a budget for
             the device.
+        long_texts: pool: the pooled state of a text beyond the tokenizer's limit is the mean of those of its chunks,
+            weighted by their tokens.
     """
 
     def __init__(
@@ -98,10 +85,12 @@ class Encoder:
         device: torch.device,
         dtype: torch.dtype,
         token_budget: int,
+        long_texts: LongTexts = "cut",
     ) -> None:
         self._pooled = pooled.to(device=device, dtype=dtype)
         self._head = head.to(device=device)
         self._tokenizer = tokenizer
+        self._long_texts: LongTexts = long_texts
         self._stuck_after_s: float | None = None
         self._good = token_ids(tokenizer, [GOOD_TEXT])
         self.device = device
@@ -126,7 +115,7 @@ class Encoder:
         """Return the vectors of texts, in order. Except for rounding, a vector depends on its own text only.
 
         Args:
-            texts: any number, of any length; the tokenizer truncates long ones.
+            texts: any number, of any length; long ones are cut or pooled.
 
         Raises:
             Unencodable: a text cannot be encoded.
@@ -138,14 +127,7 @@ class Encoder:
             if part.failed:
                 row = min(part.failed)
                 raise Unencodable(f"text {number * WINDOW_TEXTS + row} cannot be encoded: {part.failed[row]}")
-        if not parts:
-            return Encoded(np.empty((0, 0), np.float32), 0, 0, 0.0)
-        return Encoded(
-            np.concatenate([part.vectors for part in parts]),
-            tokens=sum(part.tokens for part in parts),
-            padded_tokens=sum(part.padded_tokens for part in parts),
-            model_seconds=sum(part.model_seconds for part in parts),
-        )
+        return Encoded.joined(parts)
 
     def stream(
         self, windows: Iterable[tuple[W, Sequence[str]]], *, stuck_after_s: float | None = None
@@ -174,70 +156,116 @@ class Encoder:
 
     def _tokenised(self, source: Iterator[tuple[W, Sequence[str]]]) -> tuple[W, TokenisedTexts] | None:
         for window, texts in source:
-            return window, tokenise(self._tokenizer, texts)
+            return window, tokenise(self._tokenizer, texts, self._long_texts)
         return None
 
     @torch.inference_mode()
     def _encode(self, window: TokenisedTexts) -> Encoded:
-        lengths = np.array([len(ids) for ids in window.ids], dtype=np.int64)
-        failed = dict(window.failed)
-        order = np.argsort(-lengths, kind="stable")
-        order = order[~np.isin(order, list(failed))]
-        clock = DeviceClock(self.device)
+        texts, failed, clock = window.texts, dict(window.failed), DeviceClock(self.device)
+        good = [row for row in range(len(texts)) if row not in failed]
+        short = np.array([row for row in good if len(texts[row].chunks) == 1], np.int64)
+        work = WindowWork([text.chunks[0] for text in texts], self._head, clock, failed)
+        parts, padded = self._encode_rows(work, short)
+        long = [row for row in good if len(texts[row].chunks) > 1]
+        for group in text_groups([len(texts[row].chunks) for row in long]):
+            rows = np.array(long[group], np.int64)
+            more, computed = self._encode_chunks([texts[row].chunks for row in long[group]], rows, clock, failed)
+            parts, padded = [*parts, *more], padded + computed
+        vectors = np.zeros((len(texts), *(parts[0][1].shape[1:] if parts else (0,))), np.float32)
+        for rows, part in parts:
+            vectors[rows] = part
+        return Encoded(
+            vectors,
+            tokens=sum(text.count for text in texts),
+            padded_tokens=padded,
+            model_seconds=clock.seconds(),
+            cut_texts=sum(text.lost > 0 for text in texts),
+            lost_tokens=sum(text.lost for text in texts),
+            failed=failed,
+        )
+
+    def _encode_chunks(
+        self, chunks: list[list[NDArray[np.int32]]], rows: NDArray[np.int64], clock: DeviceClock, failed: dict[int, str]
+    ) -> tuple[list[tuple[NDArray[np.int64], NDArray[np.float32]]], int]:
+        """Vectors of texts with several chunks each, with their rows, and the number of computed tokens."""
+        ids = [chunk for of_text in chunks for chunk in of_text]
+        counts = np.array([len(of_text) for of_text in chunks], np.int64)
+        work = WindowWork(ids, nn.Identity(), clock, {}, texts_per_row=0)
+        parts, padded = self._encode_rows(work, np.arange(len(ids)))
+        owners = np.repeat(rows, counts)
+        failed.update({int(owners[chunk]): reason for chunk, reason in work.failed.items()})
+        self.on_batch(len(rows), 0)
+        if not parts:
+            return [], padded
+        states = np.zeros((len(ids), *parts[0][1].shape[1:]), np.float32)
+        for places, part in parts:
+            states[places] = part
+        pooled = weighted_means(states, np.array([len(chunk) for chunk in ids], np.int64), counts)
+        with clock.running(), self._watched():
+            vectors: NDArray[np.float32] = self._head(torch.from_numpy(pooled).to(self.device)).cpu().numpy()
+        for place in [n for n, row in enumerate(rows.tolist()) if row in failed]:
+            vectors[place] = 0
+        for place in np.flatnonzero(_not_finite(vectors)).tolist():
+            failed[int(rows[place])], vectors[place] = NOT_FINITE, 0
+        return [(rows, vectors)], padded
+
+    def _encode_rows(
+        self, work: WindowWork, rows: NDArray[np.int64]
+    ) -> tuple[list[tuple[NDArray[np.int64], NDArray[np.float32]]], int]:
+        """Outputs of the head with their rows of ``work.ids``, longest first, and the number of computed tokens."""
+        lengths = np.array([len(of_text) for of_text in work.ids], dtype=np.int64)
+        order = rows[np.argsort(-lengths[rows], kind="stable")]
         parts: list[tuple[NDArray[np.int64], Tensor]] = []
         padded = start = 0
         while start < len(order):
             # Out of memory may have reduced the budget since the last batch.
-            rows = order[start : start + next_batch(lengths[order[start:]], self._token_budget, packed=self.packed)]
-            start += len(rows)
-            padded += self._computed(lengths[rows])
-            parts += self._vectors(rows, window.ids, failed, clock)
-            self.on_batch(len(rows), int(lengths[rows].sum()))
+            batch = order[start : start + next_batch(lengths[order[start:]], self._token_budget, packed=self.packed)]
+            start += len(batch)
+            padded += self._computed(lengths[batch])
+            parts += self._vectors(batch, work)
+            self.on_batch(work.texts_per_row * len(batch), int(lengths[batch].sum()))
         with self._watched():
-            found = [(rows, vectors.cpu().numpy()) for rows, vectors in parts]
-        vectors = np.zeros((len(lengths), *(found[0][1].shape[1:] if found else (0,))), np.float32)
-        for rows, part in found:
-            vectors[rows] = part
-            for row in rows[_not_finite(part)].tolist():
-                vectors[row] = self._retried(row, window.ids[row], failed)
-        return Encoded(vectors, int(lengths.sum()), padded, clock.seconds(), failed)
+            found = [(of_part, vectors.cpu().numpy()) for of_part, vectors in parts]
+        for of_part, part in found:
+            for place in np.flatnonzero(_not_finite(part)).tolist():
+                part[place] = self._retried(int(of_part[place]), work)
+        return found, padded
 
-    def _vectors(
-        self, rows: NDArray[np.int64], ids: list[NDArray[np.int32]], failed: dict[int, str], clock: DeviceClock
-    ) -> list[tuple[NDArray[np.int64], Tensor]]:
+    def _vectors(self, rows: NDArray[np.int64], work: WindowWork) -> list[tuple[NDArray[np.int64], Tensor]]:
         """Vectors on the device, with their rows. A failing batch is halved until each failing text is alone."""
+        ids = [work.ids[row] for row in rows.tolist()]
         try:
-            with clock.running(), self._watched():
-                return [(rows, self._forward([ids[row] for row in rows.tolist()]))]
+            with work.clock.running(), self._watched():
+                return [(rows, self._forward(ids, work.head))]
         except (RuntimeError, IndexError, ValueError, MemoryError) as error:
             reason, memory = error_line(error), is_out_of_memory(error)
             if not memory and is_device_error(error):
                 raise
         # Outside the except block, so that the error's traceback no longer keeps the tensors alive.
         if memory:
-            self._shrink(self._computed(np.array([len(ids[row]) for row in rows.tolist()], np.int64)))
+            self._shrink(self._computed(np.array([len(of_text) for of_text in ids], np.int64)))
             if len(rows) == 1:
                 raise OutOfMemory(f"{self.device} lacks memory for a single text: {reason}")
         elif len(rows) == 1:
             self._require_good()
-            failed[int(rows[0])] = reason
+            work.failed[int(rows[0])] = reason
             return []
         half = len(rows) // 2
-        return [*self._vectors(rows[:half], ids, failed, clock), *self._vectors(rows[half:], ids, failed, clock)]
+        return [*self._vectors(rows[:half], work), *self._vectors(rows[half:], work)]
 
-    def _retried(self, row: int, ids: NDArray[np.int32], failed: dict[int, str]) -> NDArray[np.float32]:
+    def _retried(self, row: int, work: WindowWork) -> NDArray[np.float32]:
         """Encode a text alone whose vector was not finite in its batch; zeros if it is not finite again."""
-        vector: NDArray[np.float32] = self._forward([ids]).cpu().numpy()
+        vector: NDArray[np.float32] = self._forward([work.ids[row]], work.head).cpu().numpy()
         if _not_finite(vector).any():
             self._require_good()
-            failed[row] = "its vector contains NaN or infinity"
+            work.failed[row] = NOT_FINITE
             vector = np.zeros_like(vector)
         found: NDArray[np.float32] = vector[0]
         return found
 
     def _require_good(self) -> None:
         """Raise an error if a known good text fails too: then the model or the device is broken, not the text."""
-        if _not_finite(self._forward(self._good).cpu().numpy()).any():
+        if _not_finite(self._forward(self._good, self._head).cpu().numpy()).any():
             raise Unencodable(f"the model on {self.device} returns NaN or infinity even for a known good text")
 
     def _prepare_bfloat16(self) -> None:
@@ -273,8 +301,8 @@ class Encoder:
             gc.collect()
             torch.cuda.empty_cache()
 
-    def _forward(self, texts: Sequence[NDArray[np.int32]]) -> Tensor:
-        vectors: Tensor = self._head(self._pooled(self._batch(texts)))
+    def _forward(self, texts: Sequence[NDArray[np.int32]], head: nn.Module) -> Tensor:
+        vectors: Tensor = head(self._pooled(self._batch(texts)))
         return vectors
 
     def _batch(self, texts: Sequence[NDArray[np.int32]]) -> TokenBatch:
@@ -314,7 +342,7 @@ class Encoder:
         length = min(64, self._longest)
         texts = [np.zeros(length, np.int32)] * max(1, tokens // length)
         started = time.perf_counter()
-        self._forward(texts).cpu()
+        self._forward(texts, self._head).cpu()
         return time.perf_counter() - started
 
     def _name(self) -> str:
@@ -360,4 +388,5 @@ def load_encoder(
         device=device,
         dtype=dtype,
         token_budget=settings.token_budget,
+        long_texts=settings.long_texts,
     )

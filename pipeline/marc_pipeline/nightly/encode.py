@@ -33,7 +33,7 @@ from marc_schemas.plan import BucketPlan, Plan
 from marc_schemas.receipt import Receipt
 
 if TYPE_CHECKING:
-    from marc_pipeline.model.encoder import Encoded
+    from marc_pipeline.model.encoded import Encoded
 
 QUARANTINE_PREFIX = "encode-"
 
@@ -82,7 +82,8 @@ def pending_tasks(workspace: Workspace, plan: Plan, *, table_uri: str, settings:
         EncodeTask(
             workspace=workspace,
             table_uri=table_uri,
-            settings=settings,
+            # The plan was made and counted with its own setting.
+            settings=settings.model_copy(update={"long_texts": plan.long_texts}),
             ds=plan.ds,
             bundle=plan.bundle,
             bundle_uri=plan.bundle_uri,
@@ -130,6 +131,8 @@ def encode_bucket(task: EncodeTask, resources: TaskResources) -> Receipt:
         quarantine=quarantine,
         tokens=attempt.tokens,
         padded_tokens=attempt.padded_tokens,
+        cut_texts=attempt.cut_texts,
+        lost_tokens=attempt.lost_tokens,
         seconds=time.monotonic() - started,
         load_seconds=attempt.load_seconds,
         model_seconds=attempt.model_seconds,
@@ -148,7 +151,7 @@ class _Attempt:
 
     def __init__(self, task: EncodeTask, card: BundleCard, resources: TaskResources, *, whole: bool = False) -> None:
         self.task, self.card, self.resources, self.whole = task, card, resources, whole
-        self.texts = self.tokens = self.padded_tokens = self._started_tokens = 0
+        self.texts = self.tokens = self.padded_tokens = self.cut_texts = self.lost_tokens = self._started_tokens = 0
         self.model_seconds = self.load_seconds = 0.0
         self.device = self.dtype = "none"
         self.quarantined: list[dict[str, Any]] = []
@@ -221,6 +224,8 @@ class _Attempt:
             self.texts += len(window.rows) - len(encoded.failed)
             self.tokens += encoded.tokens
             self.padded_tokens += encoded.padded_tokens
+            self.cut_texts += encoded.cut_texts
+            self.lost_tokens += encoded.lost_tokens
             self.model_seconds += encoded.model_seconds
             yield window, encoded
 

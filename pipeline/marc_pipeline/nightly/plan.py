@@ -57,7 +57,13 @@ def make_plan(spark: "SparkSession", deployment: Deployment, identity: PlanIdent
     live, last = found.live(identity.ds), found.last(identity.ds)
     base = base_release(found.releases, ds=identity.ds)
     bundle = identity.bundle
-    wanted = (bundle.version, identity.buckets, settings.catalogue.rendering, identity.mantissa_bits)
+    wanted = (
+        bundle.version,
+        identity.buckets,
+        settings.catalogue.rendering,
+        identity.mantissa_bits,
+        identity.long_texts,
+    )
     if identity.chosen and (live is None or live.made_with != wanted):
         raise Superseded(f"the release of {identity.ds} was replaced a moment ago; run again to start from the new one")
     earlier = workspace.read_plan()
@@ -70,10 +76,20 @@ def make_plan(spark: "SparkSession", deployment: Deployment, identity: PlanIdent
             "plan: bundle %s was trained with template %r, the configuration has %r",
             *(bundle.version, bundle.card.template, settings.catalogue.rendering),
         )
+    if bundle.card.long_texts != identity.long_texts:
+        log.warning(
+            "plan: bundle %s was trained with encode.long_texts %s, the configuration has %s: train again",
+            *(bundle.version, bundle.card.long_texts, identity.long_texts),
+        )
     if base and base.table.mantissa_bits < identity.mantissa_bits:
         log.warning(
             "plan: release %s stores %d mantissa bits, the configuration has %d: every item is re-encoded",
             *(base.release_id, base.table.mantissa_bits, identity.mantissa_bits),
+        )
+    if base and base.table.long_texts != identity.long_texts:
+        log.warning(
+            "plan: release %s was made with encode.long_texts %s, the configuration has %s: every item is re-encoded",
+            *(base.release_id, base.table.long_texts, identity.long_texts),
         )
     context = BucketContext(
         workspace=workspace,
@@ -84,6 +100,7 @@ def make_plan(spark: "SparkSession", deployment: Deployment, identity: PlanIdent
         max_tokens=bundle.card.max_tokens,
         base=base,
         mantissa_bits=identity.mantissa_bits,
+        long_texts=identity.long_texts,
         recompute=identity.recompute,
         clean=text_cleaner(settings.catalogue) if settings.catalogue.clean else None,
     )
@@ -188,6 +205,7 @@ def _assemble(
         template=settings.catalogue.rendering,
         buckets=context.buckets,
         mantissa_bits=context.mantissa_bits,
+        long_texts=context.long_texts,
         chosen=identity.chosen,
         base_release=context.base.release_id if context.base else None,
         live_release=last.release_id if last else None,

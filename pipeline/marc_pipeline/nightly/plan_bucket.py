@@ -20,6 +20,7 @@ from marc_pipeline.model.tokens import TokenCount, count_tokens, load_tokenizer,
 from marc_pipeline.storage import Storage, join
 from marc_pipeline.table.rows import empty_rows, read_rows
 from marc_pipeline.work_area import Workspace
+from marc_schemas.bundle import LongTexts
 from marc_schemas.catalogue import ITEMS, QUARANTINE, Change, Reason
 from marc_schemas.feature_table import bucket_number
 from marc_schemas.files import Contract, PublishedFile
@@ -68,14 +69,20 @@ class BucketContext:
     max_tokens: int
     base: Release | None
     mantissa_bits: int
+    long_texts: LongTexts = "cut"
     recompute: bool = False
     clean: Callable[[str], str] | None = None
 
     @property
     def carries_over(self) -> bool:
-        """Whether vectors of the base release may be carried over; not if they have too few mantissa bits."""
-        too_coarse = self.base is not None and self.base.table.mantissa_bits < self.mantissa_bits
-        return not (self.recompute or too_coarse)
+        """Whether vectors of the base release may be carried over.
+
+        They may not if they have too few mantissa bits, or if long texts were treated differently.
+        """
+        table = self.base.table if self.base else None
+        if table and (table.mantissa_bits < self.mantissa_bits or table.long_texts != self.long_texts):
+            return False
+        return not self.recompute
 
 
 class BucketSummary(Contract):
@@ -165,6 +172,8 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
         deleted=deleted,
         tokens=tokens.tokens,
         tokens_error=tokens.error,
+        cut_texts=tokens.cut_texts,
+        lost_tokens=tokens.lost_tokens,
         previous=files,
     )
     unusable = {
@@ -310,7 +319,9 @@ def _cost(context: BucketContext, rows: pa.Table, fresh: NDArray[np.int64]) -> T
     distinct = fresh[first]
     chosen = sample_of(len(distinct), max(BUCKET_SAMPLE, -(-TOKEN_SAMPLE // context.buckets)))
     tokenizer = load_tokenizer(context.workspace.storage, context.bundle_uri, context.max_tokens)
-    return count_tokens(tokenizer, rows["text"].take(distinct[chosen]).to_pylist(), of=len(distinct))
+    return count_tokens(
+        tokenizer, rows["text"].take(distinct[chosen]).to_pylist(), of=len(distinct), long_texts=context.long_texts
+    )
 
 
 def _write(storage: Storage, uri: str, pieces: Iterable[pa.Table], schema: pa.Schema) -> None:

@@ -10,6 +10,7 @@ from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import UserError
 from marc_pipeline.model.bundle import Bundle, open_bundle
 from marc_pipeline.releases import log as release_log
+from marc_schemas.bundle import LongTexts
 from marc_schemas.feature_table import bucket_number
 from marc_schemas.identity import digest
 from marc_schemas.plan import FORMAT_VERSION
@@ -29,6 +30,7 @@ class PlanIdentity:
         bundle: the current bundle; for chosen buckets, the bundle of the date's release.
         buckets: number of buckets; for chosen buckets, that of the date's release.
         mantissa_bits: number of mantissa bits that vectors are stored with.
+        long_texts: whether texts beyond the bundle's maximum are cut or pooled.
         chosen: buckets of a backfill; None for the whole date.
         recompute: whether vectors of unchanged texts are computed again as well.
     """
@@ -39,6 +41,7 @@ class PlanIdentity:
     bundle: Bundle
     buckets: int
     mantissa_bits: int
+    long_texts: LongTexts
     chosen: tuple[int, ...] | None = None
     recompute: bool = False
 
@@ -73,7 +76,8 @@ def identify_plan(
     wanted = settings.catalogue
     parts = [
         FORMAT_VERSION, ds, files, source.format, wanted.id_column, wanted.updated_at_column, wanted.rendering,
-        bundle.version, buckets, settings.mantissa_bits, some, _recomputed(seen, some) if recompute else None,
+        bundle.version, buckets, settings.mantissa_bits, settings.encode.long_texts, some,
+        _recomputed(seen, some) if recompute else None,
     ]  # fmt: skip
     return PlanIdentity(
         plan_id=digest(parts),
@@ -82,6 +86,7 @@ def identify_plan(
         bundle=bundle,
         buckets=buckets,
         mantissa_bits=settings.mantissa_bits,
+        long_texts=settings.encode.long_texts,
         chosen=some,
         recompute=recompute,
     )
@@ -106,6 +111,11 @@ def _require_replaceable(settings: Settings, live: Release, chosen: Sequence[int
         raise UserError(
             f"release {live.release_id} of {live.ds} stores {live.table.mantissa_bits} mantissa bits, the "
             f"configuration has {settings.mantissa_bits}: backfill the whole date"
+        )
+    if live.table.long_texts != settings.encode.long_texts:
+        raise UserError(
+            f"release {live.release_id} of {live.ds} was made with encode.long_texts {live.table.long_texts}, the "
+            f"configuration has {settings.encode.long_texts}: backfill the whole date"
         )
 
 

@@ -139,6 +139,7 @@ def _describe(
             buckets=plan.buckets,
             template=plan.template,
             mantissa_bits=plan.mantissa_bits,
+            long_texts=plan.long_texts,
         ),
         index=index,
         bundle=BundleFacts(
@@ -167,6 +168,8 @@ def _counts(plan: Plan, receipts: Sequence[Receipt], fresh: Sequence[Receipt], *
         quarantined=sum(quarantined_rows(plan.quarantined, receipts).values()),
         encoded=sum(receipt.encoded for receipt in fresh),
         tokens=sum(receipt.tokens for receipt in fresh),
+        cut_texts=sum(receipt.cut_texts for receipt in fresh),
+        lost_tokens=sum(receipt.lost_tokens for receipt in fresh),
     )
 
 

@@ -19,7 +19,7 @@ from marc_pipeline.work_area import Workspace
 from marc_schemas.identity import files_digest
 from marc_schemas.plan import Plan
 from marc_schemas.receipt import AuditReport, IndexReceipt, Receipt, day_moments
-from marc_schemas.release import Release
+from marc_schemas.release import Counts, Release
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -56,6 +56,8 @@ def plan_stage(
     quarantined = sum(made.quarantined.values())
     log.info("plan: %s of %s has %s items (%s)", made.plan_id, made.ds, f"{made.items:,}", counts)
     log.info("plan: %s rows quarantined, %s tokens to encode", f"{quarantined:,}", f"{made.tokens:,}")
+    if made.cut_texts:
+        log.info("plan: max_tokens cuts %s", cut_and_lost(made))
     return made
 
 
@@ -97,6 +99,13 @@ def encode_stage(spark: "SparkSession", deployment: Deployment, plan_id: str) ->
             100 * (1 - tokens / max(1, sum(receipt.padded_tokens for receipt in made))),
         )
     return receipts
+
+
+def cut_and_lost(counted: Plan | Counts) -> str:
+    """Return one phrase with the number of texts that ``max_tokens`` cuts, and the share of all tokens that is lost."""
+    lost = counted.lost_tokens or 0
+    share = 100 * lost / max(1, counted.tokens + lost)
+    return f"{counted.cut_texts or 0:,} texts to encode; {share:.1f} % of all tokens are lost"
 
 
 def planned_and_actual(plan: Plan, *, tokens: int, seconds: float) -> str:

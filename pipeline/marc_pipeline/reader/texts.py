@@ -46,5 +46,8 @@ def encode_texts(
     if not texts:
         return np.empty((0, release.facts.table.dim), np.float32)
     bundle = release.facts.bundle
-    encoder = load_encoder(release.storage, bundle.uri, bundle.version, settings or EncodeSettings(), TaskResources())
+    # Queries and items must be encoded alike.
+    update = {"long_texts": release.facts.table.long_texts}
+    wanted = (settings or EncodeSettings()).model_copy(update=update)
+    encoder = load_encoder(release.storage, bundle.uri, bundle.version, wanted, TaskResources())
     return encoder.encode(texts).vectors

@@ -81,6 +81,7 @@ def state_encoder(
         device=device,
         dtype=choose_dtype(encode, device),
         token_budget=encode.token_budget,
+        long_texts=encode.long_texts,
     )
 
 

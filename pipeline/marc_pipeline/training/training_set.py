@@ -116,7 +116,7 @@ def identify_training(deployment: Deployment, *, ds: str) -> TrainingIdentity:
         sorted(storage.content_digest(stored) for stored in found.files),
         settings.interactions.model_dump(exclude={"uri", "history", "negatives", "negative_popularity"}),
         train.backbone, backbone_files(train.backbone), train.pooling, train.max_tokens, train.sample,
-        settings.encode.dtype,
+        settings.encode.dtype, settings.encode.long_texts,
     ]  # fmt: skip
     interactions = InteractionSource(found, settings.interactions, storage)
     return TrainingIdentity(training_id=digest(parts), ds=ds, source=source, interactions=interactions)
@@ -201,6 +201,7 @@ def make_training_set(
         template=settings.catalogue.rendering,
         backbone=settings.train.backbone,
         pooling=settings.train.pooling,
+        long_texts=settings.encode.long_texts,
         **vars(facts),
         boundaries=boundaries,
         items=len(items),

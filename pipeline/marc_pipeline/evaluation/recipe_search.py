@@ -63,11 +63,11 @@ Vectors = dict[Recipe, NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class RecipeTask:
-    """The training with one pair of weights without one group of users. It is pickled for Spark's Python workers.
+    """The training of a recipe without one group of users. It is pickled for Spark's Python workers.
 
     Attributes:
         number: number of the task, for its progress.
-        keep, decouple: α and β.
+        recipe: weights, and the most epochs.
         fold: number of the group.
     """
 
@@ -75,8 +75,7 @@ class RecipeTask:
     deployment: Deployment
     training_id: str
     layer: int
-    keep: float
-    decouple: float
+    recipe: Recipe
     fold: int
 
     @property
@@ -103,16 +102,38 @@ def search_recipes(
         UserError: there are too few users or interactions.
     """
     settings = deployment.settings
-    each = [(fold, pair) for fold in range(SEARCH_FOLDS) for pair in weights(settings.train)]
+    shop = _shop(training_set, deployment)
+    first, *others = weights(settings.train)
+    lengths = [Recipe(*first, epochs) for epochs in (*(n for n in EPOCHS if n < settings.train.epochs), None)]
+    made = _trained(spark, deployment, training_set, [Recipe(*first)], layer=layer)
+    scores = _scored(shop, made, lengths, settings.interactions, label="recipes: epochs")
+    # The other weights are compared at the best length only.
+    rivals = [Recipe(*pair, choose_recipe(scores).epochs) for pair in others]
+    if not rivals:
+        return scores
+    made = _trained(spark, deployment, training_set, rivals, layer=layer)
+    return scores | _scored(shop, made, rivals, settings.interactions, label="recipes: weights")
+
+
+def _trained(
+    spark: "SparkSession",
+    deployment: Deployment,
+    training_set: TrainingSet,
+    recipes: Sequence[Recipe],
+    *,
+    layer: int,
+) -> list[Vectors]:
+    """Train each recipe without each group of users; return the vectors by recipe, for each group."""
+    each = [(fold, recipe) for fold in range(SEARCH_FOLDS) for recipe in recipes]
     tasks = [
-        RecipeTask(number, deployment, training_set.card.training_id, layer, *pair, fold=fold)
-        for number, (fold, pair) in enumerate(each)
+        RecipeTask(number, deployment, training_set.card.training_id, layer, recipe, fold)
+        for number, (fold, recipe) in enumerate(each)
     ]
     progress = tasks[0].progress
     progress.clear(task.number for task in tasks)
     made = run_buckets(
         spark,
-        train_recipes,
+        train_recipe,
         tasks,
         label="recipes",
         weight=lambda _: TICKS,
@@ -120,17 +141,7 @@ def search_recipes(
         each="trainings",
         running=progress.total,
     )
-    shop = _shop(training_set, deployment)
-    vectors = [_of_fold(made, fold) for fold in range(SEARCH_FOLDS)]
-    first, *others = weights(settings.train)
-    lengths = [Recipe(*first, epochs) for epochs in (*(n for n in EPOCHS if n < settings.train.epochs), None)]
-    scores = _scored(shop, vectors, lengths, settings.interactions, label="recipes: epochs")
-    # The other weights are compared at the best length only.
-    epochs = choose_recipe(scores).epochs
-    rivals = [Recipe(*pair, epochs) for pair in others]
-    if not rivals:
-        return scores
-    return scores | _scored(shop, vectors, rivals, settings.interactions, label="recipes: weights")
+    return [_of_fold(made, fold) for fold in range(SEARCH_FOLDS)]
 
 
 def _of_fold(made: Sequence[tuple[int, Vectors]], fold: int) -> Vectors:
@@ -165,8 +176,8 @@ def choose_recipe(scores: Mapping[Recipe, float]) -> Recipe:
     return max(scores, key=lambda recipe: scores[recipe])
 
 
-def train_recipes(task: RecipeTask, resources: TaskResources) -> tuple[int, Vectors]:
-    """Train MARC with one pair of weights; return the fold, and the vectors [items, d] after each number of epochs."""
+def train_recipe(task: RecipeTask, resources: TaskResources) -> tuple[int, Vectors]:
+    """Train MARC by a recipe; return the fold, and the vectors [items, d] after each number of epochs on the way."""
     use_threads(resources.cpus)
     settings = task.deployment.settings
     training_set = cached_training_set(task.deployment.storage, settings.work_uri, task.training_id)
@@ -175,7 +186,9 @@ def train_recipes(task: RecipeTask, resources: TaskResources) -> tuple[int, Vect
     _, learned = user_fold_data(
         shop.interactions, folds=FOLDS, fold=task.fold, items=items, settings=settings.interactions
     )
-    train = settings.train.model_copy(update={"keep": task.keep, "decouple": task.decouple, "validate_every": None})
+    wanted = task.recipe
+    update = {"keep": wanted.keep, "decouple": wanted.decouple, "epochs": wanted.epochs or settings.train.epochs}
+    train = settings.train.model_copy(update={**update, "validate_every": None})
     data = learning_data(learned, settings=settings.interactions, holdout=train.holdout, items=items)
     objective = new_objective(
         "marc",
@@ -189,7 +202,7 @@ def train_recipes(task: RecipeTask, resources: TaskResources) -> tuple[int, Vect
 
     def keep(epoch: float) -> None:
         if epoch in EPOCHS:
-            found[Recipe(task.keep, task.decouple, int(epoch))] = objective.vectors().numpy()
+            found[replace(wanted, epochs=int(epoch))] = objective.vectors().numpy()
 
     fit(
         objective,
@@ -201,7 +214,7 @@ def train_recipes(task: RecipeTask, resources: TaskResources) -> tuple[int, Vect
         tick=lambda share: task.progress.write(task.number, TICKS * share),
         validated=keep,
     )
-    found[Recipe(task.keep, task.decouple)] = objective.vectors().numpy()
+    found[replace(wanted, epochs=None)] = objective.vectors().numpy()
     task.progress.clear([task.number])
     return task.fold, found
 

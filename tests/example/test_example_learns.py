@@ -9,21 +9,23 @@ import pytest
 from numpy.typing import NDArray
 
 from marc_pipeline.config import EncodeSettings, InteractionSettings, TrainSettings, load_settings
-from marc_pipeline.evaluation.click_model import ClickData, ClickScore, click_data, score_vectors
+from marc_pipeline.evaluation.click_data import ClickData, time_split_data
+from marc_pipeline.evaluation.click_model import ClickScore, score_vectors
 from marc_pipeline.evaluation.factory import make_vectors
 from marc_pipeline.evaluation.systems import System
 from marc_pipeline.example.ratings import write_interactions
 from marc_pipeline.example.shop import read_good_items, write_catalogue
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.storage import Storage
-from marc_pipeline.training.interactions import Interactions, read_interactions
+from marc_pipeline.training.interactions import Interactions
 from marc_pipeline.training.learning import learning_data
 from marc_pipeline.training.states import write_states
-from marc_pipeline.training.time_split import Split, split_by_time
+from marc_pipeline.training.time_split import Split, split_by_time, split_times
+from rating_files import read_all
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.usefixtures("one_thread")]
 
-DIM, HISTORY = 64, 10
+DIM = 64
 LAYERS = 6
 MARC_LAYER = 1
 """A low layer, whose choice does not depend on the data: all layers differ by less than the margins."""
@@ -44,12 +46,14 @@ class Shop:
 
     @cached_property
     def clicks(self) -> ClickData:
-        return click_data(self.interactions, self.split, n_items=self.items, history=HISTORY)
+        return time_split_data(
+            self.interactions, split_times(self.interactions), items=self.items, settings=InteractionSettings()
+        )
 
     def score(self, system: str, layer: int = 0, seed: int = 0) -> ClickScore:
         """The score of a system's vectors, made from the training part, on the test part."""
         rows = self.interactions.take(self.split.train)
-        data = learning_data(rows, history=HISTORY, holdout=TRAIN.holdout, items=self.items)
+        data = learning_data(rows, settings=InteractionSettings(), holdout=TRAIN.holdout, items=self.items)
         states: NDArray[np.float32] = np.array(np.load(self.states, mmap_mode="r")[layer])
         made = System(system, "layer" if system.startswith("pca") else "marc", layer)
         return score_vectors(
@@ -66,7 +70,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory, repository: Path, one_thread:
     texts = [template.format_map(item._asdict()) for item in items]
     write_states(texts, folder / "states.npy", train=TRAIN, encode=EncodeSettings(threads=1), resources=TaskResources())
     settings = InteractionSettings(uri=str(interactions))
-    rows = read_interactions(Storage(), settings, [item.item_id for item in items])
+    rows = read_all(Storage(), settings, [item.item_id for item in items])
     return Shop(rows, len(items), folder / "states.npy")
 
 

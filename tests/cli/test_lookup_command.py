@@ -153,6 +153,21 @@ def test_texts_are_encoded_with_the_bundle_of_the_release(with_model: OpenReleas
     assert names[0].tolist() == names[2].tolist()
 
 
+def test_long_texts_are_encoded_like_the_items_of_the_release(with_model: OpenRelease) -> None:
+    cut, release = EncodeSettings(device="cpu", dtype="float32"), with_model
+    pool, bundle = cut.model_copy(update={"long_texts": "pool"}), release.facts.bundle
+    text = "a red lamp and two books " * 50
+    vectors = [
+        load_encoder(Storage(), bundle.uri, bundle.version, each, TaskResources()).encode([text]).vectors
+        for each in (cut, pool)
+    ]
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
+    pooled = altered(release.facts, table__long_texts="pool")
+    of_pooled = OpenRelease(pooled, uri=release.files()[0].split("/ds=")[0], storage=release.storage)
+    np.testing.assert_allclose(encode_texts(release, [text], settings=pool), vectors[0], atol=1e-5)
+    np.testing.assert_allclose(encode_texts(of_pooled, [text], settings=cut), vectors[1], atol=1e-5)
+
+
 def test_a_damaged_bundle_is_refused(with_model: OpenRelease) -> None:
     weights = next(Path(with_model.facts.bundle.uri).glob("*.safetensors"))
     load_encoder.cache_clear()

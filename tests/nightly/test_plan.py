@@ -401,7 +401,7 @@ def test_a_plan_reports_the_error_of_its_tokens_and_its_cost(
     out = capsys.readouterr().out
     assert "cost" not in out
     share = 100 * plan.lost_tokens / (plan.tokens + plan.lost_tokens)
-    assert f"{plan.cut_texts:,} texts to encode; {share:.1f} % of all tokens are lost" in out
+    assert f"{plan.cut_texts:,} texts; {share:.1f} % of all tokens are lost" in out
     paid = EncodeSettings(price_per_device_hour=3.5, devices=4)
     hour = plan.model_copy(update={"tokens_per_second": plan.tokens / 3590, "start_seconds": 10.0})
     assert describe_plan(hour, paid)["cost"] == pytest.approx(14.0)

@@ -57,7 +57,7 @@ def plan_stage(
     log.info("plan: %s of %s has %s items (%s)", made.plan_id, made.ds, f"{made.items:,}", counts)
     log.info("plan: %s rows quarantined, %s tokens to encode", f"{quarantined:,}", f"{made.tokens:,}")
     if made.cut_texts:
-        log.info("plan: max_tokens cuts %s", cut_and_lost(made))
+        log.info("plan: max_tokens cuts %s; encode.long_texts pool encodes them whole", cut_and_lost(made))
     return made
 
 
@@ -105,7 +105,7 @@ def cut_and_lost(counted: Plan | Counts) -> str:
     """Return one phrase with the number of texts that ``max_tokens`` cuts, and the share of all tokens that is lost."""
     lost = counted.lost_tokens or 0
     share = 100 * lost / max(1, counted.tokens + lost)
-    return f"{counted.cut_texts or 0:,} texts to encode; {share:.1f} % of all tokens are lost"
+    return f"{counted.cut_texts or 0:,} texts; {share:.1f} % of all tokens are lost"
 
 
 def planned_and_actual(plan: Plan, *, tokens: int, seconds: float) -> str:

@@ -24,7 +24,7 @@ def encode_texts(
     Args:
         release: the release whose bundle encodes the texts.
         texts: the item template is not applied to them.
-        settings: device, dtype and batches; by default chosen for this machine.
+        settings: device, dtype and batches, by default chosen for this machine. The release decides about long texts.
 
     Returns:
         float32 [n, d], in the order of the texts.

@@ -94,7 +94,9 @@ def test_a_training_makes_the_bundle_current_and_records_the_run(trained: Traine
     compared = Path(training_uri(settings.work_uri, world.training_id), "comparisons", f"{done.bundle}.json")
     comparison = BundleComparison.model_validate_json(compared.read_bytes())
     assert (comparison.candidate, comparison.current, comparison.problems) == (done.bundle, None, [])
-    assert len(comparison.scores) == settings.evaluate.seeds
+    compared_systems = {f"bundle:{done.bundle}", f"pca-layer-{done.layers}", f"pca-layer-{LAYERS}", "random"}
+    assert {score.system for score in comparison.scores} == compared_systems
+    assert len(comparison.scores) == len(compared_systems) * settings.evaluate.seeds
 
 
 def test_a_repeated_training_returns_the_same_bundle(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +182,7 @@ def test_a_killed_training_resumes_and_makes_the_same_bundle(
     world: World, uninterrupted: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     spark: Any, name: str, times: int,
 ) -> None:  # fmt: skip
-    deployment = open_deployment(world.shop.settings(train={"layers": 2, "checkpoint_every": 5}))
+    deployment = open_deployment(world.shop.settings(train={"layers": 2, "checkpoint_every": 1}))
     identity = identify_training(deployment, ds=DS)
     training_run.states_stage(spark, deployment, identity)
     kill_after(monkeypatch, name, times)
@@ -191,7 +193,7 @@ def test_a_killed_training_resumes_and_makes_the_same_bundle(
         training_run.trained_bundle(deployment, identity.training_id)
     with caplog.at_level(logging.INFO, logger="marc_pipeline"):
         done = training_run.train_stage(spark, deployment, identity.training_id)
-    assert "resumes from the checkpoint of step 20" in caplog.text or name != "checkpoint.pt"
+    assert "resumes from the checkpoint of step 4" in caplog.text or name != "checkpoint.pt"
     assert done.bundle == uninterrupted == training_run.trained_bundle(deployment, identity.training_id)
     steps = [row["step"] for row in done.history]
     assert steps == sorted(set(steps)), "each validation is recorded once"

@@ -186,7 +186,7 @@ def test_other_settings_of_metrics_give_another_report_from_the_same_states_and_
     judged: Judged, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     world, answer = judged
-    searched = ("search_layers", "test_layers")
+    searched = ("search_layers", "pca_test_scores")
     for name in ("training.states.write_states", *(f"evaluation.layer_search.{name}" for name in searched)):
         monkeypatch.setattr(f"marc_pipeline.{name}", None)
     other = report_of(world.layers("--ds", DS, "--sample", "50", "--out", str(tmp_path)))
@@ -229,7 +229,9 @@ def test_later_clicks_do_not_influence_the_choice(judged: Judged, backbones: Bac
     write_rows(tmp_path / "ratings.csv", rows[:cut] + later)
     report, first = judge_layers(open_deployment(world.settings), ds=DS), report_of(judged[1])
     assert report.report_id != first.report_id
-    assert report.recommendations == first.recommendations
+    # The reasons contain measured speeds.
+    kept = [[(one.layers, one.pooling) for one in found.recommendations] for found in (report, first)]
+    assert kept[0] == kept[1]
     for one, other in zip(report.models[0].judged, first.models[0].judged, strict=True):
         assert one.fold_auc == other.fold_auc
         assert one.test_auc != other.test_auc

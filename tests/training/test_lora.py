@@ -328,7 +328,7 @@ def test_the_card_contains_the_facts_of_the_training(frozen: Frozen) -> None:
     assert card.training["until"] == rows.times[boundary - 1] < rows.times[boundary]
     assert card.training["interactions"] <= boundary
     assert card.training["settings"]["learning_rate"] == 0.01
-    assert card.metrics["validation_auc"] == pytest.approx(trained.progress.best, abs=1e-6)
+    assert card.metrics["holdout_auc"] == pytest.approx(trained.progress.best, abs=1e-6)
     assert card.metrics["steps"] == trained.progress.best_step
     assert check_bundle(STORAGE, bundle) == []
     assert json.loads((Path(bundle.uri) / "bundle.json").read_text())["training"]["seed"] == 0

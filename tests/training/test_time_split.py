@@ -137,7 +137,7 @@ def test_a_history_follows_its_definition_and_does_not_depend_on_later_rows(
     found: Interactions, length: int, label: int, rows: int
 ) -> None:
     result = histories(found, length=length, label=label)
-    assert (result.shape, result.dtype) == ((len(found), length), np.int64)
+    assert (result.shape, result.dtype) == ((len(found), length), np.int32)
     assert result.tolist() == naive_histories(found, length, label)
     assert np.array_equal(result[:rows], histories(found.take(slice(0, rows)), length=length, label=label))
 

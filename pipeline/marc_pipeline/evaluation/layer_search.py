@@ -6,6 +6,7 @@ seeds than a trained compressor. Unlike a PCA, it finds the directions that pred
 Jamieson and Talwalkar 2016, Non-stochastic Best Arm Identification and Hyperparameter Optimization (AISTATS).
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -128,7 +129,10 @@ def beats_random(scores: Mapping[int, Sequence[float]]) -> bool:
     """
     layers = {layer: aucs for layer, aucs in scores.items() if layer != RANDOM}
     best = max(final_scores(layers).values(), key=fmean)
-    test = stats.ttest_rel(best, scores[RANDOM], alternative="greater")
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        # All differences may be nearly equal.
+        warnings.filterwarnings("ignore", "Precision loss occurred", RuntimeWarning)
+        test = stats.ttest_rel(best, scores[RANDOM], alternative="greater")
     return bool(test.pvalue < ERROR / len(layers))
 
 

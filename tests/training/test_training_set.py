@@ -172,7 +172,11 @@ def test_a_training_set_has_texts_interactions_split_card_and_states(made: tuple
     assert card.training_id == identify(shop.settings()).training_id == found.folder.name
     assert (card.items, card.users, card.interactions) == (ITEMS, USERS, RATINGS)
     assert card.clicks == Counter(row["rating"] for row in rows)["5"]
-    assert (card.ds, card.template, card.backbone) == (DS, shop.settings().catalogue.rendering, shop.settings().train.backbone)
+    assert (card.ds, card.template, card.backbone) == (
+        DS,
+        shop.settings().catalogue.rendering,
+        shop.settings().train.backbone,
+    )
     assert (card.layers, card.width, card.max_tokens, card.dtype) == (LAYERS, WIDTH, 48, "float32")
     assert {path.name for path in found.folder.iterdir()} == {"training_set.json", *card.files}
     assert {"states.npy", "items.parquet", "interactions.parquet"} <= card.files.keys()

@@ -24,7 +24,7 @@ from measuring import CORES, options, progress, show, working_folder, write_json
 from numpy.lib.format import open_memmap
 
 from marc_pipeline.bundles.choices import Chosen
-from marc_pipeline.bundles.making import known_items, train_marc
+from marc_pipeline.bundles.making import train_marc
 from marc_pipeline.bundles.stages import layer_stage, recipe_stage
 from marc_pipeline.config import CatalogueSettings, InteractionSettings, Settings
 from marc_pipeline.deployment import Deployment, open_deployment
@@ -38,6 +38,7 @@ from marc_pipeline.spark.session import configured_session
 from marc_pipeline.storage import join
 from marc_pipeline.storage.checksums import describe_file
 from marc_pipeline.training.interactions import Interactions
+from marc_pipeline.training.learning import training_part
 from marc_pipeline.training.time_split import split_times
 from marc_pipeline.training.training_set import (
     CARD,
@@ -113,7 +114,8 @@ def peak_mib() -> float:
 def gate(training_set: TrainingSet, settings: Settings, own: Any, layer: int) -> dict[str, float]:
     """Mean validation AUC of MARC and its rivals over the seeds of the gate."""
     items, dim = np.arange(len(training_set.item_ids)), settings.train.dim
-    known = known_items(training_set, train=settings.train, interactions=settings.interactions)
+    learned = training_part(training_set, settings=settings.interactions, holdout=settings.train.holdout)
+    known = learned.whole().known.numpy()
     systems = {"marc": own}
     for number in (layer, training_set.card.layers):
         systems[f"pca-layer-{number}"] = pca_vectors(training_set.states(number, items), known, dim=dim)

@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 from material import quiet
 from measuring import CORES, options, progress, show, working_folder, write_json
 
-from marc_pipeline.bundles.making import known_items
 from marc_pipeline.bundles.promotion import compare_stage
 from marc_pipeline.bundles.stages import LAYERS, run_uri, states_stage, train_stage
 from marc_pipeline.config import load_settings
@@ -41,6 +40,7 @@ from marc_pipeline.resources import machine
 from marc_pipeline.spark.session import configured_session
 from marc_pipeline.storage import join
 from marc_pipeline.storage.checksums import describe_file
+from marc_pipeline.training.learning import training_part
 from marc_pipeline.training.negatives import with_negatives
 from marc_pipeline.training.time_split import Split
 from marc_pipeline.training.training_set import (
@@ -109,7 +109,8 @@ def measured(deployment: Deployment, training_set: TrainingSet, percent: int, gi
     training_id = reduced(training_set, percent, deployment)
     own = open_training_set(storage, settings.work_uri, training_id)
     data = fixed_data(training_set, percent, deployment, part=given.part)
-    known = known_items(own, train=settings.train, interactions=settings.interactions)
+    learned = training_part(own, settings=settings.interactions, holdout=settings.train.holdout)
+    known = learned.whole().known.numpy()
     systems: dict[str, Any] = {}
     for layer in range(own.card.layers + 1):
         states = own.states(layer, np.arange(len(own.item_ids)))

@@ -26,7 +26,7 @@ from marc_pipeline.storage import Storage
 from marc_pipeline.training import lora as tuned
 from marc_pipeline.training import matching
 from marc_pipeline.training.fit import Checkpoint, Progress, learn
-from marc_pipeline.training.learning import LearningData, learning_data
+from marc_pipeline.training.learning import LearningData, training_part
 from marc_pipeline.training.objective import Objective
 from marc_pipeline.training.regression import fit_regression
 from marc_pipeline.training.states import cutting_tokenizer, state_encoder
@@ -130,7 +130,8 @@ def save_layer_pca(
 ) -> Bundle:
     """Save the whitened PCA of a layer as a bundle: the rival of MARC in the gate, with the vectors compared there."""
     card, states = training_set.card, training_set.states(layers, np.arange(len(training_set.item_ids)))
-    known = known_items(training_set, train=train, interactions=interactions)
+    learned = training_part(training_set, settings=interactions, holdout=train.holdout)
+    known = learned.whole().known.numpy()
     compressor, explained = fit_pca(states[known], dim=train.dim)
 
     def write(folder: Path) -> BundleCard:
@@ -152,20 +153,6 @@ def save_layer_pca(
         )  # fmt: skip
 
     return save_bundle(storage, bundle_uri, write)
-
-
-def known_items(
-    training_set: TrainingSet, *, train: TrainSettings, interactions: InteractionSettings
-) -> NDArray[np.int64]:
-    """Return the items [m] of the training part that a PCA may be fitted on."""
-    data = learning_data(
-        training_set.interactions.take(training_set.split.train),
-        settings=interactions,
-        holdout=train.holdout,
-        items=len(training_set.item_ids),
-    )
-    known: NDArray[np.int64] = data.whole().known.numpy()
-    return known
 
 
 @torch.no_grad()
@@ -196,12 +183,7 @@ def train_marc(
     """
     if resources.cpus:
         torch.set_num_threads(encode.threads or resources.cpus)
-    data = learning_data(
-        training_set.interactions.take(training_set.split.train),
-        settings=interactions,
-        holdout=train.holdout,
-        items=len(training_set.texts),
-    )
+    data = training_part(training_set, settings=interactions, holdout=train.holdout)
     states = training_set.states(layers)
     backbone: PeftModel | None = None
 

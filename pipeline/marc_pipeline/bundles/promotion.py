@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from marc_pipeline.bundles import gate
-from marc_pipeline.bundles.making import known_items, save_layer_pca
+from marc_pipeline.bundles.making import save_layer_pca
 from marc_pipeline.config import Settings
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import GateRefused, UserError
+from marc_pipeline.evaluation.click_data import ClickData
 from marc_pipeline.evaluation.click_model import ClickScore, Vectors, score_together
 from marc_pipeline.evaluation.factory import pca_vectors
 from marc_pipeline.evaluation.statistics import user_error, user_interval
@@ -23,11 +24,16 @@ from marc_pipeline.model.encoder import load_encoder
 from marc_pipeline.progress import ProgressLog
 from marc_pipeline.resources import machine
 from marc_pipeline.storage import join
+from marc_pipeline.training.learning import training_part
 from marc_pipeline.training.training_set import TrainingSet, open_training_set, training_uri
 from marc_pipeline.work_area import read_contract
+from marc_schemas.evaluation import SystemScore
 from marc_schemas.promotion import BundleComparison
 
-RANDOM = "random"
+RANDOM, PCA = "random", "pca-layer-"
+
+Systems = dict[str, tuple[System, int | None, Vectors]]
+"""Systems to compare with their layers and vectors [items, d], by name."""
 
 log = logging.getLogger(__name__)
 
@@ -96,19 +102,18 @@ def promote_stage(
     return comparison
 
 
-def _evaluated(
-    deployment: Deployment, training_set: TrainingSet, versions: list[str], layer: int
-) -> "dict[str, tuple[System, int | None, Vectors]]":
+def _evaluated(deployment: Deployment, training_set: TrainingSet, versions: list[str], layer: int) -> Systems:
     """Return the systems to compare with their layers and vectors [items, d], by name."""
     settings, items = deployment.settings, len(training_set.item_ids)
     train = settings.train
-    found: dict[str, tuple[System, int | None, Vectors]] = {}
+    found: Systems = {}
     for version in versions:
         name = f"bundle:{version}"
         found[name] = System(name, "bundle", None), None, _bundle_vectors(deployment, training_set, version)
-    known = known_items(training_set, train=train, interactions=settings.interactions)
+    learned = training_part(training_set, settings=settings.interactions, holdout=train.holdout)
+    known = learned.whole().known.numpy()
     for number in dict.fromkeys((layer, training_set.card.layers)):
-        name = f"pca-layer-{number}"
+        name = f"{PCA}{number}"
         states = training_set.states(number, np.arange(items))
         found[name] = System(name, "layer", number), number, pca_vectors(states, known, dim=train.dim)
     vectors = np.random.default_rng(0).standard_normal((items, train.dim), dtype=np.float32)
@@ -141,64 +146,38 @@ def _bundle_vectors(deployment: Deployment, training_set: TrainingSet, version: 
 
 
 def _decided(
-    deployment: Deployment,
-    training_set: TrainingSet,
-    comparison: BundleComparison,
-    systems: "dict[str, tuple[System, int | None, Vectors]]",
+    deployment: Deployment, training_set: TrainingSet, comparison: BundleComparison, systems: Systems
 ) -> BundleComparison:
     """Score the systems, and decide by the validation part which bundle may be promoted."""
     settings = deployment.settings
     use_threads(machine().cpus)
     data = evaluation_data(training_set, settings)
-    progress = ProgressLog("promote: click models", settings.evaluate.seeds, "seeds")
-    runs: dict[str, list[ClickScore]] = {name: [] for name in systems}
-    scores = []
-    for seed in range(settings.evaluate.seeds):
-        for dim, names in _by_dim(systems):
-            group = [systems[name] for name in names]
-            scored = score_together(
-                [vectors for *_, vectors in group],
-                data,
-                seed=seed,
-                done=progress.part(seed),
-            )
-            evaluated = [(system, layer) for system, layer, _ in group]
-            scores += as_scores(evaluated, scored, dim=dim, seed=seed, seconds=[0.0] * len(group)).scores
-            for name, score in zip(names, scored, strict=True):
-                runs[name].append(score)
+    runs, scores = _scored(systems, data, seeds=settings.evaluate.seeds)
     validation = {name: fmean(score.validation_auc for score in found) for name, found in runs.items()}
     test = {name: fmean(score.auc for score in found) for name, found in runs.items()}
-    best = max((name for name in validation if name != RANDOM), key=lambda name: validation[name])
-    averaged = {
-        name: np.mean([score.validation_predictions for score in found], axis=0) for name, found in runs.items()
-    }
-    interval = user_interval(
-        averaged[best], averaged[RANDOM], data, part=data.split.validation, comparisons=len(systems) - 1
-    )
-    comparison = comparison.model_copy(
-        update={
-            "validation_auc": validation, "auc": test, "best": best, "scores": scores,
-            "beats_random": interval is None or interval[0] > 0,
-        }
-    )  # fmt: skip
     for name in sorted(validation, key=lambda one: -validation[one]):
         log.info("promote: %s: validation AUC %.4f, test AUC %.4f", name, validation[name], test[name])
-    if not comparison.beats_random:
+    predicted = {name: np.mean([one.validation_predictions for one in found], axis=0) for name, found in runs.items()}
+    part, own = data.split.validation, f"bundle:{comparison.candidate}"
+    best = max((name for name in validation if name != RANDOM), key=lambda name: validation[name])
+    interval = user_interval(predicted[best], predicted[RANDOM], data, part=part, comparisons=len(systems) - 1)
+    update: dict[str, object] = {
+        "validation_auc": validation, "auc": test, "best": best, "scores": scores,
+        "beats_random": interval is None or interval[0] > 0,
+    }  # fmt: skip
+    if not update["beats_random"]:
         log.warning("promote: no vector beats random ones: the texts say nothing about what users take")
-    own = f"bundle:{comparison.candidate}"
-    error = 0.0
-    if best.startswith("pca-layer-"):
-        # The candidate was better within the training part. A small validation part must not overrule that by chance.
-        error = user_error(averaged[best], averaged[own], data, part=data.split.validation)
+    # A small validation part must not prefer a PCA by chance.
+    is_pca = best.startswith(PCA)
+    error = user_error(predicted[best], predicted[own], data, part=part) if is_pca else 0.0
     if validation[own] >= validation[best] - comparison.tolerance - error:
-        return comparison
-    problem = (
+        return comparison.model_copy(update=update)
+    update["problems"] = [
         f"its mean validation AUC over {settings.evaluate.seeds} seeds is {validation[own]:.4f}, that of "
         f"{_named(best)} is {validation[best]:.4f}{f' ± {error:.4f}' if error else ''}; evaluate.tolerance is "
         f"{comparison.tolerance:g}"
-    )
-    update: dict[str, object] = {"problems": [problem]}
-    if best.startswith("pca-layer-"):
+    ]
+    if is_pca:
         made = save_layer_pca(
             training_set,
             layers=systems[best][1] or 0,
@@ -211,7 +190,23 @@ def _decided(
     return comparison.model_copy(update=update)
 
 
-def _by_dim(systems: "dict[str, tuple[System, int | None, Vectors]]") -> Iterator[tuple[int, list[str]]]:
+def _scored(systems: Systems, data: ClickData, *, seeds: int) -> tuple[dict[str, list[ClickScore]], list[SystemScore]]:
+    """Return the scores of each system, one per seed, and their records."""
+    progress = ProgressLog("promote: click models", seeds, "seeds")
+    runs: dict[str, list[ClickScore]] = {name: [] for name in systems}
+    records = []
+    for seed in range(seeds):
+        for dim, names in _by_dim(systems):
+            group = [systems[name] for name in names]
+            scored = score_together([vectors for *_, vectors in group], data, seed=seed, done=progress.part(seed))
+            evaluated = [(system, layer) for system, layer, _ in group]
+            records += as_scores(evaluated, scored, dim=dim, seed=seed, seconds=[0.0] * len(group)).scores
+            for name, score in zip(names, scored, strict=True):
+                runs[name].append(score)
+    return runs, records
+
+
+def _by_dim(systems: Systems) -> Iterator[tuple[int, list[str]]]:
     """Yield the names of systems of one dimension, which share a pass."""
     dims: dict[int, list[str]] = {}
     for name, (_, _, vectors) in systems.items():
@@ -221,7 +216,7 @@ def _by_dim(systems: "dict[str, tuple[System, int | None, Vectors]]") -> Iterato
 
 def _named(system: str) -> str:
     kind, _, rest = system.partition(":")
-    return f"the current bundle {rest}" if kind == "bundle" else f"the PCA of layer {system.removeprefix('pca-layer-')}"
+    return f"the current bundle {rest}" if kind == "bundle" else f"the PCA of layer {system.removeprefix(PCA)}"
 
 
 def _comparison_uri(settings: Settings, training_id: str, candidate: str) -> str:

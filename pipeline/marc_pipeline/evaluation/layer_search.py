@@ -25,7 +25,7 @@ from marc_pipeline.evaluation.layer_choice import final_scores
 from marc_pipeline.evaluation.tasks import evaluation_data
 from marc_pipeline.progress import ProgressLog
 from marc_pipeline.training.interactions import Interactions
-from marc_pipeline.training.learning import learning_data
+from marc_pipeline.training.learning import learning_data, training_part
 from marc_pipeline.training.regression import fit_regression
 from marc_pipeline.training.training_set import TrainingSet
 
@@ -119,7 +119,7 @@ def spans(states: States, layer: int, *, items: int, dim: int) -> bool:
     With cls pooling, layer 0 does not: the first token is the same in every text.
     """
     some = states(layer, np.arange(0, items, max(1, items // (SPAN_ROWS * dim)))).astype(np.float64)
-    return bool(np.linalg.matrix_rank(some - some.mean(axis=0), tol=None) >= min(dim, len(some) - 1))
+    return bool(np.linalg.matrix_rank(some - some.mean(axis=0)) >= min(dim, len(some) - 1))
 
 
 def beats_random(scores: Mapping[int, Sequence[float]]) -> bool:
@@ -138,14 +138,10 @@ def beats_random(scores: Mapping[int, Sequence[float]]) -> bool:
 
 def pca_test_scores(training_set: TrainingSet, settings: Settings, *, seeds: int) -> dict[int, list[float]]:
     """Return the test AUC of the whitened PCA of every layer, one per seed. Reports show it; it decides nothing."""
-    interactions, items, dim = training_set.interactions, len(training_set.item_ids), settings.train.dim
+    items, dim = len(training_set.item_ids), settings.train.dim
     data = evaluation_data(training_set, settings)
-    learned = interactions.take(training_set.split.train)
-    known = (
-        learning_data(learned, settings=settings.interactions, holdout=settings.train.holdout, items=items)
-        .whole()
-        .known.numpy()
-    )
+    learned = training_part(training_set, settings=settings.interactions, holdout=settings.train.holdout)
+    known = learned.whole().known.numpy()
     layers = [n for n in range(training_set.card.layers + 1) if spans(training_set.states, n, items=items, dim=dim)]
     vectors, progress = [], ProgressLog("layers: test part", seeds, "seeds")
     for layer in layers:

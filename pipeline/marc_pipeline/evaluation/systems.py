@@ -43,15 +43,6 @@ def systems(layers: int) -> list[System]:
     ]
 
 
-def layer_systems(layers: int) -> list[System]:
-    """Return the systems that choose a layer: for each layer, the regression that initialises MARC.
-
-    A regression is not trained, and varies less between seeds than a trained compressor. Unlike a PCA, it finds the
-    directions that predict clicks.
-    """
-    return [System(f"regression-layer-{layer}", "layer", layer) for layer in range(1, layers + 1)]
-
-
 def tuned_systems() -> list[System]:
     """Return the systems that read the final layer of a tuned backbone: its PCA, and MARC."""
     return [System("pca-tuned", "marc", "tuned"), System("marc-tuned", "marc", "tuned")]

@@ -22,7 +22,7 @@ from marc_pipeline.model.device import use_threads
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.spark.tasks import run_buckets
 from marc_pipeline.storage import join
-from marc_pipeline.training.learning import learning_data
+from marc_pipeline.training.learning import LearningData, training_part
 from marc_pipeline.training.training_set import TrainingSet, cached_training_set, training_uri
 from marc_pipeline.work_area import ProgressFiles
 from marc_schemas.evaluation import Evaluation, SystemScore
@@ -89,6 +89,8 @@ def evaluate_task(task: EvaluateTask, resources: TaskResources) -> Scored:
     use_threads(resources.cpus)
     settings = task.deployment.settings
     training_set = cached_training_set(task.deployment.storage, settings.work_uri, task.training_id)
+    # Once for all systems, because histories of many rows take time.
+    learned = training_part(training_set, settings=settings.interactions, holdout=settings.train.holdout)
     made, seconds, done = [], [], 0
 
     def tick(before: int, size: int) -> Callable[[float], None]:
@@ -96,7 +98,7 @@ def evaluate_task(task: EvaluateTask, resources: TaskResources) -> Scored:
 
     for system, layer in task.systems:
         started, cost = time.monotonic(), _cost(system) - 1
-        made.append(_vectors(task, training_set, system, layer, tick(done, cost)))
+        made.append(_vectors(task, training_set, learned, system, layer, tick(done, cost)))
         seconds.append(time.monotonic() - started)
         done += cost
     data = evaluation_data(training_set, settings)
@@ -255,6 +257,7 @@ def _cost(system: System) -> int:
 def _vectors(
     task: EvaluateTask,
     training_set: TrainingSet,
+    learned: LearningData,
     system: System,
     layer: int | None,
     tick: Callable[[float], None],
@@ -264,12 +267,6 @@ def _vectors(
         states = np.load(io.BytesIO(task.deployment.storage.read(task.tuned_uri)))
     else:
         states = training_set.states(layer or 0)
-    learned = learning_data(
-        training_set.interactions.take(training_set.split.train),
-        settings=settings.interactions,
-        holdout=settings.train.holdout,
-        items=items,
-    )
     vectors = make_vectors(
         system, states=states, data=learned, dim=task.dim, seed=task.seed, train=settings.train, tick=tick
     )

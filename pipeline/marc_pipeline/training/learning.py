@@ -14,6 +14,7 @@ from marc_pipeline.training.interactions import Interactions
 from marc_pipeline.training.negatives import NegativeSampler, SampledClicks
 from marc_pipeline.training.objective import Clicks
 from marc_pipeline.training.time_split import histories
+from marc_pipeline.training.training_set import TrainingSet
 
 FITTED_ROWS = 1_000_000
 """Most rows that closed-form fits read; of more rows, they read a sample."""
@@ -116,6 +117,12 @@ def learning_data(
         weights=torch.from_numpy(interactions.weights) if weighted else None,
     )
     return LearningData(rows, torch.from_numpy(interactions.users), cut, cut, sampler, settings.negatives)
+
+
+def training_part(training_set: TrainingSet, *, settings: InteractionSettings, holdout: float) -> LearningData:
+    """Return the learning data of a training set's training part; arguments and errors as in :func:`learning_data`."""
+    rows = training_set.interactions.take(training_set.split.train)
+    return learning_data(rows, settings=settings, holdout=holdout, items=len(training_set.item_ids))
 
 
 def known_states(states: NDArray[np.float32], data: LearningData) -> NDArray[np.float32]:

@@ -24,7 +24,8 @@ from rows import Matrix, write_buckets
 
 from marc_pipeline.config import Settings, load_settings
 from marc_pipeline.deployment import open_deployment
-from marc_pipeline.evaluation.click_model import click_data, score_vectors
+from marc_pipeline.evaluation.click_data import time_split_data
+from marc_pipeline.evaluation.click_model import score_vectors
 from marc_pipeline.model.bundle import Bundle, open_bundle
 from marc_pipeline.model.device import use_threads
 from marc_pipeline.model.encoder import load_encoder
@@ -68,8 +69,9 @@ def measure(
     bits: int, vectors: Matrix, training_set: TrainingSet, bundle: Bundle, settings: Settings, *, seeds: int
 ) -> Cost:
     stored, size, vector_size = written(vectors, training_set, bundle, buckets=settings.buckets, bits=bits)
-    history = settings.interactions.history
-    data = click_data(training_set.interactions, training_set.split, n_items=len(vectors), history=history)
+    data = time_split_data(
+        training_set.interactions, training_set.card.boundaries, items=len(vectors), settings=settings.interactions
+    )
     return Cost(
         bits=bits,
         bytes_per_item=size / len(vectors),

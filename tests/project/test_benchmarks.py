@@ -14,8 +14,6 @@ from rated_shop import DS
 from tiny_models import save_tiny_backbone
 from training_world import make_world
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def catalogue(tmp_path: Path) -> str:
@@ -38,6 +36,16 @@ def figures(repository: Path, folder: Path, script: str, *arguments: str) -> dic
     return content
 
 
+def test_import(repository: Path) -> None:
+    """A renamed function is found by the default tests; the tables are slow."""
+    folder = repository / "tests" / "benchmarks"
+    names = sorted(path.stem for path in folder.glob("*.py"))
+    path = os.pathsep.join(str(repository / name) for name in ("pipeline", "schemas", "tests/fixtures"))
+    command = [sys.executable, "-c", f"import {', '.join(names)}"]
+    subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, check=True)
+
+
+@pytest.mark.slow
 def test_encode(repository: Path, tmp_path: Path, catalogue: str) -> None:
     pytest.importorskip("sentence_transformers", reason="the reference of this benchmark")
     options = ("--items=60", "--layers=2,1", "--runs=1", "--only=marc,its default")
@@ -52,6 +60,7 @@ def test_encode(repository: Path, tmp_path: Path, catalogue: str) -> None:
         assert all(system["texts_per_second"] > 0 and system["cosine"] > 0.99 for system in table["systems"])
 
 
+@pytest.mark.slow
 @pytest.mark.spark
 def test_worker(repository: Path, tmp_path: Path, catalogue: str) -> None:
     options = ("--items=200", "--layers=1", "--runs=1", "--memory", "--memory-rows=100,200")
@@ -65,6 +74,7 @@ def test_worker(repository: Path, tmp_path: Path, catalogue: str) -> None:
     assert all(megabytes > 0 for megabytes in found["memory_mb"].values())
 
 
+@pytest.mark.slow
 def test_layer_memory(repository: Path, tmp_path: Path) -> None:
     options = ("--layers=2", "--texts=50", "--width=16", "--block=20", "--views=2", "--tokens=4")
     found = figures(repository, tmp_path, "layer_memory.py", *options)
@@ -73,6 +83,7 @@ def test_layer_memory(repository: Path, tmp_path: Path) -> None:
     assert found["held_mb"] * 2**20 == 3 * 50 * (1 + 2) * 16 * 4
 
 
+@pytest.mark.slow
 def test_reading(repository: Path, tmp_path: Path) -> None:
     options = ("--items=500", "--dim=8", "--buckets=2", "--asked=20", "--runs=2")
     found = figures(repository, tmp_path, "reading.py", *options)
@@ -81,6 +92,7 @@ def test_reading(repository: Path, tmp_path: Path) -> None:
     assert found["numpy_speed"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.spark
 def test_plan(repository: Path, tmp_path: Path) -> None:
     found = figures(repository, tmp_path, "plan.py", "--rows=3000", "--buckets=4", "--runs=1", "--changed")
@@ -91,6 +103,7 @@ def test_plan(repository: Path, tmp_path: Path) -> None:
     assert (again["facts"]["new"], 25 < again["facts"]["changed"] < 40) == (0, True)
 
 
+@pytest.mark.slow
 @pytest.mark.spark
 @pytest.mark.usefixtures("spark")
 def test_mantissa(repository: Path, tmp_path: Path) -> None:
@@ -104,6 +117,7 @@ def test_mantissa(repository: Path, tmp_path: Path) -> None:
     assert all(cost["bytes_per_item"] > cost["vector_bytes"] and len(cost["aucs"]) == 2 for cost in (whole, some, one))
 
 
+@pytest.mark.slow
 def test_index_build(repository: Path, tmp_path: Path, catalogue: str) -> None:
     options = ("--items=3000", "--dim=16", "--runs=1", "--factory=IVF32,Flat", "--patch=.01")
     found = figures(repository, tmp_path, "index_build.py", catalogue, *options)

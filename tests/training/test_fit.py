@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,73 @@ def test_history_has_the_means_since_the_previous_validation() -> None:
     for number, row in enumerate(progress.history):
         expected = np.mean(objective.seen[number * 8 : number * 8 + 8])
         assert (row["loss"], row["double"]) == pytest.approx((expected, 2 * expected), rel=1e-5)
+
+
+def test_without_patience_training_goes_on_and_the_last_weights_stay() -> None:
+    probe = Probe([0.9, *[0.1] * 9])
+    progress = train(probe, epochs=5, patience=None)
+    assert (progress.step, progress.best, progress.best_step, progress.capped) == (50, 0.1, 50, False)
+    assert same(weights(probe), probe.validated[-1])
+    # The cap ended it, not the number of epochs.
+    assert train(Probe(), epochs=5, patience=None, max_steps=40).capped
+
+
+# The matching network alone
+
+
+class MatchingProbe(Probe):
+    """A probe with a weight outside the compressor."""
+
+    def __init__(self, scores: Iterable[float] = ()) -> None:
+        super().__init__(scores)
+        self.matching = nn.Parameter(torch.ones(1))
+
+    def forward(self, batch: Clicks) -> dict[str, Tensor]:
+        terms = super().forward(batch)
+        return {**terms, "loss": terms["loss"] + self.matching.square().mean()}
+
+
+@pytest.mark.parametrize(("epochs", "max_steps", "alone"), [(0, 99, 0), (0.5, 99, 5), (2, 99, 20), (2, 12, 6)])
+def test_the_compressor_waits_for_the_matching_network(epochs: float, max_steps: int, alone: int) -> None:
+    probe = MatchingProbe()
+    changes = {"matching_epochs": epochs, "max_steps": max_steps, "validate_every": 1}
+    progress = train(probe, epochs=3, **changes)
+    assert (progress.alone, progress.step) == (alone, min(alone + 30, max_steps))
+    compressor = [state["compressor.weight"].item() for state in probe.validated]
+    assert compressor[:alone] == [0.25] * alone
+    assert len(set(compressor[alone:])) == len(compressor) - alone
+    assert 0.25 not in compressor[alone:]
+    assert probe.validated[0]["matching"] != 1
+
+
+def test_marc_has_a_matching_network_that_learns_alone() -> None:
+    states: list[dict[str, Tensor]] = []
+    changes = {"matching_epochs": 0.25, "epochs": 1, "validate_every": 1000}
+
+    def prepare(objective: Objective) -> None:
+        objective.register_forward_pre_hook(lambda *_: states.append(weights(objective)))
+
+    _, progress = trained(prepare=prepare, **changes)
+    assert 2 < progress.alone < progress.step / 2
+    for name, start in states[0].items():
+        same_value = [torch.equal(start, state[name]) for state in states[: progress.alone + 1]]
+        assert all(same_value) == name.startswith(("compressor.", "source."))
+    assert not torch.equal(states[0]["compressor.linear.weight"], states[-1]["compressor.linear.weight"])
+
+
+def test_early_stopping_begins_after_the_matching_network() -> None:
+    probe = MatchingProbe([0.9, 0.8, 0.7, 0.75, 0.6, 0.6])
+    progress = train(probe, epochs=9, matching_epochs=3, patience=2)
+    assert (progress.alone, progress.step, progress.best, progress.best_step) == (30, 60, 0.75, 40)
+
+
+def test_epochs_count_from_the_end_of_the_steps_alone() -> None:
+    ended: list[tuple[int, int]] = []
+    probe = MatchingProbe()
+    wanted = train_settings(batch=10, epochs=2, matching_epochs=0.7, patience=None)
+    after = lambda epoch: ended.append((epoch, len(probe.batches)))  # noqa: E731
+    fit(probe, training=rows(100), validation=None, settings=wanted, seed=0, label="", epoch_ended=after)
+    assert ended == [(1, 17), (2, 27)]
 
 
 # Training again on every row
@@ -333,7 +401,7 @@ def test_learning_rates_warm_up_and_the_backbone_has_its_own(monkeypatch: pytest
 
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
     shares = np.array([0.25, 0.5, 0.75, *[1.0] * 7])
-    np.testing.assert_allclose(of(TunedProbe(), warm_up=0.4), [0.08 * shares, 0.004 * shares])
+    np.testing.assert_allclose(of(TunedProbe(), warm_up=0.4), [0.004 * shares, 0.08 * shares])
     np.testing.assert_allclose(of(Probe(), warm_up=0), [[0.08] * 10])
     # At most half of the steps warm up.
     np.testing.assert_allclose(of(Probe(), warm_up=0.5, max_steps=4), [[0.04, 0.08, 0.08, 0.08]])

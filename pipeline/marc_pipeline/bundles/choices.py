@@ -64,7 +64,7 @@ class Chosen:
     Attributes:
         layers: number of layers to keep.
         keep, decouple: weights α and β of the constraints.
-        epochs: number of passes over the training part; None to end by early stopping.
+        epochs: number of passes over the training part, without early stopping; None to end by early stopping.
         decision: basis of the choice of the layers.
     """
 
@@ -76,9 +76,9 @@ class Chosen:
 
     def applied(self, train: TrainSettings) -> TrainSettings:
         """Return the settings of the training with the chosen values."""
-        epochs = train.epochs if self.epochs is None else self.epochs
-        update = {"layers": self.layers, "keep": self.keep, "decouple": self.decouple, "epochs": epochs}
-        return train.model_copy(update=update)
+        update = {"layers": self.layers, "keep": self.keep, "decouple": self.decouple}
+        length = {} if self.epochs is None else {"epochs": self.epochs, "patience": None}
+        return train.model_copy(update={**update, **length})
 
 
 def with_train(settings: Settings, overrides: Mapping[str, object]) -> Settings:

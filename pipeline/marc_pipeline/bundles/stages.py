@@ -183,17 +183,16 @@ def recipe_stage(spark: "SparkSession", deployment: Deployment, training_id: str
         training_set = open_training_set(storage, settings.work_uri, training_id)
         scores = search_recipes(spark, deployment, training_set, layer=layer)
         storage.write(uri, json.dumps([(vars(recipe), auc) for recipe, auc in scores.items()]).encode())
-    chosen = choose_recipe(scores)
+    chosen, most = choose_recipe(scores), settings.train.epochs
     for keep, decouple in dict.fromkeys((recipe.keep, recipe.decouple) for recipe in scores):
         own = {
             recipe.epochs: auc for recipe, auc in scores.items() if (recipe.keep, recipe.decouple) == (keep, decouple)
         }
-        shown = ", ".join(f"{epochs or 'early stopping'} {auc:.4f}" for epochs, auc in own.items())
+        shown = ", ".join(f"{epochs} {auc:.4f}" for epochs, auc in own.items())
         log.info("recipes: keep %g, decouple %g: mean AUC by epochs: %s", keep, decouple, shown)
-    log.info(
-        "recipes: keep %g, decouple %g and %s are taken",
-        *(chosen.keep, chosen.decouple, f"{chosen.epochs} epochs" if chosen.epochs else "early stopping"),
-    )
+    log.info("recipes: keep %g, decouple %g and %d epochs are taken", chosen.keep, chosen.decouple, chosen.epochs)
+    if chosen.epochs == most:
+        log.info("recipes: the longest training is the best; a higher train.epochs than %d may be better still", most)
     return chosen
 
 
@@ -273,7 +272,7 @@ def train_process(deployment: Deployment, training_id: str, chosen: Chosen) -> t
 
     settings = deployment.settings
     trained, training_set = _train(deployment, training_id, chosen)
-    if chosen.epochs is None and trained.progress.capped:
+    if trained.progress.capped:
         log.warning("train: stopped at a cap while still improving; raise train.epochs or train.max_steps")
     if place()[0] > 0:
         return "", []

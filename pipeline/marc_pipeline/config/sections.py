@@ -230,18 +230,31 @@ class TrainSettings(Section):
     warm_up: float = Field(
         1.0, ge=0, description="Passes over the training part for the linear warm-up, at most half of the training."
     )
+    matching_epochs: float = Field(
+        8.0,
+        ge=0,
+        description="Passes over the training part in which the matching network learns alone, before the compressor; "
+        "at most 100 steps.",
+    )
     batch: int = Field(1024, ge=2, description="Interactions per step and process; sampled negatives are added.")
     accumulate: int = Field(1, ge=1, description="Number of batches whose gradients form one step.")
     epochs: int = Field(
-        100, ge=1, description="Most passes over the training part; evaluation and early stopping choose fewer."
+        32,
+        ge=1,
+        description="Most passes over the training part after that; frozen MARC chooses fewer by evaluation.",
     )
-    max_steps: int = Field(10_000, ge=1, description="Most steps; early stopping ends before.")
-    patience: int = Field(4, ge=1, description="Validations without a better AUC before training ends.")
+    max_steps: int = Field(10_000, ge=1, description="Most steps.")
+    patience: int | None = Field(
+        4,
+        ge=1,
+        description="Early stopping: validations without a better AUC before a training ends; null: it does not. A "
+        "training whose number of epochs was chosen by evaluation has none.",
+    )
     validate_every: int | None = Field(
         None, ge=1, description="Steps between validations; default: one epoch, at most 500 steps."
     )
-    holdout: float = Field(0.1, gt=0, lt=1, description="Latest share of the training part, for early stopping.")
-    refit: bool = Field(True, description="Frozen regime: train again on every row, as long as early stopping chose.")
+    holdout: float = Field(0.1, gt=0, lt=1, description="Latest share of the training part, for validations.")
+    refit: bool = Field(True, description="Frozen regime: train again on every row, for as many epochs.")
     checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints.")
     processes: int = Field(1, ge=1, description="Training processes; above 1, Spark's TorchDistributor starts them.")
     lora_rank: int = Field(8, ge=1, description="Rank of LoRA in the tuned regime.")
@@ -249,7 +262,7 @@ class TrainSettings(Section):
 
     @property
     def ends_on_every_row(self) -> bool:
-        """Whether a second training on every row follows early stopping. In the tuned regime it would take too long."""
+        """Whether a second training on every row follows the first. In the tuned regime it would take too long."""
         return self.refit and self.regime == "frozen"
 
 

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = ((0.0, 0.1), (0.5, 0.1), (0.0, 0.0))
 """Pairs of α and β to compare."""
-EPOCHS = (1, 2, 4, 8, 16, 32)
-"""Lengths of a training to compare, besides early stopping."""
 SEARCH_FOLDS = 2
 """Number of groups of users that recipes are scored on: each takes one training per pair of weights."""
 SEARCH_ROWS = 100_000
@@ -49,7 +47,7 @@ class Recipe:
 
     Attributes:
         keep, decouple: α and β, the weights of the constraints.
-        epochs: number of passes over the training part; None to end by early stopping.
+        epochs: number of passes over the training part, without early stopping; None to end by early stopping.
     """
 
     keep: float
@@ -67,7 +65,7 @@ class RecipeTask:
 
     Attributes:
         number: number of the task, for its progress.
-        recipe: weights, and the most epochs.
+        recipe: weights, and the number of epochs.
         fold: number of the group.
     """
 
@@ -93,6 +91,11 @@ def weights(train: TrainSettings) -> list[tuple[float, float]]:
     return list(dict.fromkeys(pairs))
 
 
+def lengths(train: TrainSettings) -> list[int]:
+    """Return the numbers of epochs to compare: powers of two, and the most epochs."""
+    return [2**n for n in range(train.epochs.bit_length()) if 2**n < train.epochs] + [train.epochs]
+
+
 def search_recipes(
     spark: "SparkSession", deployment: Deployment, training_set: TrainingSet, *, layer: int
 ) -> dict[Recipe, float]:
@@ -104,15 +107,15 @@ def search_recipes(
     settings = deployment.settings
     shop = _shop(training_set, deployment)
     first, *others = weights(settings.train)
-    lengths = [Recipe(*first, epochs) for epochs in (*(n for n in EPOCHS if n < settings.train.epochs), None)]
-    made = _trained(spark, deployment, training_set, [Recipe(*first)], layer=layer)
-    scores = _scored(shop, made, lengths, settings.interactions, label="recipes: epochs")
+    made = _trained(spark, deployment, training_set, [Recipe(*first, settings.train.epochs)], layer=layer)
+    scores = _scored(shop, made, settings.interactions, label="recipes: epochs")
     # The other weights are compared at the best length only.
     rivals = [Recipe(*pair, choose_recipe(scores).epochs) for pair in others]
     if not rivals:
         return scores
     made = _trained(spark, deployment, training_set, rivals, layer=layer)
-    return scores | _scored(shop, made, rivals, settings.interactions, label="recipes: weights")
+    made = [{rival: vectors[rival] for rival in rivals} for vectors in made]
+    return scores | _scored(shop, made, settings.interactions, label="recipes: weights")
 
 
 def _trained(
@@ -149,25 +152,17 @@ def _of_fold(made: Sequence[tuple[int, Vectors]], fold: int) -> Vectors:
 
 
 def _scored(
-    shop: SampledShop,
-    vectors: Sequence[Vectors],
-    recipes: Sequence[Recipe],
-    settings: InteractionSettings,
-    *,
-    label: str,
+    shop: SampledShop, vectors: Sequence[Vectors], settings: InteractionSettings, *, label: str
 ) -> dict[Recipe, float]:
     """Return the mean AUC over the folds of each recipe; ``vectors`` are those of each fold."""
-    scores: dict[Recipe, list[float]] = {recipe: [] for recipe in recipes}
+    shared = [recipe for recipe in vectors[0] if all(recipe in made for made in vectors)]
+    scores: dict[Recipe, list[float]] = {recipe: [] for recipe in shared}
     progress = ProgressLog(label, len(vectors), "groups of users")
     for fold, made in enumerate(vectors):
         data, _ = user_fold_data(shop.interactions, folds=FOLDS, fold=fold, items=len(shop.items), settings=settings)
-        # A training that early stopping ended before has no longer version: its last vectors count.
-        places = {recipe: recipe if recipe in made else replace(recipe, epochs=None) for recipe in recipes}
-        distinct = list(dict.fromkeys(places.values()))
-        found = score_together([made[place] for place in distinct], data, seed=fold, done=progress.part(fold))
-        aucs = {place: score.auc for place, score in zip(distinct, found, strict=True)}
-        for recipe, place in places.items():
-            scores[recipe].append(aucs[place])
+        found = score_together([made[recipe] for recipe in shared], data, seed=fold, done=progress.part(fold))
+        for recipe, score in zip(shared, found, strict=True):
+            scores[recipe].append(score.auc)
     return {recipe: fmean(aucs) for recipe, aucs in scores.items()}
 
 
@@ -187,9 +182,10 @@ def train_recipe(task: RecipeTask, resources: TaskResources) -> tuple[int, Vecto
         shop.interactions, folds=FOLDS, fold=task.fold, items=items, settings=settings.interactions
     )
     wanted = task.recipe
-    update = {"keep": wanted.keep, "decouple": wanted.decouple, "epochs": wanted.epochs or settings.train.epochs}
-    train = settings.train.model_copy(update={**update, "validate_every": None})
-    data = learning_data(learned, settings=settings.interactions, holdout=train.holdout, items=items)
+    update = {"keep": wanted.keep, "decouple": wanted.decouple, "epochs": wanted.epochs, "patience": None}
+    train = settings.train.model_copy(update=update)
+    snapshots = lengths(train)
+    data = learning_data(learned, settings=settings.interactions, holdout=train.holdout, items=items).whole()
     objective = new_objective(
         "marc",
         states=training_set.states(task.layer, shop.items),
@@ -200,21 +196,22 @@ def train_recipe(task: RecipeTask, resources: TaskResources) -> tuple[int, Vecto
     )
     found: Vectors = {}
 
-    def keep(epoch: float) -> None:
-        if epoch in EPOCHS:
-            found[replace(wanted, epochs=int(epoch))] = objective.vectors().numpy()
+    def keep(epoch: int) -> None:
+        if epoch in snapshots:
+            found[replace(wanted, epochs=epoch)] = objective.vectors().numpy()
 
     fit(
         objective,
         training=data.training,
-        validation=data.holdout,
+        validation=None,
         settings=train,
         seed=train.seed,
         label="",
         tick=lambda share: task.progress.write(task.number, TICKS * share),
-        validated=keep,
+        epoch_ended=keep,
     )
-    found[replace(wanted, epochs=None)] = objective.vectors().numpy()
+    # train.max_steps may end the training before; so it would end the final one.
+    found.setdefault(wanted, objective.vectors().numpy())
     task.progress.clear([task.number])
     return task.fold, found
 

@@ -1,4 +1,9 @@
-"""The training loop: AdamW, warm-up, early stopping, and checkpoints from which a killed run resumes exactly."""
+"""The training loop: AdamW, warm-up, early stopping, and checkpoints from which a killed run resumes exactly.
+
+The matching network learns alone at first. Its weights are random, and their gradients would destroy what the
+compressor starts with. Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution,
+ICLR 2022.
+"""
 
 import hashlib
 import io
@@ -13,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LambdaLR
 
 from marc_pipeline.config import TrainSettings
 from marc_pipeline.errors import UserError
@@ -24,8 +29,10 @@ from marc_pipeline.training.learning import LearningData
 from marc_pipeline.training.objective import Clicks, Objective
 
 DIGEST_BYTES = hashlib.sha256().digest_size
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 """A checkpoint of another format is ignored."""
+ALONE_STEPS = 100
+"""Most steps in which the matching network learns alone."""
 VALIDATE_STEPS = 500
 """Most steps between validations: an epoch of many interactions would be too long."""
 REFIT_ROWS = 1_000_000
@@ -66,7 +73,8 @@ class Progress:
         best: best validation score; best_step: its step.
         bad: validations since the best one.
         history: one row per validation: epoch, step, mean of every loss term since the last one, validation score.
-        capped: whether the training ended at a cap while the validation score was still rising.
+        capped: whether the training ended at a cap before early stopping or the chosen number of epochs ended it.
+        alone: first steps, in which the matching network learns alone; the best validation is not among them.
     """
 
     step: int = 0
@@ -75,6 +83,7 @@ class Progress:
     bad: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     capped: bool = False
+    alone: int = 0
 
 
 def fit(
@@ -86,8 +95,9 @@ def fit(
     seed: int,
     label: str = "train",
     checkpoint: Checkpoint | None = None,
+    steps: int | None = None,
     tick: Callable[[float], None] = lambda _: None,
-    validated: Callable[[float], None] = lambda _: None,
+    epoch_ended: Callable[[int], None] = lambda _: None,
 ) -> Progress:
     """Train an objective, and leave it with the weights of the best validation, or with the last weights.
 
@@ -97,13 +107,14 @@ def fit(
     Args:
         objective: a module; parameters without a gradient do not change.
         training: interactions for the loss.
-        validation: later interactions for early stopping; None to keep the last weights.
-        settings: optimiser, batch, epochs, patience.
+        validation: later interactions for early stopping; None to keep the last weights, without a history.
+        settings: optimiser, batch, epochs, patience; without patience, the last weights are kept.
         seed: seed of batches and dropout.
         label: start of the log lines; without it there are none.
         checkpoint: file of the state; None for short runs.
+        steps: number of steps after those of the matching network alone; None: by the settings.
         tick: called with the share of the most steps that is done.
-        validated: called after each validation with the number of epochs.
+        epoch_ended: called after each epoch with its number, from 1. Epochs count from the end of the steps alone.
 
     Raises:
         UserError: the loss or the validation score is not finite, or there are too few interactions.
@@ -117,34 +128,51 @@ def fit(
     if world > 1:
         # Buffers contain the states of all items and each process's own bank, so they are not synchronised.
         model = DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False)
-    optimiser = torch.optim.AdamW(_groups(objective, settings), weight_decay=settings.weight_decay)
-    steps = _steps(len(training), settings, seed=seed, rank=rank, world=world)
-    warm_up = _warm_up(optimiser, settings, steps)
-    run = _TrainingState(objective, optimiser, warm_up, Progress(), _state(objective))
+    groups = _groups(objective)
+    plan = _steps(
+        len(training), settings, steps, first=len(groups) > 1 and "" in groups, seed=seed, rank=rank, world=world
+    )
+    rates = {"source": settings.backbone_learning_rate}
+    optimiser = torch.optim.AdamW(
+        [{"params": group, "lr": rates.get(part, settings.learning_rate)} for part, group in groups.items()],
+        weight_decay=settings.weight_decay,
+    )
+    count = _warm_up(settings, plan)
+    warm_up = LambdaLR(optimiser, [partial(_rate, start=plan.alone if part else 0, count=count) for part in groups])
+    run = _TrainingState(objective, optimiser, warm_up, Progress(alone=plan.alone), _state(objective))
     if checkpoint is not None:
         run.resume(checkpoint)
     progress = run.progress
-    every = settings.validate_every or min(steps.per_epoch, VALIDATE_STEPS)
+    every = settings.validate_every or min(plan.per_epoch, VALIDATE_STEPS)
     objective.train()
-    reported = ProgressLog(label, steps.total, "steps at most")
-    while progress.step < steps.total and progress.bad < settings.patience:
+    reported = ProgressLog(label, plan.total, "steps at most")
+    patience = np.inf if settings.patience is None else settings.patience
+    while progress.step < plan.total and progress.bad < patience:
         # Seeded at every step, so that a resumed run has the same dropout on every process and device.
         torch.manual_seed(int(np.random.SeedSequence([seed, progress.step, rank]).generate_state(1, np.uint64)[0]))
-        parts = enumerate(steps.rows(progress.step))
+        parts = enumerate(plan.rows(progress.step))
         run.step(model, [training.batch(rows, (seed, progress.step, rank, part)) for part, rows in parts])
-        tick(progress.step / steps.total)
-        if validation is not None and (progress.step % every == 0 or progress.step == steps.total):
-            run.validated(objective.validate(validation), epoch=progress.step / steps.per_epoch)
-            validated(progress.step / steps.per_epoch)
+        tick(progress.step / plan.total)
+        since = progress.step - plan.alone
+        if validation is not None and (since % every == 0 or progress.step == plan.total):
+            # Without early stopping, the last weights count as the best ones.
+            best = settings.patience is None or progress.step <= plan.alone
+            run.validated(objective.validate(validation), epoch=progress.step / plan.per_epoch, best=best)
             if label and rank == 0:
-                _log_row(label, progress.history[-1], steps.total)
+                _log_row(label, progress.history[-1], plan.total)
         elif label and rank == 0:
             reported.at(progress.step, f"loss {run.loss:.4f}")
+        if since > 0 and since % plan.per_epoch == 0:
+            epoch_ended(since // plan.per_epoch)
         if checkpoint is not None and rank == 0 and progress.step % settings.checkpoint_every == 0:
             run.save(checkpoint)
     if validation is not None:
         objective.load_state_dict(run.best, strict=False)
-        progress.capped = progress.step >= steps.total and progress.bad == 0
+        progress.capped = (
+            progress.step >= plan.total
+            and progress.bad == 0
+            and (settings.patience is not None or plan.total == settings.max_steps)
+        )
     objective.eval()
     return progress
 
@@ -159,15 +187,15 @@ def learn(
     checkpoint: Checkpoint | None = None,
     tick: Callable[[float], None] = lambda _: None,
 ) -> tuple[Objective, Progress]:
-    """Train with early stopping; in the frozen regime, then train again on every row for the best number of steps.
+    """Train without the holdout; in the frozen regime, then train again on every row, for as many epochs.
 
-    The latest rows predict the future best. They first choose the number of steps, and are then trained on. Above
+    The latest rows predict the future best. They first show how the training goes, and are then trained on. Above
     ``REFIT_ROWS`` rows, the holdout changes little, and there is no second training.
 
     The second training has its own checkpoint beside the first. Other arguments are those of :func:`fit`.
 
     Returns:
-        The trained objective, and the progress of the training with early stopping.
+        The trained objective, and the progress of the first training.
     """
     objective = build(data)
     fitted = partial(fit, seed=seed, label=label, tick=tick)
@@ -177,7 +205,7 @@ def learn(
     if not settings.ends_on_every_row or len(data.training) > REFIT_ROWS:
         return objective, progress
     whole = data.whole()
-    steps = max(1, round(progress.best_step * len(whole.training) / len(data.training)))
+    steps = round((progress.best_step - progress.alone) * len(whole.training) / len(data.training))
     if label and place()[0] == 0:
         log.info("%s: training again for %d steps on all %s interactions", label, steps, f"{len(whole.training):,}")
     objective = build(whole)
@@ -185,7 +213,8 @@ def learn(
         objective,
         training=whole.training,
         validation=None,
-        settings=settings.model_copy(update={"max_steps": steps, "epochs": steps}),
+        settings=settings,
+        steps=steps,
         checkpoint=checkpoint and replace(checkpoint, uri=f"{checkpoint.uri}.whole"),
     )
     return objective, progress
@@ -210,12 +239,13 @@ class _EpochOrder:
 
 @dataclass(frozen=True)
 class _Steps:
-    """The rows of each step on this process."""
+    """The rows of each step on this process. In the first ``alone`` steps, the matching network learns alone."""
 
     order: _EpochOrder
     batch: int
     accumulate: int
     per_epoch: int
+    alone: int
     total: int
     rank: int
     world: int
@@ -234,13 +264,18 @@ class _Steps:
         return [torch.from_numpy(part.copy()) for part in np.array_split(own, parts)]
 
 
-def _steps(rows: int, settings: TrainSettings, *, seed: int, rank: int, world: int) -> _Steps:
+def _steps(
+    rows: int, settings: TrainSettings, steps: int | None, *, first: bool, seed: int, rank: int, world: int
+) -> _Steps:
+    """Return the steps of a training; ``first`` tells whether the matching network learns alone at first."""
     size = settings.batch * world * settings.accumulate
     # The last batch of an epoch has at least half the size, because few rows give a noisy estimate of HSIC.
     per_epoch = max(1, round(rows / size))
-    total = per_epoch * settings.epochs
-    total = min(total, settings.max_steps)
-    return _Steps(_EpochOrder(rows, seed), settings.batch, settings.accumulate, per_epoch, total, rank, world)
+    alone = min(round(settings.matching_epochs * per_epoch), ALONE_STEPS, settings.max_steps // 2) if first else 0
+    if steps is None:
+        steps = min(per_epoch * settings.epochs, settings.max_steps - alone)
+    order = _EpochOrder(rows, seed)
+    return _Steps(order, settings.batch, settings.accumulate, per_epoch, alone, alone + steps, rank, world)
 
 
 @dataclass
@@ -249,7 +284,7 @@ class _TrainingState:
 
     objective: Objective
     optimiser: torch.optim.Optimizer
-    warm_up: LinearLR
+    warm_up: LambdaLR
     progress: Progress
     best: dict[str, Tensor]
     sums: dict[str, float] = field(default_factory=dict)
@@ -274,7 +309,7 @@ class _TrainingState:
         self.optimiser.zero_grad(set_to_none=True)
         self.progress.step += 1
 
-    def validated(self, score: float, *, epoch: float) -> None:
+    def validated(self, score: float, *, epoch: float, best: bool) -> None:
         progress = self.progress
         if not np.isfinite(score):
             raise UserError(
@@ -286,7 +321,7 @@ class _TrainingState:
         progress.history.append({"epoch": epoch, "step": progress.step, **means, "validation_auc": score})
         self.sums.clear()
         self.since = progress.step
-        if score > progress.best:
+        if best or score > progress.best:
             progress.best, progress.best_step, progress.bad = score, progress.step, 0
             self.best = _state(self.objective)
         else:
@@ -331,21 +366,27 @@ class _TrainingState:
         log.info("train: resumes from the checkpoint of step %d", self.progress.step)
 
 
-def _groups(objective: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
-    """Return parameter groups: LoRA's parameters, which belong to the source, have their own learning rate."""
-    own = [p for name, p in objective.named_parameters() if p.requires_grad and not name.startswith("source.")]
-    tuned = [p for name, p in objective.named_parameters() if p.requires_grad and name.startswith("source.")]
-    groups = [{"params": own, "lr": settings.learning_rate}]
-    return groups + ([{"params": tuned, "lr": settings.backbone_learning_rate}] if tuned else [])
+def _groups(objective: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters that learn: of the compressor, of LoRA, which belongs to the source, and "" the others."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in objective.named_parameters():
+        part = name.partition(".")[0]
+        if parameter.requires_grad:
+            found.setdefault(part if part in {"compressor", "source"} else "", []).append(parameter)
+    return found
 
 
-def _warm_up(optimiser: torch.optim.Optimizer, settings: TrainSettings, steps: _Steps) -> LinearLR:
-    """Return a schedule that warms up for ``train.warm_up`` of an epoch, at most half of all steps.
+def _rate(step: int, *, start: int, count: int) -> float:
+    """Return the factor of a learning rate that rises linearly for ``count`` steps from step ``start`` on."""
+    return min(1.0, max(0, step + 1 - start) / count)
+
+
+def _warm_up(settings: TrainSettings, plan: _Steps) -> int:
+    """Return the steps of a warm-up: ``train.warm_up`` epochs, at most half of the training.
 
     It counts in epochs, so that a training of other length starts in the same way.
     """
-    count = max(1, min(round(settings.warm_up * steps.per_epoch), VALIDATE_STEPS, steps.total // 2))
-    return LinearLR(optimiser, start_factor=1 / count, total_iters=count - 1)
+    return max(1, min(round(settings.warm_up * plan.per_epoch), VALIDATE_STEPS, plan.total // 2))
 
 
 def _state(objective: nn.Module) -> dict[str, Tensor]:

@@ -166,7 +166,12 @@ def _decided(
         "beats_random": interval is None or interval[0] > 0,
     }  # fmt: skip
     if not update["beats_random"]:
-        log.warning("promote: no vector beats random ones: the texts say nothing about what users take")
+        users = len(np.unique(data.users[part]))
+        log.warning(
+            "promote: no vector beats random ones for the %d users of the validation part: they are too few, or the "
+            "texts say nothing about what users take",
+            users,
+        )
     # A small validation part must not prefer a PCA by chance.
     is_pca = best.startswith(PCA)
     error = user_error(predicted[best], predicted[own], data, part=part) if is_pca else 0.0

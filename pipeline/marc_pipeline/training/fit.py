@@ -145,6 +145,8 @@ def fit(
     progress = run.progress
     every = settings.validate_every or min(plan.per_epoch, VALIDATE_STEPS)
     objective.train()
+    if label and rank == 0 and plan.alone and progress.step < plan.alone:
+        log.info("%s: the matching network learns alone for %d steps, then the compressor, too", label, plan.alone)
     reported = ProgressLog(label, plan.total, "steps at most")
     patience = np.inf if settings.patience is None else settings.patience
     while progress.step < plan.total and progress.bad < patience:

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,17 +26,12 @@ from marc_pipeline.storage import Storage
 from marc_pipeline.training.distributed import place
 from marc_pipeline.training.learning import LearningData
 from marc_pipeline.training.objective import Clicks, Objective
+from marc_pipeline.training.steps import LEAST_ROWS, VALIDATE_STEPS, plan_steps, warm_up_steps
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 CHECKPOINT_FORMAT = 3
 """A checkpoint of another format is ignored."""
-ALONE_STEPS = 100
-"""Most steps in which the matching network learns alone."""
-VALIDATE_STEPS = 500
-"""Most steps between validations: an epoch of many interactions would be too long."""
 REFIT_ROWS = 1_000_000
-LEAST_ROWS = 4
-"""Number of rows that the unbiased HSIC needs."""
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +123,7 @@ def fit(
         # Buffers contain the states of all items and each process's own bank, so they are not synchronised.
         model = DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False)
     groups = _groups(objective)
-    plan = _steps(
+    plan = plan_steps(
         len(training), settings, steps, first=len(groups) > 1 and "" in groups, seed=seed, rank=rank, world=world
     )
     rates = {"source": settings.backbone_learning_rate}
@@ -137,7 +131,7 @@ def fit(
         [{"params": group, "lr": rates.get(part, settings.learning_rate)} for part, group in groups.items()],
         weight_decay=settings.weight_decay,
     )
-    count = _warm_up(settings, plan)
+    count = warm_up_steps(settings, plan)
     warm_up = LambdaLR(optimiser, [partial(_rate, start=plan.alone if part else 0, count=count) for part in groups])
     run = _TrainingState(objective, optimiser, warm_up, Progress(alone=plan.alone), _state(objective))
     if checkpoint is not None:
@@ -220,64 +214,6 @@ def learn(
         checkpoint=checkpoint and replace(checkpoint, uri=f"{checkpoint.uri}.whole"),
     )
     return objective, progress
-
-
-class _EpochOrder:
-    """The order of the rows in an epoch, which depends on the seed and the number of the epoch only.
-
-    A resumed run takes the same batches without replaying earlier epochs.
-    """
-
-    def __init__(self, rows: int, seed: int) -> None:
-        self._rows, self._seed = rows, seed
-        self._epoch, self._order = -1, np.empty(0, np.int64)
-
-    def __call__(self, epoch: int) -> NDArray[np.int64]:
-        """Return a permutation of the rows [rows]."""
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng([self._seed, epoch]).permutation(self._rows)
-        return self._order
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """The rows of each step on this process. In the first ``alone`` steps, the matching network learns alone."""
-
-    order: _EpochOrder
-    batch: int
-    accumulate: int
-    per_epoch: int
-    alone: int
-    total: int
-    rank: int
-    world: int
-
-    def rows(self, step: int) -> list[Tensor]:
-        """Return row numbers of the parts of a step, which have about equal sizes.
-
-        All processes have the same number of parts, because each waits for the others. A short step has fewer parts,
-        so that each is large enough to estimate HSIC.
-        """
-        epoch, place = divmod(step, self.per_epoch)
-        size = self.batch * self.world * self.accumulate
-        chosen = self.order(epoch)[place * size : (place + 1) * size]
-        own = chosen[: len(chosen) // self.world * self.world][self.rank :: self.world]
-        parts = max(1, min(self.accumulate, len(own) // LEAST_ROWS))
-        return [torch.from_numpy(part.copy()) for part in np.array_split(own, parts)]
-
-
-def _steps(
-    rows: int, settings: TrainSettings, steps: int | None, *, first: bool, seed: int, rank: int, world: int
-) -> _Steps:
-    """Return the steps of a training; ``first`` tells whether the matching network learns alone at first."""
-    size = settings.batch * world * settings.accumulate
-    # The last batch of an epoch has at least half the size, because few rows give a noisy estimate of HSIC.
-    per_epoch = max(1, round(rows / size))
-    alone = min(round(settings.matching_epochs * per_epoch), ALONE_STEPS, settings.max_steps // 2) if first else 0
-    if steps is None:
-        steps = min(per_epoch * settings.epochs, settings.max_steps - alone)
-    order = _EpochOrder(rows, seed)
-    return _Steps(order, settings.batch, settings.accumulate, per_epoch, alone, alone + steps, rank, world)
 
 
 @dataclass
@@ -381,14 +317,6 @@ def _groups(objective: nn.Module) -> dict[str, list[nn.Parameter]]:
 def _rate(step: int, *, start: int, count: int) -> float:
     """Return the factor of a learning rate that rises linearly for ``count`` steps from step ``start`` on."""
     return min(1.0, max(0, step + 1 - start) / count)
-
-
-def _warm_up(settings: TrainSettings, plan: _Steps) -> int:
-    """Return the steps of a warm-up: ``train.warm_up`` epochs, at most half of the training.
-
-    It counts in epochs, so that a training of other length starts in the same way.
-    """
-    return max(1, min(round(settings.warm_up * plan.per_epoch), VALIDATE_STEPS, plan.total // 2))
 
 
 def _state(objective: nn.Module) -> dict[str, Tensor]:

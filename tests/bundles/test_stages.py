@@ -307,7 +307,8 @@ def test_several_processes_train_one_bundle(tmp_path: Path, tiny_backbone: str) 
     assert np.isfinite(encoder.encode(["x"]).vectors).all()
     (run_file,) = Path(world.settings.work_uri).glob("training/*/runs/*/run.json")
     history = TrainingRun.model_validate_json(run_file.read_bytes()).history
-    assert [row["step"] for row in history] == [4]
+    # The matching network learns alone in the first half.
+    assert [row["step"] for row in history] == [2, 4]
 
 
 @pytest.mark.slow

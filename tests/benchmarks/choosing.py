@@ -6,10 +6,12 @@
 The states are noise, with a signal that grows to the middle layer and falls again. Users take items in the direction of
 their taste, with a long tail of popularity. The steps are those of `marc train` after the hidden states: the search for
 the layer, the search for the recipe, the training, and the click models of the gate for MARC, two PCAs and random
-vectors. Peak memory is that of this process and of its largest child. DIR needs 4 bytes per number of the states.
+vectors. Peak memory is that of all processes together, sampled ten times a second. DIR needs 4 bytes per number of the
+states.
 """
 
-import resource
+import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ import pyarrow.parquet as pq
 from material import quiet
 from measuring import CORES, options, progress, show, working_folder, write_json
 from numpy.lib.format import open_memmap
+from processes import watched
 
 from marc_pipeline.bundles.choices import Chosen
 from marc_pipeline.bundles.making import train_marc
@@ -58,6 +61,14 @@ TRAINING_ID = "made-up"
 
 
 def made_up(given: Any, deployment: Deployment) -> TrainingSet:
+    """Make a training set of the given size in a process of its own, whose memory does not count, and open it."""
+    maker = multiprocessing.get_context("spawn").Process(target=make, args=(given, deployment))
+    maker.start()
+    maker.join()
+    return open_training_set(deployment.storage, deployment.settings.work_uri, TRAINING_ID)
+
+
+def make(given: Any, deployment: Deployment) -> None:
     """Write a training set of the given size to the work area."""
     rng, storage = np.random.default_rng(0), deployment.storage
     folder = Path(training_uri(deployment.settings.work_uri, TRAINING_ID))
@@ -87,7 +98,6 @@ def made_up(given: Any, deployment: Deployment) -> TrainingSet:
         files={name: describe_file(folder / name, path=name) for name in (STATES, ITEMS, PROFILES, INTERACTIONS)},
     )  # fmt: skip
     storage.write(join(str(folder), CARD), card.model_dump_json().encode())
-    return open_training_set(storage, deployment.settings.work_uri, TRAINING_ID)
 
 
 def purchases(given: Any, qualities: Any, rng: np.random.Generator) -> Interactions:
@@ -104,11 +114,6 @@ def purchases(given: Any, qualities: Any, rng: np.random.Generator) -> Interacti
         items[start : start + AT_ONCE] = drawn[np.arange(len(own)), liking.argmax(axis=1)]
     _, numbers = np.unique(users, return_inverse=True)
     return Interactions(numbers, items, np.ones(n, np.float32), np.arange(n), implicit=True)
-
-
-def peak_mib() -> float:
-    """Peak memory of this process or of its largest finished child, MiB."""
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
 
 
 def gate(training_set: TrainingSet, settings: Settings, own: Any, layer: int) -> dict[str, float]:
@@ -131,11 +136,11 @@ def main() -> None:
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
         started = time.monotonic()
-        result = work()
-        rows.append(
-            (name, time.monotonic() - started, peak_mib(), str(result) if isinstance(result, int | Recipe) else "")
-        )
-        progress(f"{name}: {rows[-1][1]:.0f} s, {rows[-1][2]:.0f} MiB")
+        with watched(os.getpid()) as usage:
+            result = work()
+        seconds, peak = time.monotonic() - started, usage.total / 2**20
+        rows.append((name, seconds, peak, str(result) if isinstance(result, int | Recipe) else ""))
+        progress(f"{name}: {seconds:.0f} s, {peak:.0f} MiB {rows[-1][3]}")
         return result
 
     with working_folder(given.folder) as folder, quiet():
@@ -161,11 +166,11 @@ def main() -> None:
         )  # fmt: skip
         own = trained.objective.vectors().numpy()
         found = timed("click models of the gate", lambda: gate(training_set, settings, own, layer))
-    total = sum(seconds for _, seconds, _, _ in rows[1:])
+    total, peak = sum(seconds for _, seconds, _, _ in rows[1:]), max(peak for _, _, peak, _ in rows[1:])
     shown = ", ".join(f"{name} {auc:.4f}" for name, auc in found.items())
     title = f"{given.layers} layers, {given.items:,} items of width {given.width}, {given.interactions:,} purchases"
     notes = [
-        f"choosing, training and gate: {total / 60:.1f} minutes",
+        f"choosing, training and gate: {total / 60:.1f} minutes, at most {peak:,.0f} MiB",
         f"training: {trained.progress.step} steps, {'at the cap' if trained.progress.capped else 'stopped early'}",
         f"validation AUC: {shown}",
     ]

@@ -22,10 +22,14 @@ def memory_mb(name: str) -> float:
 
 @dataclass
 class SparkUsage:
-    """Peak resident bytes of the JVM and of its Python workers, and processor seconds by process id."""
+    """Peak resident bytes of the JVM, of its Python workers, and of both and the driver; and processor seconds by id.
+
+    Memory that processes share counts for each of them.
+    """
 
     jvm: int = 0
     workers: int = 0
+    total: int = 0
     seconds: dict[int, float] = field(default_factory=dict)
 
     def sample(self, root: int) -> None:
@@ -55,6 +59,7 @@ class SparkUsage:
                 workers += sizes[process]
             waiting += [(child, below_jvm or name == "java") for child in children.get(process, [])]
         self.jvm, self.workers = max(self.jvm, jvm), max(self.workers, workers)
+        self.total = max(self.total, sizes.get(root, 0) + jvm + workers)
 
 
 @contextmanager

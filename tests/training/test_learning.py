@@ -135,6 +135,14 @@ def test_the_holdout_has_the_configured_share_and_whole_trains_on_every_row() ->
     assert len(data.training) < len(whole.training)  # the original is unchanged
 
 
+def test_training_rows_share_the_memory_of_all_rows_and_fits_have_no_histories() -> None:
+    data, _ = learnable()
+    for rows, training in ((data.rows, data.training), (data.rows, data.whole().training)):
+        assert isinstance(training, Clicks)
+        assert training.clicked.data_ptr() == rows.clicked.data_ptr()
+    assert data.fitted[0].clicked.numel() == data.fitted[0].skipped.numel() == 0
+
+
 def test_an_empty_holdout_or_training_part_is_refused() -> None:
     interactions, _ = clicks()
     with pytest.raises(UserError, match="splits 100 interactions into 100 for training and 0 for early stopping"):

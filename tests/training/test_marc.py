@@ -337,6 +337,18 @@ def test_validation_and_vectors_change_neither_training_mode_nor_weights(states:
     assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
 
 
+def test_interactions_validated_in_parts_have_the_same_auc(
+    states: Tensor, batch: Clicks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = uneven(marc(states))
+    assert isinstance(objective, Marc)
+    at_once, seen = objective.validate(batch), []
+    objective.matching.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    monkeypatch.setattr("marc_pipeline.training.objective.VALIDATED_AT_ONCE", len(batch) // 3 + 1)
+    assert objective.validate(batch) == pytest.approx(at_once, abs=1e-6)
+    assert len(seen) == 3 and sum(seen) == len(batch)
+
+
 # The initial compressor
 
 

@@ -92,17 +92,17 @@ def new_objective(
     name: str, *, states: NDArray[np.float32], data: LearningData, dim: int, seed: int, train: TrainSettings
 ) -> Objective:
     """Return the objective of a trained system over frozen states [items, D], with its initial weights."""
-    known = known_states(states, data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name.startswith("marc") and name != "marc-pca-start":
             start = fit_regression(states, data, dim=dim)
         else:
-            start, _ = fit_pca(known, dim=dim)
+            start, _ = fit_pca(known_states(states, data), dim=dim)
         source = FrozenStates(torch.from_numpy(states))
         compressor = new_compressor(start, train)
         if name == "autoencoder":
-            return Autoencoder(source, compressor, states=torch.from_numpy(known), dim=dim, hidden=train.hidden)
+            known = torch.from_numpy(known_states(states, data))
+            return Autoencoder(source, compressor, states=known, dim=dim, hidden=train.hidden)
         if name == "mrl":
             return Matryoshka(source, compressor, dim=dim)
         if name == "contrastive":

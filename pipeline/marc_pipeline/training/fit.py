@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from marc_pipeline.config import TrainSettings
 from marc_pipeline.errors import UserError
+from marc_pipeline.model.device import return_memory
 from marc_pipeline.progress import ProgressLog
 from marc_pipeline.storage import Storage
 from marc_pipeline.training.distributed import place
@@ -32,6 +33,8 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 CHECKPOINT_FORMAT = 3
 """A checkpoint of another format is ignored."""
 REFIT_ROWS = 1_000_000
+TRIM_STEPS = 100
+"""Steps between returns of freed memory to the system, which take about as long as half a step of many interactions."""
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +152,8 @@ def fit(
         parts = enumerate(plan.rows(progress.step))
         run.step(model, [training.batch(rows, (seed, progress.step, rank, part)) for part, rows in parts])
         tick(progress.step / plan.total)
+        if progress.step % TRIM_STEPS == 0:
+            return_memory()
         since = progress.step - plan.alone
         if validation is not None and (since % every == 0 or progress.step == plan.total):
             # Without early stopping, the last weights count as the best ones.

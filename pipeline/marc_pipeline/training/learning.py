@@ -46,21 +46,24 @@ class LearningData:
     @cached_property
     def training(self) -> Clicks | SampledClicks:
         """Interactions for the loss."""
-        return self._labelled(torch.arange(self.end))
+        return self._labelled(slice(0, self.end))
 
     @cached_property
     def holdout(self) -> Clicks:
         """The latest rows, for early stopping, with negatives that stay the same."""
-        rows = _sample(self.start, len(self.rows), HELD_ROWS)
-        return self._labelled(rows).batch(torch.arange(len(rows)), HOLDOUT_SEED)
+        held = self._labelled(_sample(self.start, len(self.rows), HELD_ROWS))
+        return held.batch(torch.arange(len(held)), HOLDOUT_SEED)
 
     @cached_property
     def fitted(self) -> tuple[Clicks, Tensor]:
-        """Rows of ``training`` with negatives that stay the same, and their users [m], for closed-form fits."""
+        """Rows of ``training`` with negatives that stay the same, and their users [m], for closed-form fits.
+
+        The rows have no histories, which would take most of the memory.
+        """
         rows = _sample(0, self.end, FITTED_ROWS)
-        labelled = self._labelled(rows)
+        labelled = self._labelled(rows, histories=False)
         if isinstance(labelled, SampledClicks):
-            return labelled.with_users(torch.arange(len(rows)), FITTED_SEED)
+            return labelled.with_users(torch.arange(len(labelled)), FITTED_SEED)
         return labelled, self.raters[rows]
 
     @cached_property
@@ -72,10 +75,11 @@ class LearningData:
         """Return a copy that trains on every row. Its holdout is then part of the training rows."""
         return replace(self, end=len(self.rows))
 
-    def _labelled(self, rows: Tensor) -> Clicks | SampledClicks:
+    def _labelled(self, rows: Tensor | slice, *, histories: bool = True) -> Clicks | SampledClicks:
+        found = self.rows if histories else self.rows.without_histories()
         if self.sampler is None:
-            return self.rows[rows]
-        return SampledClicks(self.rows[rows], self.raters[rows], self.sampler, self.per_positive)
+            return found[rows]
+        return SampledClicks(found[rows], self.raters[rows], self.sampler, self.per_positive)
 
 
 def learning_data(
@@ -105,8 +109,9 @@ def learning_data(
     if interactions.implicit:
         sampler = NegativeSampler.of(interactions, items=items, popularity=settings.negative_popularity, known=n)
     weighted = bool((interactions.weights != 1).any())
-    # Sampled negatives were never shown to the user, so they are no history.
-    nothing = torch.full((1, settings.history), -1, dtype=torch.int32).expand(n, -1)
+    # Sampled negatives were never shown to the user, so they are no history. One column of padding says the same as
+    # many, in less time.
+    nothing = torch.full((1, 1), -1, dtype=torch.int32).expand(n, -1)
     skipped = nothing if sampler else torch.from_numpy(histories(interactions, length=settings.history, label=0))
     rows = Clicks(
         items=torch.from_numpy(interactions.items),
@@ -130,8 +135,8 @@ def known_states(states: NDArray[np.float32], data: LearningData) -> NDArray[np.
     return np.asarray(states[data.known.numpy()])
 
 
-def _sample(start: int, end: int, most: int) -> Tensor:
+def _sample(start: int, end: int, most: int) -> Tensor | slice:
     """Return all rows of a range, or a repeatable sample of them, ascending."""
     if end - start <= most:
-        return torch.arange(start, end)
+        return slice(start, end)
     return torch.from_numpy(start + np.sort(np.random.default_rng(0).choice(end - start, most, replace=False)))

@@ -92,7 +92,7 @@ class SampledClicks:
     def __len__(self) -> int:
         return len(self.positives)
 
-    def __getitem__(self, rows: Tensor) -> "SampledClicks":
+    def __getitem__(self, rows: Tensor | slice) -> "SampledClicks":
         return replace(self, positives=self.positives[rows], users=self.users[rows])
 
     def to(self, device: torch.device) -> "SampledClicks":

@@ -9,6 +9,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
+VALIDATED_AT_ONCE = 16_384
+"""Most interactions that are scored at once. The vectors of their histories are the largest part of the memory."""
 ITEM_FIELDS = ("items", "clicked", "skipped", "profiles")
 """Fields of ``Clicks`` with row numbers of states."""
 
@@ -33,7 +35,7 @@ class Clicks:
     profiles: Tensor | None = None
     weights: Tensor | None = None
 
-    def __getitem__(self, rows: Tensor) -> "Clicks":
+    def __getitem__(self, rows: Tensor | slice) -> "Clicks":
         return self._each(lambda part: part[rows])
 
     def __len__(self) -> int:
@@ -42,6 +44,10 @@ class Clicks:
     def to(self, device: torch.device) -> "Clicks":
         """Return the batch on another device."""
         return self._each(lambda part: part.to(device))
+
+    def without_histories(self) -> "Clicks":
+        """Return the batch with histories of length 0."""
+        return replace(self, clicked=self.clicked[:, :0], skipped=self.skipped[:, :0])
 
     def batch(self, rows: Tensor, seed: Sequence[int]) -> "Clicks":
         """Return the interactions of a batch; ``seed`` is for negatives, which rated interactions do not need."""
@@ -122,7 +128,8 @@ class Objective(nn.Module):
         mode = self.training
         vectors = self.vectors()
         self.eval()
-        scores = self.score(vectors, batch)
+        starts = range(0, len(batch), VALIDATED_AT_ONCE)
+        scores = torch.cat([self.score(vectors, batch[slice(start, start + VALIDATED_AT_ONCE)]) for start in starts])
         self.train(mode)
         if not scores.isfinite().all() or batch.labels.min() == batch.labels.max():
             return float("nan")

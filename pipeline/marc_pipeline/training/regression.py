@@ -32,9 +32,10 @@ def fit_regression(states: NDArray[np.float32], data: LearningData, *, dim: int)
     Raises:
         UserError: the states span fewer directions than ``dim``.
     """
-    known = known_states(states, data).astype(np.float64)
-    mean = known.mean(axis=0)
-    x = known - mean
+    x = known_states(states, data).astype(np.float64)
+    mean = x.mean(axis=0)
+    # In place, because the states are the largest part of the memory.
+    x -= mean
     length = np.sqrt((x**2).sum(axis=1).mean())
     if dim > min(len(x) - 1, x.shape[1]) or not length:
         raise UserError(

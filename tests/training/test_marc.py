@@ -346,7 +346,8 @@ def test_interactions_validated_in_parts_have_the_same_auc(
     objective.matching.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     monkeypatch.setattr("marc_pipeline.training.objective.VALIDATED_AT_ONCE", len(batch) // 3 + 1)
     assert objective.validate(batch) == pytest.approx(at_once, abs=1e-6)
-    assert len(seen) == 3 and sum(seen) == len(batch)
+    assert len(seen) == 3
+    assert sum(seen) == len(batch)
 
 
 # The initial compressor

@@ -24,6 +24,7 @@ from marc_pipeline.evaluation.factory import pca_vectors
 from marc_pipeline.evaluation.layer_choice import final_scores
 from marc_pipeline.evaluation.tasks import evaluation_data
 from marc_pipeline.progress import ProgressLog
+from marc_pipeline.resources import return_memory
 from marc_pipeline.training.interactions import Interactions
 from marc_pipeline.training.learning import learning_data, training_part
 from marc_pipeline.training.regression import fit_regression
@@ -107,6 +108,7 @@ def search_layers(
             label = f"layers: round {number + 1} of {rounds}, group {fold + 1} of {len(wanted)}"
             for layer, auc in _fold(shop, states, left, fold, label, dim, settings, holdout, random=last):
                 found[layer].append(auc)
+            return_memory()
         scores |= found
         ranked = sorted(left, key=lambda layer: -fmean(scores[layer]))
         left, rows = sorted(ranked[: max(FINALISTS, len(left) // 2)]), 2 * rows

@@ -1,7 +1,5 @@
 """The compute device: choose device, dtype and threads, recognise errors of the device, measure its time."""
 
-import ctypes
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,16 +46,6 @@ def choose_dtype(settings: EncodeSettings, device: torch.device) -> torch.dtype:
 def use_threads(count: int) -> None:
     """Let torch use this number of threads in this process."""
     torch.set_num_threads(count)
-
-
-def return_memory() -> None:
-    """Return freed memory to the system where the C library is glibc, and do nothing elsewhere.
-
-    Tensors of changing sizes leave gaps in its heap, so that a long training would take several times what it needs.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim:
-        trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -21,8 +21,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from marc_pipeline.config import TrainSettings
 from marc_pipeline.errors import UserError
-from marc_pipeline.model.device import return_memory
 from marc_pipeline.progress import ProgressLog
+from marc_pipeline.resources import return_memory
 from marc_pipeline.storage import Storage
 from marc_pipeline.training.distributed import place
 from marc_pipeline.training.learning import LearningData

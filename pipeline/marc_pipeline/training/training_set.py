@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from marc_pipeline.catalogue.source import CatalogueSource, find_source
 from marc_pipeline.config import Settings, TrainSettings
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import CorruptFile, UserError
+from marc_pipeline.resources import return_memory
 from marc_pipeline.storage import Storage, StoredObject, join
 from marc_pipeline.storage.checksums import describe_file, verified_folder
 from marc_pipeline.training.interaction_files import find_interactions
@@ -240,9 +241,11 @@ def open_training_set(storage: Storage, work_uri: str, training_id: str) -> Trai
         remedy=f"delete the folder {uri} and train again",
     )
     items = pq.read_table(folder / ITEMS)
-    rows = pq.read_table(folder / INTERACTIONS)
-    # Copied, because torch warns about Arrow's read-only memory.
-    columns = {name: np.array(rows[name]).copy() for name in rows.column_names}
+    with pq.ParquetFile(folder / INTERACTIONS) as file:
+        # One column at a time, because many interactions would need their memory twice.
+        columns = {name: _column(file, name) for name in file.schema_arrow.names}
+    pa.default_memory_pool().release_unused()
+    return_memory()
     return TrainingSet(
         folder=folder,
         card=card,
@@ -254,6 +257,12 @@ def open_training_set(storage: Storage, work_uri: str, training_id: str) -> Trai
             implicit=card.implicit,
         ),
     )
+
+
+def _column(file: pq.ParquetFile, name: str) -> NDArray[Any]:
+    """Return a column as an array that can be written, because torch warns about others."""
+    values: NDArray[Any] = file.read(columns=[name])[name].to_numpy()
+    return values if values.flags.writeable else values.copy()
 
 
 @lru_cache(maxsize=1)

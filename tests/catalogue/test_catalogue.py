@@ -436,6 +436,37 @@ def test_columns_are_found_by_name_in_every_file(spark: "SparkSession", tmp_path
     assert sorted(row["source"] for row in rows) == [f"{n}.{form}" for n in range(len(orders))]
 
 
+ODD_NAMES = (
+    "${env:HOME}", "${spark:spark.app.name}", "_metadata", "_malformed_", "_record_", "_source_", "_json_", "_before_",
+    "_0_", "a`b", "c.d", "e'f", "count(*)", "*", "text", "reason", "row", "updated_at", "item_id AS text",
+)  # fmt: skip
+
+
+@FORMS
+def test_no_column_name_is_a_name_or_code_of_ours(spark: "SparkSession", tmp_path: Path, form: str) -> None:
+    odd = {name: f"value {number}" for number, name in enumerate(ODD_NAMES)}
+    rows: list[Row] = [{"item_id": "1", "title": "a", **odd}, {"item_id": "2", "title": "", **odd}]
+    write_rows(tmp_path / f"c.{form}", rows)
+    spark.conf.set("spark.sql.variable.substitute", "true")
+    try:
+        found = read(spark, tmp_path)
+        used = read(spark, tmp_path, id_column="_metadata", template="{_record_}, {_source_}, {text}")
+    finally:
+        spark.conf.set("spark.sql.variable.substitute", "false")
+    assert texts(found) == {"1": "a"}
+    ((reason, record),) = _reasons([row for row in found if row["reason"]])
+    assert reason == Reason.EMPTY_TEXT
+    assert {name: json.loads(record)[name] for name in ODD_NAMES} == odd
+    expected = (odd["_metadata"], f"{odd['_record_']}, {odd['_source_']}, {odd['text']}")
+    assert {(row["item_id"], row["text"]) for row in used} == {expected}
+
+
+def test_a_variable_in_a_template_is_text(spark: "SparkSession", tmp_path: Path) -> None:
+    write_rows(tmp_path / "c.csv", [{"item_id": "1", "title": "a"}])
+    rows = read(spark, tmp_path, template="${{env:HOME}} {title}", clean=False)
+    assert texts(rows) == {"1": "${env:HOME} a"}
+
+
 def test_hidden_files_of_a_folder_are_skipped(spark: "SparkSession", tmp_path: Path) -> None:
     write_csv(tmp_path / "day" / "c.csv", BOOKS, COLUMNS)
     for name in ("_SUCCESS", ".c.csv.crc", "_temporary/c.csv", ".hidden/c.parquet"):

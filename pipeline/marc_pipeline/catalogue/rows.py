@@ -17,7 +17,7 @@ import pyarrow as pa
 from marc_pipeline.catalogue.cleaning import ODD_CHARACTERS, SENTENCE_END, SUSPICIOUS, UNCLEANED, text_cleaner
 from marc_pipeline.catalogue.source import CatalogueSource, FileGroup
 from marc_pipeline.catalogue.template import TemplateField, template_fields
-from marc_pipeline.catalogue.text_records import MALFORMED, RECORD, SOURCE, batch_reader
+from marc_pipeline.catalogue.text_records import batch_reader
 from marc_pipeline.config import CatalogueSettings
 from marc_pipeline.storage import Storage, is_s3, join
 from marc_schemas.catalogue import Reason
@@ -34,7 +34,7 @@ NEWEST_FIRST = "updated_at DESC NULLS LAST, content_hash DESC, source"
 # Cut as bytes, because Spark counts the characters of a string.
 CONTENT_HASH = f"CAST(substr(CAST(sha2(text, 256) AS BINARY), 1, {CONTENT_HASH_CHARS}) AS STRING)"
 """SQL of :func:`marc_schemas.identity.content_hash` of the column ``text``."""
-BEFORE = "_before_"
+BEFORE, JSON, MALFORMED, RECORD, SOURCE = "_before_", "_json_", "_malformed_", "_record_", "_source_"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -139,33 +139,60 @@ def read_items(
     return sorted((row.item_id, row.text) for row in found)
 
 
+@dataclass(frozen=True)
+class _Column:
+    """A column of a file as Spark sees it: numbered, because no name from a catalogue may enter SQL.
+
+    Attributes:
+        sql: name in the frame.
+        kind: kind of the values, see :class:`FileGroup`.
+    """
+
+    sql: str
+    kind: str
+
+
+def _numbered(columns: Mapping[str, str]) -> dict[str, _Column]:
+    return {name: _Column(f"_{number}_", kind) for number, (name, kind) in enumerate(columns.items())}
+
+
 def _read_group(
     spark: "SparkSession", group: FileGroup, catalogue: CatalogueSettings, *, storage: Storage
 ) -> "DataFrame":
+    from marc_pipeline.spark.columns import with_json, with_source  # noqa: PLC0415 - imports pyspark
+
     if group.text is None:
+        columns = _numbered(group.columns)
         frame = spark.read.parquet(*_spark_paths(spark, [file.uri for file in group.files], storage))
+        frame = with_source(frame, SOURCE).toDF(*(column.sql for column in columns.values()), SOURCE)
         # Spark percent-encodes the name.
-        name = "_metadata.file_name"
-        decoded = f"CASE WHEN contains({name}, '%') THEN url_decode(replace({name}, '+', '%2B')) ELSE {name} END"
-        source = f"{decoded} AS {SOURCE}"
-        frame = frame.selectExpr("*", f"false AS {MALFORMED}", f"CAST(NULL AS STRING) AS {RECORD}", source)
-        return _normalise(frame, group.columns, catalogue)
-    text = group.text
-    if text.form == "jsonl":
-        updated = [catalogue.updated_at_column] if catalogue.updated_at_column else []
-        text = replace(text, columns=tuple(dict.fromkeys([catalogue.id_column, *catalogue.text_columns, *updated])))
-    pieces = [piece for file in group.files for piece in text.pieces(file.uri, file.bytes)]
-    tasks = min(len(pieces), TASKS_PER_CORE * spark.sparkContext.defaultParallelism)
-    names = [_quoted(name) for name in text.columns]
-    schema = [f"{name} BINARY" for name in names]
-    schema += [f"{MALFORMED} BOOLEAN", f"{RECORD} BINARY", f"{SOURCE} STRING"]
-    read = batch_reader(text, pieces, storage)
-    frame = spark.range(0, len(pieces), 1, tasks).mapInArrow(read, ", ".join(schema))
-    # CSV has no nulls, so an empty field counts as null.
-    value = "nullif(CAST({0} AS STRING), '') AS {0}" if text.form == "csv" else "CAST({0} AS STRING) AS {0}"
-    values = [value.format(name) for name in names]
-    frame = frame.selectExpr(*values, MALFORMED, f"CAST({RECORD} AS STRING) AS {RECORD}", SOURCE)
-    return _normalise(frame, dict.fromkeys(text.columns, "STRING"), catalogue)
+        decoded = f"CASE WHEN contains({SOURCE}, '%') THEN url_decode(replace({SOURCE}, '+', '%2B')) ELSE {SOURCE} END"
+        frame = frame.selectExpr(
+            f"* EXCEPT ({SOURCE})",
+            f"false AS {MALFORMED}",
+            f"CAST(NULL AS STRING) AS {RECORD}",
+            f"{decoded} AS {SOURCE}",
+        )
+    else:
+        text = group.text
+        if text.form == "jsonl":
+            updated = [catalogue.updated_at_column] if catalogue.updated_at_column else []
+            used = dict.fromkeys([catalogue.id_column, *catalogue.text_columns, *updated])
+            text = replace(text, columns=tuple(used))
+        columns = _numbered(dict.fromkeys(text.columns, "STRING"))
+        names = [column.sql for column in columns.values()]
+        pieces = [piece for file in group.files for piece in text.pieces(file.uri, file.bytes)]
+        tasks = min(len(pieces), TASKS_PER_CORE * spark.sparkContext.defaultParallelism)
+        schema = [f"{name} BINARY" for name in names]
+        schema += [f"{MALFORMED} BOOLEAN", f"{RECORD} BINARY", f"{SOURCE} STRING"]
+        read = batch_reader(text, pieces, storage)
+        frame = spark.range(0, len(pieces), 1, tasks).mapInArrow(read, ", ".join(schema))
+        # CSV has no nulls, so an empty field counts as null.
+        value = "nullif(CAST({0} AS STRING), '') AS {0}" if text.form == "csv" else "CAST({0} AS STRING) AS {0}"
+        values = [value.format(name) for name in names]
+        frame = frame.selectExpr(*values, MALFORMED, f"CAST({RECORD} AS STRING) AS {RECORD}", SOURCE)
+    frame = with_json(frame, JSON, {name: column.sql for name, column in columns.items()})
+    return _normalise(frame, columns, catalogue)
 
 
 def _spark_paths(spark: "SparkSession", uris: Sequence[str], storage: Storage) -> list[str]:
@@ -193,9 +220,10 @@ def _literal_path(path: str) -> str:
     return re.sub(r"([{}\[\]*?\\])", r"\\\1", path)
 
 
-def _normalise(frame: "DataFrame", columns: Mapping[str, str], catalogue: CatalogueSettings) -> "DataFrame":
-    item_id = _as_text(catalogue.id_column, columns)
-    texts = {name: _as_text(name, columns) for name in catalogue.text_columns}
+def _normalise(frame: "DataFrame", columns: Mapping[str, _Column], catalogue: CatalogueSettings) -> "DataFrame":
+    item_id = _as_text(columns[catalogue.id_column])
+    texts = {name: _as_text(columns[name]) for name in catalogue.text_columns}
+    updated = columns[catalogue.updated_at_column] if catalogue.updated_at_column else None
     checked = [item_id, *texts.values()]
     undecodable = " OR ".join(f"NOT is_valid_utf8({x}) OR contains({x}, '{REPLACEMENT}')" for x in checked)
     has_text = " OR ".join(map(_has_text, texts.values()))
@@ -204,13 +232,12 @@ def _normalise(frame: "DataFrame", columns: Mapping[str, str], catalogue: Catalo
         WHEN coalesce({undecodable}, false) THEN '{Reason.UNDECODABLE}'
         WHEN NOT coalesce({_has_text(item_id)}, false) THEN '{Reason.NULL_ID}'
         WHEN NOT coalesce({has_text}, false) THEN '{Reason.EMPTY_TEXT}' END"""
-    as_json = f"to_json(struct({', '.join(_quoted(name) for name in columns)}))"
     places = {name: f"_field_{place}_" for place, name in enumerate(texts)}
     frame = frame.selectExpr(
         f"{item_id} AS item_id",
-        f"{_updated_at(catalogue.updated_at_column, columns)} AS updated_at",
+        f"{_updated_at(updated)} AS updated_at",
         f"{reason} AS reason",
-        f"coalesce({RECORD}, {as_json}) AS raw",
+        f"coalesce({RECORD}, {JSON}) AS raw",
         f"{SOURCE} AS source",
         *(f"coalesce({texts[name]}, '') AS {place}" for name, place in places.items()),
     )
@@ -278,13 +305,13 @@ def _joined(template: Sequence[TemplateField], fields: Sequence[str]) -> str:
     return f"concat({', '.join(pieces)})"
 
 
-def _as_text(name: str, columns: Mapping[str, str]) -> str:
-    column = _quoted(name)
-    if columns[name] == "ARRAY<STRING>":
-        return f"array_join(CAST({column} AS ARRAY<STRING>), ', ')"
-    if columns[name] == "NANOSECONDS":
-        column = f"timestamp_micros({column} DIV 1000)"
-    return f"CAST({column} AS STRING)"
+def _as_text(column: _Column) -> str:
+    value = column.sql
+    if column.kind == "ARRAY<STRING>":
+        return f"array_join(CAST({value} AS ARRAY<STRING>), ', ')"
+    if column.kind == "NANOSECONDS":
+        value = f"timestamp_micros({value} DIV 1000)"
+    return f"CAST({value} AS STRING)"
 
 
 def _rendered(template: str, texts: Mapping[str, str]) -> str:
@@ -314,19 +341,18 @@ def _trimmed(column: str) -> str:
     return f"CASE WHEN {column} > '!' AND NOT ({blank_end}) THEN {column} ELSE btrim({column}, {BLANK}) END"
 
 
-def _updated_at(name: str | None, columns: Mapping[str, str]) -> str:
-    if name is None:
+def _updated_at(column: _Column | None) -> str:
+    if column is None:
         return "CAST(NULL AS TIMESTAMP)"
-    column = _quoted(name)
-    if columns[name] == "TIMESTAMP":
-        return f"CAST({column} AS TIMESTAMP)"
-    if columns[name] == "NANOSECONDS":
-        return f"timestamp_micros({column} DIV 1000)"
-    epoch = _epoch(f"try_cast({column} AS DECIMAL(38, 6))")
-    if columns[name] == "NUMBER":
+    if column.kind == "TIMESTAMP":
+        return f"CAST({column.sql} AS TIMESTAMP)"
+    if column.kind == "NANOSECONDS":
+        return f"timestamp_micros({column.sql} DIV 1000)"
+    epoch = _epoch(f"try_cast({column.sql} AS DECIMAL(38, 6))")
+    if column.kind == "NUMBER":
         return epoch
     # Nine or more digits count from 1970; Spark would parse them as a year.
-    return f"CASE WHEN {column} RLIKE '^[0-9]{{9,}}' THEN {epoch} ELSE try_cast({column} AS TIMESTAMP) END"
+    return f"CASE WHEN {column.sql} RLIKE '^[0-9]{{9,}}' THEN {epoch} ELSE try_cast({column.sql} AS TIMESTAMP) END"
 
 
 def _epoch(number: str) -> str:
@@ -335,7 +361,3 @@ def _epoch(number: str) -> str:
         WHEN abs({number}) < 1e14BD THEN {number} * 1000
         WHEN abs({number}) < 1e17BD THEN {number} ELSE {number} / 1000 END"""
     return f"timestamp_micros(try_cast({micros} AS BIGINT))"
-
-
-def _quoted(name: str) -> str:
-    return "`" + name.replace("`", "``") + "`"

@@ -37,8 +37,6 @@ INSIDE_QUOTES = re.compile(rb'(?:[^"]++|""|"(?![ \t]*+(?:,|\r?\n?\Z)))*+')
 INSIDE_ODD_QUOTES = re.compile(rb'(?:[^"]++|"(?![ \t]*+(?:,|\r?\n?\Z)))*+')
 CLOSING_QUOTE = re.compile(rb'"[ \t]*+')
 BLANK_LINE = b" \t\r\n"
-# Columns of a batch after those of the catalogue; the names must not occur in a catalogue.
-MALFORMED, RECORD, SOURCE = "_malformed_", "_record_", "_source_"
 
 LineEnd = Literal["\n", "\r"]
 Values = Sequence[bytes | None]
@@ -209,8 +207,8 @@ def _batch(rows: Sequence[Record], text: TextFormat, source: str) -> pa.RecordBa
     arrays.append(pa.array([found is None for found, _ in rows]))
     arrays.append(pa.array([record for _, record in rows], pa.binary()))
     arrays.append(pa.array([source] * len(rows)))
-    # Spark matches these columns by position, so names may repeat or be unusual.
-    return pa.RecordBatch.from_arrays(arrays, names=[*text.columns, MALFORMED, RECORD, SOURCE])
+    # Spark matches the columns by position, and fails if a name of the catalogue is one of ours.
+    return pa.RecordBatch.from_arrays(arrays, names=[str(number) for number in range(len(arrays))])
 
 
 def _object(members: list[tuple[str, object]]) -> dict[str, object]:

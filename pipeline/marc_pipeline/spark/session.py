@@ -21,6 +21,8 @@ SHARED_GPU = "0.01"
 DEFAULTS = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": "2000",
     "spark.sql.session.timeZone": "UTC",
+    # Otherwise ${env:NAME} in a template would become the value of a variable, which may be a secret.
+    "spark.sql.variable.substitute": "false",
     # Column names in the settings are exact: "title" and "Title" are two columns.
     "spark.sql.caseSensitive": "true",
     # Spark refuses files with nanosecond timestamps, which pandas writes, unless it reads them as integers.

@@ -25,6 +25,7 @@ import pytest
 from deltalake import CommitProperties, Transaction, write_deltalake
 
 from faulty_proxy import CUT, CUT_HEAD, FAULTS, LOST, PASSED, RESET, SLOW_DOWN, STALL, FaultyProxy
+from marc_pipeline.errors import UserError
 from marc_pipeline.storage import MULTIPART_BYTES, Storage, join
 from marc_pipeline.storage.delta import COMMIT_ERRORS, open_or_create, open_table
 
@@ -58,6 +59,42 @@ class Echo(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+class Careless(BaseHTTPRequestHandler):
+    """Acknowledges every write, whatever its conditions."""
+
+    protocol_version = "HTTP/1.1"
+
+    def _serve(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b"<DeleteResult/>" if self.command == "POST" else b""
+        self.send_response(200)
+        self.send_header("ETag", '"x"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_PUT = do_POST = _serve  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_store_that_ignores_conditions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "any")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Careless) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        storage = Storage(endpoint_url=f"http://127.0.0.1:{server.server_port}", region="us-east-1")
+        with pytest.raises(UserError, match="the store of s3://shop/table ignores If-None-Match"):
+            open_or_create(storage, "s3://shop/table", pa.schema([("a", pa.int64())]), name="any")
+        server.shutdown()
+
+
+def test_a_store_with_conditional_writes_is_accepted_and_keeps_nothing(direct: Storage, uri: str) -> None:
+    direct.require_conditional_writes(uri)
+    assert direct.list(uri, hidden=True) == []
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Commands that show published releases: files, verify, releases, summary."""
+"""Commands that show published releases, and repair their log: files, verify, repair, releases, summary."""
 
 import shlex
 from datetime import datetime
@@ -47,6 +47,16 @@ def verify(context: typer.Context, ds: MaybeDs = None, as_json: Json = False) ->
         print_lines([f"release {release.release_id} of {release.ds} is intact: {checked}"])
     if problems:
         raise CorruptFile(f"release {release.release_id} has {len(problems)} problems")
+
+
+def repair(context: typer.Context, as_json: Json = False) -> None:
+    """Set commits aside that a power cut left incomplete. No run acknowledged them; a publication does the same."""
+    deployment = context.ensure_object(State).deployment
+    found = release_log.repair(deployment.storage, deployment.settings.table_uri)
+    if as_json:
+        print_json({"set_aside": found})
+    else:
+        print_lines([f"set aside as {uri}" for uri in found] or ["nothing to repair: every commit is whole"])
 
 
 def releases(
@@ -193,4 +203,4 @@ def _moment(text: str) -> datetime:
         raise UserError(f"--at {text!r} is not a time; write it like 2026-11-20T06:00:00+00:00") from None
 
 
-COMMANDS = (files, verify, releases, summary)
+COMMANDS = (files, verify, repair, releases, summary)

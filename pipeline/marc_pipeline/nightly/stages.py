@@ -43,13 +43,17 @@ def plan_stage(
     """Plan a date; ``expected`` is the plan_id that an earlier task of the same run announced.
 
     Raises:
-        UserError: the catalogue cannot be used, or catalogue, bundle or settings changed since the id was announced.
+        UserError: the catalogue cannot be used, or catalogue, bundle or settings changed since the id was announced, or
+            the store has no conditional writes.
     """
     from marc_pipeline.nightly.plan import make_plan
     from marc_pipeline.nightly.plan_identity import require_expected
     from marc_pipeline.spark.tasks import parallel_tasks
 
     require_expected(identity, expected)
+    # Before any work, because a store that fails here cannot publish.
+    for uri in (deployment.settings.work_uri, deployment.settings.table_uri):
+        deployment.storage.require_conditional_writes(uri)
     with Workspace.of(deployment, identity.plan_id).timed("plan"):
         made = make_plan(spark, deployment, identity, parallel=parallel_tasks(spark))
     counts = ", ".join(f"{getattr(made, name):,} {name}" for name in ("new", "changed", "unchanged", "deleted"))

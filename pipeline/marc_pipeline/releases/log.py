@@ -12,7 +12,7 @@ from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 
 from marc_pipeline.errors import DiskFull, ReleaseGone, Superseded, UserError
 from marc_pipeline.storage import Storage, disk_full_names, join
-from marc_pipeline.storage.delta import COMMIT_ERRORS, open_or_create, open_table
+from marc_pipeline.storage.delta import COMMIT_ERRORS, NO_HOOKS, open_or_create, open_table, set_aside
 from marc_pipeline.table.commit import commit_day, committed_files
 from marc_schemas.arrow import from_arrow, to_arrow
 from marc_schemas.release import FORMAT_VERSION, OLDEST_FORMAT, RELEASES, Release
@@ -191,11 +191,24 @@ def append(
         if any((table.transaction_version(_day(ds)) or 0) >= turn for ds, turn in turns.items()):
             # Another run took the turn, or our commit succeeded and its response was lost.
             found = read_log(storage, table_uri)
-            return bool(releases) and all(found.find(release.release_id) for release in releases)
-        _write(table, releases, properties, mode="append")
-        return True
+            published = bool(releases) and all(found.find(release.release_id) for release in releases)
+        else:
+            _write(table, releases, properties, mode="append")
+            published = True
+        # Nothing is acknowledged that a power cut could take back.
+        storage.flush(join(table_uri, FOLDER))
+        return published
 
     return storage.repeated(join(table_uri, FOLDER), commit, on=COMMIT_ERRORS)
+
+
+def repair(storage: Storage, table_uri: str) -> list[str]:
+    """Set the commits aside that a power cut left incomplete, in the release log and in the feature table.
+
+    Returns:
+        The uris under which they are kept; empty if all commits are whole.
+    """
+    return [place for uri in (join(table_uri, FOLDER), table_uri) for place in set_aside(storage, uri)]
 
 
 def settle(storage: Storage, table_uri: str, ds: str) -> None:
@@ -231,6 +244,7 @@ def replace(storage: Storage, found: ReleaseLog, kept: Sequence[Release]) -> boo
         properties = _taking({ds: found.next_turn(ds) for ds in days})
         with disk_full_names(found.table_uri):
             _write(found.table, kept, properties, mode="overwrite")
+            storage.flush(join(found.table_uri, FOLDER))
     except DiskFull:
         raise
     except COMMIT_ERRORS as error:
@@ -267,4 +281,6 @@ def _write(
 ) -> None:
     # "merge" adds the columns that a log of an older format lacks, and otherwise keeps the schema.
     rows = to_arrow(releases, Release)
-    write_deltalake(table, rows, mode=mode, schema_mode="merge", commit_properties=properties)
+    write_deltalake(
+        table, rows, mode=mode, schema_mode="merge", commit_properties=properties, post_commithook_properties=NO_HOOKS
+    )

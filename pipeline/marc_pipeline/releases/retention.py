@@ -14,7 +14,7 @@ from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import Superseded
 from marc_pipeline.releases import log as release_log
 from marc_pipeline.storage import Storage, StoredObject, join
-from marc_pipeline.storage.delta import COMMIT_ERRORS, open_table
+from marc_pipeline.storage.delta import COMMIT_ERRORS, NO_HOOKS, open_table, shorten_log
 from marc_pipeline.table.commit import committed_files, plan_of
 from marc_pipeline.work_area import PLAN_FILE, PLANS
 from marc_schemas.feature_table import partition_ds
@@ -67,6 +67,8 @@ def vacuum(deployment: Deployment, *, now: datetime | None = None, dry_run: bool
     now = now or datetime.now(UTC)
     storage, table_uri, settings = deployment.storage, deployment.settings.table_uri, deployment.settings.retention
     rows: list[Release] | None = None
+    if not dry_run:
+        release_log.repair(storage, table_uri)
     for _ in range(TRIES):
         found = release_log.read_log(storage, table_uri)
         if rows == list(found.releases):
@@ -172,11 +174,14 @@ def _shorten_logs(deployment: Deployment, now: datetime) -> None:
 
     def shorten(uri: str) -> None:
         if table := open_table(storage, uri):
-            table.create_checkpoint()
-            table.cleanup_metadata()
+            shorten_log(storage, table, uri)
             # This module deletes files of the feature table. Delta deletes replaced files of the release log.
             if uri == releases:
-                table.vacuum(retention_hours=math.ceil(hours), dry_run=False, enforce_retention_duration=False)
+                table.vacuum(
+                    retention_hours=math.ceil(hours), dry_run=False, enforce_retention_duration=False,
+                    post_commithook_properties=NO_HOOKS,
+                )  # fmt: skip
+                storage.flush(releases)
 
     for uri in (settings.table_uri, releases):
         storage.repeated(uri, partial(shorten, uri), on=COMMIT_ERRORS)

@@ -1,6 +1,7 @@
 """Objects on a local disk: atomic writes; folders are created and removed with their files."""
 
 import builtins
+import errno
 import os
 import random
 import shutil
@@ -8,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,12 +57,28 @@ class LocalObjects:
                     return False
                 return True
 
-            return _in_folder(Path(uri).parent, link)
+            created = _in_folder(Path(uri).parent, link)
+            _flush_folder(Path(uri).parent)
+            return created
+
+    def require_conditional_writes(self, uri: str) -> None:
+        """A local disk creates a file once."""
 
     def publish(self, staged: Path, uri: str) -> None:
         """Rename a staged file."""
         _flush(staged)
         _in_folder(Path(uri).parent, lambda: staged.replace(uri))
+        _flush_folder(Path(uri).parent)
+
+    def flush(self, uri: str) -> None:
+        """Flush every file below a folder, and the folders with its parent."""
+        for folder, _, names in os.walk(uri):
+            for name in names:
+                # Other processes remove their staged files.
+                with suppress(FileNotFoundError):
+                    _flush(Path(folder, name))
+            _flush_folder(Path(folder))
+        _flush_folder(Path(uri).parent)
 
     def list(self, uri: str, *, hidden: bool) -> Iterator[StoredObject]:
         """Yield every file below a folder."""
@@ -136,14 +153,35 @@ def _in_folder(folder: Path, action: Callable[[], R]) -> R:
     """Create a folder and run an action in it; repeat both if another process removes the folder in between."""
     for _ in range(FOLDER_TRIES):
         with suppress(FileNotFoundError, FileExistsError):
-            folder.mkdir(parents=True, exist_ok=True)
+            _make_folder(folder)
             return action()
         # A random pause, so that two processes do not stay in step.
         time.sleep(random.uniform(0, 0.001))  # noqa: S311
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     return action()
 
 
+def _make_folder(folder: Path) -> None:
+    """Create a folder and its missing parents so that they survive a power cut."""
+    missing = list(takewhile(lambda path: not path.is_dir(), (folder, *folder.parents)))
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        _flush_folder(made.parent)
+
+
 def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
+    with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush the names in a folder. Without it, a power cut may take back a file that was created or renamed."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot flush a folder, and keep its names in another way.
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
+            raise
+    finally:
+        os.close(descriptor)

@@ -56,6 +56,14 @@ class Storage:
         """
         return self._objects(uri).create(uri, data)
 
+    def require_conditional_writes(self, uri: str) -> None:
+        """Require that :meth:`create` below a folder never replaces an object.
+
+        Raises:
+            UserError: the store ignores If-None-Match, so that commits of two runs could be lost.
+        """
+        self._objects(uri).require_conditional_writes(uri)
+
     @contextmanager
     def staged(self, uri: str) -> Iterator[Path]:
         """Yield a local file to write before :meth:`publish`; it is removed afterwards in any case.
@@ -69,6 +77,10 @@ class Storage:
     def publish(self, staged: Path, uri: str) -> None:
         """Make a staged file the content of ``uri``, atomically."""
         self._objects(uri).publish(staged, uri)
+
+    def flush(self, uri: str) -> None:
+        """Make everything below a folder survive a power cut, also files of libraries that do not flush theirs."""
+        self._objects(uri).flush(uri)
 
     def list(self, uri: str, *, hidden: bool = False) -> list[StoredObject]:
         """Return every file below a folder uri, sorted by uri; an empty list if the folder does not exist.

@@ -3,15 +3,18 @@
 import builtins
 import os
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs as pafs
 
+from marc_pipeline.errors import UserError
 from marc_pipeline.storage.retry import FIRST_PAUSE_S, LONGEST_PAUSE_S, back_off, repeated
 from marc_pipeline.storage.s3_clients import arrow_s3, boto3_s3
 from marc_pipeline.storage.stored_object import StoredObject, is_hidden
@@ -19,6 +22,7 @@ from marc_pipeline.uris import (
     ENDPOINT_VARIABLE,
     S3_SCHEME,
     bucket_and_key,
+    join,
     refuse_credentials,
     refuse_credentials_in_environment,
     require_no_credentials,
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
 MULTIPART_BYTES, PART_BYTES, CHUNK_BYTES, PARTS_AT_ONCE = 64 << 20, 32 << 20, 1 << 20, 4
 DELETE_BATCH = 1000
+PROBE_PREFIX = ".probe-"
 PASSING_ERRORS = {"InternalError", "SlowDown", "ServiceUnavailable", "RequestTimeout"}
 
 
@@ -99,6 +104,10 @@ class S3Objects:
 
         return repeated(uri, put, on=(_BrokenAnswer,), attempts=self.attempts)
 
+    def require_conditional_writes(self, uri: str) -> None:
+        """Require that a second conditional put below a folder fails; asked once per process and folder."""
+        _probe(self, uri)
+
     def publish(self, staged: Path, uri: str) -> None:
         """Upload a staged file."""
         from boto3.exceptions import S3UploadFailedError  # noqa: PLC0415
@@ -120,6 +129,9 @@ class S3Objects:
 
         # boto3 raises KeyError for a response that is cut off within its headers.
         repeated(uri, upload, on=(_BrokenAnswer, KeyError), attempts=self.attempts)
+
+    def flush(self, uri: str) -> None:
+        """A store keeps what it has acknowledged."""
 
     def list(self, uri: str, *, hidden: bool) -> Sequence[StoredObject]:
         """Return every object below a folder uri."""
@@ -263,6 +275,20 @@ class S3Objects:
 
     def _connection(self) -> tuple[str | None, float, float, int]:
         return self.region, self.connect_timeout_s, self.read_timeout_s, self.attempts
+
+
+@lru_cache
+def _probe(objects: S3Objects, uri: str) -> None:
+    place = join(uri, f"{PROBE_PREFIX}{uuid.uuid4().hex}")
+    try:
+        held = objects.create(place, b"first") and not objects.create(place, b"second")
+    finally:
+        objects.remove([place])
+    if not held:
+        raise UserError(
+            f"the store of {uri} ignores If-None-Match: two runs could overwrite each other's commit; use a store with "
+            "conditional writes, or a local disk"
+        )
 
 
 def _require_whole_head(answer: Any) -> None:  # noqa: ANN401 - any of boto3's typed dictionaries

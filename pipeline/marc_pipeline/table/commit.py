@@ -14,7 +14,7 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from marc_pipeline.errors import Superseded
 from marc_pipeline.storage import STAGED_PREFIX, Storage, join
-from marc_pipeline.storage.delta import COMMIT_ERRORS, open_or_create
+from marc_pipeline.storage.delta import COMMIT_ERRORS, LOG_FOLDER, NO_HOOKS, open_or_create
 from marc_schemas.feature_table import PARTITION_COLUMNS, bucket_number, table_schema
 from marc_schemas.files import PublishedFile
 from marc_schemas.identity import PLAN_KEY_CHARS
@@ -23,7 +23,6 @@ from marc_schemas.receipt import Receipt
 from marc_schemas.release import Release
 
 APP = "marc-pipeline"
-LOG_FOLDER = "_delta_log"
 NAME = re.compile(rf"part-([0-9a-f]{{{PLAN_KEY_CHARS}}})-[0-9a-f]{{16}}\.parquet")
 
 
@@ -41,6 +40,7 @@ def commit_day(storage: Storage, table_uri: str, files: Sequence[PublishedFile],
         table = _open(storage, table_uri, dim)
         committed = committed_files(table, ds=ds)
         if committed == wanted.keys():
+            storage.flush(join(table_uri, LOG_FOLDER))
             return table.version()
         key = uuid.uuid4().hex
         # Two runs for an empty date touch no common file; a transaction id of the date makes them conflict.
@@ -53,7 +53,9 @@ def commit_day(storage: Storage, table_uri: str, files: Sequence[PublishedFile],
             schema=Schema.from_arrow(table_schema(dim)),
             partition_by=list(PARTITION_COLUMNS),
             commit_properties=CommitProperties(app_transactions=[turn], custom_metadata={"app": APP, "commit": key}),
+            post_commithook_properties=NO_HOOKS,
         )
+        storage.flush(join(table_uri, LOG_FOLDER))
         return _version_of(storage, table_uri, key)
 
     return storage.repeated(table_uri, commit, on=COMMIT_ERRORS)

@@ -1,7 +1,7 @@
 """Uris: local paths and ``s3://bucket/key``. Credentials in a uri or in a store's address are refused."""
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from marc_pipeline.errors import UserError
 
@@ -24,6 +24,12 @@ def absolute_uri(uri: str, folder: Path) -> str:
     if "://" in uri:
         return uri.removeprefix("file://").rstrip("/")
     return str((folder / Path(uri).expanduser()).absolute())
+
+
+def overlap(uri: str, other: str) -> bool:
+    """Return whether one folder is the other or lies in it; links of a local disk are followed."""
+    folders = [PurePosixPath(each if is_s3(each) else os.path.realpath(each)) for each in (uri, other)]
+    return folders[0].is_relative_to(folders[1]) or folders[1].is_relative_to(folders[0])
 
 
 def bucket_and_key(uri: str) -> tuple[str, str]:

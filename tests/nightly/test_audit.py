@@ -175,6 +175,14 @@ def test_too_many_quarantined_rows_are_refused_by_reason(
     assert list(report.problems) == ([message] if refused else [])
 
 
+def test_more_collisions_than_allowed_are_refused(site: Site) -> None:
+    encoded = site.encoded(items(60), quarantined={"row_id_collision": 2})
+    assert encoded.audit(AuditSettings(max_collisions=2)).problems == ()
+    assert encoded.audit(AuditSettings(max_collisions=1)).problems == (
+        "2 items have the row id of another item, audit.max_collisions allows 1",
+    )
+
+
 @pytest.mark.parametrize(
     ("chosen", "deleted", "refused"),
     [(None, 0, 0), (None, 30, 0), (None, 31, 1), ((BUCKET,), 10, 0), ((BUCKET,), 11, 1)],

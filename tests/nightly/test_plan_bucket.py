@@ -156,6 +156,22 @@ def test_a_row_id_collision_is_quarantined_and_never_merged(tmp_path: Path) -> N
     ]
 
 
+@pytest.mark.parametrize("victim", ["b", "c", "d"])
+def test_an_item_of_the_base_release_keeps_its_row_id(tmp_path: Path, victim: str) -> None:
+    """Ids of equal hashes can be made. Neither an earlier nor a later id takes the place of a published item."""
+    wanted = settings_at(tmp_path, tmp_path, buckets=1)
+    context = planning.bucket_context(wanted, planning.publish(wanted, {victim: "published", "x": "other"}))
+    today = {name: f"text of {name}" for name in "abcdex"}
+    ids = dict.fromkeys("abcde", 5) | {"x": 7}
+    summary = plan_bucket(context, 0, planned_rows(today, ids=ids))
+    assert summary.quarantined == {Reason.ROW_ID_COLLISION: 4}
+    assert summary.work is not None
+    assert (summary.work.changed, summary.work.new, summary.work.deleted) == (2, 0, 0)
+    assert context.base is not None
+    items = pq.read_table(context.workspace.items_uri(0, context.base.release_id)).to_pylist()
+    assert [item["item_id"] for item in items] == sorted([victim, "x"])
+
+
 def test_an_older_duplicate_does_not_collide(tmp_path: Path) -> None:
     context = planning.bucket_context(settings_at(tmp_path, tmp_path, buckets=1), None)
     rows = planned_rows({"a": "text of a"}).to_pylist()

@@ -16,7 +16,7 @@ from marc_pipeline.releases.log import read_log
 from marc_pipeline.releases.retention import Removal, vacuum
 from marc_pipeline.storage import STAGED_PREFIX
 from published import BUCKETS, DS, Encoded, items
-from vacuumed import AT_ONCE, GRACE, LEAST, VacuumedSite, after, write_at
+from vacuumed import AT_ONCE, GRACE, LEAST, LONG_AGO, VacuumedSite, after, write_at
 
 pytestmark = pytest.mark.usefixtures("no_waiting")
 
@@ -98,6 +98,7 @@ def test_a_run_that_wrote_one_file_lately_keeps_all_its_files(site: VacuumedSite
     site.publish(VECTORS, plan_id="live")
     working, dead = (site.prepared(v, plan_id=name) for name, v in (("working", OTHERS), ("dead", THIRD)))
     before, now = site.files(), after(0)
+    site.claimed_at(LONG_AGO)
     write_at(site.written_by(working) | site.written_by(dead), now - timedelta(hours=GRACE + 6))
     write_at({path for path in site.written_by(working) if fresh in path}, now - timedelta(hours=GRACE - 1))
     done = vacuum(site.with_retention(), now=now)

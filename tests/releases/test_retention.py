@@ -11,6 +11,7 @@ from day_content import OTHERS, THIRD, TOMORROW, VECTORS, YESTERDAY, plain
 from marc_pipeline.config import AuditSettings, IndexSettings, RetentionSettings
 from marc_pipeline.errors import ReleaseGone, UserError
 from marc_pipeline.reader.release import OpenRelease, open_release
+from marc_pipeline.releases.ownership import OWNER
 from marc_pipeline.releases.retention import Removal, vacuum
 from published import BUCKETS, DS, items
 from vacuumed import AT_ONCE, GRACE, LEAST, VacuumedSite, after, ids, one_changed, vectors_of
@@ -202,7 +203,7 @@ def test_shared_table_files_are_kept_as_long_as_one_release_names_them(site: Vac
     done = site.vacuum(1, AT_ONCE)
     assert shared < site.files_of(second) < set(done.files)
     # The work areas of both plans are deleted too.
-    assert {path.name for path in (site.root / "work" / "plans").iterdir()} == {third.plan_id}
+    assert {path.name for path in (site.root / "work" / "plans").iterdir()} == {third.plan_id, OWNER}
     site.assert_readable(third)
 
 

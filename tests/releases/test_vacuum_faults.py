@@ -24,7 +24,7 @@ from marc_pipeline.releases.retention import Removal, vacuum
 from marc_pipeline.storage import STAGED_PREFIX, Storage
 from marc_schemas.release import Release
 from published import DS
-from vacuumed import GRACE, VacuumedSite, after, ids, one_changed, vectors_of, write_at
+from vacuumed import GRACE, LONG_AGO, VacuumedSite, after, ids, one_changed, vectors_of, write_at
 
 pytestmark = pytest.mark.usefixtures("no_waiting")
 
@@ -224,6 +224,7 @@ def test_a_release_that_is_published_during_a_vacuum_is_whole_and_live(
 ) -> None:
     content = THIRD if chosen is None else one_changed(VECTORS, 1, seed=8)
     # The new release's files get the time of the vacuum; all other files are older than the grace period.
+    busy.site.claimed_at(LONG_AGO)
     write_at(set(busy.site.files()), busy.now - timedelta(hours=GRACE + 1))
 
     def publish() -> Release:
@@ -247,6 +248,7 @@ def test_a_vacuum_during_a_release_stage_keeps_the_files_of_a_working_run(
     working = site.prepared(OTHERS, plan_id="working")
     dead = site.dead_run(THIRD, plan_id="dead")
     left, now = site.written_by(dead), after(0)
+    site.claimed_at(LONG_AGO)
     write_at(set(site.files()), now - timedelta(hours=GRACE + 1))
     working.workspace.write_seconds("audit", 1.0)
     done = before(monkeypatch, publishing, step, lambda: vacuum(site.with_retention(), now=now))
@@ -261,6 +263,7 @@ def test_a_late_release_stage_publishes_a_whole_release_or_none(
 ) -> None:
     live = site.publish(VECTORS, plan_id="live")
     late = site.prepared(OTHERS, plan_id="late")
+    site.claimed_at(LONG_AGO)
     write_at(set(site.files()), after(-GRACE - 1))
     before(monkeypatch, publishing, step, lambda: site.vacuum(0))
     with suppress(PipelineError):
@@ -276,6 +279,7 @@ def test_a_late_run_during_the_deletions_publishes_a_whole_release_or_none(
 ) -> None:
     live = site.publish(VECTORS, plan_id="live")
     late = site.prepared(OTHERS, plan_id="late")
+    site.claimed_at(LONG_AGO)
     write_at(set(site.files()), after(-GRACE - 1))
     ours, calls, made = Storage.remove, [], []
 
@@ -306,6 +310,7 @@ def test_a_backfill_of_a_bucket_of_a_date_that_is_deleted_meanwhile_is_whole_or_
     site.publish(VECTORS, ds=YESTERDAY)
     live = site.publish(OTHERS)
     site.vacuum(-GRACE - 1)
+    site.claimed_at(LONG_AGO)
     write_at(set(site.files()), after(-GRACE - 2))
     some = site.prepared(one_changed(VECTORS, 1), ds=YESTERDAY, plan_id="some", chosen=(1,))
     before(monkeypatch, publishing, "append", lambda: site.vacuum(0))
@@ -357,6 +362,7 @@ def test_concurrent_runs_and_vacuums_leave_every_release_whole(site: VacuumedSit
     assert set(site.vacuum(-GRACE - 1).retired) == ids(*given_up)
     dead = site.dead_run(OTHERS, plan_id="dead")
     left = site.files_of(given_up[0]) | site.written_by(dead)
+    site.claimed_at(LONG_AGO)
     write_at(set(site.files()), after(-GRACE - 2))
     content = [(TOMORROW, VECTORS), (DS, THIRD), (TOMORROW, OTHERS), (YESTERDAY, VECTORS)]
 

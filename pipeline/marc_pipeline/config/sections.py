@@ -171,6 +171,7 @@ class AuditSettings(Section):
     max_deleted_fraction: float = Field(
         0.5, ge=0, le=1, description="Largest share of deleted items of the base release."
     )
+    max_collisions: int = Field(10, ge=0, description="Most items that have the row id of another item.")
     max_drift: float = Field(0.25, ge=0, description="Largest move of the mean vector, in standard deviations.")
     min_effective_rank: float = Field(1.5, ge=0, description="Fewest directions that the vectors use, effectively.")
     max_mean_cosine: float = Field(0.95, ge=-1, le=1, description="Largest mean cosine of two random vectors.")
@@ -295,6 +296,9 @@ class RetentionSettings(Section):
     days: int = Field(30, ge=1, description="Number of newest dates whose releases are kept.")
     releases_per_day: int = Field(3, ge=1, description="Number of newest releases kept per date, for rollback.")
     grace_hours: float = Field(24.0, ge=0, description="Hours that files stay after their release was retired.")
+    max_orphan_fraction: float = Field(
+        0.5, ge=0, le=1, description="Largest share of the files that belong to no release and that a vacuum deletes."
+    )
 
 
 class StorageSettings(Section):

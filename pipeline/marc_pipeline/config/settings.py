@@ -2,6 +2,7 @@
 
 import os
 from datetime import date
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from marc_pipeline.config.sections import (
     TrainSettings,
 )
 from marc_pipeline.errors import UserError
-from marc_pipeline.uris import absolute_uri
+from marc_pipeline.uris import absolute_uri, overlap
 from marc_schemas.feature_table import MANTISSA_BITS
 
 DEFAULT_CONFIG = "marc.yaml"
@@ -87,13 +88,24 @@ class Settings(BaseSettings):
         return self
 
     def resolved(self, folder: Path) -> "Settings":
-        """Return the same settings with local uris made absolute against ``folder``."""
+        """Return the same settings with local uris made absolute against ``folder``.
+
+        Raises:
+            UserError: two folders of the pipeline overlap.
+        """
         update: dict[str, Any] = {name: absolute_uri(getattr(self, name), folder) for name in ("root", *OUTPUT_URIS)}
         for name in ("catalogue", "interactions"):
             section = getattr(self, name)
             if section.uri is not None:
                 update[name] = section.model_copy(update={"uri": absolute_uri(section.uri, folder)})
-        return self.model_copy(update=update)
+        found = self.model_copy(update=update)
+        for name, other in combinations(OUTPUT_URIS, 2):
+            if overlap(getattr(found, name), getattr(found, other)):
+                raise UserError(
+                    f"{name} and {other} overlap ({getattr(found, name)} and {getattr(found, other)}), so that a "
+                    "vacuum of one could delete the other; give each a folder of its own"
+                )
+        return found
 
     def catalogue_uri(self, ds: str) -> str:
         """Return the uri of the catalogue of one date."""

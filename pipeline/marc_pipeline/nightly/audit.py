@@ -168,6 +168,12 @@ def apply_gates(
     fraction = sum(quarantined.values()) / max(1, plan.rows_read)
     drift = _drift(plan, day, base)
     problems += _quarantine_problems(plan, receipts, quarantined, fraction, limit=settings.max_quarantined_fraction)
+    collided = quarantined.get(Reason.ROW_ID_COLLISION, 0)
+    if collided > settings.max_collisions:
+        problems.append(
+            f"{collided:,} items have the row id of another item, "
+            f"audit.max_collisions allows {settings.max_collisions:,}"
+        )
     problems += _deletion_problems(plan, lost, base, limit=settings.max_deleted_fraction)
     if base and drift is not None and drift > settings.max_drift:
         problems.append(

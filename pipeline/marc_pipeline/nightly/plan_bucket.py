@@ -135,15 +135,6 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
         _write(context.workspace.storage, uri, pieces, QUARANTINE)
         return BucketSummary(bucket=bucket, work=None, quarantined=_counts(named["reason"]), exact=True)
     rows, emptied = _cleaned(context, rows)
-    order, older, collided = _in_order(rows)
-    rejected = older | collided
-    if rejected.any() or emptied.num_rows:
-        is_older = older[rejected]
-        refused = (_with_reasons(piece, is_older[where]) for where, piece in _pieces(rows, order[rejected]))
-        rejects = chain(refused, [emptied.rename_columns({"content_hash": "reason", "text": "row"})])
-        _write(context.workspace.storage, join(quarantine_uri, f"bucket-{bucket:05d}.parquet"), rejects, QUARANTINE)
-    kept = order[~rejected]
-    items = rows.select(["item_id", "content_hash"]).take(kept)
     files = previous_files(context, bucket)
     lost: tuple[PublishedFile, ...] = ()
     try:
@@ -152,6 +143,15 @@ def plan_bucket(context: BucketContext, bucket: int, rows: pa.Table) -> BucketSu
         # A damaged base release does not stop the run: the whole bucket is encoded.
         log.warning("plan: bucket %d is encoded whole: %s", bucket, error)
         lost, files, previous = files, (), _previous_rows(context, bucket, ())
+    order, older, collided = _in_order(rows, previous["item_id"])
+    rejected = older | collided
+    if rejected.any() or emptied.num_rows:
+        is_older = older[rejected]
+        refused = (_with_reasons(piece, is_older[where]) for where, piece in _pieces(rows, order[rejected]))
+        rejects = chain(refused, [emptied.rename_columns({"content_hash": "reason", "text": "row"})])
+        _write(context.workspace.storage, join(quarantine_uri, f"bucket-{bucket:05d}.parquet"), rejects, QUARANTINE)
+    kept = order[~rejected]
+    items = rows.select(["item_id", "content_hash"]).take(kept)
     change, deleted = compare(items, previous, bundle=context.bundle if context.carries_over else None)
     if context.base and context.base.table.buckets == context.buckets:
         # The gate on deletions also counts the items of unreadable files; the release log has their number.
@@ -249,8 +249,14 @@ def _cleaned(context: BucketContext, rows: pa.Table) -> tuple[pa.Table, pa.Table
     return rows.filter(pa.array(~empty)).combine_chunks(), rows.filter(pa.array(empty))
 
 
-def _in_order(rows: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Order [n] of the rows by id, latest row of an id first; masks [n] of older duplicates and of collisions."""
+def _in_order(
+    rows: pa.Table, incumbents: pa.ChunkedArray
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Order [n] of the rows by id, latest row of an id first; masks [n] of older duplicates and of collisions.
+
+    Of items with one row id, an item of the base release (``incumbents``) stays, else the first by id. Otherwise a
+    new item could take the place of another one: its id can be made so that the hashes are equal.
+    """
     order = pc.sort_indices(rows["item_id"]).to_numpy().astype(np.int64)
     names = rows["item_id"].take(order)
     again = pc.equal(names[1:], names[:-1]).to_numpy()
@@ -263,7 +269,12 @@ def _in_order(rows: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDA
         order[shared] = several[pc.sort_indices(found, NEWEST_FIRST).to_numpy()]
     older = np.r_[np.zeros(min(1, len(order)), bool), again]
     latest = np.flatnonzero(~older)
-    _, first = np.unique(rows["row_id"].to_numpy()[order[latest]], return_index=True)
+    row_ids = rows["row_id"].to_numpy()[order[latest]]
+    distinct, first = np.unique(row_ids, return_index=True)
+    if len(distinct) < len(latest):
+        known = pc.is_in(names.take(latest), value_set=incumbents.cast(names.type).combine_chunks())
+        ranked = np.argsort(~known.to_numpy(zero_copy_only=False), kind="stable")
+        first = ranked[np.unique(row_ids[ranked], return_index=True)[1]]
     collided = ~older
     collided[latest[first]] = False
     return order, older, collided

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, TypeVar
 from marc_pipeline.config import Settings
 from marc_pipeline.deployment import Deployment
 from marc_pipeline.errors import Superseded, UserError
+from marc_pipeline.releases.ownership import claim
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.storage import join
 from marc_pipeline.work_area import Workspace
+from marc_schemas.catalogue import Reason
 from marc_schemas.identity import files_digest
 from marc_schemas.plan import Plan
 from marc_schemas.receipt import AuditReport, IndexReceipt, Receipt, day_moments
@@ -44,7 +46,7 @@ def plan_stage(
 
     Raises:
         UserError: the catalogue cannot be used, or catalogue, bundle or settings changed since the id was announced, or
-            the store has no conditional writes.
+            the store has no conditional writes, or index_uri or work_uri belongs to another table.
     """
     from marc_pipeline.nightly.plan import make_plan
     from marc_pipeline.nightly.plan_identity import require_expected
@@ -54,12 +56,18 @@ def plan_stage(
     # Before any work, because a store that fails here cannot publish.
     for uri in (deployment.settings.work_uri, deployment.settings.table_uri):
         deployment.storage.require_conditional_writes(uri)
+    claim(deployment)
     with Workspace.of(deployment, identity.plan_id).timed("plan"):
         made = make_plan(spark, deployment, identity, parallel=parallel_tasks(spark))
     counts = ", ".join(f"{getattr(made, name):,} {name}" for name in ("new", "changed", "unchanged", "deleted"))
     quarantined = sum(made.quarantined.values())
     log.info("plan: %s of %s has %s items (%s)", made.plan_id, made.ds, f"{made.items:,}", counts)
     log.info("plan: %s rows quarantined, %s tokens to encode", f"{quarantined:,}", f"{made.tokens:,}")
+    if collided := made.quarantined.get(Reason.ROW_ID_COLLISION, 0):
+        log.warning(
+            "plan: %s items are quarantined: another item has their row id, which chance hardly does; somebody may "
+            "have made these ids", f"{collided:,}",
+        )  # fmt: skip
     if made.cut_texts:
         log.info("plan: max_tokens cuts %s; encode.long_texts pool encodes them whole", cut_and_lost(made))
     return made

@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -11,17 +11,20 @@ from pathlib import PurePosixPath
 
 from marc_pipeline.config import RetentionSettings
 from marc_pipeline.deployment import Deployment
-from marc_pipeline.errors import Superseded
+from marc_pipeline.errors import GateRefused, Superseded, UserError
 from marc_pipeline.releases import log as release_log
+from marc_pipeline.releases.ownership import Claim, claims
 from marc_pipeline.storage import Storage, StoredObject, join
 from marc_pipeline.storage.delta import COMMIT_ERRORS, NO_HOOKS, open_table, shorten_log
 from marc_pipeline.table.commit import committed_files, plan_of
-from marc_pipeline.work_area import PLAN_FILE, PLANS
+from marc_pipeline.work_area import PLAN_FILE
 from marc_schemas.feature_table import partition_ds
 from marc_schemas.identity import PLAN_KEY_CHARS, plan_key
 from marc_schemas.release import Release
 
 TRIES = 5
+FEW_ORPHANS = 100
+"""Number of files without a release that a vacuum always deletes."""
 # Files of the log are kept at least this long, for readers that have it open.
 LOG_GRACE_HOURS = 1
 # Parts of a table file's path: ds, bucket and name.
@@ -63,6 +66,8 @@ def vacuum(deployment: Deployment, *, now: datetime | None = None, dry_run: bool
 
     Raises:
         Superseded: other runs keep writing the release log.
+        UserError: a folder belongs to another table, or is not that of the releases.
+        GateRefused: too many files belong to no release.
     """
     now = now or datetime.now(UTC)
     storage, table_uri, settings = deployment.storage, deployment.settings.table_uri, deployment.settings.retention
@@ -80,13 +85,14 @@ def vacuum(deployment: Deployment, *, now: datetime | None = None, dry_run: bool
     else:
         raise Superseded(f"other runs keep writing the release log of {table_uri}; run again")
     before = (now - timedelta(hours=settings.grace_hours)).timestamp()
-    doomed = _unneeded(deployment, rows, before=before)
+    listed = partial(_unneeded, deployment, rows, known=found.releases, before=before)
+    doomed = listed()
     if not dry_run:
         _remove_from_table(deployment, doomed)
         # Plans are deleted first: a run without its plan cannot publish. Files of runs that wrote again are then kept.
         plans = [stored for stored in doomed if stored.uri.endswith(f"/{PLAN_FILE}")]
         storage.remove(stored.uri for stored in plans)
-        still = {stored.uri for stored in _unneeded(deployment, rows, before=before)}
+        still = {stored.uri for stored in listed()}
         doomed = [stored for stored in doomed if stored in plans or stored.uri in still]
         storage.remove(stored.uri for stored in doomed)
         _shorten_logs(deployment, now)
@@ -123,23 +129,56 @@ def _decide(
     return rows, retired, forgotten
 
 
-def _unneeded(deployment: Deployment, rows: Sequence[Release], *, before: float) -> list[StoredObject]:
-    """Return files of table, indexes and plans that no record names, of runs without a write since ``before``."""
+def _unneeded(
+    deployment: Deployment, rows: Sequence[Release], *, known: Sequence[Release], before: float
+) -> list[StoredObject]:
+    """Return files of table, indexes and plans that no record names, of runs without a write since ``before``.
+
+    ``rows`` are the remaining records, ``known`` those before this vacuum.
+
+    Raises:
+        UserError: the folder of indexes or plans belongs to another table, or is not that of the releases.
+        GateRefused: so many files belong to no release that the settings must be wrong.
+    """
     settings, storage = deployment.settings, deployment.storage
     tables = {file.path for row in rows for file in row.table.files}
     # An index that was patched may share files with an earlier index.
     indexes = {file.path for row in rows for file in row.index.all_files}
     # A plan's work area contains the quarantine and the texts. It is kept as long as any file of the plan.
     works = {plan_key(row.plan_id) for row in rows} | {plan_of(path) for path in tables}
+    ours = {plan_key(row.plan_id) for row in known}
     found = [
         (stored, plan, _within(stored, PARTITION_PARTS) in tables)
         for stored in storage.list(settings.table_uri, hidden=True)
         if (plan := plan_of(stored.uri)) is not None
     ]
-    found += [(stored, plan, _within(stored, 2) in indexes) for stored, plan in _by_plan(storage, settings.index_uri)]
-    found += [(s, plan, plan in works) for s, plan in _by_plan(storage, join(settings.work_uri, PLANS))]
+    index, plans = claims(deployment)
+    found += [(s, plan, _within(s, 2) in indexes or not own) for s, plan, own in _by_plan(storage, index, ours)]
+    found += [(s, plan, plan in works or not own) for s, plan, own in _by_plan(storage, plans, ours)]
+    _require_folders(deployment, rows, {stored.uri for stored, _, _ in found})
     active = {plan for stored, plan, _ in found if stored.modified >= before and plan}
-    return [s for s, plan, needed in found if not needed and s.modified < before and plan not in active]
+    doomed = [(s, plan) for s, plan, needed in found if not needed and s.modified < before and plan not in active]
+    orphans = sum(plan not in ours for _, plan in doomed)
+    if orphans > max(FEW_ORPHANS, settings.retention.max_orphan_fraction * len(found)):
+        raise GateRefused(
+            f"{orphans:,} of {len(found):,} files belong to no release of {settings.table_uri}, the limit is "
+            f"{settings.retention.max_orphan_fraction:g} of them; check table_uri, index_uri and work_uri, or raise "
+            "retention.max_orphan_fraction for one vacuum. Nothing was deleted"
+        )
+    return [stored for stored, _ in doomed]
+
+
+def _require_folders(deployment: Deployment, rows: Sequence[Release], found: Set[str]) -> None:
+    """Require that the files of a release are where the settings look for them."""
+    for name, uri, paths in (
+        ("table_uri", deployment.settings.table_uri, [file.path for row in rows for file in row.table.files]),
+        ("index_uri", deployment.settings.index_uri, [file.path for row in rows for file in row.index.all_files]),
+    ):
+        if paths and not any(join(uri, path) in found for path in paths):
+            raise UserError(
+                f"none of the {len(paths):,} files of releases is in {uri}, the {name} of the configuration; set it to "
+                "the folder that the releases name. Nothing was deleted"
+            )
 
 
 def _within(stored: StoredObject, parts: int) -> str:
@@ -147,14 +186,18 @@ def _within(stored: StoredObject, parts: int) -> str:
     return "/".join(stored.uri.rsplit("/", parts)[1:])
 
 
-def _by_plan(storage: Storage, folder: str) -> list[tuple[StoredObject, str]]:
-    """Return the files in folders named after plans, each with the key of its plan."""
-    depth = len(PurePosixPath(folder).parts)
+def _by_plan(storage: Storage, folder: Claim, ours: Set[str]) -> list[tuple[StoredObject, str, bool]]:
+    """Return the files in folders named after plans, the key of the plan, and whether they are this table's own.
+
+    Files of plans that no record names are the table's own if they were written after its claim of the folder.
+    """
+    depth = len(PurePosixPath(folder.uri).parts)
     found = []
-    for stored in storage.list(folder, hidden=True):
+    for stored in storage.list(folder.uri, hidden=True):
         name, *inside = PurePosixPath(stored.uri).parts[depth:]
         if inside and PLAN_ID.fullmatch(name):
-            found.append((stored, plan_key(name)))
+            since = folder.since is not None and stored.modified >= folder.since
+            found.append((stored, plan_key(name), since or plan_key(name) in ours))
     return found
 
 

@@ -11,17 +11,25 @@ from deltalake.exceptions import DeltaError
 from marc_pipeline.errors import PipelineError
 
 log = logging.getLogger("marc_pipeline")
+CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+"""Characters that would move the cursor or change the colours of a terminal, with their replacements."""
+
+
+def visible(text: str) -> str:
+    """Return a text that shows control characters, which ids and texts of a catalogue may contain."""
+    return text.translate(CONTROL)
+
+
+class _VisibleFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 def configure_logging(*, verbose: bool = False) -> None:
     """Log to standard error with times; results go to standard output."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.WARNING,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_VisibleFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("marc_pipeline").setLevel(logging.DEBUG if verbose else logging.INFO)
     # Progress bars and hints of the model libraries do not belong in a nightly log.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,5 +1,6 @@
 """``marc``: help texts, the version, the list of releases, and the summary of one release."""
 
+import logging
 import re
 import shlex
 import shutil
@@ -12,7 +13,9 @@ import pytest
 import typer.main
 
 from command_line import marc
+from marc_pipeline import entry
 from marc_pipeline.cli.app import app
+from marc_pipeline.cli.options import print_lines, print_table
 from marc_pipeline.reader.release import OpenRelease
 from marc_pipeline.releases import log as release_log
 from marc_schemas.release import Release
@@ -143,3 +146,20 @@ def test_ids_in_brackets_are_printed_unchanged(published: tuple[Path, Release]) 
     shown = marc(published[0], "lookup", "--item", "[n, d]", "--item", "item-0", "-k", "1").stdout
     assert "Nearest to [n, d]" in shown
     assert re.search(r"│ \[n, d\] +│ 1\.0000", shown)
+
+
+HOSTILE, SHOWN = "\x1b[2Ja[red]b\x9b31m", r"\x1b[2Ja[red]b\x9b31m"
+
+
+def test_control_characters_of_ids_never_reach_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    print_lines([HOSTILE])
+    print_table(None, ["id", "text"], [[HOSTILE, "two\nlines"]])
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    entry.configure_logging()
+    logging.getLogger("marc_pipeline").warning("row %s", HOSTILE)
+    found = capsys.readouterr()
+    assert found.out.count(SHOWN) == 2
+    assert found.err.count(SHOWN) == 1
+    assert not {"\x1b", "\x9b"} & set(found.out + found.err)

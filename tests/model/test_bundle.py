@@ -143,6 +143,23 @@ def test_check_bundle_names_an_altered_file_and_local_bundle_refuses_it(tmp_path
         local_bundle(STORAGE, bundle.uri, bundle.version)
 
 
+@pytest.mark.parametrize("name", ["backbone/adapter_config.json", "backbone/.hidden/weights.bin", "_new.json"])
+def test_a_foreign_file_in_a_bundle_is_refused(tmp_path: Path, name: str) -> None:
+    """transformers would load an adapter that lies beside the weights, and so change the vectors."""
+    bundle = saved(tmp_path)
+    planted = Path(bundle.uri) / name
+    planted.parent.mkdir(exist_ok=True)
+    planted.write_text("{}")
+    (problem,) = check_bundle(STORAGE, bundle)
+    assert problem.startswith(f"{bundle.uri}/{name} is not listed there")
+    with pytest.raises(CorruptFile, match=f"{name} is not listed there"):
+        local_bundle(STORAGE, bundle.uri, bundle.version)
+    planted.unlink()
+    (planted.parent / ".staged-of-a-dead-run").write_bytes(b"")
+    assert check_bundle(STORAGE, bundle) == []
+    assert local_bundle(STORAGE, bundle.uri, bundle.version)[1] == bundle
+
+
 def test_every_altered_or_missing_file_is_named(tmp_path: Path) -> None:
     bundle = saved(tmp_path)
     flip(Path(bundle.uri) / "compressor.safetensors", 0)

@@ -1,7 +1,9 @@
-"""Errors of Spark's Python workers, and of Spark itself, as the session raises them."""
+"""The session: errors of Spark's Python workers and of Spark itself as it raises them, and its open ports."""
 
 import errno
 import os
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +15,9 @@ from marc_pipeline.spark.session import worker_errors
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+# 127.0.0.1, ::1, and 127.0.0.1 as an IPv6 address, as the kernel writes them.
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+LISTEN = "0A"
 NO_SPACE = (errno.ENOSPC, os.strerror(errno.ENOSPC), "/mnt/table")
 
 
@@ -54,3 +59,19 @@ def test_an_error_of_a_worker_is_raised_with_its_type(spark: "SparkSession", rai
 def test_an_error_of_spark_is_explained_if_its_cause_is_known(text: str, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message), worker_errors():
         raise PySparkException(text)
+
+
+@pytest.mark.spark
+def test_a_local_session_opens_no_port_to_other_machines(spark: "SparkSession") -> None:
+    jvm = spark.sparkContext._gateway.jvm.java.lang.ProcessHandle.current().pid()
+    open_sockets, addresses = set(), []
+    for entry in Path(f"/proc/{jvm}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            open_sockets.add(str(entry.readlink()))
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{jvm}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == LISTEN and f"socket:[{fields[9]}]" in open_sockets:
+                addresses.append(fields[1].rpartition(":")[0])
+    assert addresses
+    assert set(addresses) <= LOOPBACK

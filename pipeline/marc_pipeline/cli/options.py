@@ -14,6 +14,7 @@ from rich.text import Text
 
 from marc_pipeline.config import Settings, load_settings
 from marc_pipeline.deployment import Deployment, open_deployment
+from marc_pipeline.entry import visible
 
 Ds = Annotated[str, typer.Option("--ds", help="Date of the snapshot, YYYY-MM-DD.")]
 MaybeDs = Annotated[str | None, typer.Option("--ds", help="Date of the snapshot; default: the newest date.")]
@@ -50,7 +51,7 @@ def print_json(value: dict[str, Any]) -> None:
 
 def print_lines(lines: list[str]) -> None:
     """Print plain lines on standard output, for pipes."""
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.write("".join(f"{visible(line)}\n" for line in lines))
 
 
 def print_table(
@@ -68,7 +69,7 @@ def print_table(
             name, justify="right" if place in right else "left", overflow="fold", no_wrap=place == 0 < len(columns) - 1
         )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(visible(cell)) for cell in row))
     # A pipe has no width to fit.
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
-    console.print(table, markup=False)
+    console.print(table)

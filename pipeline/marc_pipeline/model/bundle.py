@@ -7,13 +7,13 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
 from marc_pipeline.errors import CorruptFile, UserError
 from marc_pipeline.storage import Storage, join
-from marc_pipeline.storage.checksums import verified_folder
+from marc_pipeline.storage.checksums import FOREIGN, foreign, verified_folder
 from marc_schemas.bundle import BundleCard
 from marc_schemas.files import PublishedFile
 
@@ -125,7 +125,7 @@ def current_version(storage: Storage, uri: str) -> str | None:
 
 
 def check_bundle(storage: Storage, bundle: Bundle) -> list[str]:
-    """Return one line per missing or altered file of a bundle."""
+    """Return one line per missing, altered or foreign file of a bundle."""
     problems = []
     for name, expected in bundle.card.files.items():
         data = _read(storage, join(bundle.uri, name))
@@ -133,7 +133,9 @@ def check_bundle(storage: Storage, bundle: Bundle) -> list[str]:
             problems.append(f"{join(bundle.uri, name)} is missing")
         elif hashlib.sha256(data).hexdigest() != expected:
             problems.append(f"{join(bundle.uri, name)} does not match its SHA-256 {expected[:12]}…")
-    return problems
+    depth = len(PurePosixPath(bundle.uri).parts)
+    present = ("/".join(PurePosixPath(o.uri).parts[depth:]) for o in storage.list(bundle.uri, hidden=True))
+    return problems + [f"{join(bundle.uri, name)} {FOREIGN}" for name in foreign(present, {CARD, *bundle.card.files})]
 
 
 @lru_cache(maxsize=2)
@@ -141,7 +143,7 @@ def local_bundle(storage: Storage, uri: str, version: str) -> tuple[Path, Bundle
     """Return a bundle as a local folder, verified once per process; files on S3 are downloaded once per machine.
 
     Raises:
-        CorruptFile: a file is missing or differs from its checksum, or the card belongs to another version.
+        CorruptFile: a file is missing, foreign or differs from its checksum, or the card belongs to another version.
     """
     bundle = open_bundle(storage, uri)
     if bundle.version != version:
@@ -152,6 +154,7 @@ def local_bundle(storage: Storage, uri: str, version: str) -> tuple[Path, Bundle
         {CARD: bundle.card_file.sha256, **bundle.card.files},
         key=f"bundles/{bundle.version}",
         remedy="restore the bundle, or train and promote a new one",
+        closed=True,
     )
     return folder, bundle
 

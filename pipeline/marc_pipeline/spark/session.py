@@ -68,6 +68,10 @@ def spark_session(
     for key, value in {**DEFAULTS, **s3a_conf(storage or StorageSettings()), **settings.conf}.items():
         conf.setIfMissing(key, value)
     conf.setIfMissing("spark.master", settings.master)
+    if conf.get("spark.master", "").startswith("local"):
+        # Nobody else needs the ports of a driver without executors.
+        for key in ("spark.driver.host", "spark.driver.bindAddress"):
+            conf.setIfMissing(key, "127.0.0.1")
     if conf.contains("spark.executor.resource.gpu.amount"):
         conf.setIfMissing("spark.task.resource.gpu.amount", "1" if gpu_tasks else SHARED_GPU)
     spark = _start(conf)

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ import pyarrow as pa
 import xxhash
 
 from marc_pipeline.errors import CorruptFile, MissingFile
-from marc_pipeline.storage import Storage, is_s3, join
+from marc_pipeline.storage import STAGED_PREFIX, Storage, is_s3, join
 from marc_schemas.files import BLOCK_BYTES, BLOCK_DIGEST_CHARS, PublishedFile
 
 READ_BLOCKS = 16
+FOREIGN = "is not listed there: a foreign file may change the result; delete it"
 
 
 def describe_file(local: Path, *, path: str, rows: int = 0) -> PublishedFile:
@@ -52,7 +53,9 @@ def check_file(storage: Storage, root: str, published: PublishedFile) -> str | N
     return None
 
 
-def verified_folder(storage: Storage, uri: str, sha256: Mapping[str, str], *, key: str, remedy: str) -> Path:
+def verified_folder(
+    storage: Storage, uri: str, sha256: Mapping[str, str], *, key: str, remedy: str, closed: bool = False
+) -> Path:
     """Return a local folder with the files of a stored folder, each file verified.
 
     A local folder is used directly. Files on S3 are downloaded once per machine, into a temporary folder that all
@@ -64,9 +67,10 @@ def verified_folder(storage: Storage, uri: str, sha256: Mapping[str, str], *, ke
         sha256: checksum of each file, by its name relative to ``uri``.
         key: path of the local copy within the temporary folder; it identifies the content.
         remedy: end of the error message, for a stored file that is missing or damaged.
+        closed: whether the folder may have no other files, because a library would read them.
 
     Raises:
-        CorruptFile: a stored file is missing or differs from its checksum.
+        CorruptFile: a stored file is missing or differs from its checksum, or a closed folder has another file.
     """
     folder = _copies() / key if is_s3(uri) else Path(uri)
     problems = []
@@ -76,9 +80,17 @@ def verified_folder(storage: Storage, uri: str, sha256: Mapping[str, str], *, ke
             found = _downloaded(storage, join(uri, name), folder / name, digest)
         if found:
             problems.append(f"{join(uri, name)} {found}")
+    if closed:
+        present = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        problems += [f"{folder / name} {FOREIGN}" for name in foreign(present, sha256)]
     if problems:
         raise CorruptFile(f"{'; '.join(problems)}; {remedy}")
     return folder
+
+
+def foreign(present: Iterable[str], listed: Container[str]) -> list[str]:
+    """Return the names of files that are not listed, without unfinished files."""
+    return sorted(name for name in present if name not in listed and not Path(name).name.startswith(STAGED_PREFIX))
 
 
 def _copies() -> Path:

@@ -23,6 +23,8 @@ R = TypeVar("R")
 # Delta, Spark and our own listings skip names that begin with a dot, so that they skip unfinished files.
 STAGED_PREFIX = ".staged-"
 FOLDER_TRIES = 100
+# A system writes changes to the disk after this time at the latest, by far.
+UNFLUSHED_S = 3600.0
 # Levels of empty folders above a removed file that are removed too; folders of the user stay.
 PRUNED_LEVELS = 2
 
@@ -71,14 +73,23 @@ class LocalObjects:
         _flush_folder(Path(uri).parent)
 
     def flush(self, uri: str) -> None:
-        """Flush every file below a folder, and the folders with its parent."""
+        """Flush the latest files below a folder, and the folders with its parent."""
+        written: dict[Path, float] = {}
+        folders = [Path(uri).parent]
         for folder, _, names in os.walk(uri):
-            for name in names:
+            folders.append(Path(folder))
+            for path in (Path(folder, name) for name in names):
                 # Other processes remove their staged files.
                 with suppress(FileNotFoundError):
-                    _flush(Path(folder, name))
-            _flush_folder(Path(folder))
-        _flush_folder(Path(uri).parent)
+                    written[path] = path.stat().st_mtime
+        latest = max(written.values(), default=0.0)
+        for path, time_of in written.items():
+            # The system has written older ones long ago, and every flush waits for the disk.
+            if time_of >= latest - UNFLUSHED_S:
+                with suppress(FileNotFoundError):
+                    _flush(path)
+        for path in folders:
+            _flush_folder(path)
 
     def list(self, uri: str, *, hidden: bool) -> Iterator[StoredObject]:
         """Yield every file below a folder."""
@@ -153,20 +164,20 @@ def _in_folder(folder: Path, action: Callable[[], R]) -> R:
     """Create a folder and run an action in it; repeat both if another process removes the folder in between."""
     for _ in range(FOLDER_TRIES):
         with suppress(FileNotFoundError, FileExistsError):
-            _make_folder(folder)
-            return action()
+            return _in_new_folder(folder, action)
         # A random pause, so that two processes do not stay in step.
         time.sleep(random.uniform(0, 0.001))  # noqa: S311
-    _make_folder(folder)
-    return action()
+    return _in_new_folder(folder, action)
 
 
-def _make_folder(folder: Path) -> None:
-    """Create a folder and its missing parents so that they survive a power cut."""
+def _in_new_folder(folder: Path, action: Callable[[], R]) -> R:
     missing = list(takewhile(lambda path: not path.is_dir(), (folder, *folder.parents)))
     folder.mkdir(parents=True, exist_ok=True)
+    result = action()
+    # Flushed last, because until the action another process may remove the empty folder.
     for made in missing:
         _flush_folder(made.parent)
+    return result
 
 
 def _flush(path: Path) -> None:

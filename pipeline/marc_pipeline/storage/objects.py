@@ -79,7 +79,7 @@ class Storage:
         self._objects(uri).publish(staged, uri)
 
     def flush(self, uri: str) -> None:
-        """Make everything below a folder survive a power cut, also files of libraries that do not flush theirs."""
+        """Make what was just written below a folder survive a power cut, also by libraries that do not flush files."""
         self._objects(uri).flush(uri)
 
     def list(self, uri: str, *, hidden: bool = False) -> list[StoredObject]:

@@ -19,6 +19,7 @@ from marc_pipeline.index.shards import shard_files, shard_of
 from marc_pipeline.nightly.stages import index_stage
 from marc_pipeline.reader.release import open_release
 from marc_pipeline.reader.verify import verify
+from marc_pipeline.releases.ownership import OWNER
 from marc_pipeline.releases.roll_back import roll_back
 from marc_pipeline.resources import TaskResources
 from marc_pipeline.table.commit import day_files
@@ -66,7 +67,8 @@ def in_two(settings: IndexSettings) -> IndexSettings:
 
 
 def files_below(folder: str) -> set[str]:
-    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
+    found = (path for path in Path(folder).rglob("*") if path.is_file() and path.name != OWNER)
+    return {str(path.relative_to(folder)) for path in found}
 
 
 def audited(site: Site, vectors: Vectors, **given: Any) -> Encoded:

@@ -41,7 +41,7 @@ INTERACTIONS: Final = pa.schema(
 """One row per rating, sorted by time."""
 
 
-def write_interactions(path: Path, catalogue: Path, *, users: int = 600, seed: int = 7) -> Path:
+def write_interactions(path: Path, catalogue: Path, *, users: int = 500, seed: int = 7) -> Path:
     """Write the ratings of invented users as Parquet (``INTERACTIONS``); an existing file is kept.
 
     A rating depends on the user's taste, the item's quality and chance. Tastes are about the departments, styles, uses

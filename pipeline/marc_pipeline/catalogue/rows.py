@@ -17,7 +17,7 @@ import pyarrow as pa
 from marc_pipeline.catalogue.cleaning import ODD_CHARACTERS, SENTENCE_END, SUSPICIOUS, UNCLEANED, text_cleaner
 from marc_pipeline.catalogue.source import CatalogueSource, FileGroup
 from marc_pipeline.catalogue.template import TemplateField, template_fields
-from marc_pipeline.catalogue.text_records import batch_reader
+from marc_pipeline.catalogue.text_records import TextFormat, batch_reader
 from marc_pipeline.config import CatalogueSettings
 from marc_pipeline.storage import Storage, is_s3, join
 from marc_schemas.catalogue import Reason
@@ -159,20 +159,11 @@ def _numbered(columns: Mapping[str, str]) -> dict[str, _Column]:
 def _read_group(
     spark: "SparkSession", group: FileGroup, catalogue: CatalogueSettings, *, storage: Storage
 ) -> "DataFrame":
-    from marc_pipeline.spark.columns import with_json, with_source  # noqa: PLC0415 - imports pyspark
+    from marc_pipeline.spark.columns import with_json  # noqa: PLC0415 - imports pyspark, which only a session needs
 
     if group.text is None:
         columns = _numbered(group.columns)
-        frame = spark.read.parquet(*_spark_paths(spark, [file.uri for file in group.files], storage))
-        frame = with_source(frame, SOURCE).toDF(*(column.sql for column in columns.values()), SOURCE)
-        # Spark percent-encodes the name.
-        decoded = f"CASE WHEN contains({SOURCE}, '%') THEN url_decode(replace({SOURCE}, '+', '%2B')) ELSE {SOURCE} END"
-        frame = frame.selectExpr(
-            f"* EXCEPT ({SOURCE})",
-            f"false AS {MALFORMED}",
-            f"CAST(NULL AS STRING) AS {RECORD}",
-            f"{decoded} AS {SOURCE}",
-        )
+        frame = _parquet_frame(spark, group, columns, storage=storage)
     else:
         text = group.text
         if text.form == "jsonl":
@@ -180,19 +171,42 @@ def _read_group(
             used = dict.fromkeys([catalogue.id_column, *catalogue.text_columns, *updated])
             text = replace(text, columns=tuple(used))
         columns = _numbered(dict.fromkeys(text.columns, "STRING"))
-        names = [column.sql for column in columns.values()]
-        pieces = [piece for file in group.files for piece in text.pieces(file.uri, file.bytes)]
-        tasks = min(len(pieces), TASKS_PER_CORE * spark.sparkContext.defaultParallelism)
-        schema = [f"{name} BINARY" for name in names]
-        schema += [f"{MALFORMED} BOOLEAN", f"{RECORD} BINARY", f"{SOURCE} STRING"]
-        read = batch_reader(text, pieces, storage)
-        frame = spark.range(0, len(pieces), 1, tasks).mapInArrow(read, ", ".join(schema))
-        # CSV has no nulls, so an empty field counts as null.
-        value = "nullif(CAST({0} AS STRING), '') AS {0}" if text.form == "csv" else "CAST({0} AS STRING) AS {0}"
-        values = [value.format(name) for name in names]
-        frame = frame.selectExpr(*values, MALFORMED, f"CAST({RECORD} AS STRING) AS {RECORD}", SOURCE)
+        frame = _text_frame(spark, group, text, columns, storage=storage)
     frame = with_json(frame, JSON, {name: column.sql for name, column in columns.items()})
     return _normalise(frame, columns, catalogue)
+
+
+def _parquet_frame(
+    spark: "SparkSession", group: FileGroup, columns: Mapping[str, _Column], *, storage: Storage
+) -> "DataFrame":
+    from marc_pipeline.spark.columns import with_source  # noqa: PLC0415 - imports pyspark, which only a session needs
+
+    frame = spark.read.parquet(*_spark_paths(spark, [file.uri for file in group.files], storage))
+    frame = with_source(frame, SOURCE).toDF(*(column.sql for column in columns.values()), SOURCE)
+    # Spark percent-encodes the name.
+    decoded = f"CASE WHEN contains({SOURCE}, '%') THEN url_decode(replace({SOURCE}, '+', '%2B')) ELSE {SOURCE} END"
+    return frame.selectExpr(
+        f"* EXCEPT ({SOURCE})",
+        f"false AS {MALFORMED}",
+        f"CAST(NULL AS STRING) AS {RECORD}",
+        f"{decoded} AS {SOURCE}",
+    )
+
+
+def _text_frame(
+    spark: "SparkSession", group: FileGroup, text: TextFormat, columns: Mapping[str, _Column], *, storage: Storage
+) -> "DataFrame":
+    pieces = [piece for file in group.files for piece in text.pieces(file.uri, file.bytes)]
+    tasks = min(len(pieces), TASKS_PER_CORE * spark.sparkContext.defaultParallelism)
+    names = [column.sql for column in columns.values()]
+    schema = [f"{name} BINARY" for name in names]
+    schema += [f"{MALFORMED} BOOLEAN", f"{RECORD} BINARY", f"{SOURCE} STRING"]
+    read = batch_reader(text, pieces, storage)
+    frame = spark.range(0, len(pieces), 1, tasks).mapInArrow(read, ", ".join(schema))
+    # CSV has no nulls, so an empty field counts as null.
+    value = "nullif(CAST({0} AS STRING), '') AS {0}" if text.form == "csv" else "CAST({0} AS STRING) AS {0}"
+    values = [value.format(name) for name in names]
+    return frame.selectExpr(*values, MALFORMED, f"CAST({RECORD} AS STRING) AS {RECORD}", SOURCE)
 
 
 def _spark_paths(spark: "SparkSession", uris: Sequence[str], storage: Storage) -> list[str]:

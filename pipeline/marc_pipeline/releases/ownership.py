@@ -34,10 +34,8 @@ def claim(deployment: Deployment) -> None:
     """
     storage, table_uri = deployment.storage, deployment.settings.table_uri
     for key, uri in _folders(deployment):
-        place = join(uri, OWNER)
         table = _seen_from(uri, table_uri)
-        if storage.stat(place) is None:
-            storage.create(place, json.dumps({"table": table}).encode())
+        storage.create(join(uri, OWNER), json.dumps({"table": table}).encode())
         _require_own(storage, key, uri, table, table_uri)
 
 

@@ -72,27 +72,32 @@ def vacuum(deployment: Deployment, *, now: datetime | None = None, dry_run: bool
     now = now or datetime.now(UTC)
     storage, table_uri, settings = deployment.storage, deployment.settings.table_uri, deployment.settings.retention
     rows: list[Release] | None = None
+    ours: set[str] = set()
+    listed = partial(_unneeded, deployment, before=(now - timedelta(hours=settings.grace_hours)).timestamp())
     if not dry_run:
         release_log.repair(storage, table_uri)
     for _ in range(TRIES):
         found = release_log.read_log(storage, table_uri)
+        ours |= {plan_key(release.plan_id) for release in found.releases}
         if rows == list(found.releases):
             # The last write succeeded, although its response was lost.
             break
         rows, retired, forgotten = _decide(found.releases, settings, now)
-        if dry_run or rows == list(found.releases) or release_log.replace(storage, found, rows):
+        if dry_run or rows == list(found.releases):
+            break
+        # Refuses wrong settings before the log forgets anything.
+        listed(rows, ours=ours)
+        if release_log.replace(storage, found, rows):
             break
     else:
         raise Superseded(f"other runs keep writing the release log of {table_uri}; run again")
-    before = (now - timedelta(hours=settings.grace_hours)).timestamp()
-    listed = partial(_unneeded, deployment, rows, known=found.releases, before=before)
-    doomed = listed()
+    doomed = listed(rows, ours=ours)
     if not dry_run:
         _remove_from_table(deployment, doomed)
         # Plans are deleted first: a run without its plan cannot publish. Files of runs that wrote again are then kept.
         plans = [stored for stored in doomed if stored.uri.endswith(f"/{PLAN_FILE}")]
         storage.remove(stored.uri for stored in plans)
-        still = {stored.uri for stored in listed()}
+        still = {stored.uri for stored in listed(rows, ours=ours)}
         doomed = [stored for stored in doomed if stored in plans or stored.uri in still]
         storage.remove(stored.uri for stored in doomed)
         _shorten_logs(deployment, now)
@@ -129,12 +134,10 @@ def _decide(
     return rows, retired, forgotten
 
 
-def _unneeded(
-    deployment: Deployment, rows: Sequence[Release], *, known: Sequence[Release], before: float
-) -> list[StoredObject]:
+def _unneeded(deployment: Deployment, rows: Sequence[Release], *, ours: Set[str], before: float) -> list[StoredObject]:
     """Return files of table, indexes and plans that no record names, of runs without a write since ``before``.
 
-    ``rows`` are the remaining records, ``known`` those before this vacuum.
+    ``rows`` are the remaining records; ``ours`` are the keys of the plans that records named before this vacuum.
 
     Raises:
         UserError: the folder of indexes or plans belongs to another table, or is not that of the releases.
@@ -146,7 +149,6 @@ def _unneeded(
     indexes = {file.path for row in rows for file in row.index.all_files}
     # A plan's work area contains the quarantine and the texts. It is kept as long as any file of the plan.
     works = {plan_key(row.plan_id) for row in rows} | {plan_of(path) for path in tables}
-    ours = {plan_key(row.plan_id) for row in known}
     found = [
         (stored, plan, _within(stored, PARTITION_PARTS) in tables)
         for stored in storage.list(settings.table_uri, hidden=True)
